@@ -1,0 +1,57 @@
+"""The engine: saves and restores the complete state of any PyTorch training.
+
+Nothing in here knows that a trainer, a tokenizer or a terminal exists. Names are loaded when first
+used: what only reads manifests never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from holdfast.checkpoint.catalog import Catalog as Catalog
+    from holdfast.checkpoint.catalog import Entry as Entry
+    from holdfast.checkpoint.guard import SignalGuard as SignalGuard
+    from holdfast.checkpoint.manager import CheckpointManager as CheckpointManager
+    from holdfast.checkpoint.manager import Resumed as Resumed
+    from holdfast.checkpoint.manager import Saved as Saved
+    from holdfast.checkpoint.manager import load as load
+    from holdfast.checkpoint.manager import verify as verify
+    from holdfast.checkpoint.schedule import AnyOf as AnyOf
+    from holdfast.checkpoint.schedule import EveryMinutes as EveryMinutes
+    from holdfast.checkpoint.schedule import EverySteps as EverySteps
+
+_WHERE = {
+    "AnyOf": "schedule",
+    "Catalog": "catalog",
+    "CheckpointManager": "manager",
+    "Entry": "catalog",
+    "EveryMinutes": "schedule",
+    "EverySteps": "schedule",
+    "Resumed": "manager",
+    "Saved": "manager",
+    "SignalGuard": "guard",
+    "load": "manager",
+    "verify": "manager",
+}
+
+__all__ = [
+    "AnyOf",
+    "Catalog",
+    "CheckpointManager",
+    "Entry",
+    "EveryMinutes",
+    "EverySteps",
+    "Resumed",
+    "Saved",
+    "SignalGuard",
+    "load",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"holdfast.checkpoint.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'holdfast.checkpoint' has no attribute {name!r}")

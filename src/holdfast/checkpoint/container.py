@@ -1,0 +1,459 @@
+"""The file: a ZIP of stored records that is a standard `.pt`, its manifest, reading and verifying.
+
+Only bytes live here: no torch, no pickle, no names of directories. `docs/en/format.md` specifies
+the format; this module is the one place that implements it.
+
+    checkpoint/data/0 … data/N     one record a storage, aligned
+    checkpoint/data.pkl            for everybody else's `torch.load`; we never unpickle it
+    checkpoint/byteorder, version  what torch expects beside it
+    checkpoint/holdfast.json       the manifest: identity, records with checksums, tensors, values
+    central directory, end record  with a comment of fixed length that says where the manifest is
+
+Every byte that is not payload is a pure function of (name, size, CRC-32) of the records in their
+order. So verifying is: hash the manifest, compute what the headers must be and compare, hash each
+payload. No byte of the file is left out of that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+from isal import isal_zlib
+
+from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint
+from holdfast.i18n import _
+
+ARCHIVE = "checkpoint"
+MANIFEST = f"{ARCHIVE}/holdfast.json"
+FORMAT_VERSION = 1
+
+PAGE = 4096  # payloads of a page or more start on one: direct I/O and mmap want it
+SMALL = 64  # smaller ones on a cache line: a state with thousands of scalars stays small
+
+Buffer = bytes | bytearray | memoryview
+
+_LOCAL = struct.Struct("<IHHHHHIIIHH")  # local file header
+_CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")  # central directory entry
+_END = struct.Struct("<IHHHHIIH")
+_END64 = struct.Struct("<IQHHIIQQQQ")
+_LOCATOR64 = struct.Struct("<IIQI")
+_U32 = 0xFFFFFFFF
+_PADDING_ID = 0x4648  # "HF": the extra field whose zeros move a payload to its alignment
+_DOS_DATE = (1980 - 1980) << 9 | 1 << 5 | 1  # a fixed date: the same state gives the same bytes
+_COMMENT = "holdfast 1 manifest {offset:020d} {size:020d} xxh3_128 {digest}"
+_COMMENT_RE = re.compile(rb"holdfast 1 manifest (\d{20}) (\d{20}) xxh3_128 ([0-9a-f]{32})")
+_COMMENT_SIZE = len(_COMMENT.format(offset=0, size=0, digest="0" * 32))
+_MAX_MANIFEST = 1 << 30  # refuse to allocate more than this for a manifest that a file claims
+_seek_lock = threading.Lock()
+CHUNK = 1 << 22  # what is hashed and read at a time: fits the caches, hides the system call
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One stored record: `offset` is where its payload starts, `header` its local header."""
+
+    name: str
+    header: int
+    offset: int
+    size: int
+    crc32: int = 0
+    xxh3: str = "0" * 32
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
+    def to_json(self) -> dict[str, Any]:
+        # Fixed-width checksums: the size of a manifest is known before the first byte is hashed.
+        return {
+            "name": self.name,
+            "offset": self.offset,
+            "size": self.size,
+            "crc32": f"{self.crc32:08x}",
+            "xxh3_128": self.xxh3,
+        }
+
+
+# ---------------------------------------------------------------------------------------- layout
+
+
+def place(cursor: int, name: str, size: int, crc32: int = 0, xxh3: str = "0" * 32) -> Record:
+    """Put a record behind `cursor`: its header there, its payload on the next alignment."""
+    align = PAGE if size >= PAGE else SMALL
+    earliest = cursor + _LOCAL.size + len(name.encode()) + _zip64_local(size) + 4
+    offset = -(-earliest // align) * align
+    return Record(name, cursor, offset, size, crc32, xxh3)
+
+
+def plan(sizes: Iterable[tuple[str, int]]) -> list[Record]:
+    """Offsets of `(name, size in bytes)` in their order; a pure function of names and sizes."""
+    records: list[Record] = []
+    cursor = 0
+    for name, size in sizes:
+        records.append(place(cursor, name, size))
+        cursor = records[-1].end
+    return records
+
+
+def _zip64_local(size: int) -> int:
+    return 20 if size >= _U32 else 0
+
+
+def local_header(record: Record) -> bytes:
+    """The bytes from `record.header` to `record.offset`."""
+    name = record.name.encode()
+    extra = b""
+    size = record.size
+    if _zip64_local(size):
+        extra = struct.pack("<HHQQ", 1, 16, size, size)
+        size = _U32
+    padding = record.offset - record.header - _LOCAL.size - len(name) - len(extra) - 4
+    extra += struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
+    version = 45 if record.size >= _U32 else 20
+    return (
+        _LOCAL.pack(
+            0x04034B50, version, 0, 0, 0, _DOS_DATE, record.crc32, size, size, len(name), len(extra)
+        )
+        + name
+        + extra
+    )
+
+
+def tail(records: Sequence[Record]) -> bytes:
+    """Central directory and end records; the last record is the manifest."""
+    start = records[-1].end
+    entries = b"".join(_central_entry(record) for record in records)
+    manifest = records[-1]
+    comment = _COMMENT.format(
+        offset=manifest.offset, size=manifest.size, digest=manifest.xxh3
+    ).encode()
+    end64 = b""
+    count, size, offset = len(records), len(entries), start
+    if count >= 0xFFFF or offset >= _U32 or size >= _U32:
+        at = start + size
+        end64 = _END64.pack(0x06064B50, 44, 45, 45, 0, 0, count, count, size, offset)
+        end64 += _LOCATOR64.pack(0x07064B50, 0, at, 1)
+        count, size, offset = min(count, 0xFFFF), min(size, _U32), min(offset, _U32)
+    end = _END.pack(0x06054B50, 0, 0, count, count, size, offset, len(comment))
+    return entries + end64 + end + comment
+
+
+def _central_entry(record: Record) -> bytes:
+    name = record.name.encode()
+    wide = b""
+    size, header = record.size, record.header
+    if size >= _U32:
+        wide += struct.pack("<QQ", size, size)
+        size = _U32
+    if header >= _U32:
+        wide += struct.pack("<Q", header)
+        header = _U32
+    extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
+    version = 45 if wide else 20
+    fields = (0x02014B50, version, version, 0, 0, 0, _DOS_DATE, record.crc32, size, size)
+    lengths = (len(name), len(extra), 0, 0, 0, 0)
+    return _CENTRAL.pack(*fields, *lengths, header) + name + extra
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def checksums(payload: Buffer) -> tuple[int, str]:
+    """CRC-32 (for every ZIP tool) and xxh3-128 (against everything a CRC-32 misses)."""
+    view = memoryview(payload)
+    view = view.cast("B") if view.nbytes else memoryview(b"")  # an empty one cannot be cast
+    crc, xxh3 = 0, xxhash.xxh3_128()
+    for start in range(0, len(view), CHUNK):
+        chunk = view[start : start + CHUNK]
+        crc = isal_zlib.crc32(chunk, crc)
+        xxh3.update(chunk)
+    return crc, xxh3.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A complete file as pieces `(offset, bytes)` in ascending order without gaps."""
+
+    size: int
+    manifest: dict[str, Any]
+    pieces: list[tuple[int, Buffer]]
+
+
+def build(
+    payloads: Sequence[tuple[str, Buffer]],
+    manifest: dict[str, Any],
+    *,
+    reserve: int = 0,
+    hashed: bool = True,
+) -> Image:
+    """Lay out `payloads` and their `manifest` as one file; nothing is copied.
+
+    `manifest` gets `format`, `format_version` and `records` added. What follows the tensor records
+    is padded (with spaces behind the manifest's JSON) to at least `reserve` bytes, and always to a
+    whole page, so that the size of the file does not change with the digits of a loss. With
+    `hashed=False` the checksums stay zero: that tells the exact size for nothing.
+    """
+    records = plan((name, memoryview(payload).nbytes) for name, payload in payloads)
+    if hashed:
+        records = [
+            replace(record, crc32=crc32, xxh3=xxh3)
+            for record, (_name, payload) in zip(records, payloads, strict=True)
+            for crc32, xxh3 in [checksums(payload)]
+        ]
+    manifest = {
+        "format": "holdfast",
+        "format_version": FORMAT_VERSION,
+        **manifest,
+        "records": [record.to_json() for record in records],
+    }
+    body = json.dumps(manifest, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = body.encode("utf-8", "surrogatepass")
+    text = _pad_manifest(text, records, reserve)
+    slot = place(records[-1].end, MANIFEST, len(text), *checksums(text))
+    pieces: list[tuple[int, Buffer]] = []
+    for record, payload in zip([*records, slot], [*(p for _n, p in payloads), text], strict=True):
+        pieces.append((record.header, local_header(record)))
+        pieces.append((record.offset, payload))
+    end = tail([*records, slot])
+    pieces.append((slot.end, end))
+    return Image(slot.end + len(end), manifest, pieces)
+
+
+def _pad_manifest(text: bytes, records: Sequence[Record], reserve: int) -> bytes:
+    """Spaces behind the JSON until the whole file has the size that was promised."""
+    is_data = re.compile(rf"{ARCHIVE}/data/\d+").fullmatch
+    data_end = max((r.end for r in records if is_data(r.name)), default=0)
+
+    def size_with(length: int) -> int:
+        slot = place(records[-1].end, MANIFEST, length)
+        return slot.end + len(tail([*records, slot]))
+
+    length = max(len(text), PAGE)  # from a page on, the manifest's own alignment is settled
+    wanted = -(-max(size_with(length), data_end + reserve) // PAGE) * PAGE
+    length += wanted - size_with(length)
+    length -= size_with(length) - wanted  # the end records grow where the file crosses 4 GiB
+    return text.ljust(length, b" ")
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+class Reader:
+    """An open checkpoint whose manifest and headers have been checked, its payloads not yet.
+
+    Everything is read with `pread` into memory of our own: a map of a file that shrinks is a
+    SIGBUS, and what was hashed must be what is used.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open `path`; raise `ForeignCheckpoint` or `DamagedCheckpoint`, `OSError` as it comes."""
+        self.path = Path(path)
+        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        self._fd = os.open(self.path, flags)
+        try:
+            self.size = os.fstat(self._fd).st_size
+            self.manifest, self._slot = self._read_manifest()
+            self.records = [*self._parse_records(), self._slot]
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def check_structure(self) -> None:
+        """Compare every byte outside the payloads with what the manifest says it must be."""
+        for record in self.records:
+            expected = local_header(record)
+            if self._pread(record.header, len(expected)) != expected:
+                raise self._damaged(_("the header of record {name} is wrong", name=record.name))
+        end = self.records[-1].end
+        expected = tail(self.records)
+        if self.size != end + len(expected):
+            raise self._damaged(
+                _("it has {size} bytes instead of {expected}", size=self.size,
+                  expected=end + len(expected))
+            )  # fmt: skip
+        if self._pread(end, len(expected)) != expected:
+            raise self._damaged(_("its directory is wrong"))
+
+    def check(self, record: Record, chunks: Iterable[Buffer]) -> None:
+        """Hash `chunks`, the payload of `record`, and compare."""
+        crc, xxh3 = 0, xxhash.xxh3_128()
+        for chunk in chunks:
+            crc = isal_zlib.crc32(chunk, crc)
+            xxh3.update(chunk)
+        if crc != record.crc32 or xxh3.hexdigest() != record.xxh3:
+            raise self._damaged(_("the content of record {name} has changed", name=record.name))
+
+    def read_into(self, record: Record, buffer: memoryview) -> None:
+        """Fill `buffer` (`record.size` bytes, writable) with the payload and verify it."""
+        assert buffer.nbytes == record.size, (buffer.nbytes, record.size)
+
+        def fill() -> Iterator[Buffer]:
+            for start in range(0, record.size, CHUNK):
+                part = buffer[start : start + CHUNK]
+                self._preadinto(record.offset + start, part)
+                yield part
+
+        self.check(record, fill())
+
+    def read(self, record: Record) -> bytes:
+        buffer = bytearray(record.size)
+        self.read_into(record, memoryview(buffer))
+        return bytes(buffer)
+
+    def verify(self, *, threads: int = 2) -> None:
+        """Check every byte of the file; raise `DamagedCheckpoint` with the first fault found."""
+        self.check_structure()
+
+        def one(record: Record) -> None:
+            scratch = memoryview(bytearray(min(record.size, CHUNK)))
+
+            def stream() -> Iterator[Buffer]:
+                for start in range(0, record.size, CHUNK):
+                    part = scratch[: min(CHUNK, record.size - start)]
+                    self._preadinto(record.offset + start, part)
+                    yield part
+
+            self.check(record, stream())
+
+        with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-verify") as pool:
+            for _done in pool.map(one, self.records):
+                pass
+
+    def forget_cached(self) -> None:
+        """Ask the kernel to drop the file's pages, so that the next read comes from the device."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def record(self, name: str) -> Record:
+        for record in self.records:
+            if record.name == name:
+                return record
+        raise self._damaged(_("record {name} is missing", name=name))
+
+    # ------------------------------------------------------------------------------ the first look
+
+    def _read_manifest(self) -> tuple[dict[str, Any], Record]:
+        comment = self._pread(max(0, self.size - _COMMENT_SIZE), _COMMENT_SIZE, short=True)
+        found = _COMMENT_RE.fullmatch(comment)
+        if found is None:
+            raise self._not_ours()
+        offset, size, digest = int(found[1]), int(found[2]), found[3].decode()
+        if size > min(self.size, _MAX_MANIFEST) or offset + size > self.size:
+            raise self._damaged(_("its manifest lies outside the file"))
+        text = self._pread(offset, size)
+        crc32, xxh3 = checksums(text)
+        if xxh3 != digest:
+            raise self._damaged(_("its manifest has changed"))
+        try:
+            manifest = json.loads(text.decode("utf-8", "surrogatepass"))
+            version = manifest["format_version"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._senseless() from error
+        if version != FORMAT_VERSION:
+            raise ForeignCheckpoint(
+                _("{path} has format version {version}; this holdfast reads {ours}: update it.",
+                  path=self.path, version=version, ours=FORMAT_VERSION)
+            )  # fmt: skip
+        return manifest, Record(MANIFEST, -1, offset, size, crc32, xxh3)
+
+    def _parse_records(self) -> list[Record]:
+        """The records, each where the layout rule puts it: stated offsets are not believed."""
+        records: list[Record] = []
+        cursor = 0
+        for entry in self.manifest["records"]:
+            try:
+                name, size, offset = str(entry["name"]), int(entry["size"]), int(entry["offset"])
+                record = place(cursor, name, size, int(entry["crc32"], 16), entry["xxh3_128"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._senseless() from error
+            if record.offset != offset or size < 0 or record.end > self.size:
+                raise self._damaged(_("record {name} lies outside the file", name=name))
+            records.append(record)
+            cursor = record.end
+        slot = place(cursor, MANIFEST, self._slot.size, self._slot.crc32, self._slot.xxh3)
+        if slot.offset != self._slot.offset:
+            raise self._damaged(_("its manifest is not where it belongs"))
+        self._slot = slot
+        return records
+
+    def _not_ours(self) -> DamagedCheckpoint | ForeignCheckpoint:
+        if self.size == 0:
+            return self._damaged(_("it is empty"))
+        head = self._pread(0, min(self.size, 256), short=True)
+        if f"{ARCHIVE}/data".encode() in head and struct.pack("<H", _PADDING_ID) in head:
+            return self._damaged(_("its end is missing: it was cut or overwritten"))
+        if not any(head):
+            return self._damaged(_("it begins with zeros: its data never reached the disk"))
+        return ForeignCheckpoint(_("{path} was not written by holdfast.", path=self.path))
+
+    def _senseless(self) -> ForeignCheckpoint:
+        return ForeignCheckpoint(_("{path} has a manifest that makes no sense.", path=self.path))
+
+    def _damaged(self, why: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(_("{path} is damaged: {why}.", path=self.path, why=why))
+
+    # ------------------------------------------------------------------------------ system calls
+
+    def _pread(self, offset: int, size: int, *, short: bool = False) -> bytes:
+        buffer = bytearray(size)
+        got = self._fill(offset, memoryview(buffer))
+        if got != size and not short:
+            raise self._damaged(_("it ends at byte {offset}", offset=offset + got))
+        return bytes(buffer[:got])
+
+    def _preadinto(self, offset: int, buffer: memoryview) -> None:
+        got = self._fill(offset, buffer)
+        if got != buffer.nbytes:
+            raise self._damaged(_("it ends at byte {offset}", offset=offset + got))
+
+    def _fill(self, offset: int, buffer: memoryview) -> int:
+        got = 0
+        while got < buffer.nbytes:
+            count = _preadv(self._fd, buffer[got:], offset + got)
+            if count == 0:
+                break
+            got += count
+        return got
+
+
+def _preadv(fd: int, buffer: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+    with _seek_lock:  # Windows has no positional read
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, buffer.nbytes)
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of `path`, its own checksum verified, the payloads unread."""
+    with Reader(path) as reader:
+        return reader.manifest
+
+
+def write_to(sink: IO[bytes], image: Image) -> None:
+    """Write `image` to an open file or socket, for those who bring their own durability."""
+    for _offset, piece in image.pieces:
+        sink.write(piece)

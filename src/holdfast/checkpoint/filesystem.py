@@ -1,0 +1,278 @@
+"""The only door to the disk on the write side: every call that durability hangs on is made here.
+
+One small seam on purpose: faults are injected here, and platforms differ here and nowhere else.
+`HOLDFAST_DISABLE=hardlinks,reflink,fallocate` switches fast paths off, for tests and odd systems.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.container import Buffer
+
+log = logging.getLogger("holdfast")
+
+_FICLONE = 0x40049409  # ioctl(2): share the blocks of another file (Btrfs, XFS, bcachefs)
+_WRITE_MAX = 1 << 30  # Linux writes at most 2 GiB - 4 KiB a call
+READ_ONLY = 0o444
+_said: set[str] = set()
+
+
+def _disabled(path_name: str) -> bool:
+    return path_name in os.environ.get("HOLDFAST_DISABLE", "").split(",")
+
+
+def _say_once(message: str, *args: object) -> None:
+    if message not in _said:
+        _said.add(message)
+        log.info(message, *args)
+
+
+# ---------------------------------------------------------------------------------- durability
+
+
+def sync_file(fd: int) -> None:
+    """Return when the bytes of `fd` are on the device, as far as the platform can promise it."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        # fsync(2) of macOS does not flush the drive's cache; F_FULLFSYNC does. Some network
+        # file systems lack it.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in `path` durable: a rename is only promised after this."""
+    if os.name == "nt":  # Windows journals names with the file and cannot open a directory
+        return
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_directory(path: Path) -> None:
+    """Create `path` and its parents, each durable before what is put into it."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+    sync_directory(path.parent)
+
+
+# ---------------------------------------------------------------------------------- whole files
+
+
+def write_file(
+    target: Path, pieces: Iterable[tuple[int, Buffer]], size: int, *, mode: int = READ_ONLY
+) -> None:
+    """Create or replace `target` durably: it has all of its bytes, or it is as it was before.
+
+    `pieces` are `(offset, bytes)` in ascending order without gaps, `size` bytes together. The
+    space is claimed before the first byte, so a full disk is known at once. `OSError` as it comes;
+    the temporary file is gone then.
+    """
+    temporary = _temporary(target)
+    fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _EXTRA_FLAGS, 0o600)
+    try:
+        try:
+            _allocate(fd, size)
+            for offset, piece in pieces:
+                _write_all(fd, memoryview(piece).cast("B") if len(piece) else b"", offset)
+            if hasattr(os, "fchmod"):
+                os.fchmod(fd, mode)
+            sync_file(fd)
+        finally:
+            os.close(fd)
+        _rename(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_directory(target.parent)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Replace the small file `target` durably with `value` as JSON."""
+    text = json.dumps(value, ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass") + b"\n"
+    write_file(target, [(0, text)], len(text), mode=0o644)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append `line` durably in one write; a torn last line of a crash is closed off first."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _EXTRA_FLAGS, 0o644)
+    try:
+        end = os.lseek(fd, 0, os.SEEK_END)
+        torn = end > 0 and _last_byte(fd, end) != b"\n"
+        data = ("\n" if torn else "") + line + "\n"
+        _write_all(fd, data.encode("utf-8", "surrogatepass"), None)
+        sync_file(fd)
+    finally:
+        os.close(fd)
+    if end == 0:
+        sync_directory(path.parent)
+
+
+def publish(source: Path, name: Path) -> str:
+    """Let `name` stand for the data of `source`: "link", "reflink" or "copy", whichever works.
+
+    Replaces `name` atomically. The caller syncs the directory once after all its names.
+    """
+    temporary = _temporary(name)
+    try:
+        how = _link(source, temporary) or _reflink(source, temporary) or _copy(source, temporary)
+        _rename(temporary, name)
+    finally:
+        # A rename between two links of one inode does nothing and leaves both: take ours away.
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+    return how
+
+
+def same_data(a: Path, b: Path) -> bool:
+    """Whether two names are links to one inode."""
+    try:
+        return a.samefile(b)
+    except FileNotFoundError:
+        return False
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename durably into another directory of the same file system, never over anything."""
+    make_directory(target.parent)
+    while target.exists():
+        target = target.with_name(f"{target.stem}-{secrets.token_hex(2)}{target.suffix}")
+    _rename(source, target)
+    sync_directory(target.parent)
+    sync_directory(source.parent)
+
+
+def remove(path: Path) -> None:
+    """Unlink; a name that is gone already is no error (clean-up is repeated after a crash)."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.name == "nt":
+            path.chmod(0o600)  # Windows refuses to delete read-only files
+        path.unlink()
+
+
+def temporaries(directory: Path) -> Iterator[Path]:
+    """Temporary files of writers; with the run lock in hand these are all of dead ones."""
+    if directory.is_dir():
+        yield from (p for p in directory.iterdir() if p.name.startswith(".holdfast-"))
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes an unprivileged process may still write on the file system of `directory`."""
+    return shutil.disk_usage(directory).free
+
+
+# ------------------------------------------------------------------------------------ the details
+
+_EXTRA_FLAGS = (
+    getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+)
+
+
+def _temporary(target: Path) -> Path:
+    """A name of our own beside the target: another directory might be another device.
+
+    The target's name is not part of it: that may already be as long as a name can be.
+    """
+    return target.with_name(f".holdfast-{os.getpid()}-{secrets.token_hex(6)}.tmp")
+
+
+def _allocate(fd: int, size: int) -> None:
+    if size == 0 or not hasattr(os, "posix_fallocate") or _disabled("fallocate"):
+        return
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        _say_once("This file system cannot reserve space ahead; a full disk shows while writing.")
+
+
+def _write_all(fd: int, data: Buffer, offset: int | None) -> None:
+    """Write all of `data`: a short write is continued, one of zero bytes is an error."""
+    view = memoryview(data)
+    done = 0
+    while done < view.nbytes:
+        part = view[done : done + _WRITE_MAX]
+        count = os.write(fd, part) if offset is None else _pwrite(fd, part, offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, "the system wrote zero bytes")
+        done += count
+
+
+def _pwrite(fd: int, data: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, data, offset)
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.write(fd, data)
+
+
+def _last_byte(fd: int, end: int) -> bytes:
+    os.lseek(fd, end - 1, os.SEEK_SET)
+    return os.read(fd, 1)
+
+
+def _rename(source: Path, target: Path) -> None:
+    source.replace(target)
+
+
+def _link(source: Path, target: Path) -> str:
+    if _disabled("hardlinks"):
+        return ""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        _say_once("No hard links here (%s): names of one checkpoint are copies.", error)
+        return ""
+    return "link"
+
+
+def _reflink(source: Path, target: Path) -> str:
+    if _disabled("reflink") or not sys.platform.startswith("linux"):
+        return ""
+    import fcntl
+
+    with source.open("rb") as original:
+        fd = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _EXTRA_FLAGS, READ_ONLY)
+        try:
+            fcntl.ioctl(fd, _FICLONE, original.fileno())
+            sync_file(fd)
+            return "reflink"
+        except OSError:
+            target.unlink()
+            return ""
+        finally:
+            os.close(fd)
+
+
+def _copy(source: Path, target: Path) -> str:
+    fd = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _EXTRA_FLAGS, 0o600)
+    with source.open("rb") as original, os.fdopen(fd, "wb") as copy:
+        _allocate(copy.fileno(), os.fstat(original.fileno()).st_size)
+        shutil.copyfileobj(original, copy, 1 << 22)
+        copy.flush()
+        if hasattr(os, "fchmod"):
+            os.fchmod(copy.fileno(), READ_ONLY)
+        sync_file(copy.fileno())
+    return "copy"

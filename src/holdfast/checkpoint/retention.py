@@ -1,0 +1,90 @@
+"""WHAT to keep: pure policies over a list of records; no disk, no clock.
+
+A policy answers with a mask: one boolean a record, True for "keep". Policies are joined by `any`.
+`select` adds the floor that no option breaks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A checkpoint as retention sees it; `order` is (generation, step, sequence)."""
+
+    id: str
+    order: tuple[int, int, int]
+    kind: str  # "epoch", "step" or "temp"
+    loss: float | None = None
+    verified: bool = False
+    pinned: bool = False
+
+
+class Policy(Protocol):
+    def __call__(self, candidates: Sequence[Candidate]) -> list[bool]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeepLast:
+    """The newest `count` of `kind`; 0 keeps all of them."""
+
+    kind: str
+    count: int
+
+    def __call__(self, candidates: Sequence[Candidate]) -> list[bool]:
+        mine = sorted((c.order for c in candidates if c.kind == self.kind), reverse=True)
+        chosen = set(mine if self.count == 0 else mine[: self.count])
+        return [c.kind == self.kind and c.order in chosen for c in candidates]
+
+
+@dataclass(frozen=True, slots=True)
+class KeepBest:
+    """The `count` with the lowest finite loss; the earlier one where two are equal."""
+
+    count: int = 1
+
+    def __call__(self, candidates: Sequence[Candidate]) -> list[bool]:
+        ranked = sorted(
+            (c for c in candidates if c.loss is not None and math.isfinite(c.loss)),
+            key=lambda c: (c.loss, c.order),
+        )
+        chosen = {c.id for c in ranked[: self.count]}
+        return [c.id in chosen for c in candidates]
+
+
+@dataclass(frozen=True, slots=True)
+class KeepRollingTemps:
+    """The newest `count` temporary checkpoints that no kept kind has overtaken."""
+
+    count: int = 2
+
+    def __call__(self, candidates: Sequence[Candidate]) -> list[bool]:
+        lasting = max((c.order for c in candidates if c.kind != "temp" and c.verified),
+                      default=(0, 0, 0))  # fmt: skip
+        rolling = sorted(
+            (c.order for c in candidates if c.kind == "temp" and c.order > lasting), reverse=True
+        )
+        return [c.kind == "temp" and c.order in rolling[: self.count] for c in candidates]
+
+
+def select(candidates: Sequence[Candidate], policies: Sequence[Policy]) -> list[bool]:
+    """Which candidates stay: what any policy keeps, and the floor.
+
+    The floor: the newest, the best, the pinned, and the two newest verified states. Nothing goes at
+    all before two states are verified, nor anything newer than the newest verified one.
+    """
+    verified = sorted((c.order for c in candidates if c.verified), reverse=True)
+    if len(verified) < 2:
+        return [True] * len(candidates)
+    masks = [policy(candidates) for policy in (*policies, KeepBest(1))]
+    return [
+        candidate.pinned
+        or candidate.order in verified[:2]
+        or candidate.order > verified[0]
+        or any(mask[i] for mask in masks)
+        for i, candidate in enumerate(candidates)
+    ]

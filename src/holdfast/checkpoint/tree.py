@@ -1,0 +1,321 @@
+"""The tree of a state: plain containers and tensor leaves, and the pickle made from it.
+
+Saving goes through `normalise`: it turns a nested state into what `torch.load(weights_only=True)`
+can read back, or refuses with the path of the value. From that one tree come both the pickle for
+everybody else (here) and the JSON that our own reader builds objects from (codec.py).
+"""
+
+from __future__ import annotations
+
+import codecs
+import enum
+import io
+import pickle
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from holdfast.checkpoint.container import ARCHIVE, Buffer
+from holdfast.errors import UnsupportedValue
+from holdfast.i18n import _
+
+PICKLE = f"{ARCHIVE}/data.pkl"
+
+# The storage classes that the `.pt` format names in its pickle. Newer dtypes have none: they are
+# pickled as an untyped storage and a dtype, which torch calls "v3".
+_STORAGE_TYPES = {
+    torch.float64: "DoubleStorage",
+    torch.float32: "FloatStorage",
+    torch.float16: "HalfStorage",
+    torch.bfloat16: "BFloat16Storage",
+    torch.int64: "LongStorage",
+    torch.int32: "IntStorage",
+    torch.int16: "ShortStorage",
+    torch.int8: "CharStorage",
+    torch.uint8: "ByteStorage",
+    torch.bool: "BoolStorage",
+    torch.complex128: "ComplexDoubleStorage",
+    torch.complex64: "ComplexFloatStorage",
+}
+
+
+# -------------------------------------------------------------------------------- a tree to save
+
+
+@dataclass(eq=False, slots=True)
+class StorageSlice:
+    """The bytes of one storage that its tensors use, all that is saved of it."""
+
+    key: int
+    source: torch.UntypedStorage
+    dtype: torch.dtype
+    start: int  # bytes into `source`
+    stop: int
+
+    @property
+    def record(self) -> str:
+        return f"{ARCHIVE}/data/{self.key}"
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    def payload(self) -> memoryview:
+        """The bytes in host memory: no copy where they are there already."""
+        if self.nbytes == 0:
+            return memoryview(b"")
+        whole = torch.empty(0, dtype=torch.uint8, device=self.source.device)
+        whole.set_(self.source, self.start, (self.nbytes,), (1,))
+        return whole.cpu().numpy().data
+
+
+@dataclass(eq=False, slots=True)
+class TensorLeaf:
+    """A tensor in the tree: a view of a `StorageSlice`. Pickles as torch pickles a tensor."""
+
+    path: str
+    tensor: torch.Tensor
+    storage: StorageSlice
+
+    @property
+    def offset(self) -> int:
+        """Offset into the saved storage, in elements."""
+        return int(self.tensor.storage_offset()) - self.storage.start // self.tensor.element_size()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "storage": self.storage.key,
+            "dtype": str(self.tensor.dtype).removeprefix("torch."),
+            "shape": list(self.tensor.shape),
+            "stride": list(self.tensor.stride()),
+            "offset": self.offset,
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        view: tuple[Any, ...] = (
+            self.offset,
+            tuple(self.tensor.shape),
+            self.tensor.stride(),
+            False,
+            OrderedDict(),
+        )
+        if self.tensor.dtype in _STORAGE_TYPES:
+            return torch._utils._rebuild_tensor_v2, (self.storage, *view)
+        return torch._utils._rebuild_tensor_v3, (self.storage, *view, self.tensor.dtype)
+
+
+class EmptyBytes:
+    """`b""`, which protocol 2 pickles by a call that `weights_only` refuses; this one it takes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return codecs.encode, ("", "latin1")
+
+
+_EMPTY_BYTES = EmptyBytes()
+
+
+@dataclass(slots=True)
+class Tree:
+    """A state made of plain containers and tensor leaves, ready to be written."""
+
+    root: Any
+    leaves: list[TensorLeaf]
+    storages: list[StorageSlice]
+
+    def pickled(self) -> bytes:
+        buffer = io.BytesIO()
+        _Pickler(buffer).dump(self.root)
+        return buffer.getvalue()
+
+    def payloads(self) -> list[tuple[str, Buffer]]:
+        """All records but the manifest, in the order of the file."""
+        return [
+            *((storage.record, storage.payload()) for storage in self.storages),
+            (PICKLE, self.pickled()),
+            (f"{ARCHIVE}/byteorder", b"little"),
+            (f"{ARCHIVE}/version", b"3\n"),
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(storage.nbytes for storage in self.storages)
+
+
+class _Pickler(pickle.Pickler):
+    """Protocol 2 and storages by reference: the `data.pkl` that torch.save itself would write.
+
+    A test holds it byte by byte against torch's. Every storage is tagged `cpu`, so that a file from
+    a GPU opens on a machine without one.
+    """
+
+    def __init__(self, buffer: io.BytesIO) -> None:
+        super().__init__(buffer, protocol=2)
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, StorageSlice):
+            return None
+        kind = _STORAGE_TYPES.get(obj.dtype)
+        if kind is None:
+            return "storage", torch.UntypedStorage, str(obj.key), "cpu", obj.nbytes
+        return (
+            "storage",
+            getattr(torch, kind),
+            str(obj.key),
+            "cpu",
+            obj.nbytes // obj.dtype.itemsize,
+        )
+
+
+# ------------------------------------------------------------------------------------- normalise
+
+
+def normalise(state: Any) -> Tree:
+    """Turn `state` into a `Tree` of what every `torch.load(weights_only=True)` reads back.
+
+    Subclasses become their base type (IntEnum → int, np.float64 → float, defaultdict → dict, a
+    named tuple → tuple), deque → list, frozenset → set, NumPy arrays → tensors. An object with a
+    `state_dict` is asked for it. Aliasing survives, of tensors, storages and containers.
+
+    Raises `UnsupportedValue` with the path of the first value that cannot be saved.
+    """
+    walk = _Normaliser()
+    root = walk(state, "")
+    return Tree(root, walk.leaves, list(walk.slices.values()))
+
+
+@dataclass(slots=True)
+class _Normaliser:
+    leaves: list[TensorLeaf] = field(default_factory=list)
+    slices: dict[tuple[torch.device, int], StorageSlice] = field(default_factory=dict)
+    memo: dict[int, Any] = field(default_factory=dict)
+    alive: list[Any] = field(default_factory=list)  # memo holds ids: nothing may be freed meanwhile
+    open: set[int] = field(default_factory=set)
+
+    def __call__(self, value: Any, path: str) -> Any:
+        if value is None or isinstance(value, bool | torch.dtype | torch.device):
+            return value
+        scalar = self._scalar(value)
+        if scalar is not None:
+            return scalar
+        if id(value) in self.memo:
+            return self.memo[id(value)]
+        if id(value) in self.open:
+            raise UnsupportedValue(_("{path} contains itself.", path=path or "state"))
+        self.open.add(id(value))
+        result = self._compound(value, path)
+        self.open.discard(id(value))
+        self.memo[id(value)] = result
+        self.alive.append(value)
+        return result
+
+    @staticmethod
+    def _scalar(value: Any) -> Any:
+        """A number, text or bytes as its plain type, or None where it is none of these."""
+        if isinstance(value, np.generic):
+            value = value.item()
+        for plain in (bool, int, float, complex, str, bytes, bytearray):
+            if isinstance(value, plain):
+                if value == b"" and plain is bytes:
+                    return _EMPTY_BYTES
+                return value if type(value) is plain else plain(_undressed(value))
+        return None
+
+    def _compound(self, value: Any, path: str) -> Any:  # noqa: PLR0911 - one line a type
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
+        if isinstance(value, np.ndarray):
+            return self._tensor(self._from_numpy(value, path), path)
+        if isinstance(value, torch.Size):
+            return value
+        if isinstance(value, Mapping):
+            return self._mapping(value, path)
+        if isinstance(value, tuple):
+            return tuple(self(item, f"{path}/{i}") for i, item in enumerate(value))
+        if isinstance(value, list | deque):
+            return [self(item, f"{path}/{i}") for i, item in enumerate(value)]
+        if isinstance(value, set | frozenset):
+            items = {self(item, f"{path}/{i}") for i, item in enumerate(value)}
+            if any(isinstance(item, TensorLeaf) for item in items):
+                raise UnsupportedValue(_("{path} is a set of tensors; use a list.", path=path))
+            return items
+        if callable(getattr(value, "state_dict", None)):
+            return self(value.state_dict(), path)
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise UnsupportedValue(
+            _("{path} is a {kind}, which a checkpoint cannot hold; give it a state_dict() "
+              "or store plain values and tensors.", path=path or "state", kind=kind)
+        )  # fmt: skip
+
+    def _mapping(self, value: Mapping[Any, Any], path: str) -> Any:
+        ordered = isinstance(value, OrderedDict)
+        result: dict[Any, Any] = OrderedDict() if ordered else {}
+        for key, item in value.items():
+            plain = self(key, f"{path}/{key}")
+            if isinstance(plain, TensorLeaf | list | dict | set):
+                raise UnsupportedValue(_("{path} has a key that is no plain value.", path=path))
+            result[plain] = self(item, f"{path}/{key}" if path else str(key))
+        if ordered and vars(value):  # state_dict() hangs `_metadata` on its OrderedDict
+            for name, item in vars(value).items():
+                setattr(result, name, self(item, f"{path}.{name}"))
+        return result
+
+    def _tensor(self, value: torch.Tensor, path: str) -> TensorLeaf:
+        if isinstance(value, torch.nn.Parameter):
+            value = value.data
+        value = value.detach().resolve_conj().resolve_neg()
+        plain = type(value) is torch.Tensor and value.layout is torch.strided
+        if not plain or value.is_quantized or value.device.type == "meta" or value.is_nested:
+            kind = f"{type(value).__name__} ({value.layout}, {value.dtype}, {value.device})"
+            raise UnsupportedValue(
+                _("{path} is a {kind}; only plain dense tensors can be saved.", path=path,
+                  kind=kind)
+            )  # fmt: skip
+        storage = value.untyped_storage()
+        start, stop = _span(value)
+        # An empty storage has no address: each is its own.
+        key = (value.device, storage.data_ptr() or -len(self.leaves) - 1)
+        known = self.slices.get(key)
+        if known is None:
+            known = StorageSlice(len(self.slices), storage, value.dtype, start, stop)
+            self.slices[key] = known
+        elif known.dtype != value.dtype:
+            raise UnsupportedValue(
+                _("{path} views the memory of another tensor as a different dtype ({a}, {b}); "
+                  "save one of them, or a clone.", path=path, a=value.dtype, b=known.dtype)
+            )  # fmt: skip
+        elif start < stop:
+            empty = known.start == known.stop
+            known.start = start if empty else min(known.start, start)
+            known.stop = stop if empty else max(known.stop, stop)
+        leaf = TensorLeaf(path, value, known)
+        self.leaves.append(leaf)
+        return leaf
+
+    @staticmethod
+    def _from_numpy(value: np.ndarray[Any, Any], path: str) -> torch.Tensor:
+        try:
+            return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape).copy())
+        except TypeError as error:
+            raise UnsupportedValue(
+                _("{path} is a NumPy array of {dtype}, which torch does not know.", path=path,
+                  dtype=value.dtype)
+            ) from error  # fmt: skip
+
+
+def _undressed(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes of its storage that `tensor` can reach: a view must not drag the rest along."""
+    size = tensor.element_size()
+    start = int(tensor.storage_offset())
+    if tensor.numel() == 0:
+        return start * size, start * size
+    last = sum((int(n) - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return start * size, (start + last + 1) * size

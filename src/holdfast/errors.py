@@ -1,0 +1,71 @@
+"""Every error a user can cause or meet, one class for each thing they can do about it.
+
+A message is one line in the user's language: what is wrong, where, what to do next. The command
+line prints it and exits with `exit_code`; the traceback appears only with `--debug`.
+"""
+
+from __future__ import annotations
+
+
+class HoldfastError(Exception):
+    """Base of all errors raised on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(HoldfastError):
+    """An option, a config file or a preset is wrong; all problems are reported at once."""
+
+    exit_code = 2
+
+
+class DataError(HoldfastError):
+    """The training data is missing, unreadable or unusable."""
+
+    exit_code = 3
+
+
+class CheckpointError(HoldfastError):
+    """Something about a checkpoint."""
+
+    exit_code = 4
+
+
+class DamagedCheckpoint(CheckpointError):
+    """The bytes of a checkpoint are not the bytes that were written."""
+
+
+class ForeignCheckpoint(CheckpointError):
+    """A file that holdfast did not write, where one that it wrote is needed."""
+
+
+class UnsupportedValue(CheckpointError):
+    """A state holds a value that cannot be saved so that everybody can load it again."""
+
+
+class StateMismatch(CheckpointError):
+    """A checkpoint does not fit the objects it is to be loaded into; nothing was changed."""
+
+
+class SaveFailed(CheckpointError):
+    """A checkpoint could not be made durable; what was there before is intact."""
+
+
+class RunLocked(HoldfastError):
+    """Another process works in this run directory."""
+
+    exit_code = 5
+
+
+class ResourceError(HoldfastError):
+    """Not enough disk or memory for what was asked."""
+
+    exit_code = 6
+
+
+class Interrupted(HoldfastError):
+    """A signal asked us to stop, and the state was saved: 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,65 @@
+"""Chinese and English: gettext catalogues, the choice of language, and nothing else.
+
+`_("... {name} ...", name=value)` translates and fills in. English is the source text and the
+fall-back. argparse and everything else that uses gettext's default domain speaks the same language.
+"""
+
+from __future__ import annotations
+
+import gettext
+import locale
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+DOMAIN = "holdfast"
+LOCALE_DIR = Path(__file__).parent / "locale"
+LANGUAGES = ("en", "zh")
+
+_current = "en"
+_catalogue: gettext.NullTranslations = gettext.NullTranslations()
+
+
+def language() -> str:
+    """The language in force: "en" or "zh"."""
+    return _current
+
+
+def detect_language(environ: Mapping[str, str] | None = None) -> str:
+    """The language that the environment asks for; English where it says nothing.
+
+    `HOLDFAST_LANG` comes first, then the variables of POSIX in their order of precedence. On
+    Windows, where those are rarely set, the system's own locale is asked last.
+    """
+    environ = os.environ if environ is None else environ
+    for name in ("HOLDFAST_LANG", "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
+        value = environ.get(name, "")
+        if value:
+            return "zh" if value.lower().startswith("zh") else "en"
+    if os.name == "nt" and environ is os.environ:
+        return "zh" if (locale.getlocale()[0] or "").startswith(("zh", "Chinese")) else "en"
+    return "en"
+
+
+def set_language(lang: str) -> None:
+    """Speak `lang` ("en" or "zh") from now on, in this process."""
+    global _current, _catalogue
+    assert lang in LANGUAGES, lang
+    _current = lang
+    _catalogue = gettext.translation(DOMAIN, LOCALE_DIR, languages=[lang], fallback=True)
+    # argparse asks gettext's default domain: point it at the same catalogue. LANGUAGE is what
+    # gettext reads; setting it also makes child processes speak the language of their parent.
+    os.environ["LANGUAGE"] = lang
+    gettext.bindtextdomain(DOMAIN, LOCALE_DIR)
+    gettext.textdomain(DOMAIN)
+
+
+def _(message: str, /, **values: object) -> str:
+    """Translate `message` and fill in its `{names}`."""
+    text = _catalogue.gettext(message)
+    return text.format(**values) if values else text
+
+
+def N_(message: str) -> str:
+    """Mark `message` for the catalogue where it cannot be translated yet; `_` it when shown."""
+    return message
