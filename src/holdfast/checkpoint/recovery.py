@@ -109,7 +109,7 @@ def _read_entry(
         except DamagedCheckpoint as error:
             skipped.append(_set_aside(catalog, name, str(error), entry.step, tell))
             continue
-        found.here = True
+        found.entry, found.here = entry, True
         return found
     return None
 
