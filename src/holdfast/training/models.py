@@ -1,0 +1,186 @@
+"""The models: named shapes built from transformers' configurations, and any causal model it loads.
+
+The loss is ours (`next_token_loss`), computed on the logits: the library's own upcasts and shifts
+them, which costs a third of a small model's step on a CPU (benchmarks/train_speed.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from holdfast.errors import ConfigError
+from holdfast.i18n import _
+from holdfast.training.batches import IGNORED
+
+if TYPE_CHECKING:
+    from holdfast.training.config import ModelConfig
+
+# name → (architecture, its configuration). "tiny" is for a minute on a CPU, "mini" for an evening.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": ("gpt2", {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 128}),
+    "mini": (
+        "llama",
+        {
+            "num_hidden_layers": 8,
+            "hidden_size": 512,
+            "intermediate_size": 1376,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 512,
+        },
+    ),
+    "gpt2-small": ("gpt2", {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 512}),
+}
+
+
+def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int) -> Any:
+    """A new model with random weights: `config.model` must be a name in SHAPES."""
+    import transformers
+
+    architecture, shape = SHAPES[config.model]
+    common = {
+        "vocab_size": vocab_size,
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": eos_id,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+    }
+    dropout = config.dropout or 0.0
+    if architecture == "gpt2":
+        settings = transformers.GPT2Config(
+            **shape | ({"n_positions": config.context_length} if config.context_length else {}),
+            **common,
+            # The tanh form as one fused kernel; the library's "gelu_new" spells it out in six.
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+        )
+    else:
+        context = config.context_length or shape["max_position_embeddings"]
+        settings = transformers.LlamaConfig(
+            **shape | {"max_position_embeddings": context}, **common, attention_dropout=dropout
+        )
+    return transformers.AutoModelForCausalLM.from_config(settings)
+
+
+def load_model(config: ModelConfig) -> Any:
+    """The model that `config.model`, a path or name that transformers knows, stands for.
+
+    Raises ConfigError where there is none.
+    """
+    import transformers
+
+    overrides: dict[str, Any] = {}
+    if config.dropout is not None:
+        overrides = {"resid_pdrop": config.dropout, "attention_dropout": config.dropout}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
+            **overrides,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            _("No model {model}: it is none of {names}, and transformers says: {error}",
+              model=config.model, names=", ".join(SHAPES), error=first)
+        ) from error  # fmt: skip
+    model.config.use_cache = False
+    return model
+
+
+def is_shape(name: str) -> bool:
+    """Whether `name` is a shape of ours; a directory of that name is not looked at."""
+    return name in SHAPES
+
+
+def context_of(model: Any, wanted: int | None) -> int:
+    """Tokens that a training sample has: what was wanted, within what the model can see."""
+    limit = getattr(model.config, "max_position_embeddings", None) or wanted or 1024
+    if wanted is not None and wanted > limit:
+        raise ConfigError(
+            _("--context-length {wanted} is more than the {limit} tokens this model can see.",
+              wanted=wanted, limit=limit)
+        )  # fmt: skip
+    return int(wanted or min(limit, 1024))
+
+
+def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy in nats over the targets that count.
+
+    `logits` [batch, context, vocabulary] in any float dtype, `targets` int64 [batch, context],
+    already shifted. On a GPU in fp32; on a CPU the kernel itself sums bf16 in fp32.
+    """
+    flat = logits.view(-1, logits.size(-1))
+    return functional.cross_entropy(flat.float(), targets.view(-1), ignore_index=IGNORED)
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, vectors (biases, norms) do not: the usual split since GPT-2."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+# --------------------------------------------------------------------------------- the machine
+
+
+def choose_device() -> torch.device:
+    """CUDA, else MPS, else the CPU. `HOLDFAST_DEVICE` overrides."""
+    if name := os.environ.get("HOLDFAST_DEVICE"):
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of autocast: bf16 where the hardware computes in it, unless told otherwise."""
+    if wanted == "auto":
+        wanted = "bf16" if has_bf16(device) else "fp32"
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 matrices faster than fp32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def tune_allocator() -> bool:
+    """Tell glibc to keep freed memory instead of giving it back after every tensor.
+
+    Activations are otherwise mapped anew at each step: 35,000 to 100,000 page faults, 10 to 20 % of
+    a CPU training. Returns whether there was a glibc to tell.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # from <malloc.h>
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # musl
+        return False
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)
+    mallopt(top_pad, 256 << 20)
+    return True
