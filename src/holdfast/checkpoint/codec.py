@@ -15,20 +15,14 @@ from typing import Any
 
 import torch
 
-from holdfast.checkpoint.container import ARCHIVE, Reader, Record
-from holdfast.checkpoint.tree import EmptyBytes, TensorLeaf, Tree
+from holdfast.checkpoint.container import Reader
+from holdfast.checkpoint.layout import ARCHIVE, Record
+from holdfast.checkpoint.tree import DTYPES, EmptyBytes, TensorLeaf, Tree
 from holdfast.errors import ForeignCheckpoint
 from holdfast.i18n import _
 
-
-def _dtypes() -> dict[str, torch.dtype]:
-    names = (name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))
-    return {
-        str(getattr(torch, name)).removeprefix("torch."): getattr(torch, name) for name in names
-    }
-
-
-_DTYPES = _dtypes()
+_INT64 = 1 << 63
+_SHAREABLE = (dict, list, tuple, set, bytearray)
 
 
 def to_json(tree: Tree) -> dict[str, Any]:
@@ -50,10 +44,10 @@ class _Encoder:
         return self._encode(self._root)
 
     def _count_uses(self, value: Any) -> None:
-        if not isinstance(value, dict | list | tuple | set):
+        if not isinstance(value, _SHAREABLE):
             return
         self._count[id(value)] = self._count.get(id(value), 0) + 1
-        if self._count[id(value)] > 1:
+        if self._count[id(value)] > 1 or isinstance(value, bytearray):
             return
         children = [*value.keys(), *value.values()] if isinstance(value, dict) else value
         for child in children:
@@ -63,7 +57,7 @@ class _Encoder:
                 self._count_uses(child)
 
     def _encode(self, value: Any) -> Any:
-        if isinstance(value, dict | list | tuple | set) and self._count[id(value)] > 1:
+        if isinstance(value, _SHAREABLE) and self._count[id(value)] > 1:
             if id(value) in self._names:
                 return {"ref": self._names[id(value)]}
             name = self._names[id(value)] = len(self._names)
@@ -105,22 +99,29 @@ class _Encoder:
 
 
 class Decoder:
-    """Builds the objects of a manifest's tree; `tensor(i)` gives the i-th tensor of its index."""
+    """Builds the objects of a manifest's tree; `tensor(i)` gives the i-th tensor of its index.
 
-    def __init__(self, tensor: Callable[[int], torch.Tensor]) -> None:
-        self._tensor = tensor
-        self._shared: dict[int, Any] = {}
+    `definitions` are the nodes of shared containers by name, where only a part of the tree is
+    decoded: the part may refer to what stands elsewhere. Whatever makes no sense is one of
+    `NONSENSE`.
+    """
+
+    def __init__(
+        self, tensor: Callable[[int], torch.Tensor], definitions: Mapping[Any, Any] | None = None
+    ) -> None:
+        self._definitions = definitions or {}
+        self._shared: dict[Any, Any] = {}
         self._simple: dict[str, Callable[[Any], Any]] = {
             "tensor": tensor,
-            "size": torch.Size,
-            "int": int,
+            "size": lambda items: torch.Size([_index(item) for item in items]),
+            "int": lambda text: int(_text(text)),
             "float": lambda text: struct.unpack(">d", bytes.fromhex(text))[0],
             "complex": lambda text: complex(*struct.unpack(">dd", bytes.fromhex(text))),
-            "bytes": base64.b64decode,
-            "bytearray": lambda text: bytearray(base64.b64decode(text)),
-            "dtype": _DTYPES.__getitem__,
-            "device": torch.device,
-            "ref": self._shared.__getitem__,
+            "bytes": lambda text: base64.b64decode(text, validate=True),
+            "bytearray": lambda text: bytearray(base64.b64decode(text, validate=True)),
+            "dtype": DTYPES.__getitem__,
+            "device": _device,
+            "ref": self._refer,
             "tuple": lambda items: tuple(self(item) for item in items),
             "set": lambda items: {self(item) for item in items},
             "dict": lambda pairs: {self(key): self(item) for key, item in pairs},
@@ -132,17 +133,55 @@ class Decoder:
         if not isinstance(node, dict):
             return node
         if "shared" in node:
-            value = self._shared[node["shared"]] = self(node["value"])
-            return value
+            if node["shared"] not in self._shared:
+                self._shared[node["shared"]] = self(node["value"])
+            return self._shared[node["shared"]]
         if "odict" in node:
-            value = OrderedDict((self(key), self(item)) for key, item in node["odict"])
-            for name, item in node.get("attributes", {}).items():
-                setattr(value, name, self(item))
-            return value
+            return self._ordered(node["odict"], node.get("attributes", {}))
         (kind, content), *rest = node.items()
         if rest:
             raise ValueError(kind)
         return self._simple[kind](content)
+
+    def _refer(self, name: Any) -> Any:
+        if name not in self._shared:
+            self(self._definitions[name])
+        return self._shared[name]
+
+    def _ordered(self, pairs: Any, attributes: Mapping[str, Any]) -> OrderedDict[Any, Any]:
+        value = OrderedDict((self(key), self(item)) for key, item in pairs)
+        for name, item in attributes.items():
+            if hasattr(OrderedDict, name):
+                raise ValueError(name)  # a dictionary whose methods are data would fail later
+            setattr(value, name, self(item))
+        return value
+
+
+# What a decoder raises over a manifest that no encoder wrote.
+NONSENSE = (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError,
+            RecursionError, struct.error)  # fmt: skip
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def _index(value: Any, end: int = _INT64) -> int:
+    """`value` if it is an integer from 0 to `end` - 1; JSON might hold anything."""
+    if type(value) is not int:
+        raise TypeError(value)
+    if not 0 <= value < end:
+        raise ValueError(value)
+    return value
+
+
+def _device(text: Any) -> torch.device:
+    try:
+        return torch.device(_text(text))
+    except RuntimeError as error:
+        raise ValueError(text) from error
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -151,21 +190,42 @@ class Decoder:
 def read(reader: Reader, *, only: str | None = None) -> Any:
     """The state in an open checkpoint, every byte that is used verified before it is believed.
 
-    With `only`, that one top-level key alone: other tensors are neither read nor allocated.
+    With `only`, that one top-level key alone: other tensors are neither read nor allocated. Without
+    it every byte of the file is verified, the pickle for other people's `torch.load` too.
     Raises `DamagedCheckpoint`; `ForeignCheckpoint` where the manifest makes no sense.
     """
     reader.check_structure()
-    tensors = _TensorSource(reader)
     try:
-        tree = reader.manifest["tree"]
-        if only is not None:
-            tree = next(item for key, item in tree["dict"] if key == only)
-        return Decoder(tensors)(tree)
-    except (KeyError, ValueError, TypeError, IndexError, RecursionError, StopIteration,
-            struct.error) as error:  # fmt: skip
+        tensors, tree = _TensorSource(reader), reader.manifest["tree"]
+        if only is None:
+            state = Decoder(tensors)(tree)
+        else:
+            part = [item for key, item in tree["dict"] if key == only]
+            state = Decoder(tensors, _definitions(tree))(part[0]) if part else None
+    except NONSENSE as error:
         raise ForeignCheckpoint(
             _("{path} has a manifest that makes no sense.", path=reader.path)
         ) from error
+    if only is None:
+        tensors.verify_others()
+    elif not part:
+        raise ForeignCheckpoint(_("{path} holds no {name}.", path=reader.path, name=only))
+    return state
+
+
+def _definitions(tree: Any) -> dict[Any, Any]:
+    """Every node that defines a shared container, by its name."""
+    found: dict[Any, Any] = {}
+    nodes = [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            if "shared" in node:
+                found.setdefault(node["shared"], node)
+            nodes.extend(node.values())
+        elif isinstance(node, list):
+            nodes.extend(node)
+    return found
 
 
 class _TensorSource:
@@ -173,32 +233,40 @@ class _TensorSource:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._entries = reader.manifest["tensors"]
+        self._entries: list[Any] = reader.manifest["tensors"]
         self._by_name: dict[str, Record] = {record.name: record for record in reader.records}
-        self._storages: dict[int, torch.Tensor] = {}
+        self._storages: dict[str, torch.Tensor] = {}
         self._tensors: dict[int, torch.Tensor] = {}
 
     def __call__(self, index: int) -> torch.Tensor:
+        index = _index(index, len(self._entries))
         if index not in self._tensors:
             self._tensors[index] = self._build(self._entries[index])
         return self._tensors[index]
 
+    def verify_others(self) -> None:
+        """Check the records that no tensor has come from."""
+        for name, record in self._by_name.items():
+            if name not in self._storages:
+                self._reader.verify_record(record)
+
     def _build(self, entry: Mapping[str, Any]) -> torch.Tensor:
-        dtype, shape, stride = _DTYPES[entry["dtype"]], entry["shape"], entry["stride"]
-        key, offset = entry["storage"], entry["offset"]
-        raw = self._storages.get(key)
-        if raw is None:
-            raw = self._storages[key] = self._load(self._by_name[f"{ARCHIVE}/data/{key}"])
+        dtype, offset = DTYPES[entry["dtype"]], _index(entry["offset"])
+        shape = [_index(n) for n in entry["shape"]]
+        stride = [_index(n) for n in entry["stride"]]
+        name = f"{ARCHIVE}/data/{_index(entry['storage'])}"
+        record = self._by_name[name]
         # Bounds first: a stride or shape that reaches outside must never become a tensor.
-        if len(shape) != len(stride) or min([offset, *shape, *stride], default=0) < 0:
-            raise ValueError(entry["path"])
         reach = sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1
         if 0 in shape:
             reach = 0
-        if (offset + reach) * dtype.itemsize > raw.nbytes:
-            raise ValueError(entry["path"])
+        elements = math.prod(max(n, 1) for n in shape)
+        if (offset + reach) * dtype.itemsize > record.size or elements >= _INT64:
+            raise ValueError(entry)
+        if name not in self._storages:
+            self._storages[name] = self._load(record)
         result = torch.empty(0, dtype=dtype)
-        return result.set_(raw.untyped_storage(), offset, shape, stride)
+        return result.set_(self._storages[name].untyped_storage(), offset, shape, stride)
 
     def _load(self, record: Record) -> torch.Tensor:
         raw = torch.empty(record.size, dtype=torch.uint8)

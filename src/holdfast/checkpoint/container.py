@@ -1,7 +1,7 @@
 """The file: a ZIP of stored records that is a standard `.pt`, its manifest, reading and verifying.
 
 Only bytes live here: no torch, no pickle, no names of directories. `docs/en/format.md` specifies
-the format; this module is the one place that implements it.
+the format; this module and layout.py are the one place that implements it.
 
     checkpoint/data/0 … data/N     one record a storage, aligned
     checkpoint/data.pkl            for everybody else's `torch.load`; we never unpickle it
@@ -9,9 +9,9 @@ the format; this module is the one place that implements it.
     checkpoint/holdfast.json       the manifest: identity, records with checksums, tensors, values
     central directory, end record  with a comment of fixed length that says where the manifest is
 
-Every byte that is not payload is a pure function of (name, size, CRC-32) of the records in their
-order. So verifying is: hash the manifest, compute what the headers must be and compare, hash each
-payload. No byte of the file is left out of that.
+Every byte that is not payload is known from the records alone (layout.py). So verifying is: hash
+the manifest, compute what the headers must be and compare, hash each payload. No byte of the file
+is left out of that.
 """
 
 from __future__ import annotations
@@ -30,139 +30,30 @@ from typing import IO, Any
 import xxhash
 from isal import isal_zlib
 
-from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint
+from holdfast.checkpoint.layout import (
+    ARCHIVE,
+    COMMENT_RE,
+    COMMENT_SIZE,
+    MANIFEST,
+    PADDING_ID,
+    PAGE,
+    Record,
+    local_header,
+    place,
+    plan,
+    tail,
+)
+from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint, UnsupportedValue
 from holdfast.i18n import _
 
-ARCHIVE = "checkpoint"
-MANIFEST = f"{ARCHIVE}/holdfast.json"
 FORMAT_VERSION = 1
-
-PAGE = 4096  # payloads of a page or more start on one: direct I/O and mmap want it
-SMALL = 64  # smaller ones on a cache line: a state with thousands of scalars stays small
 
 Buffer = bytes | bytearray | memoryview
 
-_LOCAL = struct.Struct("<IHHHHHIIIHH")  # local file header
-_CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")  # central directory entry
-_END = struct.Struct("<IHHHHIIH")
-_END64 = struct.Struct("<IQHHIIQQQQ")
-_LOCATOR64 = struct.Struct("<IIQI")
-_U32 = 0xFFFFFFFF
-_PADDING_ID = 0x4648  # "HF": the extra field whose zeros move a payload to its alignment
-_DOS_DATE = (1980 - 1980) << 9 | 1 << 5 | 1  # a fixed date: the same state gives the same bytes
-_COMMENT = "holdfast 1 manifest {offset:020d} {size:020d} xxh3_128 {digest}"
-_COMMENT_RE = re.compile(rb"holdfast 1 manifest (\d{20}) (\d{20}) xxh3_128 ([0-9a-f]{32})")
-_COMMENT_SIZE = len(_COMMENT.format(offset=0, size=0, digest="0" * 32))
 _MAX_MANIFEST = 1 << 30  # refuse to allocate more than this for a manifest that a file claims
+_NAME_RE = re.compile(r"[\x21-\x7e]{1,255}")
 _seek_lock = threading.Lock()
 CHUNK = 1 << 22  # what is hashed and read at a time: fits the caches, hides the system call
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One stored record: `offset` is where its payload starts, `header` its local header."""
-
-    name: str
-    header: int
-    offset: int
-    size: int
-    crc32: int = 0
-    xxh3: str = "0" * 32
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.size
-
-    def to_json(self) -> dict[str, Any]:
-        # Fixed-width checksums: the size of a manifest is known before the first byte is hashed.
-        return {
-            "name": self.name,
-            "offset": self.offset,
-            "size": self.size,
-            "crc32": f"{self.crc32:08x}",
-            "xxh3_128": self.xxh3,
-        }
-
-
-# ---------------------------------------------------------------------------------------- layout
-
-
-def place(cursor: int, name: str, size: int, crc32: int = 0, xxh3: str = "0" * 32) -> Record:
-    """Put a record behind `cursor`: its header there, its payload on the next alignment."""
-    align = PAGE if size >= PAGE else SMALL
-    earliest = cursor + _LOCAL.size + len(name.encode()) + _zip64_local(size) + 4
-    offset = -(-earliest // align) * align
-    return Record(name, cursor, offset, size, crc32, xxh3)
-
-
-def plan(sizes: Iterable[tuple[str, int]]) -> list[Record]:
-    """Offsets of `(name, size in bytes)` in their order; a pure function of names and sizes."""
-    records: list[Record] = []
-    cursor = 0
-    for name, size in sizes:
-        records.append(place(cursor, name, size))
-        cursor = records[-1].end
-    return records
-
-
-def _zip64_local(size: int) -> int:
-    return 20 if size >= _U32 else 0
-
-
-def local_header(record: Record) -> bytes:
-    """The bytes from `record.header` to `record.offset`."""
-    name = record.name.encode()
-    extra = b""
-    size = record.size
-    if _zip64_local(size):
-        extra = struct.pack("<HHQQ", 1, 16, size, size)
-        size = _U32
-    padding = record.offset - record.header - _LOCAL.size - len(name) - len(extra) - 4
-    extra += struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
-    version = 45 if record.size >= _U32 else 20
-    return (
-        _LOCAL.pack(
-            0x04034B50, version, 0, 0, 0, _DOS_DATE, record.crc32, size, size, len(name), len(extra)
-        )
-        + name
-        + extra
-    )
-
-
-def tail(records: Sequence[Record]) -> bytes:
-    """Central directory and end records; the last record is the manifest."""
-    start = records[-1].end
-    entries = b"".join(_central_entry(record) for record in records)
-    manifest = records[-1]
-    comment = _COMMENT.format(
-        offset=manifest.offset, size=manifest.size, digest=manifest.xxh3
-    ).encode()
-    end64 = b""
-    count, size, offset = len(records), len(entries), start
-    if count >= 0xFFFF or offset >= _U32 or size >= _U32:
-        at = start + size
-        end64 = _END64.pack(0x06064B50, 44, 45, 45, 0, 0, count, count, size, offset)
-        end64 += _LOCATOR64.pack(0x07064B50, 0, at, 1)
-        count, size, offset = min(count, 0xFFFF), min(size, _U32), min(offset, _U32)
-    end = _END.pack(0x06054B50, 0, 0, count, count, size, offset, len(comment))
-    return entries + end64 + end + comment
-
-
-def _central_entry(record: Record) -> bytes:
-    name = record.name.encode()
-    wide = b""
-    size, header = record.size, record.header
-    if size >= _U32:
-        wide += struct.pack("<QQ", size, size)
-        size = _U32
-    if header >= _U32:
-        wide += struct.pack("<Q", header)
-        header = _U32
-    extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
-    version = 45 if wide else 20
-    fields = (0x02014B50, version, version, 0, 0, 0, _DOS_DATE, record.crc32, size, size)
-    lengths = (len(name), len(extra), 0, 0, 0, 0)
-    return _CENTRAL.pack(*fields, *lengths, header) + name + extra
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -218,6 +109,11 @@ def build(
     }
     body = json.dumps(manifest, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = body.encode("utf-8", "surrogatepass")
+    if len(text) + reserve > _MAX_MANIFEST:
+        raise UnsupportedValue(
+            _("The plain values of the state take {size} MB; keep such data in tensors.",
+              size=(len(text) + reserve) >> 20)
+        )  # fmt: skip
     text = _pad_manifest(text, records, reserve)
     slot = place(records[-1].end, MANIFEST, len(text), *checksums(text))
     pieces: list[tuple[int, Buffer]] = []
@@ -246,6 +142,10 @@ def _pad_manifest(text: bytes, records: Sequence[Record], reserve: int) -> bytes
 
 
 # ---------------------------------------------------------------------------------------- reading
+
+
+class NewerFormat(ForeignCheckpoint):
+    """A checkpoint that a later holdfast wrote: intact for all we know, and not ours to judge."""
 
 
 class Reader:
@@ -324,21 +224,21 @@ class Reader:
     def verify(self, *, threads: int = 2) -> None:
         """Check every byte of the file; raise `DamagedCheckpoint` with the first fault found."""
         self.check_structure()
-
-        def one(record: Record) -> None:
-            scratch = memoryview(bytearray(min(record.size, CHUNK)))
-
-            def stream() -> Iterator[Buffer]:
-                for start in range(0, record.size, CHUNK):
-                    part = scratch[: min(CHUNK, record.size - start)]
-                    self._preadinto(record.offset + start, part)
-                    yield part
-
-            self.check(record, stream())
-
         with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-verify") as pool:
-            for _done in pool.map(one, self.records):
+            for _done in pool.map(self.verify_record, self.records):
                 pass
+
+    def verify_record(self, record: Record) -> None:
+        """Check the payload of one record in bounded memory."""
+        scratch = memoryview(bytearray(min(record.size, CHUNK)))
+
+        def stream() -> Iterator[Buffer]:
+            for start in range(0, record.size, CHUNK):
+                part = scratch[: min(CHUNK, record.size - start)]
+                self._preadinto(record.offset + start, part)
+                yield part
+
+        self.check(record, stream())
 
     def forget_cached(self) -> None:
         """Ask the kernel to drop the file's pages, so that the next read comes from the device."""
@@ -354,8 +254,8 @@ class Reader:
     # ------------------------------------------------------------------------------ the first look
 
     def _read_manifest(self) -> tuple[dict[str, Any], Record]:
-        comment = self._pread(max(0, self.size - _COMMENT_SIZE), _COMMENT_SIZE, short=True)
-        found = _COMMENT_RE.fullmatch(comment)
+        comment = self._pread(max(0, self.size - COMMENT_SIZE), COMMENT_SIZE, short=True)
+        found = COMMENT_RE.fullmatch(comment)
         if found is None:
             raise self._not_ours()
         offset, size, digest = int(found[1]), int(found[2]), found[3].decode()
@@ -370,8 +270,10 @@ class Reader:
             version = manifest["format_version"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._senseless() from error
-        if version != FORMAT_VERSION:
-            raise ForeignCheckpoint(
+        if not isinstance(version, int) or version < FORMAT_VERSION:
+            raise self._senseless()
+        if version > FORMAT_VERSION:
+            raise NewerFormat(
                 _("{path} has format version {version}; this holdfast reads {ours}: update it.",
                   path=self.path, version=version, ours=FORMAT_VERSION)
             )  # fmt: skip
@@ -379,19 +281,26 @@ class Reader:
 
     def _parse_records(self) -> list[Record]:
         """The records, each where the layout rule puts it: stated offsets are not believed."""
+        stated = self.manifest.get("records")
+        if not isinstance(stated, list) or not stated:
+            raise self._senseless()
         records: list[Record] = []
-        cursor = 0
-        for entry in self.manifest["records"]:
+        names = {MANIFEST}
+        for entry in stated:
             try:
-                name, size, offset = str(entry["name"]), int(entry["size"]), int(entry["offset"])
-                record = place(cursor, name, size, int(entry["crc32"], 16), entry["xxh3_128"])
+                name, size, crc32 = entry["name"], entry["size"], int(entry["crc32"], 16)
+                offset, xxh3 = entry["offset"], entry["xxh3_128"]
+                sane = type(size) is int and size >= 0 and _NAME_RE.fullmatch(name) is not None
             except (ValueError, KeyError, TypeError) as error:
                 raise self._senseless() from error
-            if record.offset != offset or size < 0 or record.end > self.size:
+            if not sane or name in names or not 0 <= crc32 < 1 << 32:
+                raise self._senseless()
+            record = place(records[-1].end if records else 0, name, size, crc32, xxh3)
+            if record.offset != offset or record.end > self.size:
                 raise self._damaged(_("record {name} lies outside the file", name=name))
             records.append(record)
-            cursor = record.end
-        slot = place(cursor, MANIFEST, self._slot.size, self._slot.crc32, self._slot.xxh3)
+            names.add(name)
+        slot = place(records[-1].end, MANIFEST, self._slot.size, self._slot.crc32, self._slot.xxh3)
         if slot.offset != self._slot.offset:
             raise self._damaged(_("its manifest is not where it belongs"))
         self._slot = slot
@@ -401,7 +310,7 @@ class Reader:
         if self.size == 0:
             return self._damaged(_("it is empty"))
         head = self._pread(0, min(self.size, 256), short=True)
-        if f"{ARCHIVE}/data".encode() in head and struct.pack("<H", _PADDING_ID) in head:
+        if f"{ARCHIVE}/data".encode() in head and struct.pack("<H", PADDING_ID) in head:
             return self._damaged(_("its end is missing: it was cut or overwritten"))
         if not any(head):
             return self._damaged(_("it begins with zeros: its data never reached the disk"))

@@ -96,6 +96,7 @@ class CheckpointManager:
         reserve: bytes behind the tensors that are claimed for values, so that every file of the
             run has one size; 0 rounds up to whole pages.
         on_event: called with (event, fields) as things happen, in the saving thread.
+        lock: the lock of `directory` (`run_lock`), where the caller holds it already.
 
     Raises:
         RunLocked: another process works in `directory`.
@@ -115,6 +116,7 @@ class CheckpointManager:
         rng: bool = True,
         reserve: int = 0,
         on_event: EventHandler | None = None,
+        lock: FileLock | None = None,
     ) -> None:
         self.catalog = Catalog(directory)
         self.state = state
@@ -134,8 +136,9 @@ class CheckpointManager:
         self._configured = configurations(state)
         normalise(self._payload(step=0, epoch=None))  # what cannot be saved is said now
         filesystem.make_directory(self.catalog.directory)
-        self._lock = FileLock(self.catalog.directory / ".run.lock")
-        self._lock.acquire()
+        self._lock = lock or run_lock(directory)
+        if lock is None:
+            self._lock.acquire()
         self._sweep()
 
     def __enter__(self) -> CheckpointManager:
@@ -148,6 +151,11 @@ class CheckpointManager:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the newest durable checkpoint of this run; 0 where there is none."""
+        return self._saved_step
 
     def close(self) -> None:
         """Give the run directory back."""
@@ -310,9 +318,8 @@ class CheckpointManager:
         return saved
 
     def _image(
-        self, step: int, epoch: int | None, metrics: Mapping[str, Any], kind: str, reason: str,
-        *, hashed: bool = True,
-    ) -> container.Image:  # fmt: skip
+        self, step: int, epoch: int | None, metrics: Mapping[str, Any], kind: str, reason: str
+    ) -> container.Image:
         """The whole file in memory, without a copy of what lies in host memory already."""
         tree = normalise(self._payload(step=step, epoch=epoch))
         score = metrics.get(self._metric)
@@ -339,7 +346,7 @@ class CheckpointManager:
             "configured": self._configured,
             **codec.to_json(tree),
         }
-        return container.build(tree.payloads(), manifest, reserve=self._reserve, hashed=hashed)
+        return container.build(tree.payloads(), manifest, reserve=self._reserve)
 
     def _payload(self, *, step: int, epoch: int | None) -> dict[str, Any]:
         payload = {"epoch": epoch, "global_step": step, **self.state}
@@ -398,11 +405,6 @@ class CheckpointManager:
             result[entry.names[0]] = verify(self.catalog.path(entry))
         return result
 
-    def checkpoint_size(self) -> int:
-        """The exact size in bytes that a checkpoint of the state as it is now has."""
-        image = self._image(0, 0, {}, "epoch", "epoch", hashed=False)
-        return image.size
-
     # ------------------------------------------------------------------------------------ telling
 
     def _report(self, event: str, **fields: Any) -> None:
@@ -421,6 +423,22 @@ class CheckpointManager:
         else:
             level = logging.WARNING if event in ("failed", "quarantined") else logging.INFO
             log.log(level, "%s %s", event, fields)
+
+
+def checkpoint_size(state: Mapping[str, Any], *, rng: bool = True, reserve: int) -> int:
+    """The exact size in bytes of every checkpoint of `state`, known without writing one.
+
+    `reserve` as the manager will have it; it must be enough for the values, as it is for all files
+    of one run to have one size.
+    """
+    payload = {**state, "rng": RandomState()} if rng else dict(state)
+    tree = normalise(payload)
+    return container.build(tree.payloads(), codec.to_json(tree), reserve=reserve, hashed=False).size
+
+
+def run_lock(directory: str | os.PathLike[str]) -> FileLock:
+    """The lock of a run directory: whoever trains there holds it."""
+    return FileLock(Path(directory) / ".run.lock")
 
 
 def load(path: str | os.PathLike[str], *, only: str | None = None) -> Any:

@@ -8,9 +8,9 @@ everybody else (here) and the JSON that our own reader builds objects from (code
 from __future__ import annotations
 
 import codecs
-import enum
 import io
 import pickle
+import re
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.checkpoint.container import ARCHIVE, Buffer
+from holdfast.checkpoint.container import Buffer
+from holdfast.checkpoint.layout import ARCHIVE
 from holdfast.errors import UnsupportedValue
 from holdfast.i18n import _
 
@@ -41,6 +42,20 @@ _STORAGE_TYPES = {
     torch.complex128: "ComplexDoubleStorage",
     torch.complex64: "ComplexFloatStorage",
 }
+
+MAX_DEPTH = 100  # what pickle, JSON and their readers all manage on Python's default stack
+_LONGEST_INT = 8 * 255 - 1  # bits: longer ones are pickled by LONG4, which weights_only lacks
+
+
+def _dtypes() -> dict[str, torch.dtype]:
+    """The dtypes of plain tensors by name; not the quantised ones, nor those of 1 to 7 bits."""
+    found = (getattr(torch, name) for name in dir(torch))
+    names = {str(d).removeprefix("torch."): d for d in found if isinstance(d, torch.dtype)}
+    strange = re.compile(r"qu?int\d.*|u?int[1-7]").fullmatch
+    return {name: dtype for name, dtype in names.items() if not strange(name)}
+
+
+DTYPES = _dtypes()
 
 
 # -------------------------------------------------------------------------------- a tree to save
@@ -84,6 +99,8 @@ class TensorLeaf:
     @property
     def offset(self) -> int:
         """Offset into the saved storage, in elements."""
+        if self.tensor.numel() == 0:
+            return 0  # it has no bytes, and may point outside those that are saved
         return int(self.tensor.storage_offset()) - self.storage.start // self.tensor.element_size()
 
     def to_json(self) -> dict[str, Any]:
@@ -197,15 +214,19 @@ class _Normaliser:
     open: set[int] = field(default_factory=set)
 
     def __call__(self, value: Any, path: str) -> Any:
-        if value is None or isinstance(value, bool | torch.dtype | torch.device):
+        if value is None or isinstance(value, bool | torch.device):
             return value
-        scalar = self._scalar(value)
+        scalar = self._scalar(value, path)
         if scalar is not None:
             return scalar
         if id(value) in self.memo:
             return self.memo[id(value)]
         if id(value) in self.open:
             raise UnsupportedValue(_("{path} contains itself.", path=path or "state"))
+        if len(self.open) >= MAX_DEPTH:
+            raise UnsupportedValue(
+                _("{path} lies more than {depth} containers deep.", path=path, depth=MAX_DEPTH)
+            )
         self.open.add(id(value))
         result = self._compound(value, path)
         self.open.discard(id(value))
@@ -214,15 +235,32 @@ class _Normaliser:
         return result
 
     @staticmethod
-    def _scalar(value: Any) -> Any:
-        """A number, text or bytes as its plain type, or None where it is none of these."""
-        if isinstance(value, np.generic):
+    def _scalar(value: Any, path: str) -> Any:  # noqa: PLR0911 - one line a type
+        """A number, text or bytes as its plain type, or None where it is none of these.
+
+        Subclasses are asked through the base type: their own `__str__` or `__int__` may lie.
+        """
+        if isinstance(value, np.generic) and not isinstance(value, np.datetime64 | np.timedelta64):
             value = value.item()
-        for plain in (bool, int, float, complex, str, bytes, bytearray):
-            if isinstance(value, plain):
-                if value == b"" and plain is bytes:
-                    return _EMPTY_BYTES
-                return value if type(value) is plain else plain(_undressed(value))
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, int):
+            if value.bit_length() > _LONGEST_INT:
+                raise UnsupportedValue(
+                    _("{path} is an integer of {bits} bits; torch.load reads at most {most}.",
+                      path=path, bits=value.bit_length(), most=_LONGEST_INT)
+                )  # fmt: skip
+            return int.__index__(value)
+        if isinstance(value, float):
+            return float.__float__(value)
+        if isinstance(value, complex):
+            return value if type(value) is complex else complex.__pos__(value)
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, bytes):
+            return bytes.__getitem__(value, slice(None)) or _EMPTY_BYTES
+        if isinstance(value, torch.dtype) and value in DTYPES.values():
+            return value
         return None
 
     def _compound(self, value: Any, path: str) -> Any:  # noqa: PLR0911 - one line a type
@@ -230,6 +268,8 @@ class _Normaliser:
             return self._tensor(value, path)
         if isinstance(value, np.ndarray):
             return self._tensor(self._from_numpy(value, path), path)
+        if isinstance(value, bytearray):
+            return bytearray(memoryview(value))
         if isinstance(value, torch.Size):
             return value
         if isinstance(value, Mapping):
@@ -239,10 +279,12 @@ class _Normaliser:
         if isinstance(value, list | deque):
             return [self(item, f"{path}/{i}") for i, item in enumerate(value)]
         if isinstance(value, set | frozenset):
-            items = {self(item, f"{path}/{i}") for i, item in enumerate(value)}
+            items = [self(item, f"{path}/{i}") for i, item in enumerate(value)]
             if any(isinstance(item, TensorLeaf) for item in items):
                 raise UnsupportedValue(_("{path} is a set of tensors; use a list.", path=path))
-            return items
+            if not all(_hashable(item) for item in items):
+                raise UnsupportedValue(_("{path} is a set of sets; use a list.", path=path))
+            return set(items)
         if callable(getattr(value, "state_dict", None)):
             return self(value.state_dict(), path)
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -256,25 +298,26 @@ class _Normaliser:
         result: dict[Any, Any] = OrderedDict() if ordered else {}
         for key, item in value.items():
             plain = self(key, f"{path}/{key}")
-            if isinstance(plain, TensorLeaf | list | dict | set):
+            if isinstance(plain, TensorLeaf) or not _hashable(plain):
                 raise UnsupportedValue(_("{path} has a key that is no plain value.", path=path))
             result[plain] = self(item, f"{path}/{key}" if path else str(key))
+        if len(result) != len(value):
+            raise UnsupportedValue(_("{path} has keys that become one when saved.", path=path))
         if ordered and vars(value):  # state_dict() hangs `_metadata` on its OrderedDict
             for name, item in vars(value).items():
                 setattr(result, name, self(item, f"{path}.{name}"))
         return result
 
     def _tensor(self, value: torch.Tensor, path: str) -> TensorLeaf:
-        if isinstance(value, torch.nn.Parameter):
+        if type(value) is torch.nn.Parameter:  # not the uninitialised ones of lazy modules
             value = value.data
-        value = value.detach().resolve_conj().resolve_neg()
-        plain = type(value) is torch.Tensor and value.layout is torch.strided
-        if not plain or value.is_quantized or value.device.type == "meta" or value.is_nested:
+        if not _is_dense(value):
             kind = f"{type(value).__name__} ({value.layout}, {value.dtype}, {value.device})"
             raise UnsupportedValue(
                 _("{path} is a {kind}; only plain dense tensors can be saved.", path=path,
                   kind=kind)
             )  # fmt: skip
+        value = value.detach().resolve_conj().resolve_neg()
         storage = value.untyped_storage()
         start, stop = _span(value)
         # An empty storage has no address: each is its own.
@@ -289,6 +332,8 @@ class _Normaliser:
                   "save one of them, or a clone.", path=path, a=value.dtype, b=known.dtype)
             )  # fmt: skip
         elif start < stop:
+            if storage.nbytes() > known.source.nbytes():
+                known.source = storage  # two tensors over one address, as torch.from_numpy makes
             empty = known.start == known.stop
             known.start = start if empty else min(known.start, start)
             known.stop = stop if empty else max(known.stop, stop)
@@ -307,8 +352,23 @@ class _Normaliser:
             ) from error  # fmt: skip
 
 
-def _undressed(value: Any) -> Any:
-    return value.value if isinstance(value, enum.Enum) else value
+def _is_dense(value: torch.Tensor) -> bool:
+    return (
+        type(value) is torch.Tensor
+        and value.layout is torch.strided
+        and not value.is_quantized
+        and not value.is_nested
+        and value.device.type != "meta"
+        and value.dtype in DTYPES.values()
+    )
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

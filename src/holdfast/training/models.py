@@ -133,6 +133,14 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     ]
 
 
+def plain_config(model: Any) -> dict[str, Any]:
+    """The model's configuration without what depends on the library or the machine."""
+    config = model.config.to_dict()
+    for name in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
+        config.pop(name, None)
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
 # --------------------------------------------------------------------------------- the machine
 
 
@@ -157,7 +165,7 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 def has_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bf16 matrices faster than fp32 ones."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     try:

@@ -1,0 +1,64 @@
+# Holdfast: `make train-chinese` trains a small Chinese model; `make test` checks everything.
+
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+SERVE_PORT ?= 8000
+
+.DEFAULT_GOAL := help
+.PHONY: help install train-chinese test test-all lint i18n bench serve clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Says in words what is missing, instead of pip's or venv's own complaint.
+$(VENV)/.checked:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "holdfast: $(PYTHON) is not installed; install Python 3.10 or newer, or: make PYTHON=/path/to/python3"; \
+	  echo "holdfast: 没有找到 $(PYTHON)；请安装 Python 3.10 或更新版本，或者：make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "holdfast: $(PYTHON) is older than 3.10; name a newer one: make PYTHON=python3.12"; \
+	  echo "holdfast: $(PYTHON) 版本低于 3.10；请指定更新的版本：make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "holdfast: Python's venv module is missing; on Debian and Ubuntu: sudo apt install python3-venv"; \
+	  echo "holdfast: 缺少 Python 的 venv 模块；Debian 和 Ubuntu 上：sudo apt install python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch alone first: the pinned build satisfies everything that comes after it.
+$(VENV)/.train: $(VENV)/.checked pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.train  ## make .venv with everything that training needs
+
+train-chinese: install  ## train a small Chinese model on data/zh_sample.txt; again: go on
+	$(BIN)/python train_chinese.py --preset quick $(ARGS)
+
+test: $(VENV)/.dev lint  ## the test suite (about 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: $(VENV)/.dev lint  ## the same with the slow tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.dev  ## ruff and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+i18n: $(VENV)/.dev  ## collect the strings again and compile the catalogues
+	$(BIN)/python tests/catalogues.py update
+
+bench: $(VENV)/.dev  ## speed of training beside the peers
+	$(BIN)/python benchmarks/train_speed.py
+
+serve:  ## serve a trained model (comes with a later version)
+	@echo "holdfast: serving is not part of this version yet / 此版本尚不支持模型服务"; exit 2
+
+clean:  ## remove .venv and caches; never a checkpoint
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

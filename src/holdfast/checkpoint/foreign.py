@@ -1,0 +1,69 @@
+"""Weights from `.pt` files that others wrote: read with `weights_only`, never executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.checkpoint.manager import load
+from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
+from holdfast.i18n import _
+
+# Where the usual training scripts put the weights: ours and the original guides', the PyTorch
+# tutorials', Lightning's.
+_WEIGHT_KEYS = ("model", "model_state_dict", "state_dict")
+
+
+def load_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint of ours (verified) or in anybody's `.pt` (safely read).
+
+    Raises `CheckpointError` with the reason where there are none that can be trusted.
+    """
+    try:
+        state = load(path, only="model")
+    except DamagedCheckpoint:
+        raise
+    except CheckpointError:
+        state = _load_foreign(Path(path))
+    if isinstance(state, Mapping):
+        for key in _WEIGHT_KEYS:
+            if isinstance(state.get(key), Mapping):
+                state = state[key]
+                break
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(
+        state, Mapping) else {}  # fmt: skip
+    if not tensors:
+        raise ForeignCheckpoint(_("{path} holds no weights that could be found.", path=path))
+    return tensors
+
+
+def _load_foreign(path: Path) -> Any:
+    """`torch.load` with `weights_only`, its many ways to fail turned into ours."""
+    if not zipfile.is_zipfile(path):
+        raise ForeignCheckpoint(
+            _("{path} is no PyTorch checkpoint, or a very old or damaged one.", path=path)
+        )
+    with zipfile.ZipFile(path) as archive:
+        # torch stores and never compresses: whatever inflates is not its file but a bomb.
+        claimed = sum(item.file_size for item in archive.infolist())
+        if claimed > path.stat().st_size:
+            raise ForeignCheckpoint(
+                _("{path} claims more bytes than it has; it was not loaded.", path=path)
+            )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ForeignCheckpoint(
+            _("{path} wants to run code when it is loaded; it was not. Only files of tensors and "
+              "plain values are read.", path=path)
+        ) from error  # fmt: skip
+    except (RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DamagedCheckpoint(
+            _("{path} is damaged: {why}.", path=path, why=str(error).strip().split("\n")[0])
+        ) from error

@@ -1,0 +1,147 @@
+"""`holdfast COMMAND …`: finds the command, speaks the user's language, and ends with the truth.
+
+Errors become one line and an exit status here, and nowhere else. Nothing heavy is imported before
+the command is known.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from holdfast import __version__
+from holdfast.cli.options import language_of
+from holdfast.errors import ConfigError, HoldfastError
+from holdfast.i18n import N_, _, detect_language, set_language
+
+Command = Callable[[Sequence[str], str], int]
+
+_TRAIN_HELP = N_("train a language model from a text file")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "holdfast", lang: str = "") -> int:
+    """Run one command and return its exit status. `lang` is the default language of `prog`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    set_language(language_of(words) or lang or detect_language())
+    debug = "--debug" in words
+    try:
+        return _dispatch(words, prog)
+    except HoldfastError as error:
+        return _fail(str(error), error.exit_code, error, debug)
+    except KeyboardInterrupt as error:
+        return _fail(_("Stopped at once; what was durable is intact."), 130, error, debug)
+    except BrokenPipeError:
+        _silence_stdout()
+        return 141  # 128 + SIGPIPE, as other tools end when `head` has seen enough
+    except MemoryError as error:
+        return _fail(
+            _("Out of memory. Use a smaller --model, --batch-size or --context-length."), 6, error,
+            debug,
+        )  # fmt: skip
+    except OSError as error:
+        return _fail(_explain(error), 1, error, debug)
+
+
+def train_main(
+    argv: Sequence[str] | None = None, prog: str = "holdfast train", lang: str = ""
+) -> int:
+    """`train` alone: what train_cli.py and train_chinese.py run."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return main(["train", *words], prog=prog.removesuffix(" train"), lang=lang)
+
+
+def _dispatch(words: list[str], prog: str) -> int:
+    commands = _commands()
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage(prog, commands))
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"holdfast {__version__}")
+        return 0
+    name, *rest = words
+    if name == "--debug" or (name.startswith("--lang")):
+        skip = 2 if name == "--lang" else 1
+        return _dispatch([*words[skip:], *words[:skip]], prog) if len(words) > skip else 2
+    if name not in commands:
+        from holdfast.training.fields import did_you_mean, nearest
+
+        raise ConfigError(
+            _("{prog} has no command {name}{hint}; see {prog} --help", prog=prog, name=name,
+              hint=did_you_mean(nearest(name, commands)))
+        )  # fmt: skip
+    called = prog if prog.endswith(".py") and name == "train" else f"{prog} {name}"
+    return commands[name][1](rest, called)
+
+
+def _commands() -> dict[str, tuple[str, Command]]:
+    from holdfast.cli.manage import COMMANDS
+
+    return {"train": (_(_TRAIN_HELP), _train), **COMMANDS}
+
+
+def _usage(prog: str, commands: dict[str, tuple[str, Command]]) -> str:
+    rows = "\n".join(f"  {name:<10} {_(text)}" for name, (text, _run) in commands.items())
+    return _(
+        "Holdfast: train a model and never lose a step.\n"
+        "\n"
+        "usage: {prog} COMMAND [options]\n"
+        "\n"
+        "{rows}\n"
+        "\n"
+        "Example: {prog} train --preset quick\n"
+        "{prog} COMMAND --help tells more; --lang zh|en, --debug and --version work everywhere.",
+        prog=prog,
+        rows=rows,
+    )
+
+
+def _train(argv: Sequence[str], prog: str) -> int:
+    try:
+        from holdfast.cli.train import train
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("holdfast"):
+            raise
+        raise ConfigError(
+            _("Training needs the package {name}: pip install 'holdfast[train]'", name=error.name)
+        ) from error
+    return train(argv, prog)
+
+
+# ------------------------------------------------------------------------------------- bad ends
+
+
+def _fail(message: str, status: int, error: BaseException, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    try:
+        for line in message.splitlines():
+            print(f"holdfast: {line}", file=sys.stderr)
+        sys.stdout.flush()
+    except OSError:  # the terminal is gone; the status still tells
+        _silence_stdout()
+    return status
+
+
+def _explain(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    what = {
+        errno.ENOSPC: _("the disk is full. Free some space and start again."),
+        errno.EDQUOT: _("your disk quota is used up. Free some space and start again."),
+        errno.EROFS: _("the file system is read-only. Choose another --checkpoint-dir."),
+        errno.EACCES: _("permission denied. Choose a directory that you may write."),
+        errno.EPERM: _("permission denied. Choose a directory that you may write."),
+        errno.ENOENT: _("there is no such file or directory."),
+        errno.ENOTDIR: _("a file is where a directory should be."),
+        errno.ENAMETOOLONG: _("the name is too long."),
+    }.get(error.errno or 0, str(error.strerror or error))
+    return where + what
+
+
+def _silence_stdout() -> None:
+    """Keep the interpreter from complaining about a closed pipe when it flushes at exit."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)

@@ -1,0 +1,47 @@
+"""`holdfast train`: from the arguments to a session, a dry run or a table of presets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from holdfast.cli.options import TrainCommand, parse_train
+from holdfast.i18n import _
+from holdfast.training.layers import save_config
+from holdfast.training.presets import list_presets_table
+
+
+def train(argv: Sequence[str], prog: str) -> int:
+    """Run the command; returns the exit status, 0 only when training is finished."""
+    command = parse_train(argv, prog)
+    if command.list_presets:
+        print(list_presets_table())
+        return 0
+    if command.save_config is not None:
+        save_config(command.config, command.save_config)
+        print(_("Saved: {path}. Train with it: {prog} --config {path}", path=command.save_config,
+                prog=prog))  # fmt: skip
+        return 0
+    return _session(command, prog)
+
+
+def _session(command: TrainCommand, prog: str) -> int:
+    # Quiet libraries: what they have to say is said in the user's language where it matters.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from holdfast.training.console import Console
+
+    with Console(quiet=command.quiet) as console:
+        if command.dry_run:
+            from holdfast.training.dry_run import dry_run
+
+            dry_run(command.config, console)
+        else:
+            from holdfast.training.session import run
+
+            call = f"python {prog}" if prog.endswith(".py") else prog
+            directory = command.config.checkpoint.checkpoint_dir
+            if command.config.sources["checkpoint_dir"] != "default":
+                call += f" --checkpoint-dir {directory}"
+            run(command.config, console, log=not command.no_log, yes=command.yes, command=call)
+    return 0

@@ -1,0 +1,181 @@
+"""Which tokens are seen when: every batch is a pure function of (seed, epoch, position).
+
+So there is no state to save, skipping ahead costs nothing, and a resumed run sees what it would
+have seen. Where the tokens come from is not known here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from holdfast.errors import DataError
+from holdfast.i18n import _
+
+if TYPE_CHECKING:
+    from holdfast.training.cache import TokenStream
+
+IGNORED = -100
+"""The target that `torch.nn.functional.cross_entropy` leaves out by default."""
+
+_MASK64 = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # the increment of splitmix64
+_ROUNDS = 8
+
+
+def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The output function of splitmix64 (Steele, Lea, Flood 2014), element by element."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def derive_key(*numbers: int) -> int:
+    """A 64-bit key from whole numbers of any size and sign; it differs with their order too."""
+    state = np.array([len(numbers)], dtype=np.uint64)
+    for number in numbers:
+        state = _mix(state + np.uint64((number + _GOLDEN) & _MASK64))
+    return int(state[0])
+
+
+def permute(index: npt.ArrayLike, n: int, key: int) -> npt.NDArray[np.int64]:
+    """Where each of `index` (values in range(n), any shape) goes in the permutation `key`.
+
+    Construction, fixed for ever, since resuming an old run depends on it (numpy's own shuffles
+    may change from release to release): a balanced Feistel network of 8 rounds over numbers of
+    2h bits, h the smallest with 4**h >= n, but at least 3, since smaller networks favour some
+    permutations (their chi-square shows it). A round is (L, R) -> (R, L xor F(R)), where F is
+    the highest h bits of mix(R + k), `mix` the output function of splitmix64 and k the
+    splitmix64 stream of `key`, one value a round. What lands on or above n goes through again
+    until it does not (cycle walking; on average fewer than 4 times, for n < 16 up to 64 times):
+    a bijection of range(n).
+    """
+    half = max(3, ((n - 1).bit_length() + 1) // 2)
+    shift, mask, down = np.uint64(half), np.uint64(2**half - 1), np.uint64(64 - half)
+    seeds = [(key + (number + 1) * _GOLDEN) & _MASK64 for number in range(_ROUNDS)]
+    round_keys = _mix(np.array(seeds, dtype=np.uint64))
+
+    def network(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        left, right = value >> shift, value & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right + round_key) >> down)
+        return (left << shift) | right
+
+    where = np.asarray(index)
+    flat = where.astype(np.uint64).reshape(-1)
+    assert n >= 1 and bool((flat < n).all()), "indices lie in range(n)"
+    flat = network(flat)
+    while (outside := flat >= n).any():
+        flat[outside] = network(flat[outside])
+    return flat.astype(np.int64).reshape(where.shape)
+
+
+class Batches:
+    """The training stream as batches of windows, in an order of its own in every epoch.
+
+    The stream is taken as a ring and cut, at an offset that each epoch draws anew, into windows
+    of `context_length` tokens that do not overlap. An epoch sees every token once, but for the
+    remainders: less than a window of the stream and less than a batch of the windows.
+
+    Raises DataError where the stream is shorter than one window.
+    """
+
+    def __init__(
+        self, stream: TokenStream, *, context_length: int, batch_size: int, seed: int
+    ) -> None:
+        if len(stream) < context_length + 1:
+            message = _(
+                "The training text has {tokens} tokens, too few for a context of {context}: "
+                "use a longer text or --context-length {possible} or less.",
+                tokens=len(stream),
+                context=context_length,
+                possible=max(1, len(stream) - 1),
+            )
+            raise DataError(message)
+        self._tokens = stream.tokens
+        self._span = np.arange(context_length + 1)
+        self.context_length = context_length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.samples_per_epoch = len(stream) // context_length
+        self.micro_batches_per_epoch = max(1, self.samples_per_epoch // batch_size)
+
+    def batch(self, epoch: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (inputs moved on by one token), each int64 [batch, context].
+
+        `position` counts micro-batches in the epoch from 0. With fewer windows than a batch has
+        rows, windows repeat.
+        """
+        assert 0 <= position < self.micro_batches_per_epoch, (position, epoch)
+        rows = np.arange(position * self.batch_size, (position + 1) * self.batch_size)
+        windows = permute(
+            rows % self.samples_per_epoch,
+            self.samples_per_epoch,
+            derive_key(self.seed, epoch, 0),
+        )
+        offset = derive_key(self.seed, epoch, 1) % len(self._tokens)
+        starts = offset + windows * self.context_length
+        tokens = self._tokens[(starts[:, None] + self._span) % len(self._tokens)]
+        return _tensor(tokens[:, :-1]), _tensor(tokens[:, 1:])
+
+
+def validation_batches(
+    stream: TokenStream, context_length: int, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and targets, int64 [batch, context], with every token as a target exactly once.
+
+    The first token is predicted from an end-of-text token, as every later document's first is.
+    All batches have the same shape: the last one is filled up with end-of-text inputs and
+    `IGNORED` targets. With the sum of the loss over all targets, in nats, bits per byte are
+    `bits_per_byte(loss, stream.text_bytes)`.
+    """
+    size = batch_size * context_length
+    for start in range(0, len(stream), size):
+        targets = np.full(size, IGNORED, dtype=np.int64)
+        part = stream.tokens[start : start + size]
+        targets[: len(part)] = part
+        inputs = np.full(size, stream.eos_id, dtype=np.int64)
+        inputs[1 : len(part)] = part[:-1]
+        if start:
+            inputs[0] = stream.tokens[start - 1]
+        shape = (batch_size, context_length)
+        yield torch.from_numpy(inputs.reshape(shape)), torch.from_numpy(targets.reshape(shape))
+
+
+def validation_batch_count(stream: TokenStream, context_length: int, batch_size: int) -> int:
+    """How many batches `validation_batches` gives."""
+    return math.ceil(len(stream) / (batch_size * context_length))
+
+
+def bits_per_byte(nats: float, text_bytes: int) -> float:
+    """Summed loss in nats -> bits per UTF-8 byte of the text, which no vocabulary can flatter."""
+    return nats / math.log(2) / text_bytes
+
+
+def unigram_bits_per_byte(
+    train: TokenStream, val: TokenStream, val_bytes: int, vocab_size: int
+) -> float:
+    """What a model reaches on `val` that knows only how often each token occurs in `train`.
+
+    Cross entropy of add-one smoothed counts, p(t) = (count(t) + 1) / (tokens + vocab_size), over
+    all tokens of `val`, end-of-text included, in bits per UTF-8 byte (`val_bytes`) of its text.
+    """
+    counts = _counts(train, vocab_size)
+    nats = -np.log((counts + 1) / (len(train) + vocab_size))
+    return bits_per_byte(float(nats @ _counts(val, vocab_size)), val_bytes)
+
+
+def _counts(stream: TokenStream, vocab_size: int) -> npt.NDArray[np.int64]:
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, len(stream), 1 << 24):  # bincount makes 8 bytes of every token
+        counts += np.bincount(stream.tokens[start : start + (1 << 24)], minlength=vocab_size)
+    return counts
+
+
+def _tensor(tokens: npt.NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(tokens.astype(np.int64))

@@ -1,0 +1,337 @@
+"""What a person sees of a training: a live bar that never covers a line, or plain lines in a pipe.
+
+Everything said goes through here, to the terminal and, without the bar, into the log file. A dead
+terminal or a closed pipe ends the talking, never the training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from holdfast.formatting import format_bytes, format_seconds
+from holdfast.i18n import _
+
+if TYPE_CHECKING:
+    from holdfast.checkpoint.manager import Resumed, Saved
+
+PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
+
+
+@dataclass(slots=True)
+class Status:
+    """What the bar shows; the trainer keeps it up to date."""
+
+    epoch: int = 1
+    epochs: int | None = None
+    step: int = 0
+    total_steps: int = 0
+    loss: float = float("nan")
+    smoothed: float = float("nan")
+    learning_rate: float = 0.0
+    tokens_per_second: float = 0.0
+    eta: float = float("nan")  # seconds
+    durable_step: int | None = None
+    durable_at: float = 0.0  # time.monotonic()
+
+
+class Console:
+    """Says things. One for a run; use as a context manager around the training."""
+
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        log_file: Path | None = None,
+        stream: TextIO | None = None,
+        terminal: bool | None = None,
+    ) -> None:
+        self._stream = stream or sys.stdout
+        self._quiet = quiet
+        self.terminal = self._stream.isatty() if terminal is None else terminal
+        # Plain lines must not be wrapped: a pipe has no width.
+        width = None if self.terminal else 10_000
+        self._rich = RichConsole(
+            file=self._stream, force_terminal=self.terminal, width=width, highlight=False,
+            soft_wrap=not self.terminal, emoji=False, markup=False,
+        )  # fmt: skip
+        self._log: TextIO | None = None
+        if log_file is not None:
+            self.open_log(log_file)
+        self._live: Live | None = None
+        self._dead = False
+        self._last_plain = time.monotonic()
+        self.status = Status()
+
+    # ------------------------------------------------------------------------------------ talking
+
+    def say(self, text: str = "", *, style: str = "", important: bool = False) -> None:
+        """A line above the bar; with `--quiet` only if it is `important`."""
+        self._write_log(text)
+        if self._dead or (self._quiet and not important):
+            return
+        stamp = "" if self.terminal or not text else f"{_clock()} "
+        with self._survive():
+            for line in text.split("\n"):
+                self._rich.print(Text(stamp + line, style=style if self.terminal else ""))
+
+    def warn(self, text: str) -> None:
+        """A line that is shown even with `--quiet`."""
+        self.say(f"⚠️  {text}", style="yellow", important=True)
+
+    def table(self, rows: list[list[str]], *, header: list[str]) -> None:
+        """A small table; in a pipe and in the log one line a row."""
+        for row in [header, *rows]:
+            self._write_log("  ".join(row))
+        if self._dead:
+            return
+        with self._survive():
+            if not self.terminal:
+                for row in [header, *rows]:
+                    self._rich.print(f"{_clock()} " + "  ".join(row))
+                return
+            grid = Table(show_edge=False, pad_edge=False, box=None)
+            for title in header:
+                grid.add_column(title, overflow="fold")
+            for row in rows:
+                grid.add_row(*row)
+            self._rich.print(grid)
+
+    def ask(self, question: str, *, default: bool = True) -> bool:
+        """A yes-or-no question to the person at the terminal."""
+        hint = "[Y/n]" if default else "[y/N]"
+        while True:
+            self._rich.print(f"{question} {hint} ", end="")
+            try:
+                answer = input().strip().lower()
+            except EOFError:
+                return default
+            if not answer:
+                return default
+            if answer[0] in "yn是否":
+                return answer[0] in "y是"
+
+    def open_log(self, path: Path) -> None:
+        """From now on, write everything that is said to `path` as well."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = path.open("a", encoding="utf-8")
+
+    def _write_log(self, text: str) -> None:
+        if self._log is None:
+            return
+        try:
+            for line in text.split("\n"):
+                self._log.write(f"{_clock()} {line}\n" if line else "\n")
+            self._log.flush()
+        except OSError:  # a full disk: the run goes on without its log
+            self._log = None
+
+    @contextlib.contextmanager
+    def _survive(self) -> Iterator[None]:
+        """A terminal that is gone (EIO, EPIPE, a closed file) silences us, nothing more."""
+        try:
+            yield
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._dead = True
+            self._live = None
+
+    # ------------------------------------------------------------------------------------ the bar
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop_bar()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def start_bar(self) -> None:
+        if not self.terminal or self._quiet or self._dead:
+            return
+        self._live = Live(
+            get_renderable=self._render, console=self._rich, refresh_per_second=4,
+            redirect_stdout=False, redirect_stderr=False,
+        )  # fmt: skip
+        with self._survive():
+            self._live.start()
+
+    def stop_bar(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            with self._survive():
+                live.stop()
+
+    def progress(self, *, force: bool = False) -> None:
+        """The status has changed: the bar redraws itself; in a pipe a line now and then."""
+        if self.terminal or self._quiet or self._dead:
+            return
+        if force or time.monotonic() - self._last_plain >= PLAIN_EVERY:
+            self._last_plain = time.monotonic()
+            self.say(self._headline() + "  " + self._details())
+
+    def working(self, label: str, done: int, total: int) -> None:
+        """Progress of something before training (tokenizing): shown in place, or at its end."""
+        if self.terminal and not self._quiet and not self._dead and total:
+            percent = f"\r  {label} {100 * done // total:3d} %"
+            with self._survive():
+                self._stream.write(percent + ("\r\x1b[K" if done >= total else ""))
+
+    def _render(self) -> RenderableType:
+        status = self.status
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1, min_width=8)
+        bar.add_column(no_wrap=True, justify="right")
+        total = max(1, status.total_steps)
+        percent = f"{100 * status.step // total} %"
+        eta = _("ETA {time}", time=_duration(status.eta))
+        bar.add_row(
+            self._headline(), ProgressBar(total=total, completed=status.step), f"{percent}  {eta}"
+        )
+        return Group(bar, Text(self._details(with_eta=False), no_wrap=True, overflow="ellipsis"))
+
+    def _headline(self) -> str:
+        s = self.status
+        epoch = f"{s.epoch}/{s.epochs}" if s.epochs else f"{s.epoch}"
+        return _("Epoch {epoch} · step {step}/{total}", epoch=epoch, step=s.step,
+                 total=s.total_steps)  # fmt: skip
+
+    def _details(self, *, with_eta: bool = True) -> str:
+        s = self.status
+        parts = [
+            _("loss {loss} (smoothed {smoothed})", loss=_loss(s.loss), smoothed=_loss(s.smoothed)),
+            f"lr {s.learning_rate:.2e}",
+            _("{rate} tokens/s", rate=f"{s.tokens_per_second:,.0f}"),
+        ]
+        if with_eta:
+            parts.append(_("ETA {time}", time=_duration(s.eta)))
+        return " · ".join([*parts, self._safety()])
+
+    def _safety(self) -> str:
+        """The last durable step and its age: what would be lost if the power went now."""
+        s = self.status
+        if s.durable_step is None:
+            return _("nothing durable yet")
+        age = _duration(time.monotonic() - s.durable_at)
+        return _("durable: step {step}, {age} ago", step=s.durable_step, age=age)
+
+    # ------------------------------------------------------------------------------ the manager's
+
+    def on_event(self, event: str, fields: dict[str, Any]) -> None:
+        """Tell what the checkpoint manager does; given to it as `on_event`."""
+        if event == "durable":
+            self._on_durable(fields["saved"])
+        elif event == "resumed":
+            self._on_resumed(fields["resumed"])
+        elif event == "failed":
+            self.warn(
+                _("Step {step} could not be saved: {reason} Training goes on; the last durable "
+                  "step is {durable}.", step=fields["step"], reason=fields["reason"],
+                  durable=self.status.durable_step if self.status.durable_step is not None else "-")
+            )  # fmt: skip
+        elif event == "quarantined":
+            self.warn(
+                _("{names}: {reason} Moved to quarantine/.", names=", ".join(fields["names"]),
+                  reason=fields["reason"])
+            )  # fmt: skip
+        elif event == "archived":
+            self.say(
+                _("📦 {count} newer checkpoints were moved to {to}.", count=fields["count"],
+                  to=fields["to"])
+            )  # fmt: skip
+        elif event == "threads":
+            self.warn(
+                _("This run computes with {saved} CPU threads, this machine would take {live}: "
+                  "{saved} are used, so that the results stay bit-exact.", saved=fields["saved"],
+                  live=fields["live"])
+            )  # fmt: skip
+
+    def _on_durable(self, saved: Saved) -> None:
+        self.status.durable_step = saved.entry.step
+        self.status.durable_at = time.monotonic()
+        size = format_bytes(saved.entry.size)
+        first, *others = saved.names
+        if saved.entry.kind == "temp":
+            self.say(
+                _("💾 step {step} is durable: {name} ({size}, {seconds})", step=saved.entry.step,
+                  name=first, size=size, seconds=f"{saved.seconds:.1f} s")
+            )  # fmt: skip
+            return
+        kinds = {
+            "epoch": _("✓ Epoch checkpoint: {name} ({size})", name=first, size=size),
+            "best": _("✓ Best so far: {name} ({size})", name=first, size=size),
+        }
+        default = _("✓ Step checkpoint: {name} ({size})", name=first, size=size)
+        self.say(f"  {kinds.get(saved.entry.kind, default)}", important=True)
+        for name in sorted(others, key=_ROLE_ORDER.index):
+            self.say(f"  {self._role(name, saved)}", important=True)
+
+    def _role(self, name: str, saved: Saved) -> str:
+        copied = saved.names[name] == "copy"
+        space = (
+            _("a copy, {size} more", size=format_bytes(saved.entry.size))
+            if copied
+            else _("the same data, no extra space")
+        )
+        if name == "best_model.pt":
+            now, before = saved.entry.loss, saved.previous_best
+            if before is None or now is None:
+                why = _("first best")
+            else:
+                why = _("improved by {by} ({percent})", by=f"{before - now:.4f}",
+                        percent=f"{100 * (before - now) / abs(before):.1f} %")  # fmt: skip
+            return _("🏆 Best model: {name} ({space}) [{why}]", name=name, space=space, why=why)
+        if name == "latest.pt":
+            return _("📌 Newest model: {name} [to resume training]", name=name)
+        return _("📍 Main checkpoint: {name}", name=name)
+
+    def _on_resumed(self, resumed: Resumed) -> None:
+        self.status.durable_step = resumed.step
+        self.status.durable_at = time.monotonic()
+        where = _("epoch {epoch}, step {step}", epoch=resumed.epoch, step=resumed.step)
+        self.say(
+            _("▶️  Going on from {name} ({where}).", name=resumed.path.name, where=where),
+            important=True,
+        )
+        if resumed.steps_lost:
+            self.warn(
+                _("{steps} steps ({minutes} minutes) that were saved are lost with the damaged "
+                  "files.", steps=resumed.steps_lost, minutes=f"{resumed.minutes_lost:.1f}")
+            )  # fmt: skip
+
+
+_ROLE_ORDER = ["best_model.pt", "latest.pt", "model.pt"]
+
+
+def _clock() -> str:
+    return datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _loss(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    return "--" if math.isnan(seconds) else format_seconds(seconds)

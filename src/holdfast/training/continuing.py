@@ -1,0 +1,245 @@
+"""What this start goes on from, and whether that fits what was asked for.
+
+Only manifests are read here. A run's own configuration is the layer under everything that the user
+gives: `holdfast train --resume` needs no other option to go on as before.
+"""
+
+from __future__ import annotations
+
+import glob
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint import codec, container, filesystem
+from holdfast.checkpoint.catalog import ARCHIVE, Catalog, Contents, Entry, summary
+from holdfast.errors import CheckpointError, StateMismatch
+from holdfast.i18n import N_, _
+from holdfast.training.config import OPTIONS, Config
+from holdfast.training.fields import format_value
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRun:
+    """What a checkpoint says of its run, read from the manifest alone."""
+
+    path: Path
+    step: int
+    config: dict[str, Any]
+    model_config: dict[str, Any]
+    tokenizer: dict[str, Any]
+    data: dict[str, Any]
+    progress: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How to begin: anew, from a saved run, or from the weights of a file."""
+
+    saved: SavedRun | None = None  # go on from this
+    source: Path | None = None  # None: the newest intact one, decided when it is restored
+    weights: Path | None = None  # a new run with these weights
+    archive: bool = False  # what is in the directory is moved away first
+
+
+def decide(config: Config, contents: Contents, ask: Callable[[str], bool] | None) -> Start:
+    """Decide from the options and from what lies in the run directory.
+
+    `ask` puts a question to a person; None where there is nobody to ask. Raises `CheckpointError`
+    where a file that was named is not there or not a checkpoint.
+    """
+    options, catalog = config.checkpoint, Catalog(config.checkpoint.checkpoint_dir)
+    occupied = bool(contents.entries or contents.damaged)
+    if options.fresh:
+        return Start(archive=True)
+    if options.checkpoint is not None:
+        path = _existing(options.checkpoint, catalog.directory)
+        if _belongs(path, catalog, contents):
+            return Start(saved=read_saved(path), source=path)
+        return Start(weights=path, archive=occupied)
+    if options.resume not in (None, "auto"):
+        path = _newest_of(str(options.resume), catalog.directory)
+        here = _belongs(path, catalog, contents)
+        return Start(saved=read_saved(path), source=path, archive=occupied and not here)
+    if occupied and options.resume is None and ask is not None:
+        newest = contents.newest
+        question = _("{directory} holds a run (newest step {step}). Go on from it?",
+                     directory=catalog.directory, step=newest.step if newest else "?")  # fmt: skip
+        if not ask(question):
+            return Start(archive=True)
+    return Start(saved=_first_readable(catalog, contents.entries))
+
+
+def read_saved(path: Path) -> SavedRun:
+    """What the checkpoint at `path` says of its run.
+
+    Raises `CheckpointError` where it is damaged or holds no run of this trainer.
+    """
+    with container.Reader(path) as reader:
+        names = ("config", "model_config", "tokenizer", "data", "progress")
+        try:
+            values = {name: codec.read(reader, only=name) for name in names}
+        except CheckpointError as error:
+            raise CheckpointError(
+                _("{path} holds no run of this trainer. Use --checkpoint to start from its "
+                  "weights.", path=path)
+            ) from error  # fmt: skip
+        return SavedRun(path, reader.manifest["identity"]["step"], **values)
+
+
+def merged(config: Config, saved: SavedRun) -> Config:
+    """`config` with the run's own values for whatever the user has not said this time."""
+    values = {n: getattr(getattr(config, o.section), n) for n, o in OPTIONS.items()}
+    sources = dict(config.sources)
+    old = Config.from_dict(_known(saved.config))
+    said = {name for name, source in sources.items() if source != "default"}
+    length = {"epochs", "num_steps"}
+    for name, option in OPTIONS.items():
+        if name in said or option.meta.of_this_start or name == "checkpoint_dir":
+            continue
+        if name in length and said & length:
+            continue  # how long to train is one decision: steps and epochs exclude each other
+        values[name] = getattr(getattr(old, option.section), name)
+        sources[name] = "run"
+    return Config.from_values(values, sources)
+
+
+def _known(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a saved configuration that this version still has."""
+    return {
+        section: {name: value for name, value in values.items() if name in OPTIONS}
+        for section, values in config.items()
+    }
+
+
+# ------------------------------------------------------------------------------- does it fit?
+
+# What a change of an option means for a run that goes on.
+_FREE = {
+    "learning_rate": N_("takes effect from the next step on"),
+    "batch_size": N_("the position in the epoch is kept in samples"),
+    "gradient_accumulation": N_("the position in the epoch is kept in samples"),
+    "epochs": N_("the learning-rate schedule is stretched to the new end"),
+    "num_steps": N_("the learning-rate schedule is stretched to the new end"),
+    "schedule": N_("takes effect from the next step on"),
+    "warmup_ratio": N_("takes effect from the next step on"),
+    "weight_decay": N_("takes effect from the next step on"),
+    "grad_clip": N_("takes effect from the next step on"),
+    "dropout": N_("takes effect from the next step on"),
+    "precision": N_("results differ from here on in their last bits"),
+    "threads": N_("results differ from here on in their last bits"),
+    "compile": N_("results differ from here on in their last bits"),
+    "seed": N_("another order of the data: this epoch begins anew"),
+    "val_fraction": N_("another split: validation losses cannot be compared with earlier ones"),
+    "data_file": N_("checked by its content, not by its name"),
+}
+_FIXED = {"model", "context_length", "vocab_size"}
+
+
+def differences(saved: SavedRun, config: Config) -> list[list[str]]:
+    """Rows (option, saved, now, what it means) of everything that is different now.
+
+    Raises `StateMismatch` with the words of the difference where it makes going on impossible.
+    """
+    old = Config.from_dict(_known(saved.config))
+    rows: list[list[str]] = []
+    refused: list[str] = []
+    for name, option in OPTIONS.items():
+        before = getattr(getattr(old, option.section), name)
+        now = getattr(getattr(config, option.section), name)
+        if before == now:
+            continue
+        if name in _FIXED:
+            refused.append(
+                _("--{flag} was {before} and is now {now}", flag=name.replace("_", "-"),
+                  before=format_value(before), now=format_value(now))
+            )  # fmt: skip
+        elif name in _FREE:
+            rows.append([name, format_value(before), format_value(now), _(_FREE[name])])
+    if refused:
+        raise StateMismatch(
+            _("This run cannot go on with another model: {refused}. Leave these options out, or "
+              "start a new run with --fresh or another --checkpoint-dir.",
+              refused="; ".join(refused))
+        )  # fmt: skip
+    return rows
+
+
+def check_model(saved: SavedRun, model_config: Mapping[str, Any]) -> None:
+    """Refuse a model of other shape, with the words of the difference. Raises StateMismatch."""
+    may_differ = ("dropout", "pdrop", "use_cache")
+    other = [
+        f"{key}: {saved.model_config.get(key)} → {model_config.get(key)}"
+        for key in sorted(saved.model_config.keys() | model_config.keys())
+        if saved.model_config.get(key) != model_config.get(key)
+        and not any(word in key for word in may_differ)
+    ]
+    if other:
+        raise StateMismatch(
+            _("{path} is of another model ({differences}). Nothing was changed.", path=saved.path,
+              differences="; ".join(other))
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ details
+
+
+def move_away(directory: Path) -> Path | None:
+    """Move what lies in a run directory to `archive/<time>/`; None where there was nothing."""
+    keep = {ARCHIVE, ".run.lock", ".catalog.lock"}
+    found = [path for path in sorted(directory.iterdir()) if path.name not in keep]
+    if not found:
+        return None
+    place = directory / ARCHIVE / time.strftime("%Y%m%d_%H%M%S")
+    for path in found:
+        filesystem.move(path, place / path.name)
+    return place
+
+
+def _existing(name: str, directory: Path) -> Path:
+    for path in (Path(name), directory / name):
+        if path.is_file():
+            return path
+    raise CheckpointError(_("There is no checkpoint at {source}.", source=name))
+
+
+def _newest_of(name: str, directory: Path) -> Path:
+    """The newest checkpoint that a file, a glob or a directory names."""
+    found = [path for path in (Path(name), directory / name) if path.exists()][:1]
+    found = found or [Path(match) for match in sorted(glob.glob(name))]  # noqa: PTH207 - absolute
+    best: tuple[tuple[int, int, int], Path] | None = None
+    for path in found:
+        for entry, file in _entries_at(path):
+            if best is None or entry.order > best[0]:
+                best = entry.order, file
+    if best is None and len(found) == 1 and found[0].is_file():
+        return found[0]  # damaged or foreign: reading it says which
+    if best is None:
+        raise CheckpointError(_("There is no checkpoint at {source}.", source=name))
+    return best[1]
+
+
+def _entries_at(path: Path) -> list[tuple[Entry, Path]]:
+    if path.is_dir():
+        return [(entry, path / entry.names[0]) for entry in Catalog(path).scan().entries]
+    try:
+        return [(summary(container.read_manifest(path), 0), path)]
+    except CheckpointError:
+        return []
+
+
+def _belongs(path: Path, catalog: Catalog, contents: Contents) -> bool:
+    names = [name for entry in contents.entries for name in entry.names]
+    names += [name for name, _reason in contents.damaged]
+    return any(filesystem.same_data(catalog.directory / name, path) for name in names)
+
+
+def _first_readable(catalog: Catalog, entries: list[Entry]) -> SavedRun | None:
+    for entry in entries:
+        try:
+            return read_saved(catalog.path(entry))
+        except (CheckpointError, OSError):
+            continue
+    return None

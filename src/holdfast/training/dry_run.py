@@ -1,0 +1,223 @@
+"""`--dry-run`: what a training will take in time, memory, disk and money, measured, saving nothing.
+
+Everything is prepared as for the real run and a few real steps are timed; the size of a checkpoint
+comes from the code that will write it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from holdfast.checkpoint import filesystem, guard
+from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.manager import checkpoint_size
+from holdfast.errors import Interrupted, ResourceError
+from holdfast.formatting import format_bytes, format_seconds
+from holdfast.i18n import N_, _
+from holdfast.training import continuing
+from holdfast.training.batches import validation_batch_count
+from holdfast.training.config import OPTIONS, Config
+from holdfast.training.console import Console
+from holdfast.training.continuing import Start
+from holdfast.training.fields import format_value
+from holdfast.training.records import Records
+from holdfast.training.session import Workshop, prepare
+from holdfast.training.trainer import EVALUATION_ROWS
+
+WARM_UP_STEPS = 3
+TIMED_STEPS = 30
+TIMED_SECONDS = 20.0  # enough is enough, even where a step takes a minute
+EVALUATION_BATCHES = 4
+DISK_PROBE = 64 << 20  # bytes written and synced to learn the speed of the disk
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Sizes in bytes, times in seconds."""
+
+    steps: int
+    step_seconds: float
+    tokens_per_second: float
+    epoch_seconds: float
+    total_seconds: float
+    peak_memory: int
+    checkpoint_bytes: int
+    run_bytes: int
+    free_bytes: int
+
+
+def dry_run(config: Config, console: Console) -> Estimate:
+    """Measure, print, and return the estimate. Raises ResourceError where it cannot work out."""
+    directory = Path(config.checkpoint.checkpoint_dir)
+    with guard.SignalGuard() as signals:
+        start = continuing.decide(config, Catalog(directory).scan(), ask=None)
+        start = Start(saved=start.saved, weights=start.weights)
+        workshop = prepare(config, start, console, signals)
+        estimate = _measure(workshop, console, signals)
+    _print(workshop, estimate, console)
+    needed = estimate.run_bytes + guard.RESERVE
+    if estimate.free_bytes < needed:
+        raise ResourceError(
+            _("This run needs {needed} on the disk of {directory}, which has {free} free. Lower "
+              "--keep-last-n, or choose another --checkpoint-dir.", needed=format_bytes(needed),
+              directory=directory, free=format_bytes(estimate.free_bytes))
+        )  # fmt: skip
+    return estimate
+
+
+def _measure(workshop: Workshop, console: Console, signals: guard.SignalGuard) -> Estimate:
+    trainer, options = workshop.trainer, workshop.config.checkpoint
+    console.say(_("⏱️  Timing a few real steps..."))
+    with tempfile.TemporaryDirectory(prefix="holdfast-dry-run-") as scratch:
+        trainer.records = Records(Path(scratch), tensorboard=False, resumed_step=0)
+        step = _time_steps(workshop, signals)
+    began = time.perf_counter()
+    trainer.evaluate(limit=EVALUATION_BATCHES)
+    rows = max(EVALUATION_ROWS, workshop.config.training.batch_size)
+    batches = validation_batch_count(workshop.data.val, trainer.context_length, rows)
+    timed = max(1, min(batches, EVALUATION_BATCHES))
+    evaluation = (time.perf_counter() - began) * batches / timed
+    began = time.perf_counter()
+    if workshop.config.training.sample_tokens:
+        trainer.sample()
+    sample = time.perf_counter() - began
+    size = checkpoint_size(trainer.state, reserve=workshop.reserve)
+    place = _existing_parent(Path(options.checkpoint_dir))
+    save = size / _disk_speed(place, size)
+
+    plan = trainer.plan
+    tokens = plan.accumulation * workshop.config.training.batch_size * trainer.context_length
+    epochs = plan.epochs or 1
+    epoch_steps = plan.steps_per_epoch if plan.epochs else plan.total_steps
+    temps = epoch_steps // options.temp_every_steps if options.temp_every_steps else 0
+    if options.temp_every_minutes:
+        temps += int(epoch_steps * step / (60 * options.temp_every_minutes))
+    kept = epoch_steps // options.save_every if options.save_every else 0
+    epoch = epoch_steps * step + evaluation + sample + (1 + temps + kept) * save
+    return Estimate(
+        steps=plan.total_steps,
+        step_seconds=step,
+        tokens_per_second=tokens / step,
+        epoch_seconds=epoch,
+        total_seconds=epoch * epochs,
+        peak_memory=peak_memory(trainer.device),
+        checkpoint_bytes=size,
+        run_bytes=size * _copies(workshop, temps, kept),
+        free_bytes=filesystem.free_bytes(place),
+    )
+
+
+def _time_steps(workshop: Workshop, signals: guard.SignalGuard) -> float:
+    """Seconds of one step: the mean of real ones, the slow first ones left out."""
+    trainer, times, began = workshop.trainer, [], time.perf_counter()
+    trainer.model.train()
+    for number in range(WARM_UP_STEPS + TIMED_STEPS):
+        start = time.perf_counter()
+        if trainer.progress.position == trainer.plan.steps_per_epoch:
+            trainer.progress.position = 0
+        trainer.one_step()
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= WARM_UP_STEPS:
+            times.append(time.perf_counter() - start)
+        if signals.requested is not None:
+            raise Interrupted(_("The dry run was stopped; nothing was saved."), signals.requested)
+        if times and time.perf_counter() - began > TIMED_SECONDS:
+            break
+    return statistics.fmean(times)
+
+
+def _copies(workshop: Workshop, temps: int, kept: int) -> int:
+    """How many distinct checkpoints lie on the disk at the worst moment: while one is written."""
+    options, plan = workshop.config.checkpoint, workshop.trainer.plan
+    limit = options.keep_last_n or math.inf
+    epochs = plan.epochs or 0
+    lasting = min(limit, epochs) if options.save_every_epoch else 0
+    lasting += min(limit, kept * max(1, epochs)) if kept else 0
+    best = 1 if epochs > lasting or workshop.config.training.eval_every else 0
+    rolling = 2 if temps else 0
+    return max(3, int(lasting) + best + rolling + 1)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory this process has held so far, in bytes; on CUDA, of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _disk_speed(place: Path, size: int) -> float:
+    """Bytes a second that arrive durably at `place`; infinite where nothing can be written."""
+    amount = min(size, DISK_PROBE)
+    block = os.urandom(1 << 20)
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            began = time.perf_counter()
+            for _block in range(max(1, amount >> 20)):
+                file.write(block)
+            file.flush()
+            filesystem.sync_file(file.fileno())
+            return amount / (time.perf_counter() - began)
+    except OSError:
+        return math.inf
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def _print(workshop: Workshop, estimate: Estimate, console: Console) -> None:
+    config, say = workshop.config, console.say
+    say(_("Configuration:"), important=True)
+    rows = []
+    for name, option in OPTIONS.items():
+        value = getattr(getattr(config, option.section), name)
+        rows.append([name, format_value(value), _(SOURCES[config.sources[name]])])
+    console.table(rows, header=[_("option"), _("value"), _("from")])
+    parameters = sum(p.numel() for p in workshop.trainer.model.parameters())
+    lines = [
+        (_("parameters"), f"{parameters:,}"),
+        (_("peak memory"), format_bytes(estimate.peak_memory)),
+        (_("speed"), _("{rate} tokens/s, {seconds} s a step",
+                       rate=f"{estimate.tokens_per_second:,.0f}",
+                       seconds=f"{estimate.step_seconds:.3f}")),
+        (_("time for an epoch"), format_seconds(estimate.epoch_seconds)),
+        (_("time in all"), _("{time} for {steps} steps", time=format_seconds(
+            estimate.total_seconds), steps=f"{estimate.steps:,}")),
+        (_("one checkpoint"), _("{size} ({bytes} bytes)",
+                                size=format_bytes(estimate.checkpoint_bytes),
+                                bytes=f"{estimate.checkpoint_bytes:,}")),
+        (_("disk for the run"), _("at most {size}; free: {free}",
+                                  size=format_bytes(estimate.run_bytes),
+                                  free=format_bytes(estimate.free_bytes))),
+    ]  # fmt: skip
+    price = config.training.price_per_hour
+    if price is not None:
+        lines.append((_("cost"), f"{price * estimate.total_seconds / 3600:.2f}"))
+    say()
+    for name, value in lines:
+        say(f"  {name}: {value}", important=True)
+    say(_("Dry run: nothing was saved."), important=True)
+
+
+SOURCES = {
+    "flag": N_("flag"),
+    "file": N_("config file"),
+    "preset": N_("preset"),
+    "default": N_("default"),
+    "run": N_("saved run"),
+}

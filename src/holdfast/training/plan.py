@@ -1,0 +1,76 @@
+"""How long a run is, where it stands, and which learning rate that means. Pure; no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holdfast.training.batches import Batches
+    from holdfast.training.config import Config
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where the loop stands; part of every checkpoint."""
+
+    epoch: int = 1  # counted from 1
+    position: int = 0  # steps done in this epoch
+    step: int = 0  # steps done in all
+    tokens: int = 0  # tokens trained on in all
+    loss_sum: float = 0.0  # of this epoch's steps
+    smoothed: float = math.nan
+    stale: int = 0  # evaluations since the best one
+    stopped_early: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How many steps an epoch and the run have; a pure function of configuration and data."""
+
+    accumulation: int
+    steps_per_epoch: int
+    epochs: int | None  # None: the run is counted in steps
+    total_steps: int
+
+    @classmethod
+    def of(cls, config: Config, batches: Batches, *, done: Progress | None = None) -> Plan:
+        """The plan of a new run, or of one that goes on from `done` (whose past may differ)."""
+        training = config.training
+        micro = batches.micro_batches_per_epoch
+        accumulation = min(training.gradient_accumulation, micro)
+        per_epoch = micro // accumulation
+        if training.num_steps is not None:
+            return cls(accumulation, per_epoch, None, training.num_steps)
+        assert training.epochs is not None
+        if done is None:
+            return cls(accumulation, per_epoch, training.epochs, training.epochs * per_epoch)
+        left = (training.epochs - done.epoch + 1) * per_epoch - done.position
+        return cls(accumulation, per_epoch, training.epochs, done.step + max(0, left))
+
+
+def learning_rate_factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
+    """Factor of the highest learning rate at a step: linear warm-up, then down to a tenth.
+
+    `schedule` is "cosine", "linear" or "constant" (no fall); `warmup` and `total` count steps.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup) / max(1, total - warmup))
+        fall = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+        return 0.1 + 0.9 * fall
+
+    return factor

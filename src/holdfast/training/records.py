@@ -1,0 +1,89 @@
+"""What a run writes for others to read: metrics.jsonl, training_history.json, TensorBoard.
+
+None of it is needed to resume; all of it can be read while training goes on. A full disk costs a
+warning here, never the training.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint import filesystem
+from holdfast.checkpoint.catalog import now
+from holdfast.errors import ConfigError
+from holdfast.i18n import _
+
+log = logging.getLogger("holdfast")
+
+METRICS, HISTORY = "metrics.jsonl", "training_history.json"
+
+
+class Records:
+    """The files of one run directory, written as training goes on."""
+
+    def __init__(self, directory: Path, *, tensorboard: bool, resumed_step: int) -> None:
+        """Raises ConfigError where TensorBoard is wanted and not installed."""
+        self._directory = directory
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ConfigError(
+                    _("--tensorboard needs the package tensorboard: pip install "
+                      "'holdfast[tensorboard]'")
+                ) from error  # fmt: skip
+            # purge_step: curves of steps that a crash has undone disappear.
+            self._board = SummaryWriter(
+                str(directory / "tensorboard"), purge_step=resumed_step or None
+            )
+
+    def step(self, step: int, **values: float | int | None) -> None:
+        """One line of metrics.jsonl for a logging interval."""
+        self._append({"event": "step", "step": step, **values})
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(name, value, step)
+
+    def event(self, event: str, step: int, **values: Any) -> None:
+        """One line for something that happened: resumed, epoch, evaluation, finished …"""
+        self._append({"event": event, "step": step, **values})
+        if self._board is not None:
+            for name in ("val_loss", "train_loss_epoch"):
+                if isinstance(values.get(name), float):
+                    self._board.add_scalar(name, values[name], step)
+
+    def history(self, history: dict[str, list[Any]]) -> None:
+        """training_history.json: {"train_loss": [...], "val_loss": [...], "epochs": [...]}."""
+        try:
+            filesystem.write_json(self._directory / HISTORY, _finite(history))
+        except OSError as error:
+            log.warning("%s: %s", HISTORY, error)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        text = json.dumps(_finite({"time": now(), **line}), ensure_ascii=False)
+        try:
+            with (self._directory / METRICS).open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            log.warning("%s: %s", METRICS, error)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,320 @@
+"""One start of `holdfast train`, from its options to the exit status: everything but the loop.
+
+The order matters: the lock first, then what to go on from, then the data in the tokens of that
+run, then the model, then the state, and only then training.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from holdfast.checkpoint import guard as guards
+from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.foreign import load_weights
+from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.manager import CheckpointManager, Resumed, checkpoint_size, run_lock
+from holdfast.checkpoint.schedule import EveryMinutes, EverySteps, SavePolicy
+from holdfast.checkpoint.state import plan_restore
+from holdfast.errors import CheckpointError, DamagedCheckpoint, DataError, Interrupted
+from holdfast.i18n import _
+from holdfast.training import continuing, models
+from holdfast.training.config import Config
+from holdfast.training.console import Console
+from holdfast.training.continuing import SavedRun, Start
+from holdfast.training.layers import save_config
+from holdfast.training.prepare import PreparedData, prepare_data, reopen_data
+from holdfast.training.records import Records
+from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.trainer import Trainer
+
+
+@dataclass(slots=True)
+class Workshop:
+    """All that is needed to train, made once for a start or a dry run."""
+
+    config: Config
+    data: PreparedData
+    trainer: Trainer
+    reserve: int
+
+
+def run(config: Config, console: Console, *, log: bool, yes: bool, command: str) -> None:
+    """Train as `config` says, until it is done or somebody asks to stop.
+
+    `log`: write a log file. `yes`: answer yes to questions. `command`: how the user called us, to
+    say how to go on. Raises `HoldfastError`s; `Interrupted` after a signal, with the state safe.
+    """
+    directory = Path(config.checkpoint.checkpoint_dir)
+    lock = run_lock(directory)
+    with lock, guards.SignalGuard() as guard:
+        if log:
+            stamp = time.strftime("%Y%m%d_%H%M%S")
+            console.open_log(directory / "logs" / f"training_{stamp}.log")
+        contents = Catalog(directory).scan()
+        can_ask = console.terminal and sys.stdin.isatty() and not yes
+        start = continuing.decide(config, contents, console.ask if can_ask else None)
+        if start.archive:
+            place = continuing.move_away(directory)
+            if place is not None:
+                console.say(_("📦 The run that was here now lies in {place}.", place=place))
+            if log:
+                console.open_log(directory / "logs" / f"training_{stamp}.log")
+        workshop = prepare(config, start, console, guard)
+        _tell_found(contents, start, console)
+        manager = make_manager(workshop, console, lock)
+        _train(workshop, manager, start, console, command)
+
+
+def prepare(config: Config, start: Start, console: Console, guard: guards.SignalGuard) -> Workshop:
+    """Data, model, optimizer and state, as the start and the options want them."""
+    origin = start.saved or _model_of(start.weights)
+    if origin is not None:
+        config = continuing.merged(config, origin)
+        if start.saved is not None:
+            rows = continuing.differences(start.saved, config)
+            if rows:
+                console.say(_("Different from the saved run:"), important=True)
+                header = [_("option"), _("saved"), _("now"), _("what it means")]
+                console.table(rows, header=header)
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    models.tune_allocator()
+    _seed(config.training.seed)
+    device = models.choose_device()
+    precision = models.choose_precision(config.model.precision, device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, where something stays fp32
+    data = _data(config, origin, console, guard)
+    for note in data.notes:
+        console.warn(note)
+    model = _model(config, data).to(device)
+    if origin is not None:
+        continuing.check_model(origin, models.plain_config(model))
+    context = models.context_of(model, config.model.context_length)
+    trainer = Trainer(
+        config, model, data, device=device, precision=precision, context_length=context,
+        guard=guard, console=console,
+    )  # fmt: skip
+    _introduce(trainer, console)
+    return Workshop(config, data, trainer, _reserve(trainer))
+
+
+def make_manager(workshop: Workshop, console: Console, lock: FileLock) -> CheckpointManager:
+    """The checkpoint manager over the trainer's state."""
+    options = workshop.config.checkpoint
+    when: list[SavePolicy] = []
+    if options.temp_every_steps:
+        when.append(EverySteps(options.temp_every_steps))
+    if options.temp_every_minutes:
+        when.append(EveryMinutes(options.temp_every_minutes))
+    return CheckpointManager(
+        options.checkpoint_dir,
+        workshop.trainer.state,
+        keep_last=options.keep_last_n,
+        save_when=when,
+        reserve=workshop.reserve,
+        on_event=console.on_event,
+        lock=lock,
+    )
+
+
+def _train(
+    workshop: Workshop,
+    manager: CheckpointManager,
+    start: Start,
+    console: Console,
+    command: str,
+) -> None:
+    trainer, config = workshop.trainer, workshop.config
+    directory = Path(config.checkpoint.checkpoint_dir)
+    resumed: Resumed | None = None
+    if start.weights is None:
+        resumed = manager.resume(start.source)
+    else:
+        weights = {"model": load_weights(start.weights)}
+        plan_restore({"model": trainer.model}, weights).commit()
+        console.say(_("Starting a new run from the weights of {path}.", path=start.weights))
+    if resumed is not None:
+        assert start.saved is not None
+        for note in trainer.settle(start.saved.data):
+            console.warn(note)
+    if trainer.finished:
+        _tell_finished(trainer, console, command, before=True)
+        return
+    _write_descriptions(workshop, directory)
+    guards.check_space(directory, checkpoint_size(trainer.state, reserve=workshop.reserve))
+    records = Records(
+        directory, tensorboard=config.training.tensorboard, resumed_step=trainer.progress.step
+    )
+    try:
+        trainer.bind(manager, records)
+        if resumed is not None:
+            records.event("resumed", resumed.step, generation=resumed.generation)
+        trainer.begin_clock()
+        trainer.train()
+        records.event("finished", trainer.progress.step)
+        _tell_finished(trainer, console, command, before=False)
+    finally:
+        records.close()
+
+
+# --------------------------------------------------------------------------------------- the parts
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _data(
+    config: Config, origin: SavedRun | None, console: Console, guard: guards.SignalGuard
+) -> PreparedData:
+    """The data in the tokens of the run, or of the model, that it goes on from."""
+    data = config.data
+    tokenizer = None
+    if origin is not None:
+        tokenizer = TextTokenizer.from_state(origin.tokenizer)
+    elif not models.is_shape(config.model.model):
+        tokenizer = TextTokenizer.from_directory(config.model.model)
+
+    def progress(label: str, done: int, total: int) -> None:
+        if guard.requested is not None:
+            raise Interrupted(
+                _("Stopped while preparing the data; nothing had been trained."), guard.requested
+            )
+        console.working(label, done, total)
+
+    shared: dict[str, Any] = {
+        "val_fraction": data.val_fraction,
+        "seed": config.training.seed,
+        "text_field": data.text_field,
+        "cache_dir": data.cache_dir,
+    }
+    try:
+        return prepare_data(
+            data.data_file, vocab_size=config.model.vocab_size, tokenizer=tokenizer,
+            progress=progress, **shared,
+        )  # fmt: skip
+    except DataError:
+        if origin is None or tokenizer is None or Path(data.data_file).exists():
+            raise
+        # The text has been moved; its tokens may still be here, known by their content.
+        found = reopen_data(origin.data["content_hash"], tokenizer, **shared)
+        if found is None:
+            raise
+        console.warn(_("{file} is gone; its tokens were found in the cache.", file=data.data_file))
+        return found
+
+
+def _model(config: Config, data: PreparedData) -> Any:
+    if models.is_shape(config.model.model):
+        tokenizer = data.tokenizer
+        return models.build_model(
+            config.model, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id
+        )
+    return models.load_model(config.model)
+
+
+def _model_of(weights: Path | None) -> SavedRun | None:
+    """The run that a file of weights comes from, if it is one of ours: it knows its tokenizer."""
+    if weights is None:
+        return None
+    try:
+        return continuing.read_saved(weights)
+    except DamagedCheckpoint:
+        raise
+    except CheckpointError:
+        return None
+
+
+def _reserve(trainer: Trainer) -> int:
+    """Bytes for everything behind the tensors: an upper bound, so that all files have one size.
+
+    Text twice (pickle and manifest, where it is escaped), some hundred bytes a tensor in each, and
+    an epoch's three entries in the history.
+    """
+    values = [trainer.state[name] for name in ("tokenizer", "config", "model_config")]
+    text = sum(2 * len(json.dumps(value, ensure_ascii=False).encode()) for value in values)
+    text += len(json.dumps(json.dumps(values[0], ensure_ascii=False), ensure_ascii=False).encode())
+    tensors = 4 * sum(1 for _p in trainer.model.parameters()) + 64
+    epochs = trainer.plan.epochs or 64
+    step = 64 << 10
+    return -(-(text + 900 * tensors + 160 * epochs + step) // step) * step
+
+
+def _write_descriptions(workshop: Workshop, directory: Path) -> None:
+    save_config(workshop.config, directory / "config.json")
+    workshop.data.tokenizer.save(directory / "tokenizer")
+
+
+# ------------------------------------------------------------------------------------ the talking
+
+
+def _introduce(trainer: Trainer, console: Console) -> None:
+    device, data, config = trainer.device, trainer.data, trainer.config
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    precision = "bf16" if trainer.precision is torch.bfloat16 else "fp32"
+    threads = _(", {count} threads", count=torch.get_num_threads()) if device.type == "cpu" else ""
+    console.say(_("🖥️  Device: {device}{threads}; precision {precision}", device=name,
+                  threads=threads, precision=precision))  # fmt: skip
+    console.say(_("🧠 Model: {model}, {parameters} parameters, context {context} tokens",
+                  model=config.model.model, parameters=f"{parameters:,}",
+                  context=trainer.context_length))  # fmt: skip
+    console.say(
+        _("📚 Data: {file}: {documents} documents, {tokens} tokens ({train} to learn from, {val} "
+          "to validate), {ratio} characters per token", file=config.data.data_file,
+          documents=f"{data.documents:,}", tokens=f"{data.tokens:,}",
+          train=f"{len(data.train):,}", val=f"{len(data.val):,}",
+          ratio=f"{data.characters_per_token:.2f}")
+    )  # fmt: skip
+    plan = trainer.plan
+    console.say(
+        _("🗓️  Plan: {steps} steps, {per_epoch} an epoch; batch {batch} × {accumulation}",
+          steps=f"{plan.total_steps:,}", per_epoch=f"{plan.steps_per_epoch:,}",
+          batch=config.training.batch_size, accumulation=plan.accumulation)
+    )  # fmt: skip
+
+
+def _tell_found(contents: Any, start: Start, console: Console) -> None:
+    if start.archive or not (contents.entries or contents.damaged):
+        console.say(_("📁 Checkpoints: none yet; a new run begins."))
+        return
+    newest = contents.newest
+    console.say(
+        _("📁 Checkpoints: {count} found, the newest of step {step}.",
+          count=len(contents.entries) + len(contents.damaged),
+          step=newest.step if newest else "?")
+    )  # fmt: skip
+
+
+def _tell_finished(trainer: Trainer, console: Console, command: str, *, before: bool) -> None:
+    progress, best = trainer.progress, trainer.state["best_loss"]
+    say: Callable[..., None] = console.say
+    what = (
+        _("✅ This run is finished: {step} steps, {epochs} epochs.", step=progress.step,
+          epochs=progress.epoch - 1)
+        if before
+        else _("✅ Finished: {step} steps.", step=progress.step)
+    )  # fmt: skip
+    say(what, important=True)
+    if best is not None:
+        say(_("   Best validation loss: {loss} (best_model.pt)", loss=f"{best:.4f}"),
+            important=True)  # fmt: skip
+    more = (
+        f"--epochs {2 * (trainer.plan.epochs or 1)}"
+        if trainer.plan.epochs
+        else f"--num-steps {2 * trainer.plan.total_steps}"
+    )
+    say(_("   To train further: {command} --resume {more}", command=command, more=more))

@@ -1,0 +1,430 @@
+"""The training loop. Read `Trainer.train` and what it calls, from top to bottom.
+
+Everything the loop needs to go on bit-exactly lies in `Trainer.state`, the mapping that the
+checkpoint manager saves and restores. Saving happens between two steps only, so that the gradients
+of a step are never cut in two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from holdfast.checkpoint.guard import SignalGuard
+from holdfast.checkpoint.manager import CheckpointManager
+from holdfast.errors import Interrupted
+from holdfast.i18n import _
+from holdfast.training.batches import IGNORED, Batches, bits_per_byte, validation_batches
+from holdfast.training.config import Config
+from holdfast.training.console import Console
+from holdfast.training.generate import sample_text
+from holdfast.training.models import next_token_loss, parameter_groups, plain_config
+from holdfast.training.plan import Plan, Progress, learning_rate_factor
+from holdfast.training.prepare import PreparedData
+from holdfast.training.records import Records
+
+SMOOTHING = 0.95  # of the running loss that the bar shows
+EVALUATION_ROWS = 8  # sequences a validation batch has at least; training ones may be tiny
+
+
+class Trainer:
+    """Trains `model` on `data` as `config` says.
+
+    Call `bind` with a checkpoint manager (made over `state`) and `prepare`, then `train`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Any,
+        data: PreparedData,
+        *,
+        device: torch.device,
+        precision: torch.dtype,
+        context_length: int,
+        guard: SignalGuard,
+        console: Console,
+    ) -> None:
+        self.config, self.model, self.data = config, model, data
+        self.device, self.precision = device, precision
+        self.context_length = context_length
+        self.guard, self.console = guard, console
+        training = config.training
+        self.batches = Batches(
+            data.train, context_length=context_length, batch_size=training.batch_size,
+            seed=training.seed,
+        )  # fmt: skip
+        self.plan = Plan.of(config, self.batches)
+        self.progress = Progress()
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, training.weight_decay), lr=training.learning_rate,
+            betas=(0.9, 0.95), fused=True,
+        )  # fmt: skip
+        self._warmup = 0
+        self.scheduler = LambdaLR(self.optimizer, self._factor)
+        self._settle_schedule()
+        # fp16 would need a loss scaler here; bf16 and fp32 have the range to do without.
+        self.state: dict[str, Any] = {
+            "model": model,
+            "model_config": plain_config(model),
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": None,
+            "data": self._data_identity(),
+            "progress": self.progress,
+            "best_loss": None,
+            "train_loss": None,
+            "val_loss": None,
+            "history": {"train_loss": [], "val_loss": [], "epochs": []},
+            "tokenizer": data.tokenizer.to_state(),
+            "config": config.to_dict(),
+        }
+        self._forward = torch.compile(model) if config.model.compile else model
+        self.step_seconds = math.nan
+
+    def bind(self, manager: CheckpointManager, records: Records) -> None:
+        """Say where to save and what to write; `resume()` of the manager comes after this."""
+        self.manager, self.records = manager, records
+
+    # ------------------------------------------------------------------------------------ the loop
+
+    def train(self) -> None:
+        """Train until the plan is fulfilled; every end but that is an exception."""
+        self.model.train()
+        self.console.start_bar()
+        try:
+            while not self.finished:
+                if self.progress.position < self.plan.steps_per_epoch:
+                    self.one_step()
+                    self.after_step()
+                if self.progress.position == self.plan.steps_per_epoch:
+                    self.end_epoch()
+                self.stop_if_asked()
+            if self.manager.saved_step < self.progress.step or self.plan.epochs is None:
+                self.end_run()
+        finally:
+            self.console.stop_bar()
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        if self.progress.stopped_early:
+            return True
+        if self.plan.epochs is None:
+            return self.progress.step >= self.plan.total_steps
+        return self.progress.epoch > self.plan.epochs
+
+    def one_step(self) -> None:
+        """One optimizer update: `accumulation` micro-batches, clipped, scheduled."""
+        progress, began = self.progress, time.perf_counter()
+        accumulation = self.plan.accumulation
+        losses = []
+        for micro in range(accumulation):
+            inputs, targets = self.batches.batch(
+                progress.epoch, progress.position * accumulation + micro
+            )
+            loss = self._loss(inputs, targets)
+            (loss / accumulation).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            progress.tokens += inputs.numel()
+        if self.config.training.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.position += 1
+        self._account(torch.stack(losses).mean().item(), time.perf_counter() - began)
+
+    def after_step(self) -> None:
+        """Evaluate and save where this step is one of those; at most one checkpoint."""
+        progress, checkpoint = self.progress, self.config.checkpoint
+        if progress.position == self.plan.steps_per_epoch and self.plan.epochs is not None:
+            return  # the end of the epoch evaluates and saves
+        if progress.step >= self.plan.total_steps and self.plan.epochs is None:
+            return  # the end of the run does
+        metrics: dict[str, float] = {}
+        improved = False
+        if _every(self._evaluation_interval, progress.step):
+            metrics = self.evaluate()
+            improved = self._note(metrics)
+            if metrics:
+                self.console.say(_evaluation_line(progress.step, metrics))
+        if _every(checkpoint.save_every, progress.step):
+            self._save("step", metrics, reason="save_every")
+        elif improved:
+            self._save("best", metrics, reason="best")
+        elif not self.guard.requested:
+            self.manager.after_step(progress.step, epoch=progress.epoch)
+
+    def end_epoch(self) -> None:
+        """Validation, history, checkpoint, and the block that tells of them."""
+        progress = self.progress
+        epoch, mean = progress.epoch, progress.loss_sum / max(1, progress.position)
+        if self.plan.epochs is None:  # counted in steps: data begins anew, nothing else happens
+            self._begin_epoch()
+            return
+        metrics = self.evaluate()
+        if self.guard.requested:
+            return  # evaluated again after the resume, which lands here
+        metrics = {"train_loss": mean, **metrics}
+        improved = self._note(metrics)
+        self._remember(epoch, metrics)
+        self._begin_epoch()
+        self._tell_epoch(epoch, metrics)
+        self.console.say(_("💾 Saving the checkpoint..."))
+        if self.config.checkpoint.save_every_epoch:
+            self._save("epoch", metrics, reason="epoch", epoch=epoch)
+        else:
+            self._save("best" if improved else "temp", metrics, reason="epoch", epoch=epoch)
+
+    def end_run(self) -> None:
+        """The last evaluation and checkpoint of a run that does not end with an epoch's."""
+        metrics = self.evaluate()
+        self._note(metrics)
+        metrics = {"train_loss": self.progress.smoothed, **metrics}
+        self._remember(self.progress.epoch, metrics)
+        self._tell_epoch(self.progress.epoch, metrics)
+        self._save("step", metrics, reason="end")
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """After a signal: make this step durable and leave. Raises Interrupted."""
+        number = self.guard.requested
+        if number is None:
+            return
+        if self.manager.saved_step != self.progress.step:
+            self._save("temp", {}, reason="signal")
+        raise Interrupted(
+            _("Stopped at step {step}; step {durable} is durable. The same command goes on from "
+              "there.", step=self.progress.step, durable=self.manager.saved_step), number
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(self, *, limit: int | None = None) -> dict[str, float]:
+        """Mean validation loss in nats a token, perplexity, bits per byte; {} where there is none.
+
+        Also {} if a signal comes meanwhile: half an evaluation is none. `limit` batches are enough
+        to time it.
+        """
+        stream = self.data.val
+        if len(stream) == 0:
+            return {}
+        rows = max(EVALUATION_ROWS, self.config.training.batch_size)
+        nats, count = 0.0, 0
+        self.model.eval()
+        try:
+            batches = validation_batches(stream, self.context_length, rows)
+            for inputs, targets in itertools.islice(batches, limit):
+                if self.guard.requested:
+                    return {}
+                counted = int((targets != IGNORED).sum())
+                nats += self._loss(inputs, targets).item() * counted
+                count += counted
+        finally:
+            self.model.train()
+        loss = nats / count
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        per_byte = bits_per_byte(nats, stream.text_bytes)
+        return {"val_loss": loss, "perplexity": perplexity, "bits_per_byte": per_byte}
+
+    def sample(self) -> str:
+        """A short text as the model continues the prompt now; its own generator, so that the run
+        stays the same with and without it."""
+        training = self.config.training
+        return sample_text(
+            self.model, self.data.tokenizer, training.sample_prompt, training.sample_tokens,
+            context_length=self.context_length, seed=training.seed + self.progress.step,
+            stop=lambda: self.guard.requested is not None,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------- details
+
+    def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        inputs = inputs.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        wide = self.precision is torch.float32
+        with torch.autocast(self.device.type, self.precision, enabled=not wide):
+            logits = self._forward(input_ids=inputs).logits
+            return next_token_loss(logits, targets)
+
+    def _account(self, loss: float, seconds: float) -> None:
+        progress, status = self.progress, self.console.status
+        progress.loss_sum += loss
+        first = math.isnan(progress.smoothed)
+        progress.smoothed = (
+            loss if first else SMOOTHING * progress.smoothed + (1 - SMOOTHING) * loss
+        )
+        if math.isnan(self.step_seconds):
+            self.step_seconds = seconds
+        self.step_seconds += 0.1 * (seconds - self.step_seconds)
+        tokens = self.plan.accumulation * self.config.training.batch_size * self.context_length
+        rate = self.optimizer.param_groups[0]["lr"]
+        status.epoch, status.epochs = progress.epoch, self.plan.epochs
+        status.step, status.total_steps = progress.step, self.plan.total_steps
+        status.loss, status.smoothed, status.learning_rate = loss, progress.smoothed, rate
+        status.tokens_per_second = tokens / self.step_seconds
+        status.eta = self.step_seconds * (self.plan.total_steps - progress.step)
+        self.console.progress()
+        if progress.step % self.config.training.log_every == 0:
+            self.records.step(
+                progress.step, epoch=progress.epoch, loss=loss, smoothed_loss=progress.smoothed,
+                learning_rate=rate, tokens_per_second=status.tokens_per_second,
+                durable_step=status.durable_step,
+            )  # fmt: skip
+        if not math.isfinite(loss):
+            self.console.warn(_("The loss of step {step} is {loss}.", step=progress.step,
+                                loss=loss))  # fmt: skip
+
+    @property
+    def _evaluation_interval(self) -> int | None:
+        """Runs by steps have no epochs to evaluate at: they do it where they save."""
+        training = self.config.training
+        if training.eval_every is None and self.plan.epochs is None:
+            return self.config.checkpoint.save_every
+        return training.eval_every
+
+    def _note(self, metrics: dict[str, float]) -> bool:
+        """Keep the best loss and count evaluations without a better one; NaN is never better."""
+        loss, best = metrics.get("val_loss"), self.state["best_loss"]
+        if loss is None:
+            return False
+        self.state["val_loss"] = loss
+        improved = math.isfinite(loss) and (best is None or loss < best)
+        if improved:
+            self.state["best_loss"] = loss
+        self.progress.stale = 0 if improved else self.progress.stale + 1
+        patience = self.config.training.patience
+        if patience is not None and self.progress.stale >= patience:
+            self.progress.stopped_early = True
+            self.console.say(
+                _("🛑 No better validation loss in {count} evaluations: stopping early.",
+                  count=self.progress.stale), important=True
+            )  # fmt: skip
+        self.records.event("evaluation", self.progress.step, **metrics)
+        return improved
+
+    def _remember(self, epoch: int, metrics: dict[str, float]) -> None:
+        history = self.state["history"]
+        history["train_loss"].append(metrics["train_loss"])
+        history["val_loss"].append(metrics.get("val_loss"))
+        history["epochs"].append(epoch)
+        self.state["train_loss"] = metrics["train_loss"]
+        self.records.event("epoch", self.progress.step, epoch=epoch, **metrics)
+        self.records.history(history)
+
+    def _begin_epoch(self) -> None:
+        self.progress.epoch += 1
+        self.progress.position = 0
+        self.progress.loss_sum = 0.0
+
+    def _tell_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        seconds = time.monotonic() - self._epoch_began
+        self._epoch_began = time.monotonic()
+        say = self.console.say
+        say()
+        total = f"/{self.plan.epochs}" if self.plan.epochs else ""
+        say(_("📊 Epoch {epoch} results", epoch=f"{epoch}{total}"), style="bold", important=True)
+        say(_("  ⏱️  Time: {seconds} s ({minutes} min)", seconds=f"{seconds:.1f}",
+              minutes=f"{seconds / 60:.1f}"))  # fmt: skip
+        say(_("  📉 Training loss: {loss}", loss=f"{metrics['train_loss']:.4f}"), important=True)
+        if "val_loss" in metrics:
+            say(_("  📊 Validation loss: {loss}", loss=f"{metrics['val_loss']:.4f}"),
+                important=True)  # fmt: skip
+            say(_("  🔢 Perplexity: {perplexity} · bits per byte: {bits}",
+                  perplexity=f"{metrics['perplexity']:.2f}",
+                  bits=f"{metrics['bits_per_byte']:.3f}"))  # fmt: skip
+        if self.config.training.sample_tokens:
+            say(_("  ✍️  Sample: {text}", text=" ".join(self.sample().split())))
+
+    _epoch_began = time.monotonic()
+
+    def begin_clock(self) -> None:
+        """The time of the first epoch counts from here."""
+        self._epoch_began = time.monotonic()
+
+    def _save(
+        self, kind: str, metrics: dict[str, float], *, reason: str, epoch: int | None = None
+    ) -> None:
+        self.manager.save(
+            step=self.progress.step, epoch=epoch or self.progress.epoch, kind=kind,
+            metrics=metrics, reason=reason,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------- after a resume
+
+    def settle(self, saved_data: dict[str, Any]) -> list[str]:
+        """Fit the restored state to this configuration; returns what changed, for the user.
+
+        The position is kept in samples: with another batch size it is the first step that leaves
+        no sample out. With other data, or another order, the epoch begins anew.
+        """
+        notes: list[str] = []
+        progress, now = self.progress, self._data_identity()
+        same = all(saved_data.get(key) == now[key] for key in ("content_hash", "split", "seed"))
+        if not same and progress.position:
+            notes.append(
+                _("Other data, or another order of it: epoch {epoch} begins anew.",
+                  epoch=progress.epoch)
+            )  # fmt: skip
+            progress.position, progress.loss_sum = 0, 0.0
+        rows = saved_data["samples_per_step"]
+        if same and rows != now["samples_per_step"] and progress.position:
+            samples = progress.position * rows
+            before, mean = progress.position, progress.loss_sum / progress.position
+            progress.position = min(samples // now["samples_per_step"], self.plan.steps_per_epoch)
+            progress.loss_sum = mean * progress.position
+            again = samples - progress.position * now["samples_per_step"]
+            notes.append(
+                _("Other batch size: step {before} of the epoch becomes step {after}; {again} "
+                  "samples are seen again.", before=before, after=progress.position, again=again)
+            )  # fmt: skip
+        self.state["data"] = now
+        self.state["config"] = self.config.to_dict()
+        self.plan = Plan.of(self.config, self.batches, done=progress)
+        if self.plan.epochs is not None:
+            # Early stopping is decided anew: the user may have given it more patience.
+            patience = self.config.training.patience
+            progress.stopped_early = patience is not None and progress.stale >= patience
+        self._settle_schedule()
+        return notes
+
+    def _settle_schedule(self) -> None:
+        """The learning rate is a function of the step: of the plan as it is now."""
+        self._warmup = int(self.config.training.warmup_ratio * self.plan.total_steps)
+        for group, base in zip(
+            self.optimizer.param_groups, self.scheduler.base_lrs, strict=True
+        ):  # fmt: skip
+            group["lr"] = base * self._factor(self.progress.step)
+
+    def _factor(self, step: int) -> float:
+        if not hasattr(self, "plan"):
+            return 1.0
+        training = self.config.training
+        return learning_rate_factor(training.schedule, self._warmup, self.plan.total_steps)(step)
+
+    def _data_identity(self) -> dict[str, Any]:
+        """What the position in the data means."""
+        data = self.config.data
+        return {
+            "content_hash": self.data.content_hash,
+            "split": [data.val_fraction, data.text_field],
+            "seed": self.config.training.seed,
+            "samples_per_step": self.config.training.batch_size * self.plan.accumulation,
+        }
+
+
+def _every(interval: int | None, step: int) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _evaluation_line(step: int, metrics: dict[str, float]) -> str:
+    return _("📊 Step {step}: validation loss {loss}, bits per byte {bits}", step=step,
+             loss=f"{metrics['val_loss']:.4f}", bits=f"{metrics['bits_per_byte']:.3f}")  # fmt: skip

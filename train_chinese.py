@@ -1,0 +1,11 @@
+"""`holdfast train` that speaks Chinese first: python train_chinese.py --preset quick."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from holdfast.cli.main import train_main
+
+if __name__ == "__main__":
+    sys.exit(train_main(prog="train_chinese.py", lang="zh"))

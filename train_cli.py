@@ -1,0 +1,11 @@
+"""`holdfast train` for those who start scripts: python train_cli.py --preset quick."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from holdfast.cli.main import train_main
+
+if __name__ == "__main__":
+    sys.exit(train_main(prog="train_cli.py"))

@@ -1,0 +1,11 @@
+"""`holdfast list`, `history`, `compare`, `clean` … for those who start scripts."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from holdfast.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(prog="train_manager.py"))
