@@ -9,7 +9,7 @@ SERVE_PORT ?= 8000
 .PHONY: help install train-chinese test test-all lint i18n bench serve clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Says in words what is missing, instead of pip's or venv's own complaint.
 $(VENV)/.checked:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from holdfast.checkpoint.manager import Resumed, Saved
 
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
+REDRAW_EVERY = 0.25  # seconds between two drawings of the bar
 
 
 @dataclass(slots=True)
@@ -50,6 +51,13 @@ class Status:
     durable_at: float = 0.0  # time.monotonic()
 
 
+class _Rich(RichConsole):
+    """rich ends the process when a pipe is closed; a training must outlive its reader."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class Console:
     """Says things. One for a run; use as a context manager around the training."""
 
@@ -66,7 +74,7 @@ class Console:
         self.terminal = self._stream.isatty() if terminal is None else terminal
         # Plain lines must not be wrapped: a pipe has no width.
         width = None if self.terminal else 10_000
-        self._rich = RichConsole(
+        self._rich = _Rich(
             file=self._stream, force_terminal=self.terminal, width=width, highlight=False,
             soft_wrap=not self.terminal, emoji=False, markup=False,
         )  # fmt: skip
@@ -75,7 +83,7 @@ class Console:
             self.open_log(log_file)
         self._live: Live | None = None
         self._dead = False
-        self._last_plain = time.monotonic()
+        self._last_drawn = time.monotonic()
         self.status = Status()
 
     # ------------------------------------------------------------------------------------ talking
@@ -170,10 +178,15 @@ class Console:
     def start_bar(self) -> None:
         if not self.terminal or self._quiet or self._dead:
             return
+        # Redrawn by `progress`, in the training thread: a thread of rich's own would meet the end
+        # of the terminal where nobody can catch it.
         self._live = Live(
-            get_renderable=self._render, console=self._rich, refresh_per_second=4,
-            redirect_stdout=False, redirect_stderr=False,
-        )  # fmt: skip
+            get_renderable=self._render,
+            console=self._rich,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         with self._survive():
             self._live.start()
 
@@ -185,10 +198,14 @@ class Console:
 
     def progress(self, *, force: bool = False) -> None:
         """The status has changed: the bar redraws itself; in a pipe a line now and then."""
-        if self.terminal or self._quiet or self._dead:
-            return
-        if force or time.monotonic() - self._last_plain >= PLAIN_EVERY:
-            self._last_plain = time.monotonic()
+        now = time.monotonic()
+        if self._live is not None:
+            if force or now - self._last_drawn >= REDRAW_EVERY:
+                self._last_drawn = now
+                with self._survive():
+                    self._live.refresh()
+        elif not self.terminal and (force or now - self._last_drawn >= PLAIN_EVERY):
+            self._last_drawn = now
             self.say(self._headline() + "  " + self._details())
 
     def working(self, label: str, done: int, total: int) -> None:

@@ -32,7 +32,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_size": 512,
             "intermediate_size": 1376,
             "num_attention_heads": 8,
-            "num_key_value_heads": 8,
+            "num_key_value_heads": 2,
             "max_position_embeddings": 512,
         },
     ),
@@ -120,8 +120,8 @@ def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     `logits` [batch, context, vocabulary] in any float dtype, `targets` int64 [batch, context],
     already shifted. On a GPU in fp32; on a CPU the kernel itself sums bf16 in fp32.
     """
-    flat = logits.view(-1, logits.size(-1))
-    return functional.cross_entropy(flat.float(), targets.view(-1), ignore_index=IGNORED)
+    flat = logits.reshape(-1, logits.size(-1))
+    return functional.cross_entropy(flat.float(), targets.reshape(-1), ignore_index=IGNORED)
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

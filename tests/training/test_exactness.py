@@ -1,0 +1,223 @@
+"""Resuming is bit-exact: weights, optimizer, schedule, losses, history, and all random streams.
+
+The mutants at the end break one thing each; the comparison must notice every one of them, or it
+proves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.checkpoint import state as engine_state
+from holdfast.checkpoint.transaction import LoadScheduler
+from holdfast.training.trainer import Trainer
+from tests.training import runs
+from tests.training.runs import Killed, config_for, difference, final_state, train, write_corpus
+
+SAVE_EVERY = 4
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str, Any]:
+    """The final state of the run that nothing disturbs."""
+    directory = tmp_path_factory.mktemp("straight")
+    train(config_for(directory, corpus))
+    return final_state(directory)
+
+
+def kill_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Trainer.after_step
+
+    def after_step(self: Trainer) -> None:
+        original(self)
+        if self.progress.step == step:
+            raise Killed
+
+    monkeypatch.setattr(Trainer, "after_step", after_step)
+
+
+def interrupted(
+    directory: Path, corpus: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> dict[str, Any]:
+    """The final state of a run that is ended without a word after each of `steps`."""
+    options = {"temp_every_steps": SAVE_EVERY, **options}
+    for step in steps:
+        with monkeypatch.context() as patch:
+            kill_after(step, patch)
+            with pytest.raises(Killed):
+                train(config_for(directory, corpus, **options))
+    train(config_for(directory, corpus, **options))
+    return final_state(directory)
+
+
+def test_the_hard_run_is_long_enough_to_prove_something(straight: dict[str, Any]) -> None:
+    assert straight["global_step"] >= 30
+    assert straight["history"]["epochs"] == [1, 2]
+    assert straight["progress"]["epoch"] == 3
+
+
+def test_killed_in_each_epoch_and_resumed_is_bit_identical(
+    tmp_path: Path, corpus: Path, straight: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    per_epoch = straight["global_step"] // 2
+    killed_at = [per_epoch // 2 + 1, per_epoch + 1, per_epoch + 7]
+    again = interrupted(tmp_path, corpus, killed_at, monkeypatch)
+    assert difference(straight, again) is None
+
+
+def test_killed_at_random_steps_is_bit_identical(
+    tmp_path: Path, corpus: Path, straight: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    steps = sorted(random.Random(seed).sample(range(5, straight["global_step"]), 4))
+    assert difference(straight, interrupted(tmp_path, corpus, steps, monkeypatch)) is None
+
+
+def test_killed_by_a_real_signal_right_after_an_announcement(
+    tmp_path: Path, corpus: Path, straight: dict[str, Any]
+) -> None:
+    """SIGKILL of a real process; the line it had just printed is the promise."""
+    config = config_for(tmp_path / "run", corpus, temp_every_steps=SAVE_EVERY)
+    file = tmp_path / "config.json"
+    from holdfast.training.layers import save_config
+
+    save_config(config, file)
+    command = [sys.executable, "-m", "holdfast", "train", "--config", str(file), "--lang", "en"]
+    for wanted in ("step 8 is durable", "step 24 is durable"):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=runs.ROOT)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if wanted in line:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        assert process.wait(60) == -signal.SIGKILL
+        process.stdout.close()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Going on from" in done.stdout
+    assert difference(straight, final_state(tmp_path / "run")) is None
+
+
+def test_evaluations_and_samples_do_not_change_the_run(
+    tmp_path: Path, corpus: Path, straight: dict[str, Any]
+) -> None:
+    train(config_for(tmp_path, corpus, eval_every=5, sample_tokens=0, save_every=9))
+    other = final_state(tmp_path)
+    for name in ("model", "optimizer", "scheduler", "rng", "history"):
+        assert difference(straight[name], other[name], name) is None
+
+
+def test_a_run_of_steps_is_bit_identical_too(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"num_steps": 25, "epochs": "none", "eval_every": 10}
+    train(config_for(tmp_path / "a", corpus, **options))
+    again = interrupted(tmp_path / "b", corpus, [13, 22], monkeypatch, **options)
+    assert difference(final_state(tmp_path / "a"), again) is None
+
+
+def test_a_moved_run_directory_goes_on_bit_identically(
+    tmp_path: Path, corpus: Path, straight: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied without its hard links, to another place, with the data under another name."""
+    import shutil
+
+    with monkeypatch.context() as patch:
+        kill_after(13, patch)
+        with pytest.raises(Killed):
+            train(config_for(tmp_path / "old", corpus, temp_every_steps=SAVE_EVERY))
+    shutil.copytree(tmp_path / "old", tmp_path / "new place")
+    shutil.rmtree(tmp_path / "old")
+    renamed = tmp_path / "文本.txt"
+    shutil.copy(corpus, renamed)
+    train(config_for(tmp_path / "new place", renamed, temp_every_steps=SAVE_EVERY))
+    assert difference(straight, final_state(tmp_path / "new place")) is None
+
+
+# ------------------------------------------------------------------------------------- mutants
+
+
+def rng_not_restored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(engine_state.RandomState, "load_state_dict", lambda self, state: None)
+
+
+def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    original = Trainer.settle
+
+    def settle(self: Trainer, saved: dict[str, Any]) -> list[str]:
+        self.progress.position += 1
+        return original(self, saved)
+
+    patch.setattr(Trainer, "settle", settle)
+
+
+def scheduler_not_restored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LoadScheduler, "commit", lambda self: None)
+
+
+def optimizer_not_restored(patch: pytest.MonkeyPatch) -> None:
+    from holdfast.checkpoint.transaction import LoadOptimizer
+
+    patch.setattr(LoadOptimizer, "commit", lambda self: None)
+
+
+def accumulation_cut_in_the_middle(patch: pytest.MonkeyPatch) -> None:
+    """Save between two micro-batches: the gradients so far are in nobody's state."""
+    original = Trainer._loss
+
+    def loss(self: Trainer, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        result = original(self, inputs, targets)
+        if self.model.training and self.progress.step == 12:
+            self.manager.save(step=self.progress.step, epoch=self.progress.epoch, kind="temp")
+        return result
+
+    patch.setattr(Trainer, "_loss", loss)
+
+
+def epoch_loss_forgotten(patch: pytest.MonkeyPatch) -> None:
+    original = Trainer.settle
+
+    def settle(self: Trainer, saved: dict[str, Any]) -> list[str]:
+        self.progress.loss_sum = 0.0
+        return original(self, saved)
+
+    patch.setattr(Trainer, "settle", settle)
+
+
+MUTANTS = [
+    rng_not_restored,
+    position_off_by_one,
+    scheduler_not_restored,
+    optimizer_not_restored,
+    accumulation_cut_in_the_middle,
+    epoch_loss_forgotten,
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_the_comparison_catches(
+    mutant: Callable[[pytest.MonkeyPatch], None],
+    tmp_path: Path,
+    corpus: Path,
+    straight: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mutant(monkeypatch)
+    again = interrupted(tmp_path, corpus, [13], monkeypatch)
+    assert difference(straight, again) is not None
