@@ -54,8 +54,10 @@ lint: $(VENV)/.dev  ## ruff and the type checker
 i18n: $(VENV)/.dev  ## collect the strings again and compile the catalogues
 	$(BIN)/python tests/catalogues.py update
 
-bench: $(VENV)/.dev  ## speed of training beside the peers
+bench: $(VENV)/.train  ## speed beside the peers; NANOGPT=DIR names a checkout of nanoGPT
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/train_speed.py
+	$(BIN)/python benchmarks/prepare_speed.py
 
 serve:  ## serve a trained model (comes with a later version)
 	@echo "holdfast: serving is not part of this version yet / 此版本尚不支持模型服务"; exit 2

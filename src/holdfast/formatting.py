@@ -66,12 +66,14 @@ def format_age(seconds: float) -> str:
 
 
 def format_loss(value: float | None) -> str:
-    """A loss or another metric: four decimals, four digits where that says nothing, nan by name."""
+    """A loss or another metric: 4.8934, 2981.0, 3.100e-05; nan and the infinities by name."""
     if value is None:
         return NOTHING
     if value == 0 or not math.isfinite(value):
         return str(float(value))
-    return f"{value:.4f}" if 1e-2 <= abs(value) < 1e6 else f"{value:.3e}"
+    if not 1e-2 <= abs(value) < 1e6:
+        return f"{value:.3e}"
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def parse_time(text: object) -> datetime.datetime | None:
@@ -84,6 +86,6 @@ def parse_time(text: object) -> datetime.datetime | None:
 
 
 def format_time(text: object) -> str:
-    """A time of a manifest or the history in local time with the zone: 2026-03-01 18:05:00 +0800."""
+    """A time of a manifest or the history as the local one: 2026-03-01 18:05:00 +0800."""
     time = parse_time(text)
     return NOTHING if time is None else time.strftime("%Y-%m-%d %H:%M:%S %z")

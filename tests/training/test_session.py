@@ -226,9 +226,7 @@ def test_data_that_is_gone_is_found_in_the_cache_by_its_content(run: Path, corpu
 # ------------------------------------------------------------------------- going back and elsewhere
 
 
-def test_going_back_begins_a_generation_and_archives_what_is_newer(
-    run: Path, corpus: Path
-) -> None:
+def test_going_back_begins_a_generation_and_archives_what_is_newer(run: Path, corpus: Path) -> None:
     newest = final_state(run)
     said = train(config_for(run, corpus, checkpoint=str(run / "model_epoch_1.pt")))
     contents = Catalog(run).scan()

@@ -33,9 +33,9 @@ class ModelConfig:
         le=1_048_576,
         near=("block_size", "max_length", "seq_len"),
     )
-    vocab_size: int = option(
-        8192,
-        help=N_("size of the tokenizer's vocabulary; smaller where the text is too short for it"),
+    vocab_size: int | None = option(
+        None,
+        help=N_("size of the tokenizer's vocabulary (what suits model and text where not given)"),
         metavar="TOKENS",
         ge=260,  # 256 bytes and the special tokens
         le=1_000_000,

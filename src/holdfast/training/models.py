@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +23,28 @@ from holdfast.training.batches import IGNORED
 if TYPE_CHECKING:
     from holdfast.training.config import ModelConfig
 
-# name → (architecture, its configuration). "tiny" is for a minute on a CPU, "mini" for an evening.
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiny": ("gpt2", {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 128}),
-    "mini": (
-        "llama",
-        {
-            "num_hidden_layers": 8,
-            "hidden_size": 512,
-            "intermediate_size": 1376,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-        },
-    ),
-    "gpt2-small": ("gpt2", {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 512}),
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model of ours: an architecture of transformers, its size, and a vocabulary that fits it."""
+
+    architecture: str  # "gpt2" or "llama"
+    layers: int
+    width: int
+    heads: int
+    context: int
+    vocab_size: int
+    inner: int = 0  # width of Llama's feed-forward layers
+    kv_heads: int = 0
+
+
+# "tiny" is for minutes on a CPU, "mini" for an evening, "gpt2-small" for a GPU or much patience.
+# A small model wants a small vocabulary: 2048 tokens take a seventh of tiny's parameters, 8192 would
+# take 40 % (docs/en/training.md compares what it learns with each).
+SHAPES = {
+    "tiny": Shape("llama", 4, 256, 4, 128, 2048, inner=672, kv_heads=4),
+    "mini": Shape("llama", 8, 512, 8, 512, 8192, inner=1376, kv_heads=2),
+    "gpt2-small": Shape("gpt2", 12, 768, 12, 512, 16_000),
 }
 
 
@@ -44,7 +52,8 @@ def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int) -> Any:
     """A new model with random weights: `config.model` must be a name in SHAPES."""
     import transformers
 
-    architecture, shape = SHAPES[config.model]
+    shape = SHAPES[config.model]
+    context, dropout = config.context_length or shape.context, config.dropout or 0.0
     common = {
         "vocab_size": vocab_size,
         "bos_token_id": eos_id,
@@ -54,21 +63,30 @@ def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int) -> Any:
         "use_cache": False,
         "attn_implementation": "sdpa",
     }
-    dropout = config.dropout or 0.0
-    if architecture == "gpt2":
+    settings: Any
+    if shape.architecture == "gpt2":
         settings = transformers.GPT2Config(
-            **shape | ({"n_positions": config.context_length} if config.context_length else {}),
-            **common,
+            n_layer=shape.layers,
+            n_embd=shape.width,
+            n_head=shape.heads,
+            n_positions=context,
             # The tanh form as one fused kernel; the library's "gelu_new" spells it out in six.
             activation_function="gelu_pytorch_tanh",
             resid_pdrop=dropout,
             embd_pdrop=dropout,
             attn_pdrop=dropout,
+            **common,
         )
     else:
-        context = config.context_length or shape["max_position_embeddings"]
         settings = transformers.LlamaConfig(
-            **shape | {"max_position_embeddings": context}, **common, attention_dropout=dropout
+            num_hidden_layers=shape.layers,
+            hidden_size=shape.width,
+            intermediate_size=shape.inner,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=context,
+            attention_dropout=dropout,
+            **common,
         )
     return transformers.AutoModelForCausalLM.from_config(settings)
 
@@ -96,6 +114,11 @@ def load_model(config: ModelConfig) -> Any:
         ) from error  # fmt: skip
     model.config.use_cache = False
     return model
+
+
+def vocabulary_of(config: ModelConfig) -> int:
+    """The size of the vocabulary that is trained for a model of ours."""
+    return config.vocab_size or SHAPES[config.model].vocab_size
 
 
 def is_shape(name: str) -> bool:

@@ -182,11 +182,13 @@ def _data(
 ) -> PreparedData:
     """The data in the tokens of the run, or of the model, that it goes on from."""
     data = config.data
-    tokenizer = None
+    tokenizer, vocabulary = None, 0
     if origin is not None:
         tokenizer = TextTokenizer.from_state(origin.tokenizer)
     elif not models.is_shape(config.model.model):
         tokenizer = TextTokenizer.from_directory(config.model.model)
+    else:
+        vocabulary = models.vocabulary_of(config.model)
 
     def progress(label: str, done: int, total: int) -> None:
         if guard.requested is not None:
@@ -203,7 +205,7 @@ def _data(
     }
     try:
         return prepare_data(
-            data.data_file, vocab_size=config.model.vocab_size, tokenizer=tokenizer,
+            data.data_file, vocab_size=vocabulary, tokenizer=tokenizer,
             progress=progress, **shared,
         )  # fmt: skip
     except DataError:

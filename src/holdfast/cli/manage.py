@@ -1,0 +1,300 @@
+"""The command line of the desk: list, history, compare, clean, verify.
+
+Arguments, questions and printing; what is found and decided lives in holdfast.manage. No torch.
+How a command ends when it fails, is interrupted or loses its reader is cli/main.py's business.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.cli.options import Parser, wrap_cells
+from holdfast.errors import CheckpointError, ConfigError, HoldfastError
+from holdfast.formatting import format_bytes, format_seconds
+from holdfast.i18n import LANGUAGES, N_, _
+from holdfast.manage import clean, compare, history, listing, verify
+from holdfast.manage.rundir import DAMAGED, look
+from holdfast.manage.table import Screen, printable
+from holdfast.manage.values import json_ready
+from holdfast.training.config import OPTIONS
+
+_DIRECTORY = str(OPTIONS["checkpoint_dir"].default)
+_KEEP = int(OPTIONS["keep_last_n"].default)
+
+_Work = Callable[[Sequence[str], str], int]
+
+
+# ------------------------------------------------------------------------------------- commands
+
+
+def run_list(argv: Sequence[str], prog: str) -> int:
+    """`holdfast list`: 0, or an error that names the directories that are not there."""
+    parser = _parser(
+        prog,
+        _("Show the checkpoints of run directories: losses, sizes, ages, which is best."),
+        _("Examples:\n  {prog}\n  {prog} runs/a runs/b --sort loss\n  {prog} --json", prog=prog),
+    )
+    parser.add_argument("directories", nargs="*", default=[_DIRECTORY], metavar="DIR",
+                        help=_("run directories (default: {value})", value=_DIRECTORY))  # fmt: skip
+    parser.add_argument("--sort", choices=list(listing.SORTS), metavar="|".join(listing.SORTS),
+                        help=_("order of the rows (default: newest first)"))  # fmt: skip
+    given = parser.parse_args(argv)
+    found, problems = [], []
+    for directory in given.directories:
+        try:
+            found.append(listing.listing_of(look(directory), given.sort))
+        except HoldfastError as error:
+            problems.append(str(error))
+    if given.json:
+        _print_json({"directories": [one.to_json() for one in found]})
+    else:
+        screen = Screen.of(sys.stdout)
+        for i, one in enumerate(found):
+            title = [screen.bold(printable(f"{one.run.directory}:"))]
+            several = [*([""] if i else []), *title] if len(given.directories) > 1 else []
+            _print([*several, *one.lines(screen)])
+    if problems:
+        raise HoldfastError("\n".join(problems))
+    return 0
+
+
+def run_history(argv: Sequence[str], prog: str) -> int:
+    """`holdfast history`: 0."""
+    parser = _parser(
+        prog,
+        _("Show the epochs of a run and what happened to it: interruptions, resumes, damage."),
+        _("Examples:\n  {prog}\n  {prog} runs/a --events\n  {prog} --csv losses.csv", prog=prog),
+    )
+    _add_directory(parser)
+    parser.add_argument("--csv", type=Path, metavar="FILE",
+                        help=_("also write the table of epochs to this file"))  # fmt: skip
+    parser.add_argument("--events", action="store_true", help=_("show every event"))
+    given = parser.parse_args(argv)
+    found = history.history_of(look(given.directory))
+    if given.csv is not None:
+        history.write_csv(found, given.csv)
+    if given.json:
+        _print_json(found.to_json())
+    else:
+        _print(found.lines(Screen.of(sys.stdout), everything=given.events))
+    return 0
+
+
+def run_compare(argv: Sequence[str], prog: str) -> int:
+    """`holdfast compare`: 0."""
+    parser = _parser(
+        prog,
+        _("Compare checkpoints: metrics and which is better, configuration, environment."),
+        _("Examples:\n  {prog} runs/a runs/b\n"
+          "  {prog} runs/a/model_epoch_1.pt runs/a", prog=prog),
+    )  # fmt: skip
+    parser.add_argument("sources", nargs="+", metavar="FILE|DIR",
+                        help=_("checkpoints; a directory stands for its best one"))  # fmt: skip
+    given = parser.parse_args(argv)
+    if len(given.sources) < 2:
+        raise ConfigError(
+            _("one checkpoint cannot be compared: name two or more; see {prog} --help", prog=prog)
+        )
+    found = compare.compare(given.sources)
+    if given.json:
+        _print_json(found.to_json())
+    else:
+        _print(found.lines(Screen.of(sys.stdout)))
+    return 0
+
+
+def run_clean(argv: Sequence[str], prog: str) -> int:
+    """`holdfast clean`: 0; 1 where the user said no; an error without a terminal or --yes."""
+    given = _clean_parser(prog).parse_args(argv)
+    if given.keep is not None and given.keep < 0:
+        raise ConfigError(_("--keep {value}: expected a number that is not negative; see {prog} "
+                            "--help", value=given.keep, prog=prog))  # fmt: skip
+    if given.keep is None and not given.temp and not given.quarantine:
+        given.keep = _KEEP
+    if given.json and not (given.yes or given.dry_run):
+        raise ConfigError(_("{prog} --json asks no questions: add --yes or --dry-run", prog=prog))
+    shown = clean.plan(given.directory, clean.Wish(given.keep, given.temp, given.quarantine))
+    if given.json:
+        done = clean.execute(shown) if shown.going and not given.dry_run else shown
+        _print_json(done.to_json(done=not given.dry_run))
+        return 0
+    _print(shown.lines(Screen.of(sys.stdout)))
+    if shown.unverified:
+        check = f"{prog.rpartition(' ')[0]} verify {shlex.quote(given.directory)}".lstrip()
+        _print([_("No checkpoint goes before two are verified. This verifies them: {command}",
+                  command=check)])  # fmt: skip
+    if given.dry_run or not shown.going:
+        return 0
+    if not given.yes and not _confirmed(prog):
+        _print([_("Nothing was removed.")])
+        return 1
+    done = clean.execute(shown)
+    _print([_("Removed: {count}, {size} came back.", count=len(done.going),
+              size=format_bytes(done.freed))])  # fmt: skip
+    agreed = {row.key for row in shown.going}
+    _print(_("{name} stays: {reason}", name=row.names[0], reason=done.why(row))
+           for row in done.rows if row.stays and row.key in agreed)  # fmt: skip
+    return 0
+
+
+def _clean_parser(prog: str) -> Parser:
+    parser = _parser(
+        prog,
+        _("Remove checkpoints that are no longer needed. Shows first what goes, what stays and "
+          "why, then asks. The best, the newest and two verified ones always stay."),
+        _("Examples:\n  {prog} --keep 3 --dry-run\n  {prog} runs/a --keep 1 --temp --yes\n"
+          "  {prog} --quarantine", prog=prog),
+    )  # fmt: skip
+    _add_directory(parser)
+    keep_help = _(
+        "keep the last N epoch and the last N step checkpoints, 0 for all "
+        "(default: {value}, where neither --temp nor --quarantine is given)",
+        value=_KEEP,
+    )
+    parser.add_argument("--keep", type=int, metavar="N", help=keep_help)
+    for flag, text in (
+        ("--temp", _("remove temporary checkpoints and files that were never finished")),
+        ("--quarantine", _("remove damaged files that were set aside")),
+        ("--dry-run", _("show what would go, and remove nothing")),
+        ("--yes", _("do not ask")),
+    ):
+        short = {"--yes": ["-y"]}.get(flag, [])
+        parser.add_argument(*short, flag, action="store_true", help=text)
+    return parser
+
+
+def run_verify(argv: Sequence[str], prog: str) -> int:
+    """`holdfast verify`: 0, or 4 where something is damaged."""
+    parser = _parser(
+        prog,
+        _("Check every byte of checkpoints against their checksums. Nothing is moved; what was "
+          "found goes into the history."),
+        _("Examples:\n  {prog}\n  {prog} runs/a backup/model_epoch_3.pt", prog=prog),
+    )  # fmt: skip
+    parser.add_argument("sources", nargs="*", default=[_DIRECTORY], metavar="DIR|FILE",
+                        help=_("what to check (default: {value})", value=_DIRECTORY))  # fmt: skip
+    given = parser.parse_args(argv)
+    targets = verify.targets_of(given.sources)
+    began, verdicts = time.monotonic(), []
+    bar = _Progress()
+    try:
+        for verdict in verify.verify(targets, bar.show):
+            verdicts.append(verdict)
+            bar.clear()
+            if not given.json:
+                _print([_verdict_line(verdict)])
+    finally:
+        bar.clear()
+    failed = any(verdict.failed for verdict in verdicts)
+    damaged = sum(verdict.state == DAMAGED for verdict in verdicts)
+    if given.json:
+        _print_json({"files": [v.to_json() for v in verdicts], "damaged": damaged})
+        return CheckpointError.exit_code if failed else 0
+    if not verdicts:
+        _print([_("There is nothing to check.")])
+        return 0
+    _print(dict.fromkeys(verdict.note for verdict in verdicts if verdict.note))
+    checked = [v.size for v in verdicts if v.state in (verify.INTACT, DAMAGED)]
+    _print([_("Files checked: {count}, {size} in {time}. Damaged: {damaged}.", count=len(checked),
+              size=format_bytes(sum(checked)), time=format_seconds(time.monotonic() - began),
+              damaged=damaged)])  # fmt: skip
+    if damaged:
+        _print([_("Nothing was moved: the next start of the training sets damaged files aside and "
+                  "goes on from the newest that is intact.")])  # fmt: skip
+    return CheckpointError.exit_code if failed else 0
+
+
+def _verdict_line(verdict: verify.Verdict) -> str:
+    path, *others = verdict.target.paths
+    names = ", ".join(other.name for other in others)
+    what = f"{path} ({names})" if names else str(path)
+    if verdict.state == verify.INTACT:
+        line = _("✓ {path}: intact, step {step}, {size}", path=what, step=verdict.step,
+                 size=format_bytes(verdict.size))  # fmt: skip
+    elif verdict.state == DAMAGED:
+        line = _("✗ {path}: DAMAGED: {reason}", path=what, reason=verdict.reason)
+    else:
+        line = _("- {path}: not checked: {reason}", path=what, reason=verdict.reason)
+    return printable(line)
+
+
+COMMANDS: dict[str, tuple[str, _Work]] = {
+    "list": (N_("show the checkpoints of a run"), run_list),
+    "history": (N_("show the epochs of a run and what happened to it"), run_history),
+    "compare": (N_("compare checkpoints or runs"), run_compare),
+    "clean": (N_("remove checkpoints that are no longer needed"), run_clean),
+    "verify": (N_("check every byte of the checkpoints"), run_verify),
+}
+
+
+# ---------------------------------------------------------------------------------- what is shared
+
+
+def _parser(prog: str, description: str, examples: str) -> Parser:
+    width = min(shutil.get_terminal_size().columns, 100) - 2
+    description = "\n".join(wrap_cells(description, width))  # argparse leaves it as it is
+    parser = Parser(prog=prog, description=description.replace("%", "%%"),
+                    epilog=examples.replace("%", "%%"), add_help=False)  # fmt: skip
+    parser.add_argument("-h", "--help", action="help", help=_("show this help and exit"))
+    parser.add_argument("--json", action="store_true", help=_("print JSON for scripts"))
+    lang_help = _("language of all messages (the system's own where not given)")
+    parser.add_argument("--lang", choices=LANGUAGES, metavar="|".join(LANGUAGES), help=lang_help)
+    parser.add_argument("--debug", action="store_true", help=_("show the traceback of an error"))
+    return parser
+
+
+def _add_directory(parser: Parser) -> None:
+    parser.add_argument("directory", nargs="?", default=_DIRECTORY, metavar="DIR",
+                        help=_("run directory (default: {value})", value=_DIRECTORY))  # fmt: skip
+
+
+def _confirmed(prog: str) -> bool:
+    """Ask; the answer of somebody who only presses Enter, or has gone, is no."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ConfigError(_("{prog} removes nothing without being told: add --yes, there is no "
+                            "terminal to ask on", prog=prog))  # fmt: skip
+    sys.stdout.write(_("Remove them? [y/N] "))
+    sys.stdout.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes", "是")
+
+
+class _Progress:
+    """One line on a terminal that says what is being checked; nothing in a pipe."""
+
+    def __init__(self) -> None:
+        self._active = sys.stderr.isatty()
+
+    def show(self, number: int, of: int, path: Path) -> None:
+        text = _("checking {number}/{of}: {name}", number=number, of=of, name=path.name)
+        self._write("\r\x1b[K" + printable(text))
+
+    def clear(self) -> None:
+        self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        if self._active:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+def _print(lines: Iterable[str]) -> None:
+    """Write lines to stdout at once: a reader that has gone is noticed here, by the one place that
+    deals with it (cli/main.py), and not when the interpreter exits."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII pipe gets \u2b50, no traceback
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+def _print_json(value: Any) -> None:
+    """One document; a number that is not finite is "nan", "inf" or "-inf", as in a manifest."""
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    _print([json.dumps(json_ready(value), ensure_ascii=not utf8, indent=2, allow_nan=False)])

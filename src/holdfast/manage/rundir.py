@@ -1,0 +1,130 @@
+"""A run directory as the desk sees it: its checkpoints, its history, its true size on the disk.
+
+Only looks, without a lock, so it works while training goes on and where nothing may be written.
+No torch in this room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.catalog import ARCHIVE, QUARANTINE, TEMP, Catalog, Contents, Entry
+from holdfast.errors import HoldfastError
+from holdfast.i18n import _
+
+DAMAGED = "damaged"  # the event that `holdfast verify` records for what it finds wrong
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """What a look into a run directory found; `events` oldest first."""
+
+    directory: Path
+    catalog: Catalog
+    contents: Contents
+    events: list[dict[str, Any]]
+    distrusted: frozenset[str]  # ids whose last check found damage, whatever was true before
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The checkpoints, newest first."""
+        return self.contents.entries
+
+
+def look(directory: str | os.PathLike[str]) -> RunDirectory:
+    """Look into `directory`. Raises HoldfastError where there is none, OSError as it comes."""
+    path = Path(directory)
+    if not path.exists():
+        raise HoldfastError(
+            _("There is no directory {directory}. Name the run directory, the one that "
+              "--checkpoint-dir named for the training.", directory=path)
+        )  # fmt: skip
+    if not path.is_dir():
+        raise HoldfastError(_("{path} is not a directory: name the run directory.", path=path))
+    catalog = Catalog(path)
+    contents = catalog.scan()
+    events = list(catalog.events())
+    distrusted = _distrusted(events)
+    entries = [
+        replace(entry, verified=False) if entry.id in distrusted else entry
+        for entry in contents.entries
+    ]
+    return RunDirectory(
+        path, catalog, replace(contents, entries=entries), events, frozenset(distrusted)
+    )
+
+
+def _distrusted(events: Iterable[Mapping[str, Any]]) -> set[str]:
+    """A disk can rot: what was verified once and found damaged later is verified no more."""
+    found: set[str] = set()
+    for event in events:
+        if event.get("event") == DAMAGED:
+            found.add(str(event.get("id")))
+        elif event.get("event") == "verified":
+            found.discard(str(event.get("id")))
+    return found
+
+
+def number(value: object) -> float | None:
+    """A metric as a number: manifests hold NaN and the infinities by name."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+# ------------------------------------------------------------------------------------- the disk
+
+
+def checkpoint_files(directory: Path) -> Iterator[Path]:
+    """Every name of a checkpoint, also of a damaged or a foreign one, that recovery looks at."""
+    for place in (directory, directory / TEMP):
+        yield from _files_in(place)
+
+
+def set_aside(directory: Path, place: str) -> list[Path]:
+    """Every file under `quarantine/` or `archive/` (`place`), in the order of their names."""
+    assert place in (QUARANTINE, ARCHIVE), place
+    found = []
+    for folder, _folders, names in os.walk(directory / place):
+        found += [Path(folder) / name for name in names]
+    return sorted(found)
+
+
+def disk_use(paths: Iterable[Path]) -> int:
+    """Bytes that `paths` occupy, links to the same data counted once."""
+    sizes: dict[tuple[int, int], int] = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.lstat()
+            sizes[stat.st_dev, stat.st_ino] = stat.st_size
+    return sum(sizes.values())
+
+
+def reclaimable(paths: Iterable[Path]) -> int:
+    """Bytes that come back when `paths` are removed: none while another link holds the data."""
+    sizes: dict[tuple[int, int], int] = {}
+    links: dict[tuple[int, int], int] = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.lstat()
+            key = (stat.st_dev, stat.st_ino)
+            sizes[key] = stat.st_size
+            links[key] = links.get(key, stat.st_nlink) - 1
+    return sum(size for key, size in sizes.items() if links[key] <= 0)
+
+
+def _files_in(place: Path) -> Iterator[Path]:
+    try:
+        with os.scandir(place) as items:
+            names = sorted(item.name for item in items if item.is_file(follow_symlinks=False))
+    except FileNotFoundError:
+        return
+    yield from (place / name for name in names if name.endswith(".pt"))

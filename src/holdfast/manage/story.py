@@ -1,0 +1,74 @@
+"""The history of a run in sentences: one line of events.jsonl, one line for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from holdfast.formatting import format_bytes, format_time
+from holdfast.i18n import N_, _
+from holdfast.manage.table import printable
+
+# What happens all the time while everything goes well; shown with `--events` only.
+ROUTINE = ("durable", "verified", "removed")
+
+_SENTENCES = {
+    "began": N_("the run began"),
+    "durable": N_("step {step} is durable: {names} ({size})"),
+    "verified": N_("step {step} was read back and is intact"),
+    "damaged": N_("step {step} is damaged: {reason}"),
+    "removed": N_("step {step} was removed ({reason}): {names}"),
+    "quarantined": N_("{names} went to quarantine/: {reason}"),
+    "archived": N_("{names} went to {to}/"),
+    "resumed": N_("training went on from step {step}, generation {generation}"),
+    "failed": N_("step {step} could not be saved: {reason}"),
+    "interrupted": N_("training was interrupted at step {step}"),
+    "finished": N_("training was finished at step {step}"),
+}
+_REASONS = {
+    "retention": N_("older than what is kept"),
+    "clean": N_("holdfast clean"),
+    "signal": N_("a signal"),
+}
+
+
+def story(events: Iterable[Mapping[str, Any]], *, everything: bool = False) -> list[str]:
+    """Interruptions, resumes, quarantines, failures, each with its local time; or all events."""
+    return [
+        f"{format_time(event.get('time'))}  {printable(describe(event))}"
+        for event in events
+        if everything or is_story(event)
+    ]
+
+
+def is_story(event: Mapping[str, Any]) -> bool:
+    """Whether a person wants to know; what a later version records counts as such."""
+    return event.get("event") not in ROUTINE or event.get("reason") == "signal"
+
+
+def describe(event: Mapping[str, Any]) -> str:
+    """One event as a sentence; all of its fields where no sentence knows it."""
+    kind = str(event.get("event"))
+    fields = {name: _field(name, value) for name, value in event.items()}
+    try:
+        text = _(_SENTENCES[kind]).format(**fields)
+    except KeyError:
+        rest = [
+            f"{name}={value}" for name, value in fields.items() if name not in ("time", "event")
+        ]
+        return " ".join([kind, *rest])
+    if kind == "resumed" and event.get("steps_lost"):
+        text += _("; steps lost: {steps}", steps=event["steps_lost"])
+    if kind == "durable" and event.get("reason") == "signal":
+        text += _("; a signal asked the training to stop")
+    return text
+
+
+def _field(name: str, value: Any) -> str:
+    if name == "size" and isinstance(value, int):
+        return format_bytes(value)
+    if name == "reason" and value in _REASONS:
+        return _(_REASONS[value])
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value)

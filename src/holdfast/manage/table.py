@@ -1,0 +1,96 @@
+"""Tables in text: tidy on a terminal, plain complete lines in a pipe.
+
+In a pipe nothing is cut, wrapped or coloured, so that grep and awk find whole rows. On a terminal
+that is too narrow the least important columns step back. Widths are cells: Chinese takes two.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+from rich.cells import cell_len
+
+_GAP = "  "
+_BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column: on a narrow terminal the one with the highest `hide` goes first, 0 never."""
+
+    title: str
+    right: bool = False
+    hide: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """Where text goes: `width` in cells, None for a pipe, which has none."""
+
+    width: int | None = None
+    colour: bool = False
+
+    @classmethod
+    def of(cls, stream: TextIO) -> Screen:
+        """What `stream` is: a terminal of some width, or a pipe or file."""
+        if not stream.isatty():
+            return cls()
+        plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+        return cls(shutil.get_terminal_size().columns, not plain)
+
+    @property
+    def terminal(self) -> bool:
+        return self.width is not None
+
+    def bold(self, text: str) -> str:
+        return f"{_BOLD}{text}{_PLAIN}" if self.colour else text
+
+
+def render(columns: Sequence[Column], rows: Sequence[Sequence[str]], screen: Screen) -> list[str]:
+    """The lines of a table, its header first. Cells are shown as they are, on one line each."""
+    clean = [[printable(cell) for cell in row] for row in rows]
+    widths = [
+        max(cell_len(column.title), *(cell_len(row[i]) for row in clean), 0)
+        for i, column in enumerate(columns)
+    ]
+    shown = _fitting(columns, clean, widths, screen.width)
+
+    def line(cells: Sequence[str]) -> str:
+        padded = []
+        for i in shown:
+            space = " " * (widths[i] - cell_len(cells[i]))
+            padded.append(space + cells[i] if columns[i].right else cells[i] + space)
+        return _GAP.join(padded).rstrip()
+
+    header = line([column.title for column in columns])
+    return [screen.bold(header), *map(line, clean)]
+
+
+def _fitting(
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[str]],
+    widths: Sequence[int],
+    width: int | None,
+) -> list[int]:
+    """Which columns are shown: all in a pipe, what fits and says something on a terminal."""
+    shown = list(range(len(columns)))
+    if width is None:
+        return shown
+    shown = [i for i in shown if not columns[i].hide or any(row[i] for row in rows)]
+    while sum(widths[i] for i in shown) + len(_GAP) * (len(shown) - 1) > width:
+        weakest = max(shown, key=lambda i: columns[i].hide)
+        if not columns[weakest].hide:
+            break
+        shown.remove(weakest)
+    return shown
+
+
+def printable(text: str) -> str:
+    """`text` with control characters made visible: a name of a file must not drive a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

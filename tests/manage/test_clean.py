@@ -1,0 +1,253 @@
+"""`holdfast clean`: the floor holds, everything has its reason, and a training is not disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from holdfast import load
+from holdfast.checkpoint.catalog import Catalog, Entry
+from holdfast.manage.clean import Plan, Wish, execute, plan
+from holdfast.manage.rundir import look
+from holdfast.manage.table import Screen
+from tests.manage.runs import Training, desk, flip, forget_verified, make_run, names_in
+
+
+def going(shown: Plan) -> dict[str, str]:
+    return {row.names[0]: row.reason for row in shown.going}
+
+
+def staying(shown: Plan) -> dict[str, str]:
+    return {row.names[0]: row.reason for row in shown.rows if row.stays}
+
+
+def test_the_best_the_newest_and_two_verified_stay_whatever_is_asked(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (2.0, 4.0, 5.0, 3.0, 3.5))
+    shown = plan(run, Wish(1, temp=True, quarantine=True))
+    assert staying(shown) == {
+        "model_epoch_5.pt": "newest",
+        "model_epoch_4.pt": "two_verified",
+        "model_epoch_1.pt": "best",
+    }
+    assert going(shown) == {"model_epoch_3.pt": "older", "model_epoch_2.pt": "older"}
+    text = "\n".join(shown.lines(Screen()))
+    assert "goes: 2 of 5" in text and "older than the last 1" in text
+    size = (run / "model_epoch_2.pt").stat().st_size
+    assert shown.freed == 2 * size
+
+
+def test_what_was_shown_goes_and_cache_and_history_know(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (2.0, 4.0, 5.0, 3.0, 3.5))
+    done = execute(plan(run, Wish(1)))
+    left = {f"model_epoch_{n}.pt" for n in (1, 4, 5)}
+    assert names_in(run) == left | {"latest.pt", "model.pt", "best_model.pt"}
+    assert len(done.going) == 2 and done.freed > 0
+    assert set(json.loads((run / "metadata.json").read_text())["files"]) == names_in(run)
+    removed = [event for event in Catalog(run).events() if event["event"] == "removed"]
+    assert [(event["step"], event["reason"]) for event in removed] == [
+        (300, "clean"), (200, "clean")
+    ]  # fmt: skip
+    for name in names_in(run):
+        load(run / name)
+    assert not plan(run, Wish(1)).going
+
+
+def test_nothing_goes_before_two_are_verified(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    forget_verified(run)
+    shown = plan(run, Wish(1))
+    assert shown.unverified and not shown.going
+    assert staying(shown)["model_epoch_1.pt"] == "too_few_verified"
+
+
+def test_verified_once_and_found_damaged_later_counts_no_more(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (5.0, 4.0, 3.0, 2.0))
+    flip(run / "model_epoch_3.pt")
+    assert desk("verify", run).returncode == 4
+    shown = plan(run, Wish(1))
+    assert {"model_epoch_4.pt", "model_epoch_2.pt"} <= set(staying(shown))
+    assert staying(shown)["model_epoch_2.pt"] == "two_verified"
+
+
+def test_what_is_newer_than_the_newest_verified_stays(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (2.0, 4.0, 5.0, 3.0, 3.5))
+    events = run / "events.jsonl"
+    ids = {entry.step: entry.id for entry in look(run).entries}
+    lines = events.read_text().splitlines(keepends=True)
+    unverified = ('"verified"', (ids[500], ids[400]))
+    events.write_text(
+        "".join(x for x in lines if not (unverified[0] in x and any(i in x for i in unverified[1])))
+    )
+    assert staying(plan(run, Wish(1))) == {
+        "model_epoch_5.pt": "newest",
+        "model_epoch_4.pt": "unverified",
+        "model_epoch_3.pt": "two_verified",
+        "model_epoch_2.pt": "two_verified",
+        "model_epoch_1.pt": "best",
+    }
+
+
+def test_the_best_that_is_verified_stays_beside_a_better_one_that_is_not(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (2.0, 4.0, 5.0, 3.0, 1.0))
+    events = run / "events.jsonl"
+    newest = look(run).entries[0].id
+    lines = events.read_text().splitlines(keepends=True)
+    events.write_text("".join(x for x in lines if not ('"verified"' in x and newest in x)))
+    (run / "best_model.pt").unlink()  # the trainer has not come to publishing it
+    assert staying(plan(run, Wish(1)))["model_epoch_1.pt"] == "best_verified"
+
+
+def test_only_what_was_asked_for_goes(tmp_path: Path) -> None:
+    with Training(tmp_path / "run") as training:
+        training.epoch(1, 4.0)
+        for step in (110, 120, 130):
+            training.temp(step)
+        for number in (2, 3, 4):
+            training.epoch(number, 4.0 + number)
+    run = tmp_path / "run"
+    # The engine has removed its own temporary files; some are there again, from a backup.
+    (run / "temp").mkdir(exist_ok=True)
+    with Training(tmp_path / "other") as other:
+        other.temp(10)
+        other.temp(20)
+    for path in (tmp_path / "other" / "temp").iterdir():
+        os.link(path, run / "temp" / path.name)
+    temps = {f"temp/temp_epoch1_step{n}.pt" for n in (10, 20)}
+    assert temps <= names_in(run)
+    assert set(going(plan(run, Wish(None, temp=True)))) == temps
+    assert staying(plan(run, Wish(1)))["temp/temp_epoch1_step10.pt"] == "not_temp"
+    assert staying(plan(run, Wish(None, temp=True)))["model_epoch_2.pt"] == "not_keep"
+    assert not plan(run, Wish(0)).going
+    # Another directory still has the data of these two: no byte comes back.
+    assert plan(run, Wish(None, temp=True)).freed == 0
+
+
+def test_quarantine_goes_when_something_intact_is_known_and_stays_otherwise(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    flip(run / "latest.pt")
+    with Training(run):
+        pass
+    assert set(going(plan(run, Wish(2)))) == {"model_epoch_1.pt"}  # nobody asked for the rest
+    shown = plan(run, Wish(None, quarantine=True))
+    assert {name.split("/")[0] for name in going(shown)} == {"quarantine"}
+    history = (run / "events.jsonl").read_text()
+    forget_verified(run)
+    assert set(staying(plan(run, Wish(None, quarantine=True))).values()) >= {"only_damaged"}
+    (run / "events.jsonl").write_text(history)
+    execute(shown)
+    assert not (run / "quarantine").exists()
+    assert "model_epoch_3.pt" in names_in(run)
+
+
+def test_unfinished_files_go_unless_a_training_runs(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Training(run) as training:
+        training.epoch(1, 1.0)
+        leftover = run / ".holdfast-1-abc.tmp"
+        leftover.write_bytes(b"x" * 100)
+        shown = plan(run, Wish(None, temp=True))
+        assert going(shown) == {leftover.name: "unfinished"}
+        done = execute(shown)
+        assert not done.going and leftover.exists()
+        assert staying(done)[leftover.name] == "training"
+    done = execute(plan(run, Wish(None, temp=True)))
+    assert done.freed == 100 and not leftover.exists()
+
+
+def test_what_came_after_the_plan_was_shown_stays(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    shown = plan(run, Wish(1))
+    assert set(going(shown)) == {"model_epoch_1.pt"}
+    with Training(run) as training:
+        for number in (5, 6):
+            training.epoch(number, 3.0)
+    assert "model_epoch_3.pt" in going(plan(run, Wish(1)))
+    done = execute(shown)
+    assert set(going(done)) == {"model_epoch_1.pt"}
+    assert staying(done)["model_epoch_3.pt"] == "came"
+
+
+def test_ctrl_c_takes_effect_when_the_removal_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", (2.0, 4.0, 5.0, 3.0, 3.5))
+    delete = Catalog.delete
+
+    def interrupted(self: Catalog, entry: Entry, why: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        delete(self, entry, why)
+
+    monkeypatch.setattr(Catalog, "delete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan(run, Wish(1)))
+    assert {"model_epoch_2.pt", "model_epoch_3.pt"}.isdisjoint(names_in(run))
+    assert set(json.loads((run / "metadata.json").read_text())["files"]) == names_in(run)
+    with Catalog(run).lock(wait=0):
+        pass  # it was given back
+
+
+def test_clean_and_verify_beside_a_training_lose_nothing(tmp_path: Path) -> None:
+    """Other processes clean and verify while this one trains: what is announced can be loaded."""
+    run, stop = tmp_path / "run", threading.Event()
+    failures: list[str] = []
+
+    def disturb(*argv: str) -> None:
+        while not stop.is_set():
+            done = desk(*argv)
+            if done.returncode or "Traceback" in done.stderr:
+                failures.append(done.stdout + done.stderr)
+
+    with Training(run) as training:
+        training.epoch(1, 9.0)
+        threads = [
+            threading.Thread(target=disturb, args=("clean", str(run), "--keep", "1", "--yes")),
+            threading.Thread(target=disturb, args=("verify", str(run))),
+        ]
+        for thread in threads:
+            thread.start()
+        for number in range(2, 42):
+            training.epoch(number, 9.0 - 0.01 * number if number % 7 else 9.0)
+            assert load(run / "latest.pt")["epoch"] == number
+            contents = Catalog(run).scan()
+            assert contents.best is not None and (run / "best_model.pt").exists()
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failures, failures[0]
+    removed = [e for e in Catalog(run).events() if e["event"] == "removed"]
+    assert len(removed) >= 10, "the test has not disturbed anything"
+    assert sum(entry.verified for entry in look(run).entries) >= 2
+    assert load(run / "best_model.pt")["epoch"] == 41
+
+
+def test_an_empty_directory_has_nothing_to_clean_and_is_not_touched(tmp_path: Path) -> None:
+    shown = plan(tmp_path, Wish(1, temp=True, quarantine=True))
+    assert shown.lines(Screen()) == [f"There is nothing to clean in {tmp_path}."]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_was_the_best_once_goes(tmp_path: Path) -> None:
+    with Training(tmp_path / "run") as training:
+        for step, loss in ((10, 3.0), (20, 2.0)):
+            training.manager.save(step=step, kind="best", metrics={"val_loss": loss})
+        for number in (1, 2):
+            training.epoch(number, 2.5)
+    # The engine has let go of it already; it is there again, from a backup.
+    with Training(tmp_path / "other") as training:
+        training.manager.save(step=15, kind="best", metrics={"val_loss": 2.9})
+    os.link(tmp_path / "other" / "checkpoint_step_15.pt", tmp_path / "run" / "old.pt")
+    assert going(plan(tmp_path / "run", Wish(1))) == {"old.pt": "no_longer_best"}
+    assert not plan(tmp_path / "run", Wish(0)).going
+
+
+def test_one_step_saved_twice_is_one_verified_state(tmp_path: Path) -> None:
+    with Training(tmp_path / "run") as training:
+        training.epoch(1, 3.0)
+        training.manager.save(step=100, kind="step")
+    shown = plan(tmp_path / "run", Wish(1, temp=True))
+    assert shown.unverified and not shown.going

@@ -1,0 +1,126 @@
+"""`holdfast verify`: every byte is checked, every verdict is recorded, nothing is moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from holdfast.checkpoint.catalog import Catalog
+from holdfast.errors import HoldfastError
+from holdfast.manage.rundir import look
+from holdfast.manage.verify import targets_of, verify
+from tests.manage.runs import (
+    Training,
+    copy_without_links,
+    cut,
+    flip,
+    forget_verified,
+    make_run,
+    names_in,
+)
+
+
+def states(*sources: Path) -> dict[str, str]:
+    return {v.target.paths[0].name: v.state for v in verify(targets_of(sources))}
+
+
+def test_each_file_is_read_once_and_recorded_as_verified(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    forget_verified(run)
+    verdicts = list(verify(targets_of([run])))
+    assert [v.target.paths[0].name for v in verdicts] == [
+        f"model_epoch_{n}.pt" for n in (4, 3, 2, 1)
+    ]
+    assert all(v.state == "intact" and v.recorded and not v.failed for v in verdicts)
+    assert [path.name for path in verdicts[0].target.paths[1:]] == ["latest.pt", "model.pt"]
+    assert [v.step for v in verdicts] == [400, 300, 200, 100]
+    assert all(entry.verified for entry in look(run).entries)
+
+
+@pytest.mark.parametrize("offset", [10, 4200, -10, -500, -5000])
+def test_a_flip_anywhere_is_found_and_nothing_is_moved(tmp_path: Path, offset: int) -> None:
+    run = make_run(tmp_path / "run")
+    path = run / "model_epoch_3.pt"
+    flip(path, offset % path.stat().st_size)
+    before = names_in(run)
+    found = {v.target.paths[0].name: v for v in verify(targets_of([run]))}
+    assert found["model_epoch_3.pt"].state == "damaged" and found["model_epoch_3.pt"].failed
+    assert "model_epoch_3.pt" in (found["model_epoch_3.pt"].reason or "")
+    assert [name for name, v in found.items() if v.failed] == ["model_epoch_3.pt"]
+    assert names_in(run) == before
+
+
+def test_damage_ends_the_trust_of_an_earlier_verification(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert all(entry.verified for entry in look(run).entries)
+    flip(run / "model_epoch_3.pt")
+    assert states(run)["model_epoch_3.pt"] == "damaged"
+    assert [e.verified for e in look(run).entries] == [True, False, True, True]
+    (event,) = [e for e in Catalog(run).events() if e["event"] == "damaged"]
+    assert event["step"] == 300 and event["names"] == ["model_epoch_3.pt"]
+    flip(run / "model_epoch_3.pt")  # the cable was loose
+    states(run)
+    assert all(entry.verified for entry in look(run).entries)
+
+
+def test_of_two_copies_one_damaged_leaves_the_checkpoint_unverified(tmp_path: Path) -> None:
+    run = copy_without_links(make_run(tmp_path / "run"), tmp_path / "copy")
+    flip(run / "latest.pt")  # epoch 4 has intact copies before and after it
+    assert len(targets_of([run])) == 7
+    found = states(run)
+    assert (found["model_epoch_4.pt"], found["latest.pt"], found["model.pt"]) == (
+        "intact", "damaged", "intact",
+    )  # fmt: skip
+    assert not look(run).entries[0].verified
+
+
+def test_a_cut_file_and_a_foreign_one_are_told_apart(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    cut(run / "model_epoch_1.pt")
+    (run / "notes.pt").write_bytes(b"somebody else's")
+    verdicts = {v.target.paths[0].name: v for v in verify(targets_of([run]))}
+    assert (verdicts["model_epoch_1.pt"].state, verdicts["notes.pt"].state) == (
+        "damaged", "foreign",
+    )  # fmt: skip
+    assert not verdicts["notes.pt"].failed  # nobody said that it is a checkpoint
+    (named,) = verify(targets_of([run / "notes.pt"]))
+    assert named.failed
+
+
+def test_a_single_file_is_recorded_where_its_run_is(tmp_path: Path) -> None:
+    with Training(tmp_path / "run") as training:
+        training.temp(10)
+    run = tmp_path / "run"
+    forget_verified(run)
+    (verdict,) = verify(targets_of([run / "temp" / "temp_epoch1_step10.pt"]))
+    assert verdict.recorded and look(run).entries[0].verified
+    alone = tmp_path / "elsewhere" / "model.pt"
+    alone.parent.mkdir()
+    alone.write_bytes((run / "latest.pt").read_bytes())
+    (verdict,) = verify(targets_of([alone]))
+    assert verdict.state == "intact" and not verdict.recorded
+    assert [path.name for path in alone.parent.iterdir()] == ["model.pt"]
+
+
+def test_a_history_that_cannot_be_written_is_said_and_the_check_counts(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (1.0,))
+    (run / ".catalog.lock").unlink()
+    (run / ".catalog.lock").mkdir()  # also stops root, whom no permission stops
+    (verdict,) = verify(targets_of([run]))
+    assert verdict.state == "intact" and not verdict.recorded
+    assert "could not be written" in (verdict.note or "")
+
+
+def test_a_file_that_goes_while_others_are_checked_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    seen = []
+    for verdict in verify(targets_of([run])):
+        seen.append(verdict.target.paths[0].name)
+        (run / "model_epoch_1.pt").unlink(missing_ok=True)
+    assert seen == ["model_epoch_4.pt", "model_epoch_3.pt", "model_epoch_2.pt"]
+
+
+def test_what_is_not_there_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(HoldfastError, match=r"no checkpoint at .*nowhere\.pt"):
+        targets_of([make_run(tmp_path / "run", (1.0,)), tmp_path / "nowhere.pt"])
