@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from holdfast import load
@@ -13,6 +15,7 @@ from holdfast.training import session
 from holdfast.training.config import Config
 from holdfast.training.console import Console
 from holdfast.training.presets import resolve
+from holdfast.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data" / "zh_sample.txt"
@@ -69,6 +72,18 @@ def train(config: Config, *, yes: bool = True) -> str:
     return said.getvalue()
 
 
+def kill_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End trainings in this process without a word after `step`."""
+    original = Trainer.after_step
+
+    def after_step(self: Trainer) -> None:
+        original(self)
+        if self.progress.step == step:
+            raise Killed
+
+    monkeypatch.setattr(Trainer, "after_step", after_step)
+
+
 def final_state(directory: Path) -> dict[str, Any]:
     """The state in latest.pt, less what may differ between runs: where it lies."""
     state = load(directory / "latest.pt")
@@ -76,7 +91,7 @@ def final_state(directory: Path) -> dict[str, Any]:
     return state
 
 
-def difference(a: Any, b: Any, path: str = "") -> str | None:
+def difference(a: Any, b: Any, path: str = "") -> str | None:  # noqa: PLR0911 - one a type
     """The path of the first thing that is not bit-identical, or None."""
     if type(a) is not type(b):
         return f"{path}: {type(a)} {type(b)}"
@@ -95,5 +110,5 @@ def difference(a: Any, b: Any, path: str = "") -> str | None:
             return f"{path}: lengths {len(a)} {len(b)}"
         pairs = enumerate(zip(a, b, strict=True))
         return next((d for i, (x, y) in pairs if (d := difference(x, y, f"{path}/{i}"))), None)
-    same = a == b or (isinstance(a, float) and a != a and b != b)
+    same = a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
     return None if same else f"{path}: {a!r} {b!r}"

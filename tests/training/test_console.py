@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -126,10 +127,8 @@ def test_a_closed_pipe_silences_but_does_not_raise(tmp_path: Path) -> None:
         console.warn("three")
         console.table([["a", "b"]], header=["A", "B"])
         console.progress(force=True)
-    try:
+    with contextlib.suppress(BrokenPipeError):
         stream.close()
-    except BrokenPipeError:
-        pass
     log = (tmp_path / "logs" / "x.log").read_text("utf-8")
     assert [line.split(" ", 2)[2] for line in log.splitlines()][:2] == ["one", "two"]
 

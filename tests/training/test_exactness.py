@@ -22,7 +22,15 @@ from holdfast.checkpoint import state as engine_state
 from holdfast.checkpoint.transaction import LoadScheduler
 from holdfast.training.trainer import Trainer
 from tests.training import runs
-from tests.training.runs import Killed, config_for, difference, final_state, train, write_corpus
+from tests.training.runs import (
+    Killed,
+    config_for,
+    difference,
+    final_state,
+    kill_after,
+    train,
+    write_corpus,
+)
 
 SAVE_EVERY = 4
 
@@ -38,17 +46,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str
     directory = tmp_path_factory.mktemp("straight")
     train(config_for(directory, corpus))
     return final_state(directory)
-
-
-def kill_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Trainer.after_step
-
-    def after_step(self: Trainer) -> None:
-        original(self)
-        if self.progress.step == step:
-            raise Killed
-
-    monkeypatch.setattr(Trainer, "after_step", after_step)
 
 
 def interrupted(

@@ -27,7 +27,15 @@ from holdfast.errors import (
 )
 from holdfast.i18n import set_language
 from holdfast.training.trainer import Trainer
-from tests.training.runs import Killed, config_for, difference, final_state, train, write_corpus
+from tests.training.runs import (
+    Killed,
+    config_for,
+    difference,
+    final_state,
+    kill_after,
+    train,
+    write_corpus,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,17 +60,6 @@ def run(tmp_path: Path, finished: Path) -> Path:
     """A copy of a finished run of two epochs, to be changed at will."""
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
-
-
-def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Trainer.after_step
-
-    def after_step(self: Trainer) -> None:
-        original(self)
-        if self.progress.step == step:
-            raise Killed
-
-    monkeypatch.setattr(Trainer, "after_step", after_step)
 
 
 def damage(path: Path) -> None:
@@ -186,7 +183,7 @@ def test_another_batch_size_keeps_the_position_in_samples(
 ) -> None:
     directory = tmp_path / "run"
     with monkeypatch.context() as patch:
-        kill_at(8, patch)
+        kill_after(8, patch)
         with pytest.raises(Killed):
             train(config_for(directory, corpus, temp_every_steps=8))
     positions: list[int] = []
@@ -207,7 +204,7 @@ def test_other_data_begins_the_epoch_anew_and_says_so(
 ) -> None:
     directory = tmp_path / "run"
     with monkeypatch.context() as patch:
-        kill_at(8, patch)
+        kill_after(8, patch)
         with pytest.raises(Killed):
             train(config_for(directory, corpus, temp_every_steps=8))
     (tmp_path / "other").mkdir()
@@ -495,3 +492,78 @@ def test_an_original_sectioned_config_trains_by_steps(tmp_path: Path, corpus: Pa
     steps = sorted(e.step for e in Catalog(tmp_path / "run").scan().entries)
     assert steps == [10, 20]
     assert (tmp_path / "run" / "best_model.pt").exists()
+
+
+# --------------------------------------------------------------------------------- other doors
+
+
+def test_any_causal_model_of_transformers_goes_on_training(tmp_path: Path, corpus: Path) -> None:
+    """`--model DIR`: a Hugging Face directory with its own tokenizer."""
+    import transformers
+
+    from holdfast.training.tokenizer import train_tokenizer
+
+    their = tmp_path / "their model"
+    tokenizer = train_tokenizer(corpus.read_text("utf-8").split("\n\n"), 300)
+    tokenizer.save(their)
+    settings = transformers.LlamaConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(their)
+    options = {"model": str(their), "epochs": 1, "dropout": "none", "vocab_size": "none"}
+    train(config_for(tmp_path / "run", corpus, **options))
+    state = load(tmp_path / "run" / "latest.pt")
+    assert state["model_config"]["hidden_size"] == 32
+    assert state["tokenizer"] == tokenizer.to_state()
+    assert "This run is finished" in train(config_for(tmp_path / "run", corpus, **options))
+
+
+def test_tensorboard_gets_its_curves(tmp_path: Path, corpus: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config_for(tmp_path / "run", corpus, epochs=1, tensorboard=True))
+    curves = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    curves.Reload()
+    assert {"loss", "learning_rate", "val_loss"} <= set(curves.Tags()["scalars"])
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_built(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from holdfast.training import models
+
+    monkeypatch.setattr(models, "free_memory", lambda _device: 10_000_000)
+    with pytest.raises(ResourceError, match=r"9\.54 MiB is free"):
+        train(config_for(tmp_path / "run", corpus))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "txt.gz", "folder"])
+def test_other_forms_of_the_same_text_give_the_same_tokens(
+    tmp_path: Path, corpus: Path, form: str
+) -> None:
+    import gzip
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    documents = corpus.read_text("utf-8").split("\n\n")
+    path = tmp_path / f"data.{form}"
+    if form == "jsonl":
+        lines = [json.dumps({"text": d}, ensure_ascii=False) for d in documents]
+        path.write_text("\n".join(lines), "utf-8")
+    elif form == "parquet":
+        pq.write_table(pa.table({"text": documents}), path)
+    elif form == "txt.gz":
+        path.write_bytes(gzip.compress(corpus.read_bytes()))
+    else:
+        path = tmp_path / "folder"
+        path.mkdir()
+        shutil.copy(corpus, path / "a.txt")
+    said = train(config_for(tmp_path / "run", path, num_steps=1, epochs="none"))
+    expected = train(config_for(tmp_path / "plain", corpus, num_steps=1, epochs="none"))
+
+    def tokens(text: str) -> str:
+        return text.partition("documents, ")[2].partition(")")[0]
+
+    assert tokens(said) == tokens(expected)

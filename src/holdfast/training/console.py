@@ -24,7 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from holdfast.formatting import format_bytes, format_seconds
+from holdfast.formatting import format_bytes, format_seconds, parse_time
 from holdfast.i18n import _
 
 if TYPE_CHECKING:
@@ -325,8 +325,10 @@ class Console:
         return _("📍 Main checkpoint: {name}", name=name)
 
     def _on_resumed(self, resumed: Resumed) -> None:
+        saved_at = parse_time(resumed.entry.created)
+        age = 0.0 if saved_at is None else time.time() - saved_at.timestamp()
         self.status.durable_step = resumed.step
-        self.status.durable_at = time.monotonic()
+        self.status.durable_at = time.monotonic() - max(0.0, age)
         where = _("epoch {epoch}, step {step}", epoch=resumed.epoch, step=resumed.step)
         self.say(
             _("▶️  Going on from {name} ({where}).", name=resumed.path.name, where=where),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -153,6 +152,12 @@ def peak_memory(device: torch.device) -> int:
     """The most memory this process has held so far, in bytes; on CUDA, of the GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -39,8 +39,8 @@ class Shape:
 
 
 # "tiny" is for minutes on a CPU, "mini" for an evening, "gpt2-small" for a GPU or much patience.
-# A small model wants a small vocabulary: 2048 tokens take a seventh of tiny's parameters, 8192 would
-# take 40 % (docs/en/training.md compares what it learns with each).
+# A small model wants a small vocabulary: 2048 tokens take a seventh of the parameters of tiny, 8192
+# would take 40 % (docs/en/training.md compares what it learns with each).
 SHAPES = {
     "tiny": Shape("llama", 4, 256, 4, 128, 2048, inner=672, kv_heads=4),
     "mini": Shape("llama", 8, 512, 8, 512, 8192, inner=1376, kv_heads=2),
@@ -176,6 +176,15 @@ def choose_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free for a training on `device`: of the GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:

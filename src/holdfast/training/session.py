@@ -25,7 +25,14 @@ from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.manager import CheckpointManager, Resumed, checkpoint_size, run_lock
 from holdfast.checkpoint.schedule import EveryMinutes, EverySteps, SavePolicy
 from holdfast.checkpoint.state import plan_restore
-from holdfast.errors import CheckpointError, DamagedCheckpoint, DataError, Interrupted
+from holdfast.errors import (
+    CheckpointError,
+    DamagedCheckpoint,
+    DataError,
+    Interrupted,
+    ResourceError,
+)
+from holdfast.formatting import format_bytes
 from holdfast.i18n import _
 from holdfast.training import continuing, models
 from holdfast.training.config import Config
@@ -36,6 +43,8 @@ from holdfast.training.prepare import PreparedData, prepare_data, reopen_data
 from holdfast.training.records import Records
 from holdfast.training.tokenizer import TextTokenizer
 from holdfast.training.trainer import Trainer
+
+BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, all of them fp32
 
 
 @dataclass(slots=True)
@@ -55,24 +64,21 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
     say how to go on. Raises `HoldfastError`s; `Interrupted` after a signal, with the state safe.
     """
     directory = Path(config.checkpoint.checkpoint_dir)
-    lock = run_lock(directory)
-    with lock, guards.SignalGuard() as guard:
-        if log:
-            stamp = time.strftime("%Y%m%d_%H%M%S")
-            console.open_log(directory / "logs" / f"training_{stamp}.log")
+    with run_lock(directory) as lock:
         contents = Catalog(directory).scan()
         can_ask = console.terminal and sys.stdin.isatty() and not yes
         start = continuing.decide(config, contents, console.ask if can_ask else None)
-        if start.archive:
-            place = continuing.move_away(directory)
-            if place is not None:
-                console.say(_("📦 The run that was here now lies in {place}.", place=place))
-            if log:
-                console.open_log(directory / "logs" / f"training_{stamp}.log")
-        workshop = prepare(config, start, console, guard)
-        _tell_found(contents, start, console)
-        manager = make_manager(workshop, console, lock)
-        _train(workshop, manager, start, console, command)
+        place = continuing.move_away(directory) if start.archive else None
+        if log:
+            stamp = time.strftime("%Y%m%d_%H%M%S")
+            console.open_log(directory / "logs" / f"training_{stamp}.log")
+        if place is not None:
+            console.say(_("📦 The run that was here now lies in {place}.", place=place))
+        with guards.SignalGuard() as guard:  # from here on Ctrl-C means: save, then stop
+            workshop = prepare(config, start, console, guard)
+            _tell_found(contents, start, console)
+            manager = make_manager(workshop, console, lock)
+            _train(workshop, manager, start, console, command)
 
 
 def prepare(config: Config, start: Start, console: Console, guard: guards.SignalGuard) -> Workshop:
@@ -97,7 +103,7 @@ def prepare(config: Config, start: Start, console: Console, guard: guards.Signal
     data = _data(config, origin, console, guard)
     for note in data.notes:
         console.warn(note)
-    model = _model(config, data).to(device)
+    model = _model(config, data, device)
     if origin is not None:
         continuing.check_model(origin, models.plain_config(model))
     context = models.context_of(model, config.model.context_length)
@@ -219,13 +225,20 @@ def _data(
         return found
 
 
-def _model(config: Config, data: PreparedData) -> Any:
-    if models.is_shape(config.model.model):
-        tokenizer = data.tokenizer
-        return models.build_model(
-            config.model, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id
-        )
-    return models.load_model(config.model)
+def _model(config: Config, data: PreparedData, device: torch.device) -> Any:
+    if not models.is_shape(config.model.model):
+        return models.load_model(config.model).to(device)
+    sizes = {"vocab_size": data.tokenizer.vocab_size, "eos_id": data.tokenizer.eos_id}
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in models.build_model(config.model, **sizes).parameters())
+    needed, free = BYTES_PER_PARAMETER * parameters, models.free_memory(device)
+    if needed > free:
+        raise ResourceError(
+            _("{model} needs at least {needed} of memory to train, and {free} is free. Choose a "
+              "smaller --model.", model=config.model.model, needed=format_bytes(needed),
+              free=format_bytes(free))
+        )  # fmt: skip
+    return models.build_model(config.model, **sizes).to(device)
 
 
 def _model_of(weights: Path | None) -> SavedRun | None:
