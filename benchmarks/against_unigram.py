@@ -48,9 +48,8 @@ def main() -> int:
     unigram = unigram_bits_per_byte(data.train, data.val, data.val_bytes, tokenizer.vocab_size)
     model_bits = bits(arguments.run)
     print(f"\nunigram model  {unigram:.4f} bits per byte (vocabulary {tokenizer.vocab_size})")
-    print(
-        f"trained model  {model_bits:.4f} bits per byte, {100 * (1 - model_bits / unigram):.1f} % fewer"
-    )
+    fewer = 100 * (1 - model_bits / unigram)
+    print(f"trained model  {model_bits:.4f} bits per byte, {fewer:.1f} % fewer")
     settings = transformers.AutoConfig.for_model(**state["model_config"])
     model = transformers.AutoModelForCausalLM.from_config(settings)
     model.load_state_dict(state["model"])

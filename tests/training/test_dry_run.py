@@ -1,0 +1,131 @@
+"""The dry run tells the truth: the bytes of a file, the time of a run; and it saves nothing."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.checkpoint import filesystem
+from holdfast.errors import ResourceError
+from holdfast.i18n import set_language
+from holdfast.training.console import Console
+from holdfast.training.dry_run import Estimate, dry_run
+from holdfast.training.trainer import Trainer
+from tests.training.runs import config_for, train, write_corpus
+
+
+@pytest.fixture(autouse=True)
+def english() -> None:
+    set_language("en")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def try_out(directory: Path, corpus: Path, **options: Any) -> tuple[Estimate, str]:
+    said = io.StringIO()
+    with Console(stream=said, terminal=False) as console:
+        estimate = dry_run(config_for(directory, corpus, **options), console)
+    return estimate, said.getvalue()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": 1},
+        {"epochs": 4, "keep_last_n": 0, "eval_every": 7, "save_every": 9},
+        {"model": "mini", "epochs": "none", "num_steps": 2, "sample_tokens": 0},
+        {"epochs": "none", "num_steps": 12, "vocab_size": 700, "learning_rate": 0.0123456789},
+    ],
+    ids=["one epoch", "many epochs", "mini", "steps"],
+)
+def test_the_size_is_that_of_every_real_file_to_the_byte(
+    tmp_path: Path, corpus: Path, options: dict[str, Any]
+) -> None:
+    estimate, said = try_out(tmp_path / "run", corpus, **options)
+    assert f"({estimate.checkpoint_bytes:,} bytes)" in said
+    train(config_for(tmp_path / "run", corpus, temp_every_steps=5, **options))
+    sizes = {path.stat().st_size for path in (tmp_path / "run").rglob("*.pt")}
+    assert sizes == {estimate.checkpoint_bytes}
+
+
+def test_it_saves_nothing(tmp_path: Path, corpus: Path) -> None:
+    try_out(tmp_path / "a" / "run", corpus)
+    assert not (tmp_path / "a").exists()
+
+
+def test_it_leaves_a_run_that_is_there_as_it_is(tmp_path: Path, corpus: Path) -> None:
+    train(config_for(tmp_path / "run", corpus, epochs=1))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    try_out(tmp_path / "run", corpus, epochs=2)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_it_shows_what_is_in_force_and_where_from(tmp_path: Path, corpus: Path) -> None:
+    _estimate, said = try_out(tmp_path / "run", corpus, price_per_hour=3600)
+    assert "learning_rate  1e-3  flag" in said
+    assert "weight_decay  0.1  default" in said
+    for words in ("parameters: ", "peak memory: ", "tokens/s", "time for an epoch: ", "cost: "):
+        assert words in said
+    assert "Dry run: nothing was saved." in said
+
+
+def test_the_run_never_needs_more_disk_than_it_says(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"epochs": 4, "keep_last_n": 2, "temp_every_steps": 5}
+    estimate, _said = try_out(tmp_path / "run", corpus, **options)
+    most = 0
+    write_file = filesystem.write_file
+
+    def watched(*arguments: Any, **keywords: Any) -> None:
+        nonlocal most
+        write_file(*arguments, **keywords)
+        files = [p.stat() for p in (tmp_path / "run").rglob("*.pt")]
+        most = max(most, sum({s.st_ino: s.st_size for s in files}.values()))
+
+    monkeypatch.setattr(filesystem, "write_file", watched)
+    train(config_for(tmp_path / "run", corpus, **options))
+    assert 0 < most <= estimate.run_bytes
+
+
+def test_too_small_a_disk_is_refused_with_the_numbers(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: 1 << 20)
+    with pytest.raises(
+        ResourceError, match=r"needs .* MiB on the disk .* which has 1\.00 MiB free"
+    ):
+        try_out(tmp_path / "run", corpus)
+
+
+@pytest.mark.slow
+def test_the_time_is_within_a_quarter_of_the_real_run(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Estimated before and after, so that a machine that changes its speed meanwhile is noticed."""
+    corpus = write_corpus(tmp_path_factory.mktemp("more"), passages=40)
+    options = {"epochs": 2, "context_length": 64, "sample_tokens": 20}
+    seconds = 0.0
+    original = Trainer.train
+
+    def timed(self: Trainer) -> None:
+        nonlocal seconds
+        began = time.perf_counter()
+        original(self)
+        seconds = time.perf_counter() - began
+
+    before, _said = try_out(tmp_path / "run", corpus, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", timed)
+        train(config_for(tmp_path / "run", corpus, **options))
+    after, _said = try_out(tmp_path / "other", corpus, **options)
+    estimates = sorted([before.total_seconds, after.total_seconds])
+    print(f"estimated {estimates[0]:.1f} and {estimates[1]:.1f} s, took {seconds:.1f} s")
+    assert 0.75 * estimates[0] <= seconds <= 1.25 * estimates[1]
