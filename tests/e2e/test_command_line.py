@@ -210,11 +210,15 @@ def test_a_signal_saves_the_step_and_the_same_command_goes_on(
     assert "Finished" in done.stdout
 
 
+def ignore_hang_up() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def test_sighup_that_nohup_ignores_is_left_alone(config: Path) -> None:
     command = [sys.executable, "-m", "holdfast", "train", "--config", str(config), "--lang", "en"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env=ENVIRONMENT, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        env=ENVIRONMENT, preexec_fn=ignore_hang_up,  # noqa: PLW1509 - what nohup does
     )  # fmt: skip
     read_until(process, "step 5 is durable")
     process.send_signal(signal.SIGHUP)

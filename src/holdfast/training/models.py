@@ -40,7 +40,7 @@ class Shape:
 
 # "tiny" is for minutes on a CPU, "mini" for an evening, "gpt2-small" for a GPU or much patience.
 # A small model wants a small vocabulary: 2048 tokens take a seventh of the parameters of tiny, 8192
-# would take 40 % (docs/en/training.md compares what it learns with each).
+# would take 40 %.
 SHAPES = {
     "tiny": Shape("llama", 4, 256, 4, 128, 2048, inner=672, kv_heads=4),
     "mini": Shape("llama", 8, 512, 8, 512, 8192, inner=1376, kv_heads=2),
