@@ -1,4 +1,4 @@
-"""The text that ships with the project: large enough, varied, and no passage made from a template."""
+"""The text that ships with the project: large, varied, and no passage made from a template."""
 
 from __future__ import annotations
 

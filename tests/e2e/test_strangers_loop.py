@@ -55,7 +55,8 @@ manager = CheckpointManager(directory, state, keep_last=2, metric="judge")
 resumed = manager.resume()
 loss_of = nn.functional.binary_cross_entropy_with_logits
 for step in range(resumed.step if resumed else 0, steps):
-    real = torch.randn(6, 1, 8, 8).sin() * random.random() + np.random.rand() + schedule.noise * torch.randn(6, 1, 8, 8)
+    real = torch.randn(6, 1, 8, 8).sin() * random.random() + np.random.rand()
+    real = real + schedule.noise * torch.randn(6, 1, 8, 8)
     fake = maker(torch.randn(6, 8))
     optimizers[1].zero_grad()
     judged = loss_of(judge(real), torch.ones(6, 1))

@@ -10,23 +10,31 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
+import logging
+import math
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.container import read_manifest
+from holdfast.checkpoint.container import NewerFormat, Reader, read_manifest
 from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.retention import Candidate, KeepBest
-from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint
+from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
+from holdfast.i18n import _
+
+log = logging.getLogger("holdfast")
 
 LATEST, MAIN, BEST = "latest.pt", "model.pt", "best_model.pt"
 ROLES = (BEST, LATEST, MAIN)  # names that move from checkpoint to checkpoint
-TEMP, QUARANTINE, ARCHIVE = "temp", "quarantine", "archive"
+TEMP, QUARANTINE, ARCHIVE, REPLACED = "temp", "quarantine", "archive", "replaced"
 EVENTS, METADATA = "events.jsonl", "metadata.json"
+NONSENSE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,7 @@ class Contents:
     entries: list[Entry]
     damaged: list[tuple[str, str]]  # name and reason
     foreign: list[str]
+    unreadable: list[tuple[str, str]] = field(default_factory=list)  # perhaps intact: hands off
 
     @property
     def newest(self) -> Entry | None:
@@ -105,19 +114,25 @@ class Catalog:
         by_inode: dict[tuple[int, int], Entry] = {}
         damaged: list[tuple[str, str]] = []
         foreign: list[str] = []
-        for name, stat in self._files():
-            key = (stat.st_dev, stat.st_ino)
+        unreadable: list[tuple[str, str]] = []
+        for name, status in self._files():
+            key = (status.st_dev, status.st_ino)
             try:
-                entry = by_inode.get(key) or cache.get((name, _stamp(stat)))
-                entry = entry or summary(read_manifest(self.directory / name), stat.st_size)
+                entry = by_inode.get(key) or cache.get((name, _stamp(status)))
+                entry = entry or summary(read_manifest(self.directory / name), status.st_size)
             except DamagedCheckpoint as error:
                 damaged.append((name, str(error)))
-            except ForeignCheckpoint:
-                foreign.append(name)
+            except NewerFormat as error:
+                unreadable.append((name, str(error)))
+            except ForeignCheckpoint as error:
+                if self._announced(name):  # what was once ours and no longer looks like it
+                    damaged.append((name, str(error)))
+                else:
+                    foreign.append(name)
             except FileNotFoundError:
                 continue  # the trainer has just replaced it
-            except OSError as error:
-                damaged.append((name, str(error)))
+            except OSError as error:  # only a medium that fails says something about the file
+                (damaged if error.errno == errno.EIO else unreadable).append((name, str(error)))
             else:
                 by_inode[key] = entry
                 found.setdefault(entry.id, entry)
@@ -127,20 +142,27 @@ class Catalog:
             for id_, entry in found.items()
         ]
         entries.sort(key=lambda entry: entry.order, reverse=True)
-        return Contents(entries, damaged, foreign)
+        return Contents(entries, damaged, foreign, unreadable)
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
         for prefix in ("", TEMP):
-            with contextlib.suppress(FileNotFoundError), os.scandir(self.directory / prefix) as it:
-                for item in sorted(it, key=lambda item: item.name):
-                    if item.name.endswith(".pt") and item.is_file(follow_symlinks=False):
-                        yield (f"{prefix}/{item.name}" if prefix else item.name), item.stat()
+            try:
+                listing = sorted(path.name for path in (self.directory / prefix).iterdir())
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            for item in listing:
+                name = f"{prefix}/{item}" if prefix else item
+                if item.endswith(".pt"):
+                    with contextlib.suppress(FileNotFoundError):  # replaced or pruned just now
+                        found = (self.directory / name).lstat()
+                        if stat.S_ISREG(found.st_mode):
+                            yield name, found
 
     def generation(self) -> int:
         """The highest generation that was ever begun here; 0 where there is no run yet."""
-        begun = (event.get("generation", 0) for event in self.events())
-        present = (entry.generation for entry in self.scan().entries)
-        return max((*begun, *present), default=0)
+        begun = [event.get("generation") for event in self.events()]
+        present = [entry.generation for entry in self.scan().entries]
+        return max((n for n in (*begun, *present) if isinstance(n, int)), default=0)
 
     # -------------------------------------------------------------------------------- history
 
@@ -151,27 +173,57 @@ class Catalog:
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The history, oldest first; a line that a crash has torn is passed over."""
+        yield from self._events("")
+
+    def _events(self, kind: str) -> Iterator[dict[str, Any]]:
+        """Events of one kind ("": all); a history is long, and parsing a line costs."""
         try:
-            text = (self.directory / EVENTS).read_text("utf-8", "surrogateescape")
+            lines = (self.directory / EVENTS).read_bytes().split(b"\n")
         except FileNotFoundError:
             return
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError):
-                event = json.loads(line)
-                if isinstance(event, dict):
-                    yield event
+        for line in lines:
+            if kind.encode() in line:
+                with contextlib.suppress(ValueError, RecursionError):
+                    event = json.loads(line.decode("utf-8", "surrogatepass"))
+                    if isinstance(event, dict) and kind in ("", event.get("event")):
+                        yield event
 
     def verified_ids(self) -> set[str]:
         """Which checkpoints have been read back from the device and found right."""
-        events = (event for event in self.events() if event.get("event") == "verified")
-        return {event.get("id", "") for event in events}
+        return {str(event.get("id")) for event in self._events("verified")}
+
+    def announced(self) -> list[dict[str, Any]]:
+        """The "durable" events, as far as they say what an order needs."""
+        wanted = {"generation": int, "step": int, "run_id": str, "time": str, "names": list}
+        return [
+            event
+            for event in self._events("durable")
+            if all(isinstance(event.get(name), kind) for name, kind in wanted.items())
+        ]
+
+    def _announced(self, name: str) -> bool:
+        return any(name in event["names"] for event in self.announced())
+
+    def _note(self, event: str, **fields: Any) -> None:
+        """Record what has been done where a full disk must not stop it from being done."""
+        try:
+            self.record(event, **fields)
+        except OSError as error:
+            log.warning("%s: %s", EVENTS, error)
 
     # -------------------------------------------------------------------------------- changing
 
     def assign_roles(self, contents: Contents) -> None:
         """Point latest, main and best at what they should mean; repairs what a crash left."""
+        self.clear_roles(contents)
         newest = contents.newest
         if newest is not None:
+            if all(name in ROLES for name in newest.names):
+                # Its own name is gone, and the next save takes the others away from it.
+                own = self.directory / name_of(newest)
+                free = own.with_name(f"{own.stem}-{newest.id[:8]}.pt") if own.exists() else own
+                filesystem.make_directory(free.parent)
+                filesystem.publish(self.directory / newest.names[0], free)
             self.publish(newest, (LATEST, MAIN))
         if contents.best is not None:
             self.publish(contents.best, (BEST,))
@@ -189,6 +241,9 @@ class Catalog:
             if target == source or filesystem.same_data(source, target):
                 how[name] = "link"
                 continue
+            if name in entry.names:
+                how[name] = _rejoin(source, target)
+                continue
             how[name] = filesystem.publish(source, target)
             if how[name] == "copy" and entry.kind == "temp":
                 break
@@ -197,7 +252,7 @@ class Catalog:
 
     def delete(self, entry: Entry, why: str) -> None:
         """Remove a checkpoint under all names. Whether it may go was decided by retention."""
-        self.record("removed", id=entry.id, step=entry.step, names=list(entry.names), reason=why)
+        self._note("removed", id=entry.id, step=entry.step, names=list(entry.names), reason=why)
         for name in entry.names:
             filesystem.remove(self.directory / name)
         for parent in {(self.directory / name).parent for name in entry.names}:
@@ -205,7 +260,7 @@ class Catalog:
 
     def quarantine(self, names: Iterable[str], reason: str) -> list[str]:
         """Set damaged files aside, with every name of the same inode and the reason beside them."""
-        wanted = [self.directory / name for name in names]
+        wanted = [self.directory / name for name in names if (self.directory / name).exists()]
         every = [name for name, _stat in self._files()]
         same = [
             n for n in every if any(filesystem.same_data(self.directory / n, w) for w in wanted)
@@ -213,18 +268,38 @@ class Catalog:
         place = self.directory / QUARANTINE
         for name in same:
             filesystem.move(self.directory / name, place / name)
-        filesystem.append_line(place / "reasons.txt", f"{now()} {', '.join(same)}: {reason}")
-        self.record("quarantined", names=same, reason=reason)
+        if same:
+            with contextlib.suppress(OSError):  # a full disk: the history says it as well
+                line = f"{now()} {', '.join(same)}: {reason}"
+                filesystem.append_line(place / "reasons.txt", line)
+            self._note("quarantined", names=same, reason=reason)
         return same
+
+    def clear_roles(self, contents: Contents) -> None:
+        """Nothing is overwritten unseen: what bears the name of a role and is no checkpoint of
+        ours, because it is damaged or somebody else's, makes way."""
+        for name, reason in contents.damaged:
+            if name in ROLES:
+                self.quarantine([name], reason)
+        for name in [*contents.foreign, *(name for name, _why in contents.unreadable)]:
+            if name in ROLES:
+                self.replace(name)
+
+    def replace(self, name: str) -> Path:
+        """Move what is called `name` to `archive/replaced/`; returns where it lies now."""
+        place = filesystem.move(self.directory / name, self.directory / ARCHIVE / REPLACED / name)
+        self._note("archived", names=[name], to=f"{ARCHIVE}/{REPLACED}")
+        return place
 
     def archive(self, entries: Iterable[Entry], label: str) -> Path:
         """Move checkpoints out of the way of recovery; they are kept, under `archive/label`."""
         place = self.directory / ARCHIVE / label
         for entry in entries:
             for name in entry.names:
-                filesystem.move(self.directory / name, place / name)
-            self.record("archived", id=entry.id, step=entry.step, generation=entry.generation,
-                        names=list(entry.names), to=f"{ARCHIVE}/{label}")  # fmt: skip
+                with contextlib.suppress(FileNotFoundError):  # a damaged copy of it is gone already
+                    filesystem.move(self.directory / name, place / name)
+            self._note("archived", id=entry.id, step=entry.step, generation=entry.generation,
+                       names=list(entry.names), to=f"{ARCHIVE}/{label}")  # fmt: skip
         return place
 
     # -------------------------------------------------------------------------------- the cache
@@ -239,14 +314,29 @@ class Catalog:
                 with contextlib.suppress(FileNotFoundError):
                     stamp = _stamp((self.directory / name).stat())
                     files[name] = {"stamp": stamp, **fields}
-        filesystem.write_json(self.directory / METADATA, {"format_version": 1, "files": files})
+        try:
+            filesystem.write_json(self.directory / METADATA, {"format_version": 1, "files": files})
+        except OSError as error:  # it is only a cache
+            log.warning("%s: %s", METADATA, error)
 
     def _read_cache(self) -> Mapping[tuple[str, str], Entry]:
         try:
             files = json.loads((self.directory / METADATA).read_text("utf-8"))["files"]
-            return {(name, entry.pop("stamp")): Entry(**entry) for name, entry in files.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {
+                (name, entry.pop("stamp")): _sane(Entry(**entry)) for name, entry in files.items()
+            }
+        except (OSError, *NONSENSE):
             return {}  # it is only a cache
+
+
+def name_of(entry: Entry) -> str:
+    """What a checkpoint is called when it is written, relative to the run directory."""
+    if entry.kind == "epoch":
+        return f"model_epoch_{entry.epoch}.pt"
+    if entry.kind == "temp":
+        epoch = "" if entry.epoch is None else f"epoch{entry.epoch}_"
+        return f"{TEMP}/temp_{epoch}step{entry.step}.pt"
+    return f"checkpoint_step_{entry.step}.pt"
 
 
 def summary(manifest: Mapping[str, Any], size: int) -> Entry:
@@ -255,7 +345,7 @@ def summary(manifest: Mapping[str, Any], size: int) -> Entry:
         identity, score = manifest["identity"], manifest.get("score") or {}
         value = score.get("value")
         loss = None if value is None else (value if score["lower_is_better"] else -value)
-        return Entry(
+        entry = Entry(
             id=identity["id"],
             run_id=identity["run_id"],
             generation=identity["generation"],
@@ -270,12 +360,48 @@ def summary(manifest: Mapping[str, Any], size: int) -> Entry:
             size=size,
             loss=loss,
         )
-    except (KeyError, TypeError) as error:
-        raise ForeignCheckpoint(str(error)) from error
+        return _sane(entry)
+    except NONSENSE as error:
+        raise ForeignCheckpoint(
+            _("The manifest describes no checkpoint ({error}).", error=error)
+        ) from error
 
 
-def _stamp(stat: os.stat_result) -> str:
-    return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
+def _sane(entry: Entry) -> Entry:
+    """`entry` if its fields are what they are declared to be; anybody may have written them."""
+    texts = (entry.kind, entry.reason, entry.created)
+    numbers = [entry.generation, entry.step, entry.sequence, entry.size]
+    numbers += [] if entry.epoch is None else [entry.epoch]
+    mappings = (entry.metrics, entry.parent or {})
+    plain = (bool, int, float, str, type(None))
+    sane = (
+        all(isinstance(text, str) for text in texts)
+        and entry.id.isalnum()  # becomes part of a file name
+        and entry.run_id.isalnum()
+        and all(isinstance(number, int) for number in numbers)
+        and (entry.loss is None or math.isfinite(entry.loss))
+        and all(isinstance(item, plain) for m in mappings for item in m.values())
+    )
+    if not sane:
+        raise TypeError(entry.id)
+    return entry
+
+
+def _rejoin(source: Path, target: Path) -> str:
+    """Make `target`, a copy of the checkpoint `source`, a link to it again, where links work.
+
+    Of two copies one may be damaged, and it must not take the other's place.
+    """
+    try:
+        with Reader(source) as reader:
+            reader.verify()
+    except (CheckpointError, OSError):
+        return "copy"
+    return filesystem.publish(source, target, copy=False) or "copy"
+
+
+def _stamp(found: os.stat_result) -> str:
+    return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ino}"
 
 
 def _telling(name: str) -> tuple[bool, str]:

@@ -61,6 +61,10 @@ def sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        _say_once("This file system cannot sync a directory; it keeps names its own way.")
     finally:
         os.close(fd)
 
@@ -128,15 +132,19 @@ def append_line(path: Path, line: str) -> None:
         sync_directory(path.parent)
 
 
-def publish(source: Path, name: Path) -> str:
+def publish(source: Path, name: Path, *, copy: bool = True) -> str:
     """Let `name` stand for the data of `source`: "link", "reflink" or "copy", whichever works.
 
-    Replaces `name` atomically. The caller syncs the directory once after all its names.
+    Replaces `name` atomically; without `copy`, "" where only a copy would do. The caller syncs the
+    directory once after all its names.
     """
     temporary = _temporary(name)
     try:
-        how = _link(source, temporary) or _reflink(source, temporary) or _copy(source, temporary)
-        _rename(temporary, name)
+        how = _link(source, temporary) or _reflink(source, temporary)
+        if not how and copy:
+            how = _copy(source, temporary)
+        if how:
+            _rename(temporary, name)
     finally:
         # A rename between two links of one inode does nothing and leaves both: take ours away.
         with contextlib.suppress(FileNotFoundError):
@@ -152,14 +160,18 @@ def same_data(a: Path, b: Path) -> bool:
         return False
 
 
-def move(source: Path, target: Path) -> None:
-    """Rename durably into another directory of the same file system, never over anything."""
+def move(source: Path, target: Path) -> Path:
+    """Rename durably into another directory of the same file system, never over anything.
+
+    Returns where it lies now.
+    """
     make_directory(target.parent)
     while target.exists():
         target = target.with_name(f"{target.stem}-{secrets.token_hex(2)}{target.suffix}")
     _rename(source, target)
     sync_directory(target.parent)
     sync_directory(source.parent)
+    return target
 
 
 def remove(path: Path) -> None:
@@ -254,9 +266,10 @@ def _reflink(source: Path, target: Path) -> str:
     import fcntl
 
     with source.open("rb") as original:
-        fd = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _EXTRA_FLAGS, READ_ONLY)
+        fd = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _EXTRA_FLAGS, 0o600)
         try:
             fcntl.ioctl(fd, _FICLONE, original.fileno())
+            os.fchmod(fd, READ_ONLY)
             sync_file(fd)
             return "reflink"
         except OSError:

@@ -41,7 +41,8 @@ class SignalGuard:
         self._owner = os.getpid()
         for name in _SIGNALS:
             number = getattr(signal, name, None)
-            if number is None or signal.getsignal(number) is signal.SIG_IGN:
+            # None is a handler that was not set from Python: we could not give it back.
+            if number is None or signal.getsignal(number) in (signal.SIG_IGN, None):
                 continue
             self._before[number] = signal.signal(number, self._handle)
         return self

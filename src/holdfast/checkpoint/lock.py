@@ -23,6 +23,17 @@ _held: set[tuple[int, int]] = set()  # record locks do not exclude threads of on
 _held_guard = threading.Lock()
 
 
+def _forget() -> None:
+    """In a forked child: it inherits no record lock, and perhaps a guard that nobody will open."""
+    global _held_guard
+    _held_guard = threading.Lock()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
 class FileLock:
     """An exclusive lock on `path`; use as a context manager.
 
@@ -32,7 +43,13 @@ class FileLock:
     def __init__(self, path: Path, *, wait: float = 0.0) -> None:
         self._path, self._wait = path, wait
         self._fd = -1
+        self._pid = 0
         self._key: tuple[int, int] = (0, 0)
+
+    @property
+    def held(self) -> bool:
+        """Whether this process holds the lock through this object; a forked child does not."""
+        return self._fd >= 0 and self._pid == os.getpid()
 
     def acquire(self) -> None:
         deadline = time.monotonic() + self._wait
@@ -72,17 +89,20 @@ class FileLock:
                 if (found.st_dev, found.st_ino) in _held:
                     return False  # and do not open it: closing it again would drop the lock
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
-            if not _lock(fd):
+            try:
+                if not _lock(fd):
+                    os.close(fd)
+                    return False
+            except OSError:
                 os.close(fd)
-                return False
+                raise
             found = os.fstat(fd)
-            self._fd, self._key = fd, (found.st_dev, found.st_ino)
+            self._fd, self._pid, self._key = fd, os.getpid(), (found.st_dev, found.st_ino)
             _held.add(self._key)
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        text = json.dumps(owner).encode()
-        os.lseek(fd, 0, os.SEEK_SET)
-        os.truncate(fd, 0)
-        os.write(fd, text)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
+            os.truncate(fd, 0)
+            os.write(fd, json.dumps(owner).encode())
         return True
 
     def _owner(self) -> str:

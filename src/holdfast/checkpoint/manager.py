@@ -15,30 +15,59 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
-import platform
 import time
 import uuid
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from holdfast import __version__
-from holdfast.checkpoint import codec, container, filesystem, guard, recovery
-from holdfast.checkpoint.catalog import BEST, LATEST, MAIN, TEMP, Catalog, Contents, Entry, now
+from holdfast.checkpoint import codec, container, filesystem, guard, housekeeping, recovery
+from holdfast.checkpoint.access import checkpoint_size, load, verify
+from holdfast.checkpoint.catalog import (
+    ARCHIVE,
+    BEST,
+    LATEST,
+    MAIN,
+    Catalog,
+    Contents,
+    Entry,
+    name_of,
+    now,
+)
 from holdfast.checkpoint.catalog import summary as entry_of
+from holdfast.checkpoint.describe import environment, plain_metrics, score_of
 from holdfast.checkpoint.lock import FileLock
-from holdfast.checkpoint.retention import KeepLast, KeepRollingTemps, Policy, select
+from holdfast.checkpoint.outcome import Resumed, Saved
+from holdfast.checkpoint.randomness import RandomState
+from holdfast.checkpoint.retention import KeepLast, KeepRollingTemps, Policy
 from holdfast.checkpoint.schedule import AnyOf, Moment, SavePolicy
-from holdfast.checkpoint.state import RandomState, configurations, plan_restore
+from holdfast.checkpoint.state import configurations, plan_restore
+from holdfast.checkpoint.transaction import LoadObject
 from holdfast.checkpoint.tree import normalise
-from holdfast.errors import CheckpointError, DamagedCheckpoint, ResourceError, SaveFailed
+from holdfast.errors import (
+    DamagedCheckpoint,
+    HoldfastError,
+    SaveFailed,
+    StateMismatch,
+    UnsupportedValue,
+)
 from holdfast.i18n import _
+
+__all__ = [
+    "CheckpointManager",
+    "EventHandler",
+    "Resumed",
+    "Saved",
+    "checkpoint_size",
+    "load",
+    "run_lock",
+    "verify",
+]
 
 log = logging.getLogger("holdfast")
 
@@ -46,39 +75,9 @@ log = logging.getLogger("holdfast")
 # kernel may have dropped the dirty pages and would report success (FAULTS.md, 7).
 _TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT}
 
+_MOST_THREADS = 1024  # a manifest may say anything
+
 EventHandler = Callable[[str, dict[str, Any]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Resumed:
-    """What training goes on from."""
-
-    entry: Entry
-    path: Path
-    generation: int  # of what is saved from now on
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # newer but damaged, and why
-    steps_lost: int = 0
-    minutes_lost: float = 0.0
-
-    @property
-    def step(self) -> int:
-        return self.entry.step
-
-    @property
-    def epoch(self) -> int | None:
-        return self.entry.epoch
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A checkpoint that is durable under all of its names."""
-
-    entry: Entry
-    path: Path
-    seconds: float
-    names: dict[str, str]  # name → "file", "link", "reflink" or "copy"
-    is_best: bool
-    previous_best: float | None
 
 
 class CheckpointManager:
@@ -134,12 +133,22 @@ class CheckpointManager:
         self._on_event = on_event
         self._saved_step, self._saved_at = 0, time.monotonic()
         self._configured = configurations(state)
+        self._settled = False  # whether it is known what the checkpoints here are to this run
+        if rng and "rng" in state:
+            raise UnsupportedValue(
+                _("A state has no key 'rng' of its own: the random streams are saved under that "
+                  "name. Call it otherwise, or use rng=False.")
+            )  # fmt: skip
         normalise(self._payload(step=0, epoch=None))  # what cannot be saved is said now
         filesystem.make_directory(self.catalog.directory)
         self._lock = lock or run_lock(directory)
         if lock is None:
             self._lock.acquire()
-        self._sweep()
+        try:
+            housekeeping.sweep(self.catalog)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -183,43 +192,60 @@ class CheckpointManager:
         with self.catalog.lock():
             found = recovery.find(self.catalog, source, self._tell)
             if found is None:
+                self._settled = True
                 self._report("began", run_id=self.run_id, generation=self.generation)
                 return None
+            known = self.catalog.generation()
             transaction = plan_restore(
                 self.state,
                 found.payload,
                 configured=found.manifest.get("configured"),
                 strict=strict,
             )
+            if self._random is not None and "rng" in found.payload:
+                transaction.acts.append(LoadObject(self._random, found.payload["rng"], "rng"))
+            elif self._random is not None and strict:
+                raise StateMismatch(
+                    _("{path} has no random streams; nothing was changed. Use strict=False to do "
+                      "without them.", path=found.path)
+                )  # fmt: skip
+            if found.newer:
+                label = f"generation_{known}"
+                transaction.acts.append(housekeeping.ArchiveNewer(self.catalog, found.newer, label))
             with guard.deferred_interrupt():
                 transaction.commit()
-                if self._random is not None and "rng" in found.payload:
-                    self._random.load_state_dict(found.payload["rng"])
-            return self._go_on_from(found)
+                return self._go_on_from(found, known, asked=source is not None)
 
-    def _go_on_from(self, found: recovery.Found) -> Resumed:
-        """Settle identity and names after the state has been restored."""
-        entry, known = found.entry, self.catalog.generation()
-        steps, minutes = recovery.lost(self.catalog, entry) if found.here else (0, 0.0)
+    def _go_on_from(self, found: recovery.Found, known: int, *, asked: bool) -> Resumed:
+        """Settle identity and names after the state has been restored.
+
+        The state is whole now: a full disk costs links and cache here, never the resume.
+        """
+        entry = found.entry
+        steps, minutes = (0, 0.0) if asked else recovery.lost(self.catalog, entry)
         self._parent = {
             "id": entry.id,
             "run_id": entry.run_id,
             "generation": entry.generation,
             "step": entry.step,
         }
-        before = self.catalog.scan().entries
-        self._sequence = max((e.sequence for e in [*before, entry]), default=0)
+        contents = self.catalog.scan()
+        past = [*contents.entries, *found.newer, entry]
+        self._sequence = max(e.sequence for e in past)
         if found.newer:
-            place = self.catalog.archive(found.newer, f"generation_{known}")
+            place = self.catalog.directory / ARCHIVE / f"generation_{known}"
             self._tell("archived", count=len(found.newer), to=str(place))
-        branches = found.newer or found.skipped or not found.here
+        branches = found.newer or found.skipped or steps or not found.here
         self.generation = known + 1 if branches else max(known, 1)
         if found.here:
             self.run_id = entry.run_id
-        contents = self.catalog.scan()
-        self.catalog.assign_roles(contents)
-        self.catalog.write_cache(contents)
+        try:
+            self.catalog.assign_roles(contents)
+        except OSError as error:
+            log.warning("%s: %s", self.catalog.directory, error)
+        self.catalog.write_cache()
         self._saved_step, self._saved_at = entry.step, time.monotonic()
+        self._settled = True
         self._restore_threads(found.manifest)
         self._history("resumed", id=entry.id, step=entry.step, run_id=self.run_id,
                       generation=self.generation, steps_lost=steps)  # fmt: skip
@@ -229,8 +255,9 @@ class CheckpointManager:
 
     def _restore_threads(self, manifest: Mapping[str, Any]) -> None:
         """The number of threads changes the bits of CPU sums: it belongs to the state."""
-        saved, live = manifest.get("environment", {}).get("threads"), torch.get_num_threads()
-        if saved and saved != live:
+        said, live = manifest.get("environment"), torch.get_num_threads()
+        saved = said.get("threads") if isinstance(said, Mapping) else None
+        if isinstance(saved, int) and 0 < saved <= _MOST_THREADS and saved != live:
             torch.set_num_threads(saved)
             self._tell("threads", saved=saved, live=live)
 
@@ -261,24 +288,39 @@ class CheckpointManager:
     ) -> Saved | None:
         """Make the state durable; returns when it is, with what it is called.
 
-        A failure is retried once with a new file where that may help, reported, and written into
-        the history; training goes on with None, or gets `SaveFailed` if `strict`. Ctrl-C during a
-        save takes effect when it is done.
+        A failure, whatever it is, is retried once with a new file where that may help, reported,
+        and written into the history; training goes on with None, or gets `SaveFailed` if `strict`.
+        Ctrl-C during a save takes effect when it is done.
+
+        Where this directory holds a run that was not resumed, the first save moves that to the
+        archive: it must neither be overwritten nor win the next recovery.
+
+        Raises:
+            SaveFailed: with `strict`, or after `close()`, or in a forked child.
         """
+        if not self._lock.held:
+            raise SaveFailed(
+                _("This process does not hold {directory}: the manager was closed, or it belongs "
+                  "to the parent process.", directory=self.catalog.directory)
+            )  # fmt: skip
+        moment = int(step), None if epoch is None else int(epoch)
         with guard.deferred_interrupt():
             for attempt in (1, 2):
                 try:
-                    return self._save(step, epoch, dict(metrics or {}), kind, reason)
-                except (OSError, ResourceError, DamagedCheckpoint, MemoryError) as error:
+                    return self._save(*moment, plain_metrics(metrics), kind, reason)
+                except Exception as error:
                     transient = isinstance(error, DamagedCheckpoint) or (
                         isinstance(error, OSError) and error.errno in _TRANSIENT
                     )
                     if attempt == 1 and transient:
                         continue
-                    self._report("failed", step=step, reason=str(error), attempts=attempt)
+                    why = str(error)
+                    if not isinstance(error, HoldfastError | OSError):
+                        why = f"{type(error).__name__}: {error}"
+                    self._report("failed", step=moment[0], reason=why, attempts=attempt)
                     if strict:
                         raise SaveFailed(
-                            _("Step {step} could not be saved: {error}", step=step, error=error)
+                            _("Step {step} could not be saved: {error}", step=step, error=why)
                         ) from error
                     break
         return None
@@ -288,41 +330,69 @@ class CheckpointManager:
     ) -> Saved:
         began = time.monotonic()
         filesystem.make_directory(self.catalog.directory)  # it may have been moved away under us
-        contents = self.catalog.scan()
+        contents = self._settle()
         self._sequence += 1
         image = self._image(step, epoch, metrics, kind, reason)
         entry = entry_of(image.manifest, image.size)
-        name = _name_of(entry)
+        name = name_of(entry)
         target = self.catalog.directory / name
         guard.check_space(self.catalog.directory, image.size)
         filesystem.make_directory(target.parent)
-        self._make_way(target)
-        filesystem.write_file(target, image.pieces, image.size)
+        kept = housekeeping.keep_old(self.catalog, target)
+        try:
+            filesystem.write_file(target, image.pieces, image.size)
+        except BaseException:
+            if kept is not None and filesystem.same_data(kept, target):
+                filesystem.remove(kept)  # what it is a second name of is where it was
+            raise
 
         entry = replace(entry, names=(name,))
         is_best = _improves(entry, contents.best)
         with self.catalog.lock():
+            self.catalog.clear_roles(contents)
             how = {name: "file", **self.catalog.publish(entry, [LATEST, MAIN])}
             if is_best:
                 how |= self.catalog.publish(entry, [BEST])
         del image  # what holds copies of device tensors goes before the file is read back
-        self._saved_step, self._saved_at = step, time.monotonic()
         saved = Saved(entry, target, time.monotonic() - began, how, is_best,
                       contents.best.loss if contents.best else None)  # fmt: skip
         self._history("durable", id=entry.id, run_id=self.run_id, generation=self.generation,
                       step=step, epoch=epoch, kind=kind, reason=reason, size=entry.size,
                       names=list(how), seconds=round(saved.seconds, 3))  # fmt: skip
         self._tell("durable", saved=saved)
-        self._verify_back(entry, target)
-        self._prune()
+        try:
+            housekeeping.verify_back(self.catalog, entry, target, kept)
+        except DamagedCheckpoint as error:
+            self._tell("quarantined", names=list(how), reason=str(error), step=step)
+            raise
+        self._report("verified", id=entry.id, step=step)
+        self._saved_step, self._saved_at = step, time.monotonic()
+        try:
+            if kept is not None:
+                housekeeping.settle_old(self.catalog, entry, contents, kept)
+            housekeeping.prune(self.catalog, self._keep)
+        except (OSError, HoldfastError) as error:  # what cannot go now goes after the next save
+            log.warning("%s: %s", self.catalog.directory, error)
         return saved
+
+    def _settle(self) -> Contents:
+        """What lies here, all of it of this run."""
+        contents = self.catalog.scan()
+        if not self._settled and contents.entries:
+            known = self.catalog.generation()
+            with self.catalog.lock():
+                place = self.catalog.archive(contents.entries, f"generation_{known}")
+            self.generation = known + 1
+            self._tell("archived", count=len(contents.entries), to=str(place))
+            contents = self.catalog.scan()
+        self._settled = True
+        return contents
 
     def _image(
         self, step: int, epoch: int | None, metrics: Mapping[str, Any], kind: str, reason: str
     ) -> container.Image:
         """The whole file in memory, without a copy of what lies in host memory already."""
         tree = normalise(self._payload(step=step, epoch=epoch))
-        score = metrics.get(self._metric)
         manifest = {
             "identity": {
                 "id": uuid.uuid4().hex,
@@ -336,12 +406,8 @@ class CheckpointManager:
             "reason": reason,
             "epoch": epoch,
             "created": now(),
-            "metrics": {key: _finite(value) for key, value in metrics.items()},
-            "score": {
-                "name": self._metric,
-                "value": None if score is None or not math.isfinite(score) else float(score),
-                "lower_is_better": self._lower_is_better,
-            },
+            "metrics": metrics,
+            "score": score_of(metrics, self._metric, lower_is_better=self._lower_is_better),
             "environment": environment(),
             "configured": self._configured,
             **codec.to_json(tree),
@@ -353,43 +419,6 @@ class CheckpointManager:
         if self._random is not None:
             payload["rng"] = self._random
         return payload
-
-    def _make_way(self, target: Path) -> None:
-        """Nothing is ever silently overwritten: what has our name already goes to the archive."""
-        if target.exists():
-            with self.catalog.lock():
-                taken = self.catalog.directory / "archive" / "replaced" / target.name
-                filesystem.move(target, taken)
-                self.catalog.record("archived", names=[target.name], to="archive/replaced")
-
-    def _verify_back(self, entry: Entry, target: Path) -> None:
-        """Read the file back past the page cache; only then may anything old go."""
-        try:
-            with container.Reader(target) as reader:
-                reader.forget_cached()
-                reader.verify()
-        except DamagedCheckpoint as error:
-            with self.catalog.lock():
-                self.catalog.quarantine(entry.names, str(error))
-                self.catalog.assign_roles(self.catalog.scan())
-            raise
-        self._report("verified", id=entry.id, step=entry.step)
-
-    def _prune(self) -> None:
-        with self.catalog.lock():
-            contents = self.catalog.scan()
-            mask = select([entry.candidate() for entry in contents.entries], self._keep)
-            for entry, keep in zip(contents.entries, mask, strict=True):
-                if not keep:
-                    self.catalog.delete(entry, "retention")
-            kept = [e for e, keep in zip(contents.entries, mask, strict=True) if keep]
-            self.catalog.write_cache(Contents(kept, [], []))
-
-    def _sweep(self) -> None:
-        """Remove temporary files of dead writers; the lock says that they are dead."""
-        for directory in (self.catalog.directory, self.catalog.directory / TEMP):
-            for path in filesystem.temporaries(directory):
-                filesystem.remove(path)
 
     # ------------------------------------------------------------------------------------ looking
 
@@ -419,21 +448,13 @@ class CheckpointManager:
 
     def _tell(self, event: str, **fields: Any) -> None:
         if self._on_event is not None:
-            self._on_event(event, fields)
+            try:
+                self._on_event(event, fields)
+            except Exception:  # a closed terminal must not end a training, nor undo a save
+                log.exception("on_event(%r)", event)
         else:
             level = logging.WARNING if event in ("failed", "quarantined") else logging.INFO
             log.log(level, "%s %s", event, fields)
-
-
-def checkpoint_size(state: Mapping[str, Any], *, rng: bool = True, reserve: int) -> int:
-    """The exact size in bytes of every checkpoint of `state`, known without writing one.
-
-    `reserve` as the manager will have it; it must be enough for the values, as it is for all files
-    of one run to have one size.
-    """
-    payload = {**state, "rng": RandomState()} if rng else dict(state)
-    tree = normalise(payload)
-    return container.build(tree.payloads(), codec.to_json(tree), reserve=reserve, hashed=False).size
 
 
 def run_lock(directory: str | os.PathLike[str]) -> FileLock:
@@ -441,52 +462,7 @@ def run_lock(directory: str | os.PathLike[str]) -> FileLock:
     return FileLock(Path(directory) / ".run.lock")
 
 
-def load(path: str | os.PathLike[str], *, only: str | None = None) -> Any:
-    """The state in a checkpoint, verified, nothing unpickled; `only` reads one top-level key.
-
-    Raises `DamagedCheckpoint`, `ForeignCheckpoint`, `OSError`.
-    """
-    with container.Reader(path) as reader:
-        return codec.read(reader, only=only)
-
-
-def verify(path: str | os.PathLike[str]) -> str | None:
-    """Check every byte of a checkpoint: None, or what is wrong with it."""
-    try:
-        with container.Reader(path) as reader:
-            reader.verify()
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    return None
-
-
-def environment() -> dict[str, Any]:
-    """What the bits of a training depend on besides its state."""
-    return {
-        "holdfast": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()}-{platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def _name_of(entry: Entry) -> str:
-    if entry.kind == "epoch":
-        return f"model_epoch_{entry.epoch}.pt"
-    if entry.kind == "temp":
-        epoch = "" if entry.epoch is None else f"epoch{entry.epoch}_"
-        return f"{TEMP}/temp_{epoch}step{entry.step}.pt"
-    return f"checkpoint_step_{entry.step}.pt"
-
-
 def _improves(entry: Entry, best: Entry | None) -> bool:
     if entry.loss is None:
         return False
     return best is None or best.loss is None or entry.loss < best.loss
-
-
-def _finite(value: Any) -> Any:
-    """A metric as JSON can hold it: NaN and the infinities by name."""
-    return repr(float(value)) if isinstance(value, float) and not math.isfinite(value) else value

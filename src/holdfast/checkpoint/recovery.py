@@ -6,16 +6,17 @@ Damaged files are set aside on the way, with their reason. Nothing live is touch
 from __future__ import annotations
 
 import datetime
+import errno
 import glob
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import codec, container, filesystem
-from holdfast.checkpoint.catalog import Catalog, Contents, Entry, summary
-from holdfast.errors import CheckpointError, DamagedCheckpoint
+from holdfast.checkpoint.catalog import QUARANTINE, Catalog, Entry, summary
+from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
 
 Tell = Callable[..., None]
@@ -31,128 +32,174 @@ class Found:
     payload: Mapping[str, Any]
     here: bool  # whether it belongs to this run directory
     newer: list[Entry] = field(default_factory=list)  # intact ones here that it goes back behind
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # newer but damaged, and why
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # damaged and set aside, and why
 
 
 def find(catalog: Catalog, source: str | os.PathLike[str] | None, tell: Tell) -> Found | None:
     """Read what to go on from; None where this directory holds nothing and nothing was named.
 
     The caller holds the catalogue's lock. Raises `DamagedCheckpoint` where `source` is damaged or
-    where everything is: nothing is ever started over in silence.
+    where everything is: nothing is ever started over in silence. `CheckpointError` where something
+    here cannot be read now and may be the newest: it is not ours to pass over.
     """
     contents = catalog.scan()
-    skipped: list[tuple[str, str]] = []
-    wanted = None if source is None else _resolve(catalog, source, contents)
-    if isinstance(wanted, Path):
-        found = _read(wanted)
-        found.newer = contents.entries
-        return found
+    if contents.unreadable:
+        name, reason = contents.unreadable[0]
+        raise CheckpointError(_("{name} cannot be read now: {reason}", name=name, reason=reason))
+    wanted: Sequence[Entry] = contents.entries
+    if source is not None:
+        files = _files(catalog, source)
+        wanted = [entry for entry in contents.entries if _is_one_of(catalog, entry, files)]
+        if not wanted:
+            found = _first_intact(files)
+            found.newer = contents.entries
+            return found
+    aside = _Aside(catalog, tell)
     for name, reason in contents.damaged:
-        skipped.append(_set_aside(catalog, name, reason, None, tell))
-    for entry in [wanted] if wanted else contents.entries:
-        path = _read_entry(catalog, entry, skipped, tell)
-        if path is not None:
-            path.newer = [e for e in contents.entries if e.order > entry.order and
-                          not any(name in e.names for name, _why in skipped)]  # fmt: skip
-            path.skipped = skipped
-            return path
-    if wanted is not None:
-        raise DamagedCheckpoint(skipped[-1][1])
-    if skipped:
-        names = ", ".join(name for name, _why in skipped)
-        raise DamagedCheckpoint(
-            _("Every checkpoint in {directory} is damaged ({names}); they lie in quarantine/. "
-              "Training does not start over by itself: use --fresh for that.",
-              directory=catalog.directory, names=names)
-        )  # fmt: skip
+        aside.put(name, reason)
+    for entry in wanted:
+        here = _read_entry(catalog, entry, aside)
+        if here is not None:
+            newer = [e for e in contents.entries if e.order > entry.order]
+            here.newer = [e for e in newer if not aside.names.issuperset(e.names)]
+            here.skipped = aside.skipped
+            return here
+    if source is not None:
+        raise DamagedCheckpoint(aside.skipped[-1][1])
+    _refuse_to_start_over(catalog, aside.names)
     return None
 
 
 def lost(catalog: Catalog, entry: Entry) -> tuple[int, float]:
     """Steps and minutes between `entry` and the newest that was announced and is gone."""
-    announced = [
-        event
-        for event in catalog.events()
-        if event.get("event") == "durable" and event.get("run_id") == entry.run_id
-    ]
-    if not announced:
-        return 0, 0.0
-    newest = max(announced, key=lambda event: (event["generation"], event["step"]))
-    if (newest["generation"], newest["step"]) <= (entry.generation, entry.step):
+    mine = [event for event in catalog.announced() if event["run_id"] == entry.run_id]
+    newest = max(mine, key=lambda event: (event["generation"], event["step"]), default=None)
+    if newest is None or (newest["generation"], newest["step"]) <= entry.order[:2]:
         return 0, 0.0
     minutes = (_seconds(newest["time"]) - _seconds(entry.created)) / 60
-    return newest["step"] - entry.step, max(0.0, minutes)
+    return max(0, newest["step"] - entry.step), max(0.0, minutes)
+
+
+def _refuse_to_start_over(catalog: Catalog, damaged: Collection[str]) -> None:
+    """Raise where there was a run and all of it is damaged, now or when last looked at: a job that
+    is started again and again must not end with an empty run in place of the lost one."""
+    place = catalog.directory / QUARANTINE
+    names = sorted(damaged) or sorted(path.name for path in place.rglob("*.pt"))
+    if names:
+        raise DamagedCheckpoint(
+            _("Every checkpoint in {directory} is damaged ({names}); they lie in quarantine/. "
+              "Training does not start over by itself: use --fresh for that, or move quarantine/ "
+              "away.", directory=catalog.directory, names=", ".join(names))
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Aside:
+    """Damaged files that have been set aside on the way."""
+
+    catalog: Catalog
+    tell: Tell
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def names(self) -> set[str]:
+        return {name for name, _reason in self.skipped}
+
+    def put(self, name: str, reason: str, step: int | None = None) -> None:
+        names = self.catalog.quarantine([name], reason)
+        self.skipped.extend((each, reason) for each in names)
+        if names:  # else it went with another name of its inode
+            self.tell("quarantined", names=names, reason=reason, step=step)
 
 
 def _read(path: Path) -> Found:
     with container.Reader(path) as reader:
         payload = codec.read(reader)
         entry = summary(reader.manifest, reader.size)
+        if not isinstance(payload, Mapping):
+            raise ForeignCheckpoint(_("{path} holds no state of a training.", path=path))
         return Found(entry, path, reader.manifest, payload, here=False)
 
 
-def _read_entry(
-    catalog: Catalog, entry: Entry, skipped: list[tuple[str, str]], tell: Tell
-) -> Found | None:
+def _read_entry(catalog: Catalog, entry: Entry, aside: _Aside) -> Found | None:
     """Read an entry by the first of its names that is intact: without links they are copies."""
     seen: set[tuple[int, int]] = set()
     for name in entry.names:
+        path = catalog.directory / name
         try:
-            stat = (catalog.directory / name).stat()
+            stat = path.stat()
+            if (stat.st_dev, stat.st_ino) in seen:
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            found = _read(path)
         except FileNotFoundError:  # went into quarantine with another name of its inode
             continue
-        if (stat.st_dev, stat.st_ino) in seen:
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        try:
-            found = _read(catalog.directory / name)
-        except DamagedCheckpoint as error:
-            skipped.append(_set_aside(catalog, name, str(error), entry.step, tell))
-            continue
-        found.entry, found.here = entry, True
-        return found
+        except (DamagedCheckpoint, ForeignCheckpoint) as error:
+            aside.put(name, str(error), entry.step)
+        except OSError as error:
+            if error.errno != errno.EIO:  # anything else says nothing about the file
+                raise
+            aside.put(name, str(error), entry.step)
+        else:
+            found.entry = replace(found.entry, names=entry.names, verified=entry.verified)
+            found.here = True
+            return found
     return None
 
 
-def _set_aside(
-    catalog: Catalog, name: str, reason: str, step: int | None, tell: Tell
-) -> tuple[str, str]:
-    names = catalog.quarantine([name], reason)
-    tell("quarantined", names=names or [name], reason=reason, step=step)
-    return name, reason
+# ------------------------------------------------------------------------------ what was asked for
 
 
-def _resolve(catalog: Catalog, source: str | os.PathLike[str], contents: Contents) -> Entry | Path:
-    """The entry here, or the file elsewhere, that `source` (file, glob, directory) means."""
+def _files(catalog: Catalog, source: str | os.PathLike[str]) -> list[Path]:
+    """The files that `source` (file, glob, directory) means, the newest first.
+
+    Looked for from the working directory, then in the run directory.
+    """
     text = os.fspath(source)
-    path = Path(text)
-    if not path.exists() and (catalog.directory / text).exists():
-        path = catalog.directory / text
     files: list[Path] = []
-    for found in [path] if path.exists() else _matches(text):
-        if found.is_dir():
-            newest = Catalog(found).scan().newest
-            files += [found / newest.names[0]] if newest else []
-        else:
-            files.append(found)
-    if not files:
-        raise CheckpointError(_("There is no checkpoint at {source}.", source=text))
-    here = [
-        entry
-        for entry in contents.entries
+    for base in (Path(), catalog.directory):
+        exists = (base / text).exists()
+        for each in [base / text] if exists else _matches(text, base):
+            if each.is_dir():
+                files += [each / entry.names[0] for entry in Catalog(each).scan().entries]
+            else:
+                files.append(each)
+        if files:
+            return sorted(files, key=_order, reverse=True) if len(files) > 1 else files
+    raise CheckpointError(_("There is no checkpoint at {source}.", source=text))
+
+
+def _matches(pattern: str, base: Path) -> list[Path]:
+    return [base / name for name in sorted(glob.glob(pattern, root_dir=base))]  # noqa: PTH207
+
+
+def _order(path: Path) -> tuple[int, int, int]:
+    try:
+        return summary(container.read_manifest(path), 0).order
+    except (CheckpointError, OSError):
+        return (-1, -1, -1)
+
+
+def _is_one_of(catalog: Catalog, entry: Entry, files: Sequence[Path]) -> bool:
+    return any(
+        filesystem.same_data(catalog.directory / name, file)
         for name in entry.names
-        if any(filesystem.same_data(catalog.directory / name, file) for file in files)
-    ]
-    if here:
-        return max(here, key=lambda entry: entry.order)
-    if len(files) == 1:
-        return files[0]
-    return max(files, key=lambda file: summary(container.read_manifest(file), 0).order)
+        for file in files
+    )
 
 
-def _matches(pattern: str) -> list[Path]:
-    return [Path(name) for name in sorted(glob.glob(pattern))]  # noqa: PTH207 - may be absolute
+def _first_intact(files: Sequence[Path]) -> Found:
+    """Read the newest of `files` that is intact. Raises what the last one has to say."""
+    for file in files[:-1]:
+        try:
+            return _read(file)
+        except (DamagedCheckpoint, ForeignCheckpoint):
+            continue
+    return _read(files[-1])
 
 
 def _seconds(text: str) -> float:
-    return datetime.datetime.fromisoformat(text).timestamp()
+    try:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return 0.0

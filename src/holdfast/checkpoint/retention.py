@@ -74,16 +74,19 @@ class KeepRollingTemps:
 def select(candidates: Sequence[Candidate], policies: Sequence[Policy]) -> list[bool]:
     """Which candidates stay: what any policy keeps, and the floor.
 
-    The floor: the newest, the best, the pinned, and the two newest verified states. Nothing goes at
-    all before two states are verified, nor anything newer than the newest verified one.
+    The floor: the newest, the best, the pinned, and the two newest verified states, of two distinct
+    steps. Nothing goes at all before there are two, nor anything newer than the newest verified.
     """
-    verified = sorted((c.order for c in candidates if c.verified), reverse=True)
+    newest: dict[tuple[int, int], tuple[int, int, int]] = {}  # of each step, saved twice or not
+    for order in sorted(c.order for c in candidates if c.verified):
+        newest[order[:2]] = order
+    verified = sorted(newest.values(), reverse=True)[:2]
     if len(verified) < 2:
         return [True] * len(candidates)
     masks = [policy(candidates) for policy in (*policies, KeepBest(1))]
     return [
         candidate.pinned
-        or candidate.order in verified[:2]
+        or candidate.order in verified
         or candidate.order > verified[0]
         or any(mask[i] for mask in masks)
         for i, candidate in enumerate(candidates)

@@ -7,12 +7,18 @@ state is needed. A load that fails leaves everything exactly as it was.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
+
+from holdfast.errors import StateMismatch
+from holdfast.i18n import _
+
+log = logging.getLogger("holdfast")
 
 _MISSING = object()
 _EXCHANGE_ELEMENTS = 1 << 20  # bounds the scratch memory of an exchange
@@ -26,6 +32,8 @@ class Transaction:
     problems: list[str] = field(default_factory=list)
 
     def commit(self) -> None:
+        """Do all acts. Raises `StateMismatch` where an object refuses its state; then, and after
+        any other exception (Ctrl-C too), what was done has been undone."""
         done: list[Act] = []
         try:
             for act in self.acts:
@@ -33,7 +41,11 @@ class Transaction:
                 act.commit()
         except BaseException:
             for act in reversed(done):
-                act.undo()
+                # One object that cannot go back must not keep the others from going back.
+                try:
+                    act.undo()
+                except Exception:
+                    log.exception("undoing a restore")
             raise
 
 
@@ -45,27 +57,58 @@ class Act(Protocol):
     def undo(self) -> None: ...
 
 
-@dataclass(slots=True)
 class Exchange:
-    """Live and staged tensors change bytes; doing it again undoes it, from where it stopped."""
+    """Live and staged tensors change bytes; doing it again undoes it, from where it stopped.
 
-    pairs: list[tuple[torch.Tensor, torch.Tensor]]
-    done: int = 0
+    An interrupt may come between any two instructions: `_open` is the part that is being exchanged
+    and its live bytes, so that at every moment everything can be put back.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._parts = [part for live, staged in pairs for part in _parts(live, staged)]
+        self._done = 0
+        self._open: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def commit(self) -> None:
-        for live, staged in self.pairs[self.done :]:
-            _swap(live, staged)
-            self.done += 1
+        for live, staged in self._parts:
+            with torch.no_grad():
+                kept = live.clone()
+                self._open = (live, kept)
+                live.copy_(staged)
+                staged.copy_(kept)
+            self._done += 1
+            self._open = None  # last: between the two, undoing it twice gives the same
 
     def undo(self) -> None:
-        while self.done:
-            self.done -= 1
-            _swap(*self.pairs[self.done])
+        with torch.no_grad():
+            if self._open is not None:
+                live, kept = self._open
+                live.copy_(kept)
+            while self._done:
+                live, staged = self._parts[self._done - 1]
+                live.copy_(staged)
+                self._done -= 1
+
+
+def _parts(live: torch.Tensor, staged: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pieces of bounded size; no element of an expanded tensor twice."""
+    live, staged = live.detach(), staged.detach()
+    for dim, stride in enumerate(live.stride()):
+        if stride == 0 and live.shape[dim] > 1:
+            live, staged = live.narrow(dim, 0, 1), staged.narrow(dim, 0, 1)
+    if 0 in staged.stride() and not staged.is_contiguous():
+        staged = staged.contiguous()
+    large = live.numel() > _EXCHANGE_ELEMENTS
+    if large and live.is_contiguous() and staged.is_contiguous():
+        halves = (torch.split(t.view(-1), _EXCHANGE_ELEMENTS) for t in (live, staged))
+        yield from zip(*halves, strict=True)
+    else:
+        yield live, staged
 
 
 @dataclass(slots=True)
 class Assign:
-    """One entry of a live container is replaced by a plain value."""
+    """One entry of a live mapping or list is replaced by another value."""
 
     container: Any
     key: Any
@@ -73,15 +116,38 @@ class Assign:
     before: Any = _MISSING
 
     def commit(self) -> None:
-        if not isinstance(self.container, MutableMapping) or self.key in self.container:
-            self.before = self.container[self.key]
+        self.before = self.container[self.key]
         self.container[self.key] = self.value
 
     def undo(self) -> None:
-        if self.before is _MISSING:
-            self.container.pop(self.key, None)
-        else:
+        if self.before is not _MISSING:
             self.container[self.key] = self.before
+
+
+@dataclass(slots=True)
+class Refill:
+    """A live list, set or dictionary gets other content and stays the object that it is: the
+    training loop holds it under a name of its own."""
+
+    container: Any
+    content: Any
+    before: Any = _MISSING
+
+    def commit(self) -> None:
+        is_mapping = isinstance(self.container, Mapping)
+        self.before = dict(self.container) if is_mapping else list(self.container)
+        self._fill(self.content)
+
+    def undo(self) -> None:
+        if self.before is not _MISSING:
+            self._fill(self.before)
+
+    def _fill(self, content: Any) -> None:
+        self.container.clear()
+        if isinstance(self.container, MutableSequence):
+            self.container.extend(content)
+        else:
+            self.container.update(content)
 
 
 @dataclass(slots=True)
@@ -90,11 +156,18 @@ class LoadObject:
 
     target: Any
     state: Any
+    path: str
     before: Any = _MISSING
 
     def commit(self) -> None:
         self.before = copy.deepcopy(self.target.state_dict())
-        self.target.load_state_dict(self.state)
+        try:
+            self.target.load_state_dict(self.state)
+        except Exception as error:
+            raise StateMismatch(
+                _("{path} refused its state from the checkpoint ({error}); nothing was changed.",
+                  path=self.path, error=f"{type(error).__name__}: {error}")
+            ) from error  # fmt: skip
 
     def undo(self) -> None:
         if self.before is not _MISSING:
@@ -103,14 +176,25 @@ class LoadObject:
 
 @dataclass(slots=True)
 class LoadScheduler(LoadObject):
-    """A learning-rate schedule; its base rates are the optimizer's, as the user now wants them."""
+    """A learning-rate schedule; with `rebased`, over the rates that the user wants now."""
+
+    rebased: bool = False
 
     def commit(self) -> None:
         LoadObject.commit(self)
-        groups = self.target.optimizer.param_groups
-        if hasattr(self.target, "base_lrs") and all("initial_lr" in g for g in groups):
-            self.target.base_lrs = [group["initial_lr"] for group in groups]
-            self.target._last_lr = [group["lr"] for group in groups]
+        if self.rebased:
+            _rebase(self.target)
+
+
+def _rebase(scheduler: Any) -> None:
+    """Give a schedule, and those that it is made of, the base rates of its optimizer."""
+    groups = scheduler.optimizer.param_groups
+    if hasattr(scheduler, "base_lrs") and all("initial_lr" in group for group in groups):
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    if hasattr(scheduler, "_last_lr"):
+        scheduler._last_lr = [group["lr"] for group in groups]
+    for part in getattr(scheduler, "_schedulers", []):
+        _rebase(part)
 
 
 @dataclass(slots=True)
@@ -121,37 +205,29 @@ class LoadOptimizer:
     """
 
     target: Optimizer
-    state: dict[torch.Tensor, dict[str, Any]]
+    state: dict[Any, Any]  # by parameter
     groups: list[dict[str, Any]]
     before: tuple[dict[Any, Any], list[dict[str, Any]]] | None = None
 
     def commit(self) -> None:
         groups = [dict(group) for group in self.target.param_groups]
         self.before = dict(self.target.state), groups
-        self._set(self.state, self.groups)
+        self._set(self.state)
+        for live, group in zip(self.target.param_groups, self.groups, strict=True):
+            live.update(group)  # in place: others may hold these dictionaries
 
     def undo(self) -> None:
-        if self.before is not None:
-            self._set(*self.before)
+        if self.before is None:
+            return
+        state, groups = self.before
+        self._set(state)
+        for live, group in zip(self.target.param_groups, groups, strict=True):
+            live.clear()  # the checkpoint may have brought settings that were not there
+            live.update(group)
 
-    def _set(self, state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    def _set(self, state: Mapping[Any, Any]) -> None:
         self.target.state.clear()
         self.target.state.update(state)
-        for live, group in zip(self.target.param_groups, groups, strict=True):
-            live.update(group)  # in place: schedulers hold these dictionaries
-
-
-def _swap(live: torch.Tensor, staged: torch.Tensor) -> None:
-    with torch.no_grad():
-        live = live.detach()
-        parts = [(live, staged)]
-        if live.is_contiguous() and staged.is_contiguous() and live.numel() > _EXCHANGE_ELEMENTS:
-            halves = (torch.split(t.view(-1), _EXCHANGE_ELEMENTS) for t in (live, staged))
-            parts = list(zip(*halves, strict=True))
-        for a, b in parts:
-            kept = a.clone()
-            a.copy_(b)
-            b.copy_(kept)
 
 
 @dataclass(slots=True)

@@ -70,6 +70,10 @@ class StorageSlice:
     dtype: torch.dtype
     start: int  # bytes into `source`
     stop: int
+    label: str = ""  # the key as the pickle says it: one object, for the pickler's memo
+
+    def __post_init__(self) -> None:
+        self.label = str(self.key)
 
     @property
     def record(self) -> str:
@@ -178,11 +182,11 @@ class _Pickler(pickle.Pickler):
             return None
         kind = _STORAGE_TYPES.get(obj.dtype)
         if kind is None:
-            return "storage", torch.UntypedStorage, str(obj.key), "cpu", obj.nbytes
+            return "storage", torch.UntypedStorage, obj.label, "cpu", obj.nbytes
         return (
             "storage",
             getattr(torch, kind),
-            str(obj.key),
+            obj.label,
             "cpu",
             obj.nbytes // obj.dtype.itemsize,
         )
@@ -272,6 +276,8 @@ class _Normaliser:
             return bytearray(memoryview(value))
         if isinstance(value, torch.Size):
             return value
+        if callable(getattr(value, "state_dict", None)):
+            return self(value.state_dict(), path)
         if isinstance(value, Mapping):
             return self._mapping(value, path)
         if isinstance(value, tuple):
@@ -285,8 +291,6 @@ class _Normaliser:
             if not all(_hashable(item) for item in items):
                 raise UnsupportedValue(_("{path} is a set of sets; use a list.", path=path))
             return set(items)
-        if callable(getattr(value, "state_dict", None)):
-            return self(value.state_dict(), path)
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise UnsupportedValue(
             _("{path} is a {kind}, which a checkpoint cannot hold; give it a state_dict() "
@@ -345,7 +349,7 @@ class _Normaliser:
     def _from_numpy(value: np.ndarray[Any, Any], path: str) -> torch.Tensor:
         try:
             return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape).copy())
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise UnsupportedValue(
                 _("{path} is a NumPy array of {dtype}, which torch does not know.", path=path,
                   dtype=value.dtype)
