@@ -71,8 +71,16 @@ def find(catalog: Catalog, source: str | os.PathLike[str] | None, tell: Tell) ->
 
 
 def lost(catalog: Catalog, entry: Entry) -> tuple[int, float]:
-    """Steps and minutes between `entry` and the newest that was announced and is gone."""
-    mine = [event for event in catalog.announced() if event["run_id"] == entry.run_id]
+    """Steps and minutes between `entry` and the newest that was announced and is gone.
+
+    What went to the archive when the user went back is not lost.
+    """
+    kept = {event.get("id") for event in catalog.events() if event.get("event") == "archived"}
+    mine = [
+        event
+        for event in catalog.announced()
+        if event["run_id"] == entry.run_id and event.get("id") not in kept
+    ]
     newest = max(mine, key=lambda event: (event["generation"], event["step"]), default=None)
     if newest is None or (newest["generation"], newest["step"]) <= entry.order[:2]:
         return 0, 0.0

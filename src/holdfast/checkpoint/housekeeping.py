@@ -1,0 +1,99 @@
+"""What is done to a run directory around a save: making way, reading back, letting go, sweeping.
+
+Each function leaves the directory, at every moment, with all states that had been announced; a
+crash in the middle of any of them is repaired by doing it again.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.checkpoint import container, filesystem
+from holdfast.checkpoint.catalog import ARCHIVE, REPLACED, TEMP, Catalog, Contents, Entry
+from holdfast.checkpoint.retention import Policy, select
+from holdfast.errors import CheckpointError, DamagedCheckpoint
+from holdfast.i18n import _
+
+
+def keep_old(catalog: Catalog, target: Path) -> Path | None:
+    """Give what already bears the name `target` a second one in `archive/replaced/`, which is
+    returned: nothing is ever silently overwritten."""
+    if not target.exists():
+        return None
+    place = catalog.directory / ARCHIVE / REPLACED
+    filesystem.make_directory(place)
+    kept = place / f"{target.stem}-{uuid.uuid4().hex[:8]}.pt"
+    with catalog.lock():
+        filesystem.publish(target, kept)
+    filesystem.sync_directory(place)
+    return kept
+
+
+def verify_back(catalog: Catalog, entry: Entry, target: Path, kept: Path | None) -> None:
+    """Read the file that was written back past the page cache; only then may anything old go.
+
+    Raises `DamagedCheckpoint` when the file lies in quarantine and the names mean again what they
+    meant before it was written; `kept` as `keep_old` gave it.
+    """
+    try:
+        with container.Reader(target) as reader:
+            reader.forget_cached()
+            reader.verify()
+            if reader.manifest["identity"]["id"] != entry.id:
+                raise DamagedCheckpoint(_("{path} holds another checkpoint.", path=target))
+    except (CheckpointError, OSError) as error:
+        with catalog.lock():
+            catalog.quarantine(entry.names, str(error))
+            if kept is not None:
+                filesystem.move(kept, target)
+            catalog.assign_roles(catalog.scan())
+        raise DamagedCheckpoint(str(error)) from error
+
+
+def settle_old(catalog: Catalog, entry: Entry, before: Contents, kept: Path) -> None:
+    """Decide what becomes of a verified save's predecessor of the same name: the same moment of the
+    same run, saved once more, goes; anything else stays in the archive."""
+    name = entry.names[0]
+    old = next((e for e in before.entries if name in e.names), None)
+    if old is not None and (old.run_id, *old.order[:2]) == (entry.run_id, *entry.order[:2]):
+        filesystem.remove(kept)
+    else:
+        catalog.record("archived", names=[name], to=f"{ARCHIVE}/{REPLACED}/{kept.name}")
+
+
+def prune(catalog: Catalog, policies: Sequence[Policy]) -> None:
+    """Remove what neither a policy nor the floor keeps."""
+    with catalog.lock():
+        contents = catalog.scan()
+        mask = select([entry.candidate() for entry in contents.entries], policies)
+        for entry, keep in zip(contents.entries, mask, strict=True):
+            if not keep:
+                catalog.delete(entry, "retention")
+        kept = [entry for entry, keep in zip(contents.entries, mask, strict=True) if keep]
+        catalog.write_cache(Contents(kept, [], []))
+
+
+def sweep(catalog: Catalog) -> None:
+    """Remove temporary files of dead writers; the caller's run lock says that they are dead."""
+    with catalog.lock():
+        for directory in (catalog.directory, catalog.directory / TEMP):
+            for path in filesystem.temporaries(directory):
+                filesystem.remove(path)
+
+
+@dataclass(slots=True)
+class ArchiveNewer:
+    """The last act of going back: what is newer makes way, or the restore does not happen."""
+
+    catalog: Catalog
+    entries: Sequence[Entry]
+    label: str
+
+    def commit(self) -> None:
+        self.catalog.archive(self.entries, self.label)
+
+    def undo(self) -> None:
+        """What has been moved stays in the archive, where nothing is lost."""

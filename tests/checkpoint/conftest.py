@@ -1,0 +1,44 @@
+"""What every test of the engine gets: English messages, and no idle fast path switched off."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from holdfast.checkpoint import filesystem
+from holdfast.i18n import language, set_language
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """The tensors are tiny, and on a busy machine every barrier between threads takes long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fast_path(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory, where there is one: for sweeps that sync thousands of files."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("HOLDFAST_DISABLE", raising=False)
+    monkeypatch.setattr(filesystem, "_said", set())
+    before = language()
+    set_language("en")
+    yield
+    set_language(before)
