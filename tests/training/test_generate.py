@@ -63,3 +63,22 @@ def test_it_stops_when_told_and_never_exceeds_the_context(
     )
     assert stopped == "今天"
     sample_text(model, tokenizer, "今天" * 40, 500, context_length=32, seed=0)
+
+
+def test_a_sample_that_may_not_end_has_its_whole_length(
+    parts: tuple[torch.nn.Module, TextTokenizer],
+) -> None:
+    model, tokenizer = parts
+    with torch.no_grad():  # a model that wants nothing but to end
+        saved = model.get_output_embeddings().weight.clone()
+        model.get_output_embeddings().weight.zero_()
+    try:
+        texts = [
+            sample_text(model, tokenizer, "今天", 20, context_length=32, seed=1, top_k=1, may_end=e)
+            for e in (True, False)
+        ]
+    finally:
+        with torch.no_grad():
+            model.get_output_embeddings().weight.copy_(saved)
+    assert texts[0] == "今天"  # all logits are equal: the first, end-of-text, is the best
+    assert len(texts[1]) > len(texts[0])

@@ -236,15 +236,17 @@ class Console:
                  total=s.total_steps)  # fmt: skip
 
     def _details(self, *, with_eta: bool = True) -> str:
+        """What is safe comes first: a narrow terminal cuts the end off."""
         s = self.status
         parts = [
+            self._safety(),
             _("loss {loss} (smoothed {smoothed})", loss=_loss(s.loss), smoothed=_loss(s.smoothed)),
-            f"lr {s.learning_rate:.2e}",
             _("{rate} tokens/s", rate=f"{s.tokens_per_second:,.0f}"),
+            f"lr {s.learning_rate:.2e}",
         ]
         if with_eta:
             parts.append(_("ETA {time}", time=_duration(s.eta)))
-        return " · ".join([*parts, self._safety()])
+        return " · ".join(parts)
 
     def _safety(self) -> str:
         """The last durable step and its age: what would be lost if the power went now."""

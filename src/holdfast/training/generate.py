@@ -21,11 +21,14 @@ def sample_text(
     seed: int,
     temperature: float = 0.8,
     top_k: int = 50,
+    may_end: bool = True,
     stop: Callable[[], bool] = lambda: False,
 ) -> str:
     """`prompt` and up to `length` tokens more, ended by an end-of-text token or by `stop()`.
 
-    The same seed gives the same text on the same machine.
+    With `may_end=False` the end-of-text token is never drawn: a model that has learned little ends
+    early, and a person would see nothing of what it has learned. The same seed gives the same text
+    on the same machine.
     """
     device = next(model.parameters()).device
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -40,6 +43,8 @@ def sample_text(
             output = model(input_ids=given, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             logits = output.logits[0, -1].float().cpu() / temperature
+            if not may_end:
+                logits[tokenizer.eos_id] = -torch.inf
             best = torch.topk(logits, min(top_k, logits.numel()))
             choice = torch.multinomial(torch.softmax(best.values, 0), 1, generator=generator)
             token = int(best.indices[choice])

@@ -44,6 +44,7 @@ from holdfast.training.records import Records
 from holdfast.training.tokenizer import TextTokenizer
 from holdfast.training.trainer import Trainer
 
+SAMPLE = Path(__file__).parents[1] / "samples" / "zh_sample.txt"  # what data/ links to
 BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, all of them fp32
 
 
@@ -188,6 +189,9 @@ def _data(
 ) -> PreparedData:
     """The data in the tokens of the run, or of the model, that it goes on from."""
     data = config.data
+    source = Path(data.data_file)
+    if config.sources["data_file"] == "default" and not source.exists():
+        source = SAMPLE  # installed with pip, or called from elsewhere
     tokenizer, vocabulary = None, 0
     if origin is not None:
         tokenizer = TextTokenizer.from_state(origin.tokenizer)
@@ -211,11 +215,11 @@ def _data(
     }
     try:
         return prepare_data(
-            data.data_file, vocab_size=vocabulary, tokenizer=tokenizer,
+            source, vocab_size=vocabulary, tokenizer=tokenizer,
             progress=progress, **shared,
         )  # fmt: skip
     except DataError:
-        if origin is None or tokenizer is None or Path(data.data_file).exists():
+        if origin is None or tokenizer is None or source.exists():
             raise
         # The text has been moved; its tokens may still be here, known by their content.
         found = reopen_data(origin.data["content_hash"], tokenizer, **shared)

@@ -242,7 +242,7 @@ class Trainer:
         return sample_text(
             self.model, self.data.tokenizer, training.sample_prompt, training.sample_tokens,
             context_length=self.context_length, seed=training.seed + self.progress.step,
-            stop=lambda: self.guard.requested is not None,
+            may_end=False, stop=lambda: self.guard.requested is not None,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------- details
