@@ -58,10 +58,16 @@ def po_bytes(catalog: Catalog) -> bytes:
     return "".join(line for line in lines if not line.startswith(dated)).encode("utf-8")
 
 
+class _Undated(Catalog):
+    """Without the header's times and versions: the same strings give the same bytes."""
+
+    mime_headers = property(lambda _self: [("Content-Type", "text/plain; charset=utf-8")])
+
+
 def mo_bytes(language: str) -> bytes:
-    """The compiled form of the .po file as it is now: the same bytes whenever it is compiled."""
+    """The compiled form of the .po file as it is now."""
     catalog = read(language)
-    plain = Catalog(locale=language, domain="holdfast", fuzzy=False)
+    plain = _Undated(locale=language, domain="holdfast", fuzzy=False)
     for message in catalog:
         if message.id:
             plain.add(message.id, message.string)

@@ -303,6 +303,21 @@ def test_blocks_of_two_files_swapped_are_found(tmp_path: Path) -> None:
             refused(b)
 
 
+def test_a_change_that_crc32_cannot_see_is_found(tmp_path: Path) -> None:
+    """A CRC-32 is linear: adding its own polynomial to the data does not change it."""
+    polynomial = int(f"{0x104C11DB7:b}"[::-1], 2)
+    path = write_state(tmp_path / "a.pt", {"w": torch.zeros(4096)})
+    data = bytearray(path.read_bytes())
+    with Reader(path) as reader:
+        at = reader.records[0].offset
+    data[at + 100 : at + 105] = polynomial.to_bytes(5, "little")
+    path.chmod(0o644)
+    path.write_bytes(data)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    refused(path)
+
+
 def test_an_older_manifest_in_a_newer_file_is_found(tmp_path: Path) -> None:
     """What a lost write leaves: the whole tail of an earlier save of the same layout."""
     a = write_state(tmp_path / "a.pt", {"w": torch.zeros(4096), "step": 1}).read_bytes()

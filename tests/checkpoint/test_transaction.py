@@ -76,6 +76,22 @@ def test_an_object_that_cannot_go_back_does_not_keep_the_others() -> None:
     assert fragile.value == 1
 
 
+def test_an_interrupt_while_undoing_is_raised_when_everything_is_back() -> None:
+    class Interrupted(Boom):
+        times = 0
+
+        def undo(self) -> None:
+            self.times += 1
+            raise KeyboardInterrupt
+
+    a, last = torch.zeros(3), Interrupted(RuntimeError("first"))
+    with pytest.raises(KeyboardInterrupt) as error:
+        Transaction([Exchange([(a, torch.ones(3))]), last]).commit()
+    assert a.tolist() == [0, 0, 0]
+    assert isinstance(error.value.__context__, RuntimeError)
+    assert last.times == 3
+
+
 # ---------------------------------------------------------------------------------------- exchange
 
 

@@ -17,11 +17,6 @@ from holdfast.i18n import set_language
 from holdfast.training.console import Console
 
 
-@pytest.fixture(autouse=True)
-def english() -> None:
-    set_language("en")
-
-
 def saved(kind: str = "epoch", loss: float | None = 4.0, before: float | None = 5.0) -> Saved:
     entry = Entry(
         id="x", run_id="r", generation=1, step=7, sequence=1, kind=kind, reason="epoch", epoch=1,

@@ -11,16 +11,10 @@ import pytest
 
 from holdfast.checkpoint import filesystem
 from holdfast.errors import ResourceError
-from holdfast.i18n import set_language
 from holdfast.training.console import Console
 from holdfast.training.dry_run import Estimate, dry_run
 from holdfast.training.trainer import Trainer
 from tests.training.runs import config_for, train, write_corpus
-
-
-@pytest.fixture(autouse=True)
-def english() -> None:
-    set_language("en")
 
 
 @pytest.fixture(scope="module")

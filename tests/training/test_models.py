@@ -66,8 +66,17 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 def test_an_unknown_model_is_one_clear_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        models.load_model(ModelConfig(model=str(tmp_path / "nothing")))
+        models.check_model_exists(str(tmp_path / "gpt2-smal"))
     assert "gpt2-small" in str(error.value)
+    assert "\n" not in str(error.value)
+    models.check_model_exists("tiny")
+
+
+def test_a_folder_without_weights_is_one_clear_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    models.check_model_exists(str(tmp_path))
+    with pytest.raises(ConfigError, match="cannot be loaded") as error:
+        models.load_model(ModelConfig(model=str(tmp_path)))
     assert "\n" not in str(error.value)
 
 

@@ -25,7 +25,6 @@ from holdfast.errors import (
     RunLocked,
     StateMismatch,
 )
-from holdfast.i18n import set_language
 from holdfast.training.trainer import Trainer
 from tests.training.runs import (
     Killed,
@@ -36,11 +35,6 @@ from tests.training.runs import (
     train,
     write_corpus,
 )
-
-
-@pytest.fixture(autouse=True)
-def english() -> None:
-    set_language("en")
 
 
 @pytest.fixture(scope="module")

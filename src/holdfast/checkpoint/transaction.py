@@ -40,13 +40,26 @@ class Transaction:
                 done.append(act)
                 act.commit()
         except BaseException:
-            for act in reversed(done):
-                # One object that cannot go back must not keep the others from going back.
-                try:
-                    act.undo()
-                except Exception:
-                    log.exception("undoing a restore")
+            interrupts = [_undo(act) for act in reversed(done)]
+            for interrupt in filter(None, interrupts):
+                raise interrupt  # noqa: B904 - its context is what failed first
             raise
+
+
+def _undo(act: Act) -> BaseException | None:
+    """Undo one act. One that cannot go back must not keep the others from going back; a Ctrl-C
+    that comes now is returned, to be raised when everything is back."""
+    interrupt: BaseException | None = None
+    for _attempt in range(3):
+        try:
+            act.undo()
+        except Exception:
+            log.exception("undoing a restore")
+        except BaseException as error:  # noqa: BLE001 - handed to the caller
+            interrupt = error
+            continue
+        break
+    return interrupt
 
 
 class Act(Protocol):

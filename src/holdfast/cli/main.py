@@ -91,7 +91,7 @@ def _usage(prog: str, commands: dict[str, tuple[str, Command]]) -> str:
         "{rows}\n"
         "\n"
         "Example: {prog} train --preset quick\n"
-        "{prog} COMMAND --help tells more; --lang zh|en, --debug and --version work everywhere.",
+        "{prog} COMMAND --help tells more; --lang zh|en and --debug work everywhere.",
         prog=prog,
         rows=rows,
     )
@@ -134,9 +134,9 @@ def _explain(error: OSError) -> str:
         errno.EROFS: _("the file system is read-only. Choose another --checkpoint-dir."),
         errno.EACCES: _("permission denied. Choose a directory that you may write."),
         errno.EPERM: _("permission denied. Choose a directory that you may write."),
-        errno.ENOENT: _("there is no such file or directory."),
-        errno.ENOTDIR: _("a file is where a directory should be."),
-        errno.ENAMETOOLONG: _("the name is too long."),
+        errno.ENOENT: _("there is no such file or directory. Check the name."),
+        errno.ENOTDIR: _("a file is where a directory should be. Choose another path."),
+        errno.ENAMETOOLONG: _("the name is too long. Choose a shorter one."),
     }.get(error.errno or 0, str(error.strerror or error))
     return where + what
 

@@ -18,7 +18,7 @@ from holdfast.checkpoint.container import Reader
 from holdfast.errors import HoldfastError
 from holdfast.formatting import NOTHING, format_bytes, format_loss, format_time
 from holdfast.i18n import _
-from holdfast.manage.rundir import look, number
+from holdfast.manage.rundir import kind_in_words, look, number
 from holdfast.manage.table import Column, Screen, printable, render
 from holdfast.manage.values import flatten, plain_state
 
@@ -111,7 +111,7 @@ class Comparison:
 
     def _identity(self, screen: Screen) -> list[str]:
         titles = [
-            _("run"), _("generation"), _("epoch"), _("step"), _("kind"), _("size"), _("saved")
+            _("run"), _("generation"), _("epoch"), _("step"), _("kind"), _("size"), _("saved at")
         ]  # fmt: skip
         columns = [
             [
@@ -119,7 +119,7 @@ class Comparison:
                 str(entry.generation),
                 NOTHING if entry.epoch is None else str(entry.epoch),
                 str(entry.step),
-                entry.kind,
+                kind_in_words(entry.kind),
                 format_bytes(entry.size),
                 format_time(entry.created),
             ]

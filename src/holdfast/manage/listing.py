@@ -14,8 +14,15 @@ from typing import Any
 
 from holdfast.checkpoint.catalog import ARCHIVE, QUARANTINE, Entry
 from holdfast.formatting import NOTHING, format_age, format_bytes, format_loss, parse_time
-from holdfast.i18n import N_, _
-from holdfast.manage.rundir import RunDirectory, checkpoint_files, disk_use, number, set_aside
+from holdfast.i18n import _
+from holdfast.manage.rundir import (
+    RunDirectory,
+    checkpoint_files,
+    disk_use,
+    kind_in_words,
+    number,
+    set_aside,
+)
 from holdfast.manage.table import Column, Screen, printable, render
 
 _Key = Callable[[Entry], Any]
@@ -28,8 +35,6 @@ SORTS: dict[str, _Key] = {
     "size": lambda entry: -entry.size,
     "age": lambda entry: -(parse_time(entry.created) or _EPOCH).timestamp(),
 }
-
-_KINDS = {"epoch": N_("epoch"), "step": N_("step"), "best": N_("best"), "temp": N_("temp")}
 
 
 def _loss_order(loss: float | None) -> float:
@@ -87,7 +92,7 @@ class Listing:
         marks = ((self.best, _best(screen)), (self.latest, _latest(screen)))
         return [
             entry.names[0],
-            _(_KINDS[entry.kind]) if entry.kind in _KINDS else entry.kind,
+            kind_in_words(entry.kind),
             NOTHING if entry.epoch is None else str(entry.epoch),
             str(entry.step),
             format_loss(number(entry.metrics.get("train_loss"))),

@@ -15,9 +15,17 @@ from typing import Any
 
 from holdfast.checkpoint.catalog import ARCHIVE, QUARANTINE, TEMP, Catalog, Contents, Entry
 from holdfast.errors import HoldfastError
-from holdfast.i18n import _
+from holdfast.i18n import N_, _
 
 DAMAGED = "damaged"  # the event that `holdfast verify` records for what it finds wrong
+
+
+_KINDS = {"epoch": N_("epoch"), "step": N_("step"), "best": N_("best"), "temp": N_("temp")}
+
+
+def kind_in_words(kind: str) -> str:
+    """The kind of a checkpoint for a person; kinds of a newer version stay as they are."""
+    return _(_KINDS[kind]) if kind in _KINDS else kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from holdfast.formatting import format_bytes, format_seconds, parse_time
+from holdfast.formatting import format_age, format_bytes, format_seconds, parse_time
 from holdfast.i18n import _
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ class Console:
         s = self.status
         if s.durable_step is None:
             return _("nothing durable yet")
-        age = _duration(time.monotonic() - s.durable_at)
+        age = format_age(time.monotonic() - s.durable_at)
         return _("durable: step {step}, {age} ago", step=s.durable_step, age=age)
 
     # ------------------------------------------------------------------------------ the manager's
@@ -266,8 +266,8 @@ class Console:
             self._on_resumed(fields["resumed"])
         elif event == "failed":
             self.warn(
-                _("Step {step} could not be saved: {reason} Training goes on; the last durable "
-                  "step is {durable}.", step=fields["step"], reason=fields["reason"],
+                _("Step {step} could not be saved. Training goes on; the last durable step is "
+                  "{durable}. The reason: {reason}", step=fields["step"], reason=fields["reason"],
                   durable=self.status.durable_step if self.status.durable_step is not None else "-")
             )  # fmt: skip
         elif event == "quarantined":
@@ -295,7 +295,7 @@ class Console:
         if saved.entry.kind == "temp":
             self.say(
                 _("💾 step {step} is durable: {name} ({size}, {seconds})", step=saved.entry.step,
-                  name=first, size=size, seconds=f"{saved.seconds:.1f} s")
+                  name=first, size=size, seconds=format_seconds(saved.seconds))
             )  # fmt: skip
             return
         kinds = {

@@ -202,7 +202,9 @@ def _existing(name: str, directory: Path) -> Path:
     for path in (Path(name), directory / name):
         if path.is_file():
             return path
-    raise CheckpointError(_("There is no checkpoint at {source}.", source=name))
+    raise CheckpointError(
+        _("There is no checkpoint at {source}; `holdfast list` shows what is there.", source=name)
+    )
 
 
 def _newest_of(name: str, directory: Path) -> Path:
@@ -217,7 +219,12 @@ def _newest_of(name: str, directory: Path) -> Path:
     if best is None and len(found) == 1 and found[0].is_file():
         return found[0]  # damaged or foreign: reading it says which
     if best is None:
-        raise CheckpointError(_("There is no checkpoint at {source}.", source=name))
+        raise CheckpointError(
+            _(
+                "There is no checkpoint at {source}; `holdfast list` shows what is there.",
+                source=name,
+            )
+        )
     return best[1]
 
 

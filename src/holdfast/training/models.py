@@ -19,6 +19,7 @@ from torch.nn import functional
 from holdfast.errors import ConfigError
 from holdfast.i18n import _
 from holdfast.training.batches import IGNORED
+from holdfast.training.fields import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from holdfast.training.config import ModelConfig
@@ -91,10 +92,35 @@ def build_model(config: ModelConfig, *, vocab_size: int, eos_id: int) -> Any:
     return transformers.AutoModelForCausalLM.from_config(settings)
 
 
+def check_model_exists(name: str) -> None:
+    """Raise ConfigError unless `name` is a model of ours, a folder, or known to a hub that answers.
+
+    Asked before anything else is loaded: a typing error is told as what it is, and at once.
+    """
+    if is_shape(name) or (Path(name) / "config.json").is_file():
+        return
+    import logging
+
+    import transformers
+
+    near = None if "/" in name else nearest(name, SHAPES)
+    problem = ConfigError(
+        _("--model {model}: none of {names}, no folder with a config.json, and no model that "
+          "transformers finds{hint}", model=name, names=", ".join(SHAPES), hint=did_you_mean(near))
+    )  # fmt: skip
+    if near is not None:
+        raise problem
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries, line by line
+    try:
+        transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise problem from error
+
+
 def load_model(config: ModelConfig) -> Any:
     """The model that `config.model`, a path or name that transformers knows, stands for.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError where its weights cannot be read.
     """
     import transformers
 
@@ -107,10 +133,9 @@ def load_model(config: ModelConfig) -> Any:
             **overrides,
         )  # fmt: skip
     except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
         raise ConfigError(
-            _("No model {model}: it is none of {names}, and transformers says: {error}",
-              model=config.model, names=", ".join(SHAPES), error=first)
+            _("--model {model} cannot be loaded: {error}", model=config.model,
+              error=str(error).strip().partition("\n")[0])
         ) from error  # fmt: skip
     model.config.use_cache = False
     return model

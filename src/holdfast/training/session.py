@@ -101,6 +101,7 @@ def prepare(config: Config, start: Start, console: Console, guard: guards.Signal
     precision = models.choose_precision(config.model.precision, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, where something stays fp32
+    models.check_model_exists(config.model.model)
     data = _data(config, origin, console, guard)
     for note in data.notes:
         console.warn(note)

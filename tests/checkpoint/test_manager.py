@@ -1,0 +1,862 @@
+"""CheckpointManager as a training loop meets it: saving never kills, names mean what they say."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import signal
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from holdfast import load, verify
+from holdfast.checkpoint import (
+    Catalog,
+    EveryMinutes,
+    EverySteps,
+    container,
+    filesystem,
+    guard,
+    housekeeping,
+    manager,
+)
+from holdfast.checkpoint.manager import CheckpointManager, checkpoint_size, run_lock
+from holdfast.errors import (
+    DamagedCheckpoint,
+    ResourceError,
+    RunLocked,
+    SaveFailed,
+    StateMismatch,
+    UnsupportedValue,
+)
+from tests.support import (
+    Toy,
+    after,
+    assert_same,
+    events,
+    flip,
+    in_child,
+    make_run,
+    snapshot,
+    tree_of,
+)
+
+Told = list[tuple[str, dict[str, Any]]]
+
+
+def listener() -> tuple[Told, Callable[[str, dict[str, Any]], None]]:
+    told: Told = []
+    return told, lambda event, fields: told.append((event, fields))
+
+
+def said(told: Told) -> list[str]:
+    return [event for event, _fields in told]
+
+
+# ------------------------------------------------------------------------------------------- saving
+
+
+def test_one_save_has_four_names_and_one_inode(tmp_path: Path) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path) as engine:
+        saved = engine.end_epoch(1, step=10, metrics={"val_loss": 0.5})
+    assert saved is not None
+    assert list(saved.names) == ["model_epoch_1.pt", "latest.pt", "model.pt", "best_model.pt"]
+    assert saved.names == {"model_epoch_1.pt": "file", "latest.pt": "link", "model.pt": "link",
+                           "best_model.pt": "link"}  # fmt: skip
+    status = saved.path.stat()
+    assert status.st_nlink == 4
+    assert stat.S_IMODE(status.st_mode) == 0o444, "nobody writes through one name into all"
+    assert status.st_size == saved.entry.size
+    assert saved.is_best
+    assert saved.previous_best is None
+    assert saved.seconds > 0
+
+
+def test_what_is_in_the_file(tmp_path: Path) -> None:
+    toy = make_run(tmp_path, 2)
+    state = load(tmp_path / "latest.pt")
+    assert set(state) == {"epoch", "global_step", "model", "optimizer", "losses", "rng"}
+    assert (state["epoch"], state["global_step"], state["losses"]) == (2, 2, toy.losses)
+    assert_same(dict(state["model"]), snapshot(toy.model))
+    with container.Reader(tmp_path / "latest.pt") as reader:
+        said_ = reader.manifest
+    assert said_["identity"]["step"] == 2
+    assert said_["environment"]["torch"] == str(torch.__version__)
+    assert said_["configured"]["optimizer"][0]["lr"] == 0.1
+
+
+def test_torch_opens_what_the_manager_saved(tmp_path: Path) -> None:
+    make_run(tmp_path, 1)
+    for name in ("latest.pt", "model.pt", "checkpoint_step_1.pt"):
+        ours, theirs = load(tmp_path / name), torch.load(tmp_path / name, weights_only=True)
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_stopped_at_any_step_and_resumed_it_is_bit_identical(tmp_path: Path, stop: int) -> None:
+    make_run(tmp_path, stop)
+    toy = Toy(seed=77)
+    with toy.manager(tmp_path) as engine:
+        assert engine.resume() is not None
+        while toy.now < 6:
+            toy.step()
+    assert_same(snapshot(toy.state), snapshot(after(6).state))
+
+
+def test_nothing_saved_is_nothing_resumed(tmp_path: Path) -> None:
+    told, tell = listener()
+    with Toy().manager(tmp_path / "a" / "b", on_event=tell) as engine:
+        assert engine.resume() is None
+        assert engine.list() == []
+        assert engine.verify() == {}
+        assert engine.saved_step == 0
+    assert said(told) == ["began"]
+
+
+def test_all_files_of_a_run_have_one_size(tmp_path: Path) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path, keep_last=0, reserve=100_000) as engine:
+        sizes = {checkpoint_size(toy.state, reserve=100_000)}
+        for step in range(1, 8):
+            toy.step()
+            saved = engine.save(step=10**step, metrics={"val_loss": 1 / step})
+            assert saved is not None
+            sizes.add(saved.path.stat().st_size)
+    assert len(sizes) == 1, "the one that was foretold"
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([2.0, 1.0, 3.0], [True, True, False]),
+        ([1.0, 1.0, 0.5], [True, False, True]),
+        ([math.nan, 2.0, math.nan], [False, True, False]),
+        ([2.0, -math.inf, math.inf], [True, False, False]),
+        ([None, 2.0, None], [False, True, False]),
+    ],
+)
+def test_the_best_is_the_lowest_finite_score(tmp_path: Path, scores: Any, best: list[bool]) -> None:
+    with Toy().manager(tmp_path) as engine:
+        for epoch, score in enumerate(scores, 1):
+            metrics = {} if score is None else {"val_loss": score}
+            saved = engine.end_epoch(epoch, step=epoch, metrics=metrics)
+            assert saved is not None
+            assert saved.is_best is best[epoch - 1]
+            assert ("best_model.pt" in saved.names) is saved.is_best
+    winner = max(i for i, is_best in enumerate(best, 1) if is_best)
+    assert load(tmp_path / "best_model.pt", only="epoch") == winner
+
+
+def test_higher_may_be_better(tmp_path: Path) -> None:
+    with Toy().manager(tmp_path, metric="accuracy", lower_is_better=False) as engine:
+        for epoch, score in enumerate([0.1, 0.9, 0.5], 1):
+            engine.end_epoch(epoch, step=epoch, metrics={"accuracy": score, "val_loss": -epoch})
+    assert load(tmp_path / "best_model.pt", only="epoch") == 2
+
+
+def test_metrics_of_any_kind_of_number(tmp_path: Path) -> None:
+    metrics: dict[str, Any] = {
+        "val_loss": torch.tensor(0.25), "np": np.float32(0.5), "int": 3, "nan": math.nan,
+        "inf": torch.tensor(-math.inf), "text": "ok", "none": None, "many": torch.zeros(2),
+    }  # fmt: skip
+    with Toy().manager(tmp_path) as engine:
+        saved = engine.save(step=np.int64(3), epoch=torch.tensor(1), metrics=metrics, strict=True)
+        assert saved is not None
+    assert saved.is_best
+    assert saved.entry.loss == 0.25
+    assert saved.entry.metrics == {"val_loss": 0.25, "np": 0.5, "int": 3, "nan": "nan",
+                                   "inf": "-inf", "text": "ok", "none": None,
+                                   "many": "tensor([0., 0.])"}  # fmt: skip
+
+
+def test_settings_that_json_cannot_hold_are_saved_all_the_same(tmp_path: Path) -> None:
+    toy = Toy()
+    toy.optimizer.param_groups[0] |= {"max_norm": math.inf, "pair": (math.nan, torch.zeros(3))}
+    with toy.manager(tmp_path) as engine:
+        assert engine.save(step=1, strict=True) is not None
+
+
+def test_the_history_tells_what_happened(tmp_path: Path) -> None:
+    make_run(tmp_path, 2)
+    assert [e["event"] for e in events(tmp_path)] == ["durable", "verified"] * 2
+    durable = events(tmp_path)[0]
+    assert durable["names"] == ["checkpoint_step_1.pt", "latest.pt", "model.pt"]
+    assert durable["size"] == (tmp_path / "checkpoint_step_1.pt").stat().st_size
+
+
+# --------------------------------------------------------------------------------------- retention
+
+
+def test_the_last_epochs_stay_and_the_best(tmp_path: Path) -> None:
+    with Toy().manager(tmp_path, keep_last=2) as engine:
+        for epoch in range(1, 7):
+            engine.end_epoch(epoch, step=epoch, metrics={"val_loss": abs(epoch - 2)})
+        assert [entry.step for entry in engine.list()] == [6, 5, 2]
+    assert {e["step"] for e in events(tmp_path) if e["event"] == "removed"} == {1, 3, 4}
+
+
+def test_zero_keeps_all(tmp_path: Path) -> None:
+    make_run(tmp_path, 6, kind="epoch", keep_last=0)
+    assert len(Catalog(tmp_path).scan().entries) == 6
+
+
+def test_temporaries_roll_and_go_when_something_lasting_is_there(tmp_path: Path) -> None:
+    with Toy().manager(tmp_path, save_when=[EverySteps(2)]) as engine:
+        for step in range(1, 10):
+            engine.after_step(step, epoch=1)
+        assert sorted(p.name for p in (tmp_path / "temp").iterdir()) == [
+            "temp_epoch1_step6.pt", "temp_epoch1_step8.pt"
+        ]  # fmt: skip
+        engine.end_epoch(1, step=10)
+        assert [entry.step for entry in engine.list()] == [10, 8], "two verified states"
+        engine.end_epoch(2, step=20)
+        assert [entry.step for entry in engine.list()] == [20, 10]
+
+
+def test_nothing_old_goes_before_the_new_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Catalog.delete
+    removed = []
+
+    def delete(catalog: Catalog, entry: Any, why: str) -> None:
+        newest = catalog.scan().entries[0]
+        assert newest.verified
+        assert newest.step > entry.step
+        removed.append(entry.step)
+        real(catalog, entry, why)
+
+    monkeypatch.setattr(Catalog, "delete", delete)
+    make_run(tmp_path, 5, keep_last=1)
+    assert removed == [1, 2, 3]
+
+
+def test_clean_up_that_fails_is_no_failure_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_path: Path) -> None:
+        raise OSError(errno.EPERM, "immutable")
+
+    make_run(tmp_path, 3, keep_last=1)
+    toy = Toy()
+    with toy.manager(tmp_path, keep_last=1) as engine:
+        engine.resume()
+        monkeypatch.setattr(filesystem, "remove", fail)
+        toy.step()
+        assert engine.save(step=4, strict=True) is not None
+        monkeypatch.undo()
+        toy.step()
+        engine.save(step=5, strict=True)
+        assert [entry.step for entry in engine.list()] == [5, 4], "gone after the next one"
+
+
+# ---------------------------------------------------------------------------------- when to save
+
+
+def test_policies_decide_after_each_step(tmp_path: Path) -> None:
+    with Toy().manager(tmp_path, save_when=[EverySteps(3)]) as engine:
+        saved = [step for step in range(1, 10) if engine.after_step(step)]
+        assert saved == [3, 6, 9]
+        engine.save(step=12)
+        assert engine.after_step(12) is None, "saved already"
+        assert engine.saved_step == 12
+    with Toy().manager(tmp_path / "b") as engine:
+        assert engine.after_step(100) is None, "no policy, no save"
+    with Toy().manager(tmp_path / "c", save_when=[EveryMinutes(0)]) as engine:
+        assert engine.after_step(1) is not None
+
+
+# ---------------------------------------------------------------------- saving never kills training
+
+
+def fail_with(number: int) -> Callable[..., Any]:
+    def fail(*_args: Any, **_kwargs: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("seam", ["_allocate", "_write_all", "sync_file", "_rename", "_link"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
+def test_a_failed_save_leaves_training_and_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seam: str, number: int
+) -> None:
+    toy = make_run(tmp_path, 2)
+    before = (tmp_path / "latest.pt").read_bytes()
+    told, tell = listener()
+    with toy.manager(tmp_path, on_event=tell) as engine:
+        engine.resume()
+        with monkeypatch.context() as patch:
+            patch.setattr(filesystem, seam, fail_with(number))
+            toy.step()
+            assert engine.save(step=3) is None
+            with pytest.raises(SaveFailed, match="Step 3 could not be saved"):
+                engine.save(step=3, strict=True)
+        assert (tmp_path / "latest.pt").read_bytes() == before
+        assert not list(filesystem.temporaries(tmp_path))
+        failed = [fields for event, fields in told if event == "failed"]
+        assert len(failed) == 2
+        assert os.strerror(number) in failed[0]["reason"]
+        assert failed[0]["attempts"] == (2 if number == errno.EIO else 1)
+        assert engine.saved_step == 2
+        assert engine.save(step=3, strict=True) is not None, "tried again, it works"
+    assert load(tmp_path / "latest.pt", only="global_step") == 3
+
+
+def test_a_failure_is_written_into_the_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Toy().manager(tmp_path) as engine:
+        monkeypatch.setattr(filesystem, "write_file", fail_with(errno.ENOSPC))
+        engine.save(step=7)
+    assert events(tmp_path)[-1]["event"] == "failed"
+    assert events(tmp_path)[-1]["step"] == 7
+
+
+def test_a_passing_error_is_overcome_with_a_new_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failed fsync the kernel may call the same file clean: never fsync it again."""
+    written: list[str] = []
+    name, sync = filesystem._temporary, filesystem.sync_file
+
+    def temporary(target: Path) -> Path:
+        written.append(name(target).name)
+        return target.with_name(written[-1])
+
+    def once(fd: int) -> None:
+        if len(written) == 1:
+            raise OSError(errno.EIO, "once")
+        sync(fd)
+
+    with Toy().manager(tmp_path) as engine:
+        monkeypatch.setattr(filesystem, "_temporary", temporary)
+        monkeypatch.setattr(filesystem, "sync_file", once)
+        saved = engine.save(step=1)
+    assert saved is not None
+    assert verify(saved.path) is None
+    assert len(set(written)) == len(written) > 1
+
+
+class Broken:
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.error is not None:
+            raise self.error
+        return {}
+
+    def load_state_dict(self, _state: dict[str, Any]) -> None: ...
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("CUDA out of memory"),
+                                   MemoryError(), ZeroDivisionError()], ids=repr)  # fmt: skip
+def test_an_error_of_the_users_own_object_does_not_kill_training(
+    tmp_path: Path, error: BaseException
+) -> None:
+    told, tell = listener()
+    broken = Broken()
+    with CheckpointManager(tmp_path, {"x": broken}, on_event=tell) as engine:
+        broken.error = error
+        assert engine.save(step=1) is None
+        assert type(error).__name__ in told[-1][1]["reason"]
+        broken.error = None
+        assert engine.save(step=1) is not None
+
+
+def test_a_value_that_became_unsavable_is_reported_with_its_path(tmp_path: Path) -> None:
+    told, tell = listener()
+    state: dict[str, Any] = {"a": {"b": 1}}
+    with CheckpointManager(tmp_path, state, on_event=tell) as engine:
+        state["a"]["b"] = lambda: 0
+        assert engine.save(step=1) is None
+    assert "a/b is a builtins.function" in told[-1][1]["reason"]
+
+
+def test_a_full_disk_is_known_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, tell = listener()
+    with Toy().manager(tmp_path, on_event=tell) as engine:
+        monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: 1 << 20)
+        assert engine.save(step=1) is None
+        with pytest.raises(SaveFailed) as failure:
+            engine.save(step=1, strict=True)
+    assert "1 MB free" in told[0][1]["reason"]
+    assert isinstance(failure.value.__cause__, ResourceError)
+    assert not (tmp_path / "checkpoint_step_1.pt").exists()
+
+
+def test_a_listener_that_fails_does_not_kill_training(tmp_path: Path) -> None:
+    def broken(_event: str, _fields: dict[str, Any]) -> None:
+        raise BrokenPipeError(errno.EPIPE, "the terminal is gone")
+
+    make_run(tmp_path, 1)
+    toy = Toy()
+    with toy.manager(tmp_path, on_event=broken) as engine:
+        assert engine.resume() is not None
+        toy.step()
+        assert engine.save(step=2, strict=True) is not None
+
+
+def test_a_history_that_cannot_be_written_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Toy().manager(tmp_path) as engine:
+        monkeypatch.setattr(filesystem, "append_line", fail_with(errno.ENOSPC))
+        monkeypatch.setattr(filesystem, "write_json", fail_with(errno.ENOSPC))
+        assert engine.save(step=1, strict=True) is not None
+        assert engine.save(step=2, strict=True) is not None
+    assert [entry.step for entry in Catalog(tmp_path).scan().entries] == [2, 1]
+
+
+def test_loading_works_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, 2)
+    (tmp_path / "latest.pt").unlink()
+    toy = Toy(seed=9)
+    with toy.manager(tmp_path) as engine:
+        for seam in ("append_line", "write_json", "write_file", "publish"):
+            monkeypatch.setattr(filesystem, seam, fail_with(errno.ENOSPC))
+        resumed = engine.resume()
+    assert resumed is not None
+    assert resumed.step == 2
+    assert_same(snapshot(toy.state), snapshot(after(2).state))
+
+
+def test_a_directory_that_was_taken_away_is_made_again(tmp_path: Path) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path / "run") as engine:
+        engine.save(step=1, strict=True)
+        (tmp_path / "run").rename(tmp_path / "gone")
+        assert engine.save(step=2, strict=True) is not None
+    assert (tmp_path / "run" / "latest.pt").exists()
+
+
+def test_an_interrupt_during_a_save_takes_effect_when_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = filesystem.sync_file
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def sync(fd: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        real(fd)
+
+    monkeypatch.setattr(filesystem, "sync_file", sync)
+    try:
+        with Toy().manager(tmp_path) as engine, pytest.raises(KeyboardInterrupt):
+            engine.save(step=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert load(tmp_path / "latest.pt", only="global_step") == 1
+    assert Catalog(tmp_path).scan().entries[0].verified
+
+
+# -------------------------------------------------------------------------------------- lying disks
+
+
+def lie(monkeypatch: pytest.MonkeyPatch, times: int, how: Callable[[Path], None]) -> None:
+    """Let the disk change a file between writing it and reading it back, `times` times."""
+    real, left = filesystem.write_file, times
+
+    def write(target: Path, *args: Any, **kwargs: Any) -> None:
+        nonlocal left
+        real(target, *args, **kwargs)
+        if target.suffix == ".pt" and left:
+            left -= 1
+            how(target)
+
+    monkeypatch.setattr(filesystem, "write_file", write)
+
+
+def rot(path: Path) -> None:
+    with container.Reader(path) as reader:
+        offset = reader.records[-2].offset
+    flip(path, offset)
+
+
+def lose(path: Path) -> None:
+    path.chmod(0o644)
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut(path: Path) -> None:
+    path.chmod(0o644)
+    os.truncate(path, 5000)
+
+
+def garble(path: Path) -> None:
+    path.chmod(0o644)
+    path.write_bytes(b"?" * 5000)
+
+
+HARM = {"a flipped bit": rot, "zeros": lose, "truncated": cut, "garbage": garble}
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_a_disk_that_lies_once_is_noticed_and_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    told, tell = listener()
+    toy = make_run(tmp_path, 2, kind="epoch", keep_last=1)
+    with toy.manager(tmp_path, keep_last=1, on_event=tell) as engine:
+        engine.resume()
+        lie(monkeypatch, 1, HARM[name])
+        saved = engine.end_epoch(3, step=3, metrics={"val_loss": 1.0})
+    assert saved is not None
+    assert verify(saved.path) is None
+    assert said(told)[1:] == ["durable", "quarantined", "durable", "verified"]
+    assert (tmp_path / "quarantine" / "model_epoch_3.pt").exists()
+    found = Catalog(tmp_path).scan()
+    assert (found.entries[0].step, found.damaged) == (3, [])
+    assert set(found.entries[0].names) == set(saved.names)
+
+
+@pytest.mark.parametrize("name", ["a flipped bit", "garbage"])
+def test_a_disk_that_always_lies_costs_nothing_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    toy = make_run(tmp_path, 3, kind="epoch", keep_last=1)
+    kept = [entry.step for entry in Catalog(tmp_path).scan().entries]
+    with toy.manager(tmp_path, keep_last=1) as engine:
+        engine.resume()
+        lie(monkeypatch, 99, HARM[name])
+        for step in (4, 5):
+            assert engine.end_epoch(step, step=step) is None
+        assert engine.saved_step == 3, "nothing newer is safe"
+        with pytest.raises(SaveFailed):
+            engine.save(step=6, strict=True)
+        assert [entry.step for entry in engine.list()] == kept
+    assert load(tmp_path / "latest.pt", only="global_step") == 3
+    assert filesystem.same_data(tmp_path / "latest.pt", tmp_path / "model_epoch_3.pt")
+
+
+def test_a_disk_that_gives_an_older_file_back_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = make_run(tmp_path, 2)
+    older = (tmp_path / "checkpoint_step_1.pt").read_bytes()
+
+    def stale(path: Path) -> None:
+        path.chmod(0o644)
+        path.write_bytes(older)
+
+    with toy.manager(tmp_path) as engine:
+        engine.resume()
+        lie(monkeypatch, 99, stale)
+        assert engine.save(step=3) is None
+    assert "holds another checkpoint" in events(tmp_path)[-1]["reason"]
+
+
+def test_reading_back_goes_past_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    for name in ("forget_cached", "verify"):
+        real = getattr(container.Reader, name)
+
+        def spy(reader: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> None:
+            order.append(_name)
+            _real(reader, **kwargs)
+
+        monkeypatch.setattr(container.Reader, name, spy)
+    with Toy().manager(tmp_path) as engine:
+        engine.save(step=1, strict=True)
+    assert order == ["forget_cached", "verify"]
+
+
+# -------------------------------------------------------------------- nothing is overwritten unseen
+
+
+def test_the_same_step_saved_again_replaces_itself(tmp_path: Path) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path) as engine:
+        engine.end_epoch(1, step=1)
+        for _again in range(3):
+            toy.step()
+            engine.end_epoch(2, step=2)
+        assert [entry.step for entry in engine.list()] == [2, 1]
+    assert load(tmp_path / "latest.pt")["losses"] == toy.losses
+    assert tree_of(tmp_path / "archive") == set()
+
+
+def test_another_state_of_the_same_name_goes_to_the_archive(tmp_path: Path) -> None:
+    with Toy().manager(tmp_path) as engine:
+        engine.end_epoch(1, step=1)
+        engine.end_epoch(1, step=2)
+        engine.end_epoch(1, step=3)
+    kept = [load(tmp_path / "archive" / name, only="global_step")
+            for name in tree_of(tmp_path / "archive")]  # fmt: skip
+    assert sorted(kept) == [1, 2]
+
+
+def test_a_failed_overwrite_leaves_the_old_one_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Toy().manager(tmp_path) as engine:
+        engine.end_epoch(1, step=1)
+        before = (tmp_path / "model_epoch_1.pt").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(filesystem, "_write_all", fail_with(errno.ENOSPC))
+            assert engine.end_epoch(1, step=2) is None
+        assert (tmp_path / "model_epoch_1.pt").read_bytes() == before
+        assert tree_of(tmp_path / "archive") == set()
+        lie(monkeypatch, 99, rot)
+        assert engine.end_epoch(1, step=2) is None
+        assert (tmp_path / "model_epoch_1.pt").read_bytes() == before
+        assert filesystem.same_data(tmp_path / "latest.pt", tmp_path / "model_epoch_1.pt")
+
+
+def test_a_run_that_was_not_resumed_is_archived_by_the_first_save(tmp_path: Path) -> None:
+    """Who forgets resume() must not lose the old run, nor see it win over the new one."""
+    make_run(tmp_path, 5, kind="epoch")
+    told, tell = listener()
+    toy = Toy(seed=3)
+    with toy.manager(tmp_path, keep_last=1, on_event=tell) as engine:
+        for epoch in (1, 2, 3):
+            toy.step()
+            engine.end_epoch(epoch, step=epoch)
+        assert [entry.order[:2] for entry in engine.list()] == [(2, 3), (2, 2)]
+    assert told[0] == ("archived", {"count": 5, "to": str(tmp_path / "archive" / "generation_1")})
+    assert {f"model_epoch_{i}.pt" for i in range(1, 6)} < tree_of(
+        tmp_path / "archive" / "generation_1"
+    )
+
+
+def test_somebody_elses_files_are_kept(tmp_path: Path) -> None:
+    for name in ("latest.pt", "model.pt", "best_model.pt", "model_epoch_1.pt"):
+        torch.save({"theirs": name}, tmp_path / name)
+    with Toy().manager(tmp_path) as engine:
+        assert engine.resume() is None
+        engine.end_epoch(1, step=1, metrics={"val_loss": 1.0})
+        engine.end_epoch(2, step=2, metrics={"val_loss": 0.5})
+    kept = [torch.load(tmp_path / "archive" / name) for name in tree_of(tmp_path / "archive")]
+    assert sorted(state["theirs"] for state in kept) == [
+        "best_model.pt", "latest.pt", "model.pt", "model_epoch_1.pt"
+    ]  # fmt: skip
+    assert len(Catalog(tmp_path).scan().entries) == 2
+
+
+# ------------------------------------------------------------------------------------- who may save
+
+
+def test_a_second_manager_is_refused(tmp_path: Path) -> None:
+    def second() -> None:
+        with pytest.raises(RunLocked, match="Another process"):
+            Toy().manager(tmp_path)
+
+    with Toy().manager(tmp_path):
+        second()
+        assert in_child(second) == 0
+    Toy().manager(tmp_path).close()
+
+
+def test_a_manager_that_could_not_be_made_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(housekeeping, "sweep", fail_with(errno.EIO))
+        with pytest.raises(OSError, match="Input/output"):
+            Toy().manager(tmp_path)
+    with pytest.raises(UnsupportedValue, match=r"bad is a builtins\.object"):
+        CheckpointManager(tmp_path, {"bad": object()})
+    Toy().manager(tmp_path).close()
+
+
+def test_a_lock_that_is_held_already_is_used(tmp_path: Path) -> None:
+    with run_lock(tmp_path) as lock:
+        engine = Toy().manager(tmp_path, lock=lock)
+        assert engine.save(step=1, strict=True) is not None
+
+
+def test_who_does_not_hold_the_directory_does_not_write(tmp_path: Path) -> None:
+    def child() -> None:
+        with pytest.raises(SaveFailed, match="does not hold"):
+            engine.save(step=2)
+
+    engine = Toy().manager(tmp_path)
+    engine.save(step=1, strict=True)
+    assert in_child(child) == 0, "a forked child"
+    engine.close()
+    child()
+    engine.close()
+
+
+def test_temporaries_of_dead_writers_are_swept(tmp_path: Path) -> None:
+    (tmp_path / "temp").mkdir()
+    for place in (tmp_path, tmp_path / "temp"):
+        (place / ".holdfast-99-abc.tmp").write_bytes(b"half a checkpoint")
+    Toy().manager(tmp_path).close()
+    assert not list(filesystem.temporaries(tmp_path))
+    assert not list(filesystem.temporaries(tmp_path / "temp"))
+
+
+def test_a_read_only_directory_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"[Nn]ot a directory"):
+        Toy().manager(tmp_path / "file" / "run")
+
+
+# ----------------------------------------------------------------------------------------- resuming
+
+
+def test_a_changed_rate_takes_effect_from_run_to_run(tmp_path: Path) -> None:
+    rates = [0.1, 0.1, 0.03, 0.03, 0.1]
+    for step, rate in enumerate(rates, 1):
+        toy = Toy(lr=rate)
+        with toy.manager(tmp_path) as engine:
+            engine.resume()
+            assert toy.optimizer.param_groups[0]["lr"] == rate
+            toy.step()
+            engine.save(step=step, strict=True)
+    toy = Toy(lr=0.1)
+    toy.optimizer.param_groups[0]["lr"] = 0.1
+    with toy.manager(tmp_path) as engine:
+        engine.resume()
+    assert toy.now == 5
+
+
+def test_a_rate_that_the_loop_changed_is_restored(tmp_path: Path) -> None:
+    toy = Toy(lr=0.1)
+    with toy.manager(tmp_path) as engine:
+        toy.optimizer.param_groups[0]["lr"] = 0.01
+        engine.save(step=1, strict=True)
+    again = Toy(lr=0.1)
+    with again.manager(tmp_path) as engine:
+        engine.resume()
+    assert again.optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_a_state_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    make_run(tmp_path, 2)
+    toy = Toy()
+    toy.state["model"] = torch.nn.Linear(7, 2)
+    before, stream = snapshot(toy.state), torch.get_rng_state()
+    with toy.manager(tmp_path) as engine:
+        with pytest.raises(StateMismatch, match=r"float32\[2, 3\] in the checkpoint and"):
+            engine.resume()
+        assert_same(snapshot(toy.state), before)
+        assert torch.equal(torch.get_rng_state(), stream)
+        assert [entry.step for entry in engine.list()] == [2, 1]
+        assert events(tmp_path)[-1]["event"] == "verified", "nothing was begun"
+
+
+def test_an_interrupt_while_resuming_is_all_or_nothing(tmp_path: Path) -> None:
+    class Interrupted(Broken):
+        def load_state_dict(self, _state: dict[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+    def make(seed: int) -> Toy:
+        toy = Toy(seed)
+        toy.state["last"] = Interrupted()
+        return toy
+
+    with make(1).manager(tmp_path) as engine:
+        engine.save(step=3, strict=True)
+    toy = make(2)
+    before, stream = snapshot(toy.state), torch.get_rng_state()
+    with toy.manager(tmp_path) as engine, pytest.raises(KeyboardInterrupt):
+        engine.resume()
+    assert_same(snapshot(toy.state), before)
+    assert torch.equal(torch.get_rng_state(), stream)
+
+
+def test_random_streams_belong_to_the_state(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedValue, match="'rng'"):
+        CheckpointManager(tmp_path, {"rng": 1})
+    with CheckpointManager(tmp_path, {"rng": 1, "n": 1}, rng=False) as engine:
+        engine.save(step=1, strict=True)
+    with CheckpointManager(tmp_path, {"n": 2}) as engine, pytest.raises(StateMismatch):
+        engine.resume()  # {"rng": 1} is no state of random streams
+    with CheckpointManager(tmp_path / "b", {"n": 1}, rng=False) as engine:
+        engine.save(step=1, strict=True)
+    state = {"n": 2}
+    with CheckpointManager(tmp_path / "b", state) as engine:
+        with pytest.raises(StateMismatch, match="no random streams"):
+            engine.resume()
+        assert engine.resume(strict=False) is not None
+    assert state == {"n": 1}
+
+
+def test_the_number_of_threads_is_restored_and_said(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        make_run(tmp_path, 1)
+        torch.set_num_threads(1)
+        told, tell = listener()
+        with Toy().manager(tmp_path, on_event=tell) as engine:
+            engine.resume()
+        assert torch.get_num_threads() == 2
+        assert ("threads", {"saved": 2, "live": 1}) in told
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rolling_back_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path, keep_last=0) as engine:
+        for _step in range(4):
+            toy.step()
+            engine.save(step=toy.now, strict=True)
+        resumed = engine.resume("checkpoint_step_2.pt")
+        assert resumed is not None
+        assert (resumed.step, resumed.generation, toy.now) == (2, 2, 2)
+        toy.step()
+        engine.save(step=3, strict=True)
+        assert [entry.order[:2] for entry in engine.list()] == [(2, 3), (1, 2), (1, 1)]
+    assert_same(snapshot(toy.state), snapshot(after(3).state))
+
+
+# ------------------------------------------------------------------------------------------ looking
+
+
+def test_verifying_tells_each_file(tmp_path: Path) -> None:
+    toy = make_run(tmp_path, 3)
+    with toy.manager(tmp_path) as engine:
+        assert engine.verify() == {f"checkpoint_step_{i}.pt": None for i in (1, 2, 3)}
+        rot(tmp_path / "checkpoint_step_1.pt")
+        cut(tmp_path / "checkpoint_step_2.pt")
+        answer = engine.verify()
+    assert {name for name, why in answer.items() if why} == {
+        "checkpoint_step_1.pt", "checkpoint_step_2.pt"
+    }  # fmt: skip
+
+
+def test_without_links_every_name_is_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOLDFAST_DISABLE", "hardlinks,reflink,fallocate")
+    toy = Toy()
+    with toy.manager(tmp_path, keep_last=1) as engine:
+        for epoch in (1, 2, 3):
+            toy.step()
+            saved = engine.end_epoch(epoch, step=epoch, metrics={"val_loss": epoch})
+        temp = engine.save(step=4, kind="temp", strict=True)
+    assert saved is not None
+    assert saved.names == {"model_epoch_3.pt": "file", "latest.pt": "copy", "model.pt": "copy"}
+    assert temp is not None
+    assert temp.names == {"temp/temp_step4.pt": "file", "latest.pt": "copy"}
+    assert load(tmp_path / "model.pt", only="global_step") == 3
+    assert load(tmp_path / "best_model.pt", only="global_step") == 1
+    with Toy().manager(tmp_path) as engine:
+        resumed = engine.resume()
+    assert resumed is not None
+    assert resumed.step == 4
+
+
+def test_a_damaged_checkpoint_is_not_loaded(tmp_path: Path) -> None:
+    make_run(tmp_path, 1)
+    rot(tmp_path / "latest.pt")
+    with pytest.raises(DamagedCheckpoint):
+        load(tmp_path / "latest.pt")
+    assert manager.load is load
+    assert guard.RESERVE > 0
