@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+# Two workers of pytest share two cores: threads of torch that spin for each other would make every
+# test ten times as slow. Inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from holdfast.i18n import set_language
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from holdfast import CheckpointManager
@@ -245,6 +246,59 @@ def after(steps: int) -> Toy:
     for _step in range(steps):
         toy.step()
     return toy
+
+
+Told = list[tuple[str, dict[str, Any]]]
+
+
+def listener() -> tuple[Told, Callable[[str, dict[str, Any]], None]]:
+    told: Told = []
+    return told, lambda event, fields: told.append((event, fields))
+
+
+def said(told: Told) -> list[str]:
+    return [event for event, _fields in told]
+
+
+# ----------------------------------------------------------------------------------------- failures
+
+
+def fail_with(number: int) -> Callable[..., Any]:
+    def fail(*_args: Any, **_kwargs: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+class Broken:
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.error is not None:
+            raise self.error
+        return {}
+
+    def load_state_dict(self, _state: dict[str, Any]) -> None: ...
+
+
+def lie(monkeypatch: pytest.MonkeyPatch, times: int, how: Callable[[Path], None]) -> None:
+    """Let the disk change a file between writing it and reading it back, `times` times."""
+    real, left = filesystem.write_file, times
+
+    def write(target: Path, *args: Any, **kwargs: Any) -> None:
+        nonlocal left
+        real(target, *args, **kwargs)
+        if target.suffix == ".pt" and left:
+            left -= 1
+            how(target)
+
+    monkeypatch.setattr(filesystem, "write_file", write)
+
+
+def cut(path: Path) -> None:
+    path.chmod(0o644)
+    os.truncate(path, 5000)
 
 
 # --------------------------------------------------------------------------------------- processes

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
-import os
-import signal
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast import load, verify
+from holdfast import load
 from holdfast.checkpoint import (
     Catalog,
     EveryMinutes,
@@ -29,35 +26,26 @@ from holdfast.checkpoint import (
 from holdfast.checkpoint.manager import CheckpointManager, checkpoint_size, run_lock
 from holdfast.errors import (
     DamagedCheckpoint,
-    ResourceError,
     RunLocked,
     SaveFailed,
     StateMismatch,
     UnsupportedValue,
 )
 from tests.support import (
+    Broken,
     Toy,
     after,
     assert_same,
+    cut,
+    damage,
     events,
-    flip,
+    fail_with,
     in_child,
+    listener,
     make_run,
+    said,
     snapshot,
-    tree_of,
 )
-
-Told = list[tuple[str, dict[str, Any]]]
-
-
-def listener() -> tuple[Told, Callable[[str, dict[str, Any]], None]]:
-    told: Told = []
-    return told, lambda event, fields: told.append((event, fields))
-
-
-def said(told: Told) -> list[str]:
-    return [event for event, _fields in told]
-
 
 # ------------------------------------------------------------------------------------------- saving
 
@@ -273,378 +261,6 @@ def test_policies_decide_after_each_step(tmp_path: Path) -> None:
         assert engine.after_step(1) is not None
 
 
-# ---------------------------------------------------------------------- saving never kills training
-
-
-def fail_with(number: int) -> Callable[..., Any]:
-    def fail(*_args: Any, **_kwargs: Any) -> Any:
-        raise OSError(number, os.strerror(number))
-
-    return fail
-
-
-@pytest.mark.parametrize("seam", ["_allocate", "_write_all", "sync_file", "_rename", "_link"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
-def test_a_failed_save_leaves_training_and_the_old_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seam: str, number: int
-) -> None:
-    toy = make_run(tmp_path, 2)
-    before = (tmp_path / "latest.pt").read_bytes()
-    told, tell = listener()
-    with toy.manager(tmp_path, on_event=tell) as engine:
-        engine.resume()
-        with monkeypatch.context() as patch:
-            patch.setattr(filesystem, seam, fail_with(number))
-            toy.step()
-            assert engine.save(step=3) is None
-            with pytest.raises(SaveFailed, match="Step 3 could not be saved"):
-                engine.save(step=3, strict=True)
-        assert (tmp_path / "latest.pt").read_bytes() == before
-        assert not list(filesystem.temporaries(tmp_path))
-        failed = [fields for event, fields in told if event == "failed"]
-        assert len(failed) == 2
-        assert os.strerror(number) in failed[0]["reason"]
-        assert failed[0]["attempts"] == (2 if number == errno.EIO else 1)
-        assert engine.saved_step == 2
-        assert engine.save(step=3, strict=True) is not None, "tried again, it works"
-    assert load(tmp_path / "latest.pt", only="global_step") == 3
-
-
-def test_a_failure_is_written_into_the_history(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Toy().manager(tmp_path) as engine:
-        monkeypatch.setattr(filesystem, "write_file", fail_with(errno.ENOSPC))
-        engine.save(step=7)
-    assert events(tmp_path)[-1]["event"] == "failed"
-    assert events(tmp_path)[-1]["step"] == 7
-
-
-def test_a_passing_error_is_overcome_with_a_new_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a failed fsync the kernel may call the same file clean: never fsync it again."""
-    written: list[str] = []
-    name, sync = filesystem._temporary, filesystem.sync_file
-
-    def temporary(target: Path) -> Path:
-        written.append(name(target).name)
-        return target.with_name(written[-1])
-
-    def once(fd: int) -> None:
-        if len(written) == 1:
-            raise OSError(errno.EIO, "once")
-        sync(fd)
-
-    with Toy().manager(tmp_path) as engine:
-        monkeypatch.setattr(filesystem, "_temporary", temporary)
-        monkeypatch.setattr(filesystem, "sync_file", once)
-        saved = engine.save(step=1)
-    assert saved is not None
-    assert verify(saved.path) is None
-    assert len(set(written)) == len(written) > 1
-
-
-class Broken:
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = error
-
-    def state_dict(self) -> dict[str, Any]:
-        if self.error is not None:
-            raise self.error
-        return {}
-
-    def load_state_dict(self, _state: dict[str, Any]) -> None: ...
-
-
-@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("CUDA out of memory"),
-                                   MemoryError(), ZeroDivisionError()], ids=repr)  # fmt: skip
-def test_an_error_of_the_users_own_object_does_not_kill_training(
-    tmp_path: Path, error: BaseException
-) -> None:
-    told, tell = listener()
-    broken = Broken()
-    with CheckpointManager(tmp_path, {"x": broken}, on_event=tell) as engine:
-        broken.error = error
-        assert engine.save(step=1) is None
-        assert type(error).__name__ in told[-1][1]["reason"]
-        broken.error = None
-        assert engine.save(step=1) is not None
-
-
-def test_a_value_that_became_unsavable_is_reported_with_its_path(tmp_path: Path) -> None:
-    told, tell = listener()
-    state: dict[str, Any] = {"a": {"b": 1}}
-    with CheckpointManager(tmp_path, state, on_event=tell) as engine:
-        state["a"]["b"] = lambda: 0
-        assert engine.save(step=1) is None
-    assert "a/b is a builtins.function" in told[-1][1]["reason"]
-
-
-def test_a_full_disk_is_known_before_writing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told, tell = listener()
-    with Toy().manager(tmp_path, on_event=tell) as engine:
-        monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: 1 << 20)
-        assert engine.save(step=1) is None
-        with pytest.raises(SaveFailed) as failure:
-            engine.save(step=1, strict=True)
-    assert "1 MB free" in told[0][1]["reason"]
-    assert isinstance(failure.value.__cause__, ResourceError)
-    assert not (tmp_path / "checkpoint_step_1.pt").exists()
-
-
-def test_a_listener_that_fails_does_not_kill_training(tmp_path: Path) -> None:
-    def broken(_event: str, _fields: dict[str, Any]) -> None:
-        raise BrokenPipeError(errno.EPIPE, "the terminal is gone")
-
-    make_run(tmp_path, 1)
-    toy = Toy()
-    with toy.manager(tmp_path, on_event=broken) as engine:
-        assert engine.resume() is not None
-        toy.step()
-        assert engine.save(step=2, strict=True) is not None
-
-
-def test_a_history_that_cannot_be_written_costs_no_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Toy().manager(tmp_path) as engine:
-        monkeypatch.setattr(filesystem, "append_line", fail_with(errno.ENOSPC))
-        monkeypatch.setattr(filesystem, "write_json", fail_with(errno.ENOSPC))
-        assert engine.save(step=1, strict=True) is not None
-        assert engine.save(step=2, strict=True) is not None
-    assert [entry.step for entry in Catalog(tmp_path).scan().entries] == [2, 1]
-
-
-def test_loading_works_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_run(tmp_path, 2)
-    (tmp_path / "latest.pt").unlink()
-    toy = Toy(seed=9)
-    with toy.manager(tmp_path) as engine:
-        for seam in ("append_line", "write_json", "write_file", "publish"):
-            monkeypatch.setattr(filesystem, seam, fail_with(errno.ENOSPC))
-        resumed = engine.resume()
-    assert resumed is not None
-    assert resumed.step == 2
-    assert_same(snapshot(toy.state), snapshot(after(2).state))
-
-
-def test_a_directory_that_was_taken_away_is_made_again(tmp_path: Path) -> None:
-    toy = Toy()
-    with toy.manager(tmp_path / "run") as engine:
-        engine.save(step=1, strict=True)
-        (tmp_path / "run").rename(tmp_path / "gone")
-        assert engine.save(step=2, strict=True) is not None
-    assert (tmp_path / "run" / "latest.pt").exists()
-
-
-def test_an_interrupt_during_a_save_takes_effect_when_it_is_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = filesystem.sync_file
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def sync(fd: int) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        real(fd)
-
-    monkeypatch.setattr(filesystem, "sync_file", sync)
-    try:
-        with Toy().manager(tmp_path) as engine, pytest.raises(KeyboardInterrupt):
-            engine.save(step=1)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert load(tmp_path / "latest.pt", only="global_step") == 1
-    assert Catalog(tmp_path).scan().entries[0].verified
-
-
-# -------------------------------------------------------------------------------------- lying disks
-
-
-def lie(monkeypatch: pytest.MonkeyPatch, times: int, how: Callable[[Path], None]) -> None:
-    """Let the disk change a file between writing it and reading it back, `times` times."""
-    real, left = filesystem.write_file, times
-
-    def write(target: Path, *args: Any, **kwargs: Any) -> None:
-        nonlocal left
-        real(target, *args, **kwargs)
-        if target.suffix == ".pt" and left:
-            left -= 1
-            how(target)
-
-    monkeypatch.setattr(filesystem, "write_file", write)
-
-
-def rot(path: Path) -> None:
-    with container.Reader(path) as reader:
-        offset = reader.records[-2].offset
-    flip(path, offset)
-
-
-def lose(path: Path) -> None:
-    path.chmod(0o644)
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def cut(path: Path) -> None:
-    path.chmod(0o644)
-    os.truncate(path, 5000)
-
-
-def garble(path: Path) -> None:
-    path.chmod(0o644)
-    path.write_bytes(b"?" * 5000)
-
-
-HARM = {"a flipped bit": rot, "zeros": lose, "truncated": cut, "garbage": garble}
-
-
-@pytest.mark.parametrize("name", HARM)
-def test_a_disk_that_lies_once_is_noticed_and_written_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    told, tell = listener()
-    toy = make_run(tmp_path, 2, kind="epoch", keep_last=1)
-    with toy.manager(tmp_path, keep_last=1, on_event=tell) as engine:
-        engine.resume()
-        lie(monkeypatch, 1, HARM[name])
-        saved = engine.end_epoch(3, step=3, metrics={"val_loss": 1.0})
-    assert saved is not None
-    assert verify(saved.path) is None
-    assert said(told)[1:] == ["durable", "quarantined", "durable", "verified"]
-    assert (tmp_path / "quarantine" / "model_epoch_3.pt").exists()
-    found = Catalog(tmp_path).scan()
-    assert (found.entries[0].step, found.damaged) == (3, [])
-    assert set(found.entries[0].names) == set(saved.names)
-
-
-@pytest.mark.parametrize("name", ["a flipped bit", "garbage"])
-def test_a_disk_that_always_lies_costs_nothing_old(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    toy = make_run(tmp_path, 3, kind="epoch", keep_last=1)
-    kept = [entry.step for entry in Catalog(tmp_path).scan().entries]
-    with toy.manager(tmp_path, keep_last=1) as engine:
-        engine.resume()
-        lie(monkeypatch, 99, HARM[name])
-        for step in (4, 5):
-            assert engine.end_epoch(step, step=step) is None
-        assert engine.saved_step == 3, "nothing newer is safe"
-        with pytest.raises(SaveFailed):
-            engine.save(step=6, strict=True)
-        assert [entry.step for entry in engine.list()] == kept
-    assert load(tmp_path / "latest.pt", only="global_step") == 3
-    assert filesystem.same_data(tmp_path / "latest.pt", tmp_path / "model_epoch_3.pt")
-
-
-def test_a_disk_that_gives_an_older_file_back_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    toy = make_run(tmp_path, 2)
-    older = (tmp_path / "checkpoint_step_1.pt").read_bytes()
-
-    def stale(path: Path) -> None:
-        path.chmod(0o644)
-        path.write_bytes(older)
-
-    with toy.manager(tmp_path) as engine:
-        engine.resume()
-        lie(monkeypatch, 99, stale)
-        assert engine.save(step=3) is None
-    assert "holds another checkpoint" in events(tmp_path)[-1]["reason"]
-
-
-def test_reading_back_goes_past_the_page_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order: list[str] = []
-    for name in ("forget_cached", "verify"):
-        real = getattr(container.Reader, name)
-
-        def spy(reader: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> None:
-            order.append(_name)
-            _real(reader, **kwargs)
-
-        monkeypatch.setattr(container.Reader, name, spy)
-    with Toy().manager(tmp_path) as engine:
-        engine.save(step=1, strict=True)
-    assert order == ["forget_cached", "verify"]
-
-
-# -------------------------------------------------------------------- nothing is overwritten unseen
-
-
-def test_the_same_step_saved_again_replaces_itself(tmp_path: Path) -> None:
-    toy = Toy()
-    with toy.manager(tmp_path) as engine:
-        engine.end_epoch(1, step=1)
-        for _again in range(3):
-            toy.step()
-            engine.end_epoch(2, step=2)
-        assert [entry.step for entry in engine.list()] == [2, 1]
-    assert load(tmp_path / "latest.pt")["losses"] == toy.losses
-    assert tree_of(tmp_path / "archive") == set()
-
-
-def test_another_state_of_the_same_name_goes_to_the_archive(tmp_path: Path) -> None:
-    with Toy().manager(tmp_path) as engine:
-        engine.end_epoch(1, step=1)
-        engine.end_epoch(1, step=2)
-        engine.end_epoch(1, step=3)
-    kept = [load(tmp_path / "archive" / name, only="global_step")
-            for name in tree_of(tmp_path / "archive")]  # fmt: skip
-    assert sorted(kept) == [1, 2]
-
-
-def test_a_failed_overwrite_leaves_the_old_one_in_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Toy().manager(tmp_path) as engine:
-        engine.end_epoch(1, step=1)
-        before = (tmp_path / "model_epoch_1.pt").read_bytes()
-        with monkeypatch.context() as patch:
-            patch.setattr(filesystem, "_write_all", fail_with(errno.ENOSPC))
-            assert engine.end_epoch(1, step=2) is None
-        assert (tmp_path / "model_epoch_1.pt").read_bytes() == before
-        assert tree_of(tmp_path / "archive") == set()
-        lie(monkeypatch, 99, rot)
-        assert engine.end_epoch(1, step=2) is None
-        assert (tmp_path / "model_epoch_1.pt").read_bytes() == before
-        assert filesystem.same_data(tmp_path / "latest.pt", tmp_path / "model_epoch_1.pt")
-
-
-def test_a_run_that_was_not_resumed_is_archived_by_the_first_save(tmp_path: Path) -> None:
-    """Who forgets resume() must not lose the old run, nor see it win over the new one."""
-    make_run(tmp_path, 5, kind="epoch")
-    told, tell = listener()
-    toy = Toy(seed=3)
-    with toy.manager(tmp_path, keep_last=1, on_event=tell) as engine:
-        for epoch in (1, 2, 3):
-            toy.step()
-            engine.end_epoch(epoch, step=epoch)
-        assert [entry.order[:2] for entry in engine.list()] == [(2, 3), (2, 2)]
-    assert told[0] == ("archived", {"count": 5, "to": str(tmp_path / "archive" / "generation_1")})
-    assert {f"model_epoch_{i}.pt" for i in range(1, 6)} < tree_of(
-        tmp_path / "archive" / "generation_1"
-    )
-
-
-def test_somebody_elses_files_are_kept(tmp_path: Path) -> None:
-    for name in ("latest.pt", "model.pt", "best_model.pt", "model_epoch_1.pt"):
-        torch.save({"theirs": name}, tmp_path / name)
-    with Toy().manager(tmp_path) as engine:
-        assert engine.resume() is None
-        engine.end_epoch(1, step=1, metrics={"val_loss": 1.0})
-        engine.end_epoch(2, step=2, metrics={"val_loss": 0.5})
-    kept = [torch.load(tmp_path / "archive" / name) for name in tree_of(tmp_path / "archive")]
-    assert sorted(state["theirs"] for state in kept) == [
-        "best_model.pt", "latest.pt", "model.pt", "model_epoch_1.pt"
-    ]  # fmt: skip
-    assert len(Catalog(tmp_path).scan().entries) == 2
-
-
 # ------------------------------------------------------------------------------------- who may save
 
 
@@ -823,7 +439,7 @@ def test_verifying_tells_each_file(tmp_path: Path) -> None:
     toy = make_run(tmp_path, 3)
     with toy.manager(tmp_path) as engine:
         assert engine.verify() == {f"checkpoint_step_{i}.pt": None for i in (1, 2, 3)}
-        rot(tmp_path / "checkpoint_step_1.pt")
+        damage(tmp_path / "checkpoint_step_1.pt")
         cut(tmp_path / "checkpoint_step_2.pt")
         answer = engine.verify()
     assert {name for name, why in answer.items() if why} == {
@@ -855,7 +471,7 @@ def test_without_links_every_name_is_a_copy(
 
 def test_a_damaged_checkpoint_is_not_loaded(tmp_path: Path) -> None:
     make_run(tmp_path, 1)
-    rot(tmp_path / "latest.pt")
+    damage(tmp_path / "latest.pt")
     with pytest.raises(DamagedCheckpoint):
         load(tmp_path / "latest.pt")
     assert manager.load is load

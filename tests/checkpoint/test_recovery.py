@@ -24,10 +24,12 @@ from holdfast.errors import (
     StateMismatch,
 )
 from tests.support import (
+    Told,
     Toy,
     after,
     assert_same,
     craft,
+    cut,
     damage,
     die,
     events,
@@ -38,8 +40,6 @@ from tests.support import (
     tree_of,
     write_state,
 )
-
-Told = list[tuple[str, dict[str, Any]]]
 
 
 def resumed(directory: Path, source: Any = None, told: Told | None = None) -> tuple[Toy, Resumed]:
@@ -57,11 +57,6 @@ def is_at(toy: Toy, steps: int) -> None:
     assert toy.now == steps
     toy.step()
     assert_same(snapshot(toy.state), snapshot(after(steps + 1).state))
-
-
-def cut(path: Path) -> None:
-    path.chmod(0o644)
-    path.write_bytes(path.read_bytes()[:-1])
 
 
 # ------------------------------------------------------------------------------------------ intact
@@ -449,7 +444,7 @@ def test_killed_at_any_moment_of_a_save_it_resumes_what_was_announced(
     fast_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, stride: int
 ) -> None:
     """A save that writes, links, announces, verifies, prunes: killed before each call in turn."""
-    kind, again = variant.split()[0], "once more" in variant
+    kind, again = variant.split(maxsplit=1)[0], "once more" in variant
     if "without links" in variant:
         monkeypatch.setenv("HOLDFAST_DISABLE", "hardlinks,reflink")
     original = fast_path / "original"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,25 +46,35 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 def _load_foreign(path: Path) -> Any:
     """`torch.load` with `weights_only`, its many ways to fail turned into ours."""
-    if not zipfile.is_zipfile(path):
-        raise ForeignCheckpoint(
-            _("{path} is no PyTorch checkpoint, or a very old or damaged one.", path=path)
-        )
-    with zipfile.ZipFile(path) as archive:
-        # torch stores and never compresses: whatever inflates is not its file but a bomb.
-        claimed = sum(item.file_size for item in archive.infolist())
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ForeignCheckpoint(
+                _("{path} is no PyTorch checkpoint, or a very old or damaged one.", path=path)
+            )
+        with zipfile.ZipFile(path) as archive:
+            # torch stores and never compresses: whatever inflates is not its file but a bomb.
+            claimed = sum(item.file_size for item in archive.infolist())
         if claimed > path.stat().st_size:
             raise ForeignCheckpoint(
                 _("{path} claims more bytes than it has; it was not loaded.", path=path)
             )
-    try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if "GLOBAL " not in str(error):  # what torch says of a name that it would have to import
+            raise _damaged(path, error) from error
         raise ForeignCheckpoint(
             _("{path} wants to run code when it is loaded; it was not. Only files of tensors and "
               "plain values are read.", path=path)
         ) from error  # fmt: skip
-    except (RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DamagedCheckpoint(
-            _("{path} is damaged: {why}.", path=path, why=str(error).strip().split("\n")[0])
-        ) from error
+    except _FAILURES as error:
+        raise _damaged(path, error) from error
+
+
+# What zipfile and torch.load raise over a file that somebody or something has changed.
+_FAILURES = (RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError,
+             OverflowError, AssertionError, struct.error, zipfile.BadZipFile)  # fmt: skip
+
+
+def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
+    why = str(error).strip().split("\n", maxsplit=1)[0] or type(error).__name__
+    return DamagedCheckpoint(_("{path} is damaged: {why}.", path=path, why=why))
