@@ -315,7 +315,7 @@ def test_temporaries_of_dead_writers_are_swept(tmp_path: Path) -> None:
     assert not list(filesystem.temporaries(tmp_path / "temp"))
 
 
-def test_a_read_only_directory_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"[Nn]ot a directory"):
         Toy().manager(tmp_path / "file" / "run")
