@@ -359,3 +359,28 @@ def test_somebody_elses_files_are_kept(tmp_path: Path) -> None:
         "best_model.pt", "latest.pt", "model.pt", "model_epoch_1.pt"
     ]  # fmt: skip
     assert len(Catalog(tmp_path).scan().entries) == 2
+
+
+def test_a_disk_that_stays_full_is_not_tried_at_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By minutes: a failed save is tried again when they have passed, not after the next step."""
+    from holdfast.checkpoint import manager as module
+    from holdfast.checkpoint.schedule import EveryMinutes
+
+    clock = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    tried: list[int] = []
+    state = {"weights": torch.zeros(4)}
+    with CheckpointManager(tmp_path / "run", state, save_when=[EveryMinutes(1)]) as manager:
+        manager.resume()
+
+        def full(step: int, *_rest: object) -> None:
+            tried.append(step)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(manager, "_save", full)
+        for step in range(1, 200):
+            clock[0] += 1.0
+            manager.after_step(step)
+    assert tried == [60, 120, 180]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import time
 import uuid
@@ -132,6 +133,7 @@ class CheckpointManager:
         self._reserve = reserve
         self._on_event = on_event
         self._saved_step, self._saved_at = 0, time.monotonic()
+        self._failed_at = -math.inf
         self._configured = configurations(state)
         self._settled = False  # whether it is known what the checkpoints here are to this run
         if rng and "rng" in state:
@@ -265,10 +267,14 @@ class CheckpointManager:
 
     def after_step(self, step: int, *, epoch: int | None = None) -> Saved | None:
         """Save a temporary checkpoint if `save_when` says so; call it after each step."""
-        moment = Moment(step, time.monotonic(), self._saved_step, self._saved_at)
+        last = max(self._saved_at, self._failed_at)  # a full disk is not tried at every step
+        moment = Moment(step, time.monotonic(), self._saved_step, last)
         if not self._save_when(moment):
             return None
-        return self.save(step=step, epoch=epoch, kind="temp", reason="scheduled")
+        saved = self.save(step=step, epoch=epoch, kind="temp", reason="scheduled")
+        if saved is None:
+            self._failed_at = time.monotonic()
+        return saved
 
     def end_epoch(
         self, epoch: int, *, step: int, metrics: Mapping[str, float] | None = None

@@ -14,7 +14,7 @@ class Moment:
     step: int
     now: float
     last_saved_step: int
-    last_saved_at: float
+    last_saved_at: float  # or when a save was last tried in vain
 
 
 class SavePolicy(Protocol):
@@ -33,7 +33,7 @@ class EverySteps:
 
 @dataclass(frozen=True, slots=True)
 class EveryMinutes:
-    """When `minutes` have passed since anything was saved."""
+    """When `minutes` have passed since anything was saved, or a save has failed."""
 
     minutes: float
 
