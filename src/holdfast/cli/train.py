@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 
 from holdfast.cli.options import TrainCommand, parse_train
@@ -39,9 +41,17 @@ def _session(command: TrainCommand, prog: str) -> int:
         else:
             from holdfast.training.session import run
 
-            call = f"python {prog}" if prog.endswith(".py") else prog
-            directory = command.config.checkpoint.checkpoint_dir
-            if command.config.sources["checkpoint_dir"] != "default":
-                call += f" --checkpoint-dir {directory}"
+            call = _how_called(prog, command)
             run(command.config, console, log=not command.no_log, yes=command.yes, command=call)
     return 0
+
+
+def _how_called(prog: str, command: TrainCommand) -> str:
+    """What the user can type to call us again, in the shell that they have."""
+    words = [prog]
+    if prog.endswith(".py"):
+        in_venv = sys.prefix != sys.base_prefix and "VIRTUAL_ENV" not in os.environ
+        words = [os.path.relpath(sys.executable) if in_venv else "python", prog]
+    if command.config.sources["checkpoint_dir"] != "default":
+        words += ["--checkpoint-dir", command.config.checkpoint.checkpoint_dir]
+    return " ".join([words[0], *(shlex.quote(word) for word in words[1:])])
