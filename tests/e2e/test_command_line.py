@@ -115,6 +115,22 @@ def test_an_unknown_command_is_helped() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("package", ["tokenizers", "transformers"])
+def test_without_the_extra_training_says_what_to_install(tmp_path: Path, package: str) -> None:
+    code = (
+        "import sys; sys.modules[sys.argv[1]] = None\n"
+        "from holdfast.cli.main import main\n"
+        "sys.exit(main(['train', '--preset', 'quick', '--checkpoint-dir', sys.argv[2]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, package, tmp_path / "run"], capture_output=True, text=True,
+        env={**ENVIRONMENT, "HOLDFAST_CACHE": str(tmp_path / "cache")}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "holdfast[train]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_presets_are_listed_and_a_config_is_saved(tmp_path: Path) -> None:
     for name in ("quick", "standard", "extended", "precision"):
         assert name in run("train", "--list-presets").stdout

@@ -21,7 +21,9 @@ Command = Callable[[Sequence[str], str], int]
 _TRAIN_HELP = N_("train a language model from a text file")
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "holdfast", lang: str = "") -> int:
+def main(  # noqa: PLR0911 - one return a bad end
+    argv: Sequence[str] | None = None, prog: str = "holdfast", lang: str = ""
+) -> int:
     """Run one command and return its exit status. `lang` is the default language of `prog`."""
     words = list(sys.argv[1:] if argv is None else argv)
     set_language(language_of(words) or lang or detect_language())
@@ -35,6 +37,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "holdfast", lang: str = 
     except BrokenPipeError:
         _silence_stdout()
         return 141  # 128 + SIGPIPE, as other tools end when `head` has seen enough
+    except ModuleNotFoundError as error:
+        if (error.name or "holdfast").startswith("holdfast"):
+            raise  # ours: a broken installation, which a traceback explains better
+        message = _("This needs the package {name}: pip install 'holdfast[train]'", name=error.name)
+        return _fail(message, ConfigError.exit_code, error, debug)
     except MemoryError as error:
         return _fail(
             _("Out of memory. Use a smaller --model, --batch-size or --context-length."), 6, error,
@@ -98,14 +105,8 @@ def _usage(prog: str, commands: dict[str, tuple[str, Command]]) -> str:
 
 
 def _train(argv: Sequence[str], prog: str) -> int:
-    try:
-        from holdfast.cli.train import train
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("holdfast"):
-            raise
-        raise ConfigError(
-            _("Training needs the package {name}: pip install 'holdfast[train]'", name=error.name)
-        ) from error
+    from holdfast.cli.train import train
+
     return train(argv, prog)
 
 
