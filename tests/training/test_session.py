@@ -23,6 +23,7 @@ from holdfast.errors import (
     ForeignCheckpoint,
     ResourceError,
     RunLocked,
+    SaveFailed,
     StateMismatch,
 )
 from holdfast.training.trainer import Trainer
@@ -421,6 +422,29 @@ def test_a_failed_save_is_told_and_training_goes_on(
     events = list(Catalog(tmp_path / "new").events())
     assert [e["step"] for e in events if e["event"] == "failed"] == [4]
     assert load(tmp_path / "new" / "latest.pt", only="history")["epochs"] == [1, 2]
+
+
+def test_an_end_that_cannot_be_saved_is_no_success_and_goes_on_when_there_is_room(
+    tmp_path: Path, corpus: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up before the last epoch's checkpoint."""
+    from holdfast.checkpoint import filesystem
+
+    original = Trainer.evaluate
+
+    def fill_disk(self: Trainer, **keywords: Any) -> dict[str, float]:
+        if self.progress.epoch == 2:
+            patch.setattr(filesystem, "free_bytes", lambda _directory: 0)
+        return original(self, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", fill_disk)
+        with pytest.raises(SaveFailed, match="run the same command again"):
+            train(config_for(tmp_path / "new", corpus))
+    state = load(tmp_path / "new" / "latest.pt")
+    assert state["history"]["epochs"] == [1]
+    train(config_for(tmp_path / "new", corpus))
+    assert difference(final_state(finished), final_state(tmp_path / "new")) is None
 
 
 # ------------------------------------------------------------------------------- ends and limits

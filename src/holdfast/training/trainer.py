@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from holdfast.checkpoint.guard import SignalGuard
 from holdfast.checkpoint.manager import CheckpointManager
-from holdfast.errors import Interrupted
+from holdfast.errors import Interrupted, SaveFailed
 from holdfast.i18n import _
 from holdfast.training.batches import IGNORED, Batches, bits_per_byte, validation_batches
 from holdfast.training.config import Config
@@ -105,8 +105,9 @@ class Trainer:
                 if self.progress.position == self.plan.steps_per_epoch:
                     self.end_epoch()
                 self.stop_if_asked()
-            if self.manager.saved_step < self.progress.step or self.plan.epochs is None:
+            if self.plan.epochs is None or self.progress.position:
                 self.end_run()
+            self.check_end_is_durable()
         finally:
             self.console.stop_bar()
 
@@ -192,6 +193,16 @@ class Trainer:
         self._tell_epoch(self.progress.epoch, metrics)
         self._save("step", metrics, reason="end")
         self.stop_if_asked()
+
+    def check_end_is_durable(self) -> None:
+        """A training whose end nobody could save is not finished. Raises SaveFailed."""
+        if self.manager.saved_step < self.progress.step:
+            raise SaveFailed(
+                _("Training has reached step {step}, but the last durable step is {durable}. Mend "
+                  "what kept it from being saved (see above) and run the same command again: it "
+                  "repeats the steps between.", step=self.progress.step,
+                  durable=self.manager.saved_step)
+            )  # fmt: skip
 
     def stop_if_asked(self) -> None:
         """After a signal: make this step durable and leave. Raises Interrupted."""
@@ -342,7 +353,7 @@ class Trainer:
                   perplexity=f"{metrics['perplexity']:.2f}",
                   bits=f"{metrics['bits_per_byte']:.3f}"))  # fmt: skip
         if self.config.training.sample_tokens:
-            say(_("  ✍️  Sample: {text}", text=" ".join(self.sample().split())))
+            say(_("  ✍️  Sample: {text}", text=_one_line(self.sample())))
 
     _epoch_began = time.monotonic()
 
@@ -419,6 +430,11 @@ class Trainer:
             "seed": self.config.training.seed,
             "samples_per_step": self.config.training.batch_size * self.plan.accumulation,
         }
+
+
+def _one_line(text: str) -> str:
+    """A sample in one line, without the broken characters of a model that cannot spell yet."""
+    return " ".join(text.replace("\ufffd", "").split())
 
 
 def _every(interval: int | None, step: int) -> bool:
