@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from holdfast.cli.options import TrainCommand, parse_train
 from holdfast.i18n import _
@@ -51,7 +52,8 @@ def _how_called(prog: str, command: TrainCommand) -> str:
     words = [prog]
     if prog.endswith(".py"):
         in_venv = sys.prefix != sys.base_prefix and "VIRTUAL_ENV" not in os.environ
-        words = [os.path.relpath(sys.executable) if in_venv else "python", prog]
+        script = sys.argv[0] if Path(sys.argv[0]).name == prog else prog
+        words = [os.path.relpath(sys.executable) if in_venv else "python", script]
     if command.config.sources["checkpoint_dir"] != "default":
         words += ["--checkpoint-dir", command.config.checkpoint.checkpoint_dir]
     return " ".join([words[0], *(shlex.quote(word) for word in words[1:])])
