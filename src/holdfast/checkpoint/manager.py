@@ -314,7 +314,7 @@ class CheckpointManager:
             for attempt in (1, 2):
                 try:
                     return self._save(*moment, plain_metrics(metrics), kind, reason)
-                except Exception as error:
+                except Exception as error:  # whatever it is: saving must never kill training
                     transient = isinstance(error, DamagedCheckpoint) or (
                         isinstance(error, OSError) and error.errno in _TRANSIENT
                     )
