@@ -119,9 +119,9 @@ def test_every_zip_tool_reads_it(small: Path) -> None:
             reader.record("checkpoint/data/99")
 
 
-def test_write_to_gives_a_sink_the_whole_file(small: Path) -> None:
+def test_the_pieces_of_an_image_are_the_whole_file(small: Path) -> None:
     sink = io.BytesIO()
-    container.write_to(sink, image_of(small_state()))
+    sink.writelines(piece for _offset, piece in image_of(small_state()).pieces)
     assert sink.getvalue() == small.read_bytes()
 
 

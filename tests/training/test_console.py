@@ -128,16 +128,18 @@ def test_a_closed_pipe_silences_but_does_not_raise(tmp_path: Path) -> None:
     assert [line.split(" ", 2)[2] for line in log.splitlines()][:2] == ["one", "two"]
 
 
-def test_a_dead_terminal_does_not_end_the_bar_with_an_error() -> None:
+def test_a_dead_terminal_does_not_end_the_bar_with_an_error(tmp_path: Path) -> None:
     parent, child = os.openpty()
     stream = os.fdopen(child, "w", buffering=1)
-    with Console(stream=stream, terminal=True) as console:
+    log = tmp_path / "x.log"
+    with Console(stream=stream, terminal=True, log_file=log) as console:
         console.start_bar()
         os.close(parent)  # the window is closed
         for _ in range(20):
             console.progress()
             console.say("still training")
         console.stop_bar()
+    assert log.read_text("utf-8").count("still training") == 20
 
 
 def test_the_log_holds_what_was_said_and_no_bar(tmp_path: Path) -> None:

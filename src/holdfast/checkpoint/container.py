@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import xxhash
 from isal import isal_zlib
@@ -164,7 +164,7 @@ class Reader:
             self.size = os.fstat(self._fd).st_size
             self.manifest, self._slot = self._read_manifest()
             self.records = [*self._parse_records(), self._slot]
-        except BaseException:
+        except BaseException:  # whatever ends this, an interrupt too, leaks no descriptor
             self.close()
             raise
 
@@ -360,9 +360,3 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of `path`, its own checksum verified, the payloads unread."""
     with Reader(path) as reader:
         return reader.manifest
-
-
-def write_to(sink: IO[bytes], image: Image) -> None:
-    """Write `image` to an open file or socket, for those who bring their own durability."""
-    for _offset, piece in image.pieces:
-        sink.write(piece)

@@ -104,7 +104,7 @@ def write_file(
         finally:
             os.close(fd)
         _rename(temporary, target)
-    except BaseException:
+    except BaseException:  # an interrupt, too, leaves nothing half-written
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise

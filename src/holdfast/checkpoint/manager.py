@@ -148,7 +148,7 @@ class CheckpointManager:
             self._lock.acquire()
         try:
             housekeeping.sweep(self.catalog)
-        except BaseException:
+        except BaseException:  # nobody will have a manager to close
             self._lock.release()
             raise
 
@@ -347,7 +347,7 @@ class CheckpointManager:
         kept = housekeeping.keep_old(self.catalog, target)
         try:
             filesystem.write_file(target, image.pieces, image.size)
-        except BaseException:
+        except BaseException:  # an interrupt, too
             if kept is not None and filesystem.same_data(kept, target):
                 filesystem.remove(kept)  # what it is a second name of is where it was
             raise

@@ -39,7 +39,7 @@ class Transaction:
             for act in self.acts:
                 done.append(act)
                 act.commit()
-        except BaseException:
+        except BaseException:  # Ctrl-C too: all of it happens, or none
             interrupts = [_undo(act) for act in reversed(done)]
             for interrupt in filter(None, interrupts):
                 raise interrupt  # noqa: B904 - its context is what failed first
@@ -53,7 +53,7 @@ def _undo(act: Act) -> BaseException | None:
     for _attempt in range(3):
         try:
             act.undo()
-        except Exception:
+        except Exception:  # a stranger's load_state_dict may raise anything; the others go back
             log.exception("undoing a restore")
         except BaseException as error:  # noqa: BLE001 - handed to the caller
             interrupt = error
@@ -176,7 +176,7 @@ class LoadObject:
         self.before = copy.deepcopy(self.target.state_dict())
         try:
             self.target.load_state_dict(self.state)
-        except Exception as error:
+        except Exception as error:  # a stranger's object may raise anything
             raise StateMismatch(
                 _("{path} refused its state from the checkpoint ({error}); nothing was changed.",
                   path=self.path, error=f"{type(error).__name__}: {error}")

@@ -261,7 +261,7 @@ def _converted(name: str) -> dict[str, str]:
 def _check_loads(files: Mapping[str, str], where: str) -> Any:
     try:
         return Tokenizer.from_str(files["tokenizer.json"])
-    except Exception as error:
+    except Exception as error:  # tokenizers raises nothing more specific
         message = _(
             "{where}: tokenizer.json is damaged or of an unknown kind ({reason}).",
             where=where,
