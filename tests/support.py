@@ -20,21 +20,21 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager
-from holdfast.checkpoint import codec, container, filesystem, layout
+from holdfast.checkpoint import codec, container, filesystem, image, layout
 from holdfast.checkpoint.tree import normalise
 
 # ------------------------------------------------------------------------------------------- files
 
 
-def write_image(path: Path, image: container.Image) -> Path:
+def write_image(path: Path, made: image.Image) -> Path:
     """Put an image on the disk as the engine does."""
-    filesystem.write_file(path, image.pieces, image.size, mode=0o644)
+    filesystem.write_file(path, made.pieces, made.size, mode=0o644)
     return path
 
 
-def image_of(state: Any, *, reserve: int = 0, **manifest: Any) -> container.Image:
+def image_of(state: Any, *, reserve: int = 0, **manifest: Any) -> image.Image:
     tree = normalise(state)
-    return container.build(tree.payloads(), {**manifest, **codec.to_json(tree)}, reserve=reserve)
+    return image.build(tree.payloads(), {**manifest, **codec.to_json(tree)}, reserve=reserve)
 
 
 def write_state(path: Path, state: Any, **manifest: Any) -> Path:
@@ -72,7 +72,7 @@ def craft(path: Path, manifest: Any, payloads: Sequence[tuple[str, bytes]] = ())
     placed: list[tuple[layout.Record, bytes]] = []
     cursor = 0
     for name, payload in [*payloads, ("checkpoint/data.pkl", b"N.")]:
-        record = layout.place(cursor, name, len(payload), *container.checksums(payload))
+        record = layout.place(cursor, name, len(payload), *image.checksums(payload))
         placed.append((record, payload))
         cursor = record.end
     if isinstance(manifest, Mapping):
@@ -82,7 +82,7 @@ def craft(path: Path, manifest: Any, payloads: Sequence[tuple[str, bytes]] = ())
     if isinstance(manifest, str):
         manifest = manifest.encode("utf-8", "surrogatepass")
     manifest = manifest.ljust(layout.PAGE)
-    slot = layout.place(cursor, layout.MANIFEST, len(manifest), *container.checksums(manifest))
+    slot = layout.place(cursor, layout.MANIFEST, len(manifest), *image.checksums(manifest))
     with path.open("wb") as file:
         for record, payload in [*placed, (slot, manifest)]:
             file.write(layout.local_header(record) + payload)

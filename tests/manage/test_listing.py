@@ -10,6 +10,7 @@ import pytest
 from rich.cells import cell_len
 
 from holdfast.checkpoint import container
+from holdfast.checkpoint import image as images
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.errors import HoldfastError
 from holdfast.manage.listing import SORTS, listing_of
@@ -147,7 +148,7 @@ def make_thousand(directory: Path, source: Path) -> None:
         for key in ("format", "format_version", "records"):
             manifest.pop(key, None)
         manifest["identity"] |= {"id": f"{number:032x}", "step": number, "sequence": number}
-        image = container.build(payloads, manifest)
+        image = images.build(payloads, manifest)
         with (directory / f"checkpoint_step_{number}.pt").open("wb") as file:
             file.writelines(piece for _offset, piece in image.pieces)
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from holdfast.checkpoint import codec, container
+from holdfast.checkpoint import codec, container, image
 from holdfast.checkpoint.randomness import RandomState
 from holdfast.checkpoint.tree import normalise
 from holdfast.errors import CheckpointError
@@ -39,4 +39,6 @@ def checkpoint_size(state: Mapping[str, Any], *, rng: bool = True, reserve: int)
     """
     payload = {**state, "rng": RandomState()} if rng else dict(state)
     tree = normalise(payload)
-    return container.build(tree.payloads(), codec.to_json(tree), reserve=reserve, hashed=False).size
+    sizes = [(storage.record, storage.nbytes) for storage in tree.storages]
+    sizes += [(name, len(payload)) for name, payload in tree.companions()]
+    return image.design(sizes, codec.to_json(tree), reserve=reserve).size

@@ -1,7 +1,7 @@
-"""The file: a ZIP of stored records that is a standard `.pt`, its manifest, reading and verifying.
+"""Reading the file: a ZIP of stored records that is a standard `.pt`, verified before it is used.
 
 Only bytes live here: no torch, no pickle, no names of directories. `docs/en/format.md` specifies
-the format; this module and layout.py are the one place that implements it.
+the format; this module, layout.py and image.py are the one place that implements it.
 
     checkpoint/data/0 … data/N     one record a storage, aligned
     checkpoint/data.pkl            for everybody else's `torch.load`; we never unpickle it
@@ -21,124 +21,33 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from isal import isal_zlib
 
+from holdfast.checkpoint.image import FORMAT_VERSION, MAX_MANIFEST, checksums
 from holdfast.checkpoint.layout import (
     ARCHIVE,
     COMMENT_RE,
     COMMENT_SIZE,
     MANIFEST,
     PADDING_ID,
-    PAGE,
+    Buffer,
     Record,
     local_header,
     place,
-    plan,
     tail,
 )
-from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint, UnsupportedValue
+from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
 
-FORMAT_VERSION = 1
-
-Buffer = bytes | bytearray | memoryview
-
-_MAX_MANIFEST = 1 << 30  # refuse to allocate more than this for a manifest that a file claims
 _NAME_RE = re.compile(r"[\x21-\x7e]{1,255}")
 _seek_lock = threading.Lock()
 CHUNK = 1 << 22  # what is hashed and read at a time: fits the caches, hides the system call
-
-
-# ---------------------------------------------------------------------------------------- writing
-
-
-def checksums(payload: Buffer) -> tuple[int, str]:
-    """CRC-32 (for every ZIP tool) and xxh3-128 (against everything a CRC-32 misses)."""
-    view = memoryview(payload)
-    view = view.cast("B") if view.nbytes else memoryview(b"")  # an empty one cannot be cast
-    crc, xxh3 = 0, xxhash.xxh3_128()
-    for start in range(0, len(view), CHUNK):
-        chunk = view[start : start + CHUNK]
-        crc = isal_zlib.crc32(chunk, crc)
-        xxh3.update(chunk)
-    return crc, xxh3.hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A complete file as pieces `(offset, bytes)` in ascending order without gaps."""
-
-    size: int
-    manifest: dict[str, Any]
-    pieces: list[tuple[int, Buffer]]
-
-
-def build(
-    payloads: Sequence[tuple[str, Buffer]],
-    manifest: dict[str, Any],
-    *,
-    reserve: int = 0,
-    hashed: bool = True,
-) -> Image:
-    """Lay out `payloads` and their `manifest` as one file; nothing is copied.
-
-    `manifest` gets `format`, `format_version` and `records` added. What follows the tensor records
-    is padded (with spaces behind the manifest's JSON) to at least `reserve` bytes, and always to a
-    whole page, so that the size of the file does not change with the digits of a loss. With
-    `hashed=False` the checksums stay zero: that tells the exact size for nothing.
-    """
-    records = plan((name, memoryview(payload).nbytes) for name, payload in payloads)
-    if hashed:
-        records = [
-            replace(record, crc32=crc32, xxh3=xxh3)
-            for record, (_name, payload) in zip(records, payloads, strict=True)
-            for crc32, xxh3 in [checksums(payload)]
-        ]
-    manifest = {
-        "format": "holdfast",
-        "format_version": FORMAT_VERSION,
-        **manifest,
-        "records": [record.to_json() for record in records],
-    }
-    body = json.dumps(manifest, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    text = body.encode("utf-8", "surrogatepass")
-    if len(text) + reserve > _MAX_MANIFEST:
-        raise UnsupportedValue(
-            _("The plain values of the state take {size} MB; keep such data in tensors.",
-              size=(len(text) + reserve) >> 20)
-        )  # fmt: skip
-    text = _pad_manifest(text, records, reserve)
-    slot = place(records[-1].end, MANIFEST, len(text), *checksums(text))
-    pieces: list[tuple[int, Buffer]] = []
-    for record, payload in zip([*records, slot], [*(p for _n, p in payloads), text], strict=True):
-        pieces.append((record.header, local_header(record)))
-        pieces.append((record.offset, payload))
-    end = tail([*records, slot])
-    pieces.append((slot.end, end))
-    return Image(slot.end + len(end), manifest, pieces)
-
-
-def _pad_manifest(text: bytes, records: Sequence[Record], reserve: int) -> bytes:
-    """Spaces behind the JSON until the whole file has the size that was promised."""
-    is_data = re.compile(rf"{ARCHIVE}/data/\d+").fullmatch
-    data_end = max((r.end for r in records if is_data(r.name)), default=0)
-
-    def size_with(length: int) -> int:
-        slot = place(records[-1].end, MANIFEST, length)
-        return slot.end + len(tail([*records, slot]))
-
-    length = max(len(text), PAGE)  # from a page on, the manifest's own alignment is settled
-    wanted = -(-max(size_with(length), data_end + reserve) // PAGE) * PAGE
-    length += wanted - size_with(length)
-    length -= size_with(length) - wanted  # the end records grow where the file crosses 4 GiB
-    return text.ljust(length, b" ")
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -259,7 +168,7 @@ class Reader:
         if found is None:
             raise self._not_ours()
         offset, size, digest = int(found[1]), int(found[2]), found[3].decode()
-        if size > min(self.size, _MAX_MANIFEST) or offset + size > self.size:
+        if size > min(self.size, MAX_MANIFEST) or offset + size > self.size:
             raise self._damaged(_("its manifest lies outside the file"))
         text = self._pread(offset, size)
         crc32, xxh3 = checksums(text)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.container import Buffer
+from holdfast.checkpoint.layout import Buffer
 
 log = logging.getLogger("holdfast")
 

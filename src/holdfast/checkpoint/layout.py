@@ -16,6 +16,8 @@ from typing import Any
 ARCHIVE = "checkpoint"
 MANIFEST = f"{ARCHIVE}/holdfast.json"
 
+Buffer = bytes | bytearray | memoryview
+
 PAGE = 4096  # payloads of a page or more start on one: direct I/O and mmap want it
 SMALL = 64  # smaller ones on a cache line: a state with thousands of scalars stays small
 

@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from holdfast.checkpoint import codec, container, filesystem, guard, housekeeping, recovery
+from holdfast.checkpoint import codec, filesystem, guard, housekeeping, recovery
+from holdfast.checkpoint import image as images
 from holdfast.checkpoint.access import checkpoint_size, load, verify
 from holdfast.checkpoint.catalog import (
     ARCHIVE,
@@ -396,7 +397,7 @@ class CheckpointManager:
 
     def _image(
         self, step: int, epoch: int | None, metrics: Mapping[str, Any], kind: str, reason: str
-    ) -> container.Image:
+    ) -> images.Image:
         """The whole file in memory, without a copy of what lies in host memory already."""
         tree = normalise(self._payload(step=step, epoch=epoch))
         manifest = {
@@ -418,7 +419,7 @@ class CheckpointManager:
             "configured": self._configured,
             **codec.to_json(tree),
         }
-        return container.build(tree.payloads(), manifest, reserve=self._reserve)
+        return images.build(tree.payloads(), manifest, reserve=self._reserve)
 
     def _payload(self, *, step: int, epoch: int | None) -> dict[str, Any]:
         payload = {"epoch": epoch, "global_step": step, **self.state}

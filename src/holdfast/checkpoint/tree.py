@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.checkpoint.container import Buffer
-from holdfast.checkpoint.layout import ARCHIVE
+from holdfast.checkpoint.layout import ARCHIVE, Buffer
 from holdfast.errors import UnsupportedValue
 from holdfast.i18n import _
 
@@ -155,8 +154,11 @@ class Tree:
 
     def payloads(self) -> list[tuple[str, Buffer]]:
         """All records but the manifest, in the order of the file."""
+        return [*((s.record, s.payload()) for s in self.storages), *self.companions()]
+
+    def companions(self) -> list[tuple[str, bytes]]:
+        """The records behind the tensors: what `torch.load` needs to know what they are."""
         return [
-            *((storage.record, storage.payload()) for storage in self.storages),
             (PICKLE, self.pickled()),
             (f"{ARCHIVE}/byteorder", b"little"),
             (f"{ARCHIVE}/version", b"3\n"),
