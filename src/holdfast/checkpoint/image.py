@@ -135,7 +135,8 @@ def build(
     slot = blueprint.slot
     header, text, end = blueprint.ending(records)
     pieces += [(slot.header, header), (slot.offset, text), (slot.end, end)]
-    return Image(blueprint.size, blueprint.manifest, pieces)
+    manifest = {**blueprint.manifest, "records": [record.to_json() for record in records]}
+    return Image(blueprint.size, manifest, pieces)
 
 
 # ------------------------------------------------------------------------------ in one buffer
