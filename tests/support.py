@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager
-from holdfast.checkpoint import codec, container, filesystem, image, layout
+from holdfast.checkpoint import Saved, codec, container, filesystem, image, layout
 from holdfast.checkpoint.tree import normalise
 
 # ------------------------------------------------------------------------------------------- files
@@ -115,6 +115,13 @@ def tree_of(directory: Path) -> set[str]:
 def events(directory: Path) -> list[dict[str, Any]]:
     text = (directory / "events.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
+
+
+def end_epoch(manager: CheckpointManager, epoch: int, **keywords: Any) -> Saved | None:
+    """`CheckpointManager.end_epoch`, and wait until all of it is done; None where it failed."""
+    pending = manager.end_epoch(epoch, **keywords)
+    manager.wait()
+    return None if pending.settled.exception() else pending.durable.result()
 
 
 # -------------------------------------------------------------------------------------- comparing

@@ -38,6 +38,7 @@ from tests.support import (
     assert_same,
     cut,
     damage,
+    end_epoch,
     events,
     fail_with,
     in_child,
@@ -53,7 +54,7 @@ from tests.support import (
 def test_one_save_has_four_names_and_one_inode(tmp_path: Path) -> None:
     toy = Toy()
     with toy.manager(tmp_path) as engine:
-        saved = engine.end_epoch(1, step=10, metrics={"val_loss": 0.5})
+        saved = end_epoch(engine, 1, step=10, metrics={"val_loss": 0.5})
     assert saved is not None
     assert list(saved.names) == ["model_epoch_1.pt", "latest.pt", "model.pt", "best_model.pt"]
     assert saved.names == {"model_epoch_1.pt": "file", "latest.pt": "link", "model.pt": "link",
@@ -134,7 +135,7 @@ def test_the_best_is_the_lowest_finite_score(tmp_path: Path, scores: Any, best: 
     with Toy().manager(tmp_path) as engine:
         for epoch, score in enumerate(scores, 1):
             metrics = {} if score is None else {"val_loss": score}
-            saved = engine.end_epoch(epoch, step=epoch, metrics=metrics)
+            saved = end_epoch(engine, epoch, step=epoch, metrics=metrics)
             assert saved is not None
             assert saved.is_best is best[epoch - 1]
             assert ("best_model.pt" in saved.names) is saved.is_best
@@ -145,7 +146,7 @@ def test_the_best_is_the_lowest_finite_score(tmp_path: Path, scores: Any, best: 
 def test_higher_may_be_better(tmp_path: Path) -> None:
     with Toy().manager(tmp_path, metric="accuracy", lower_is_better=False) as engine:
         for epoch, score in enumerate([0.1, 0.9, 0.5], 1):
-            engine.end_epoch(epoch, step=epoch, metrics={"accuracy": score, "val_loss": -epoch})
+            end_epoch(engine, epoch, step=epoch, metrics={"accuracy": score, "val_loss": -epoch})
     assert load(tmp_path / "best_model.pt", only="epoch") == 2
 
 
@@ -185,7 +186,7 @@ def test_the_history_tells_what_happened(tmp_path: Path) -> None:
 def test_the_last_epochs_stay_and_the_best(tmp_path: Path) -> None:
     with Toy().manager(tmp_path, keep_last=2) as engine:
         for epoch in range(1, 7):
-            engine.end_epoch(epoch, step=epoch, metrics={"val_loss": abs(epoch - 2)})
+            end_epoch(engine, epoch, step=epoch, metrics={"val_loss": abs(epoch - 2)})
         assert [entry.step for entry in engine.list()] == [6, 5, 2]
     assert {e["step"] for e in events(tmp_path) if e["event"] == "removed"} == {1, 3, 4}
 
@@ -199,12 +200,13 @@ def test_temporaries_roll_and_go_when_something_lasting_is_there(tmp_path: Path)
     with Toy().manager(tmp_path, save_when=[EverySteps(2)]) as engine:
         for step in range(1, 10):
             engine.after_step(step, epoch=1)
+            engine.wait()
         assert sorted(p.name for p in (tmp_path / "temp").iterdir()) == [
             "temp_epoch1_step6.pt", "temp_epoch1_step8.pt"
         ]  # fmt: skip
-        engine.end_epoch(1, step=10)
+        end_epoch(engine, 1, step=10)
         assert [entry.step for entry in engine.list()] == [10, 8], "two verified states"
-        engine.end_epoch(2, step=20)
+        end_epoch(engine, 2, step=20)
         assert [entry.step for entry in engine.list()] == [20, 10]
 
 
@@ -250,7 +252,11 @@ def test_clean_up_that_fails_is_no_failure_to_save(
 
 def test_policies_decide_after_each_step(tmp_path: Path) -> None:
     with Toy().manager(tmp_path, save_when=[EverySteps(3)]) as engine:
-        saved = [step for step in range(1, 10) if engine.after_step(step)]
+        saved = []
+        for step in range(1, 10):
+            if engine.after_step(step):
+                saved.append(step)
+            engine.wait()
         assert saved == [3, 6, 9]
         engine.save(step=12)
         assert engine.after_step(12) is None, "saved already"
@@ -455,7 +461,7 @@ def test_without_links_every_name_is_a_copy(
     with toy.manager(tmp_path, keep_last=1) as engine:
         for epoch in (1, 2, 3):
             toy.step()
-            saved = engine.end_epoch(epoch, step=epoch, metrics={"val_loss": epoch})
+            saved = end_epoch(engine, epoch, step=epoch, metrics={"val_loss": epoch})
         temp = engine.save(step=4, kind="temp", strict=True)
     assert saved is not None
     assert saved.names == {"model_epoch_3.pt": "file", "latest.pt": "copy", "model.pt": "copy"}

@@ -15,6 +15,7 @@ import torch
 from holdfast import load, verify
 from holdfast.checkpoint import Catalog, container, filesystem
 from holdfast.checkpoint.manager import CheckpointManager
+from holdfast.checkpoint.publisher import Draft
 from holdfast.errors import ResourceError, SaveFailed
 from tests.support import (
     Broken,
@@ -23,6 +24,7 @@ from tests.support import (
     assert_same,
     cut,
     damage,
+    end_epoch,
     events,
     fail_with,
     lie,
@@ -226,7 +228,7 @@ def test_a_disk_that_lies_once_is_noticed_and_written_again(
     with toy.manager(tmp_path, keep_last=1, on_event=tell) as engine:
         engine.resume()
         lie(monkeypatch, 1, HARM[name])
-        saved = engine.end_epoch(3, step=3, metrics={"val_loss": 1.0})
+        saved = end_epoch(engine, 3, step=3, metrics={"val_loss": 1.0})
     assert saved is not None
     assert verify(saved.path) is None
     assert said(told)[1:] == ["durable", "quarantined", "durable", "verified"]
@@ -246,7 +248,7 @@ def test_a_disk_that_always_lies_costs_nothing_old(
         engine.resume()
         lie(monkeypatch, 99, HARM[name])
         for step in (4, 5):
-            assert engine.end_epoch(step, step=step) is None
+            assert end_epoch(engine, step, step=step) is None
         assert engine.saved_step == 3, "nothing newer is safe"
         with pytest.raises(SaveFailed):
             engine.save(step=6, strict=True)
@@ -295,10 +297,10 @@ def test_reading_back_goes_past_the_page_cache(
 def test_the_same_step_saved_again_replaces_itself(tmp_path: Path) -> None:
     toy = Toy()
     with toy.manager(tmp_path) as engine:
-        engine.end_epoch(1, step=1)
+        end_epoch(engine, 1, step=1)
         for _again in range(3):
             toy.step()
-            engine.end_epoch(2, step=2)
+            end_epoch(engine, 2, step=2)
         assert [entry.step for entry in engine.list()] == [2, 1]
     assert load(tmp_path / "latest.pt")["losses"] == toy.losses
     assert tree_of(tmp_path / "archive") == set()
@@ -306,9 +308,9 @@ def test_the_same_step_saved_again_replaces_itself(tmp_path: Path) -> None:
 
 def test_another_state_of_the_same_name_goes_to_the_archive(tmp_path: Path) -> None:
     with Toy().manager(tmp_path) as engine:
-        engine.end_epoch(1, step=1)
-        engine.end_epoch(1, step=2)
-        engine.end_epoch(1, step=3)
+        end_epoch(engine, 1, step=1)
+        end_epoch(engine, 1, step=2)
+        end_epoch(engine, 1, step=3)
     kept = [load(tmp_path / "archive" / name, only="global_step")
             for name in tree_of(tmp_path / "archive")]  # fmt: skip
     assert sorted(kept) == [1, 2]
@@ -318,15 +320,15 @@ def test_a_failed_overwrite_leaves_the_old_one_in_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Toy().manager(tmp_path) as engine:
-        engine.end_epoch(1, step=1)
+        end_epoch(engine, 1, step=1)
         before = (tmp_path / "model_epoch_1.pt").read_bytes()
         with monkeypatch.context() as patch:
             patch.setattr(filesystem, "_write_all", fail_with(errno.ENOSPC))
-            assert engine.end_epoch(1, step=2) is None
+            assert end_epoch(engine, 1, step=2) is None
         assert (tmp_path / "model_epoch_1.pt").read_bytes() == before
         assert tree_of(tmp_path / "archive") == set()
         lie(monkeypatch, 99, damage)
-        assert engine.end_epoch(1, step=2) is None
+        assert end_epoch(engine, 1, step=2) is None
         assert (tmp_path / "model_epoch_1.pt").read_bytes() == before
         assert filesystem.same_data(tmp_path / "latest.pt", tmp_path / "model_epoch_1.pt")
 
@@ -339,7 +341,7 @@ def test_a_run_that_was_not_resumed_is_archived_by_the_first_save(tmp_path: Path
     with toy.manager(tmp_path, keep_last=1, on_event=tell) as engine:
         for epoch in (1, 2, 3):
             toy.step()
-            engine.end_epoch(epoch, step=epoch)
+            end_epoch(engine, epoch, step=epoch)
         assert [entry.order[:2] for entry in engine.list()] == [(2, 3), (2, 2)]
     assert told[0] == ("archived", {"count": 5, "to": str(tmp_path / "archive" / "generation_1")})
     assert {f"model_epoch_{i}.pt" for i in range(1, 6)} < tree_of(
@@ -352,8 +354,8 @@ def test_somebody_elses_files_are_kept(tmp_path: Path) -> None:
         torch.save({"theirs": name}, tmp_path / name)
     with Toy().manager(tmp_path) as engine:
         assert engine.resume() is None
-        engine.end_epoch(1, step=1, metrics={"val_loss": 1.0})
-        engine.end_epoch(2, step=2, metrics={"val_loss": 0.5})
+        end_epoch(engine, 1, step=1, metrics={"val_loss": 1.0})
+        end_epoch(engine, 2, step=2, metrics={"val_loss": 0.5})
     kept = [torch.load(tmp_path / "archive" / name) for name in tree_of(tmp_path / "archive")]
     assert sorted(state["theirs"] for state in kept) == [
         "best_model.pt", "latest.pt", "model.pt", "model_epoch_1.pt"
@@ -375,12 +377,13 @@ def test_a_disk_that_stays_full_is_not_tried_at_every_step(
     with CheckpointManager(tmp_path / "run", state, save_when=[EveryMinutes(1)]) as manager:
         manager.resume()
 
-        def full(step: int, *_rest: object) -> None:
-            tried.append(step)
+        def full(draft: Draft, **_rest: object) -> None:
+            tried.append(draft.manifest["identity"]["step"])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(manager, "_save", full)
+        monkeypatch.setattr(manager._publisher, "publish", full)
         for step in range(1, 200):
             clock[0] += 1.0
             manager.after_step(step)
+            manager.wait()
     assert tried == [60, 120, 180]

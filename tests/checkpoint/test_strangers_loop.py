@@ -170,7 +170,7 @@ def test_killed_at_random_moments_it_comes_to_the_same_bits(tmp_path: Path, stra
 def test_the_lines_in_the_docstring_work_as_printed(tmp_path: Path) -> None:
     """A newcomer copies them; and no trainer, tokenizer or terminal comes with them."""
     lines = re.findall(r"^    .*$", str(manager.__doc__), re.MULTILINE)
-    assert len(lines) == 5
+    assert len(lines) == 6
     code = "\n".join(line[4:] for line in lines)
     code = code.replace('"runs/a"', "sys.argv[1]").replace("...train...", "train()")
     program = f"""
@@ -189,7 +189,6 @@ def run(total):
         model(torch.randn(3, 2)).sum().backward()
         optimizer.step()
 {textwrap.indent(code, "    ")}
-    manager.close()
     return len(ran)
 
 strangers = [name for name in ("training", "manage", "cli") if f"holdfast.{{name}}" in sys.modules]

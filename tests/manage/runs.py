@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from holdfast import CheckpointManager
+from tests.support import end_epoch
 
 _MAIN = """
 import sys
@@ -58,7 +59,7 @@ class Training:
         metrics = {"train_loss": train_loss}
         if val_loss is not None:
             metrics["val_loss"] = val_loss
-        self.manager.end_epoch(number, step=100 * number, metrics=metrics)
+        end_epoch(self.manager, number, step=100 * number, metrics=metrics)
 
     def temp(self, step: int) -> None:
         self.manager.save(step=step, epoch=step // 100 + 1, kind="temp", reason="scheduled")

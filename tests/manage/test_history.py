@@ -13,6 +13,7 @@ from holdfast.manage.rundir import look
 from holdfast.manage.story import describe, is_story, story
 from holdfast.manage.table import Screen
 from tests.manage.runs import LOSSES, Training, flip, make_run
+from tests.support import end_epoch
 
 
 def test_the_newest_checkpoint_knows_the_epochs_that_are_gone(tmp_path: Path) -> None:
@@ -48,8 +49,8 @@ def test_a_directory_with_a_history_file_alone_is_enough(tmp_path: Path) -> None
 def test_a_loop_without_a_history_is_told_from_its_metrics(tmp_path: Path) -> None:
     with Training(tmp_path / "run") as training:
         del training.state["history"]
-        training.manager.end_epoch(1, step=10, metrics={"val_loss": math.nan})
-        training.manager.end_epoch(2, step=20, metrics={"val_loss": 710.0})
+        end_epoch(training.manager, 1, step=10, metrics={"val_loss": math.nan})
+        end_epoch(training.manager, 2, step=20, metrics={"val_loss": 710.0})
     first, second = history_of(look(tmp_path / "run")).epochs
     assert first.val_loss is not None and math.isnan(first.val_loss)
     assert second.perplexity == math.inf  # exp would overflow

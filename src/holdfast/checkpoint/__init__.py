@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from holdfast.checkpoint.catalog import Entry as Entry
     from holdfast.checkpoint.guard import SignalGuard as SignalGuard
     from holdfast.checkpoint.manager import CheckpointManager as CheckpointManager
-    from holdfast.checkpoint.manager import Resumed as Resumed
-    from holdfast.checkpoint.manager import Saved as Saved
     from holdfast.checkpoint.manager import load as load
     from holdfast.checkpoint.manager import verify as verify
+    from holdfast.checkpoint.outcome import PendingSave as PendingSave
+    from holdfast.checkpoint.outcome import Resumed as Resumed
+    from holdfast.checkpoint.outcome import Saved as Saved
     from holdfast.checkpoint.schedule import AnyOf as AnyOf
     from holdfast.checkpoint.schedule import EveryMinutes as EveryMinutes
     from holdfast.checkpoint.schedule import EverySteps as EverySteps
@@ -29,8 +30,9 @@ _WHERE = {
     "Entry": "catalog",
     "EveryMinutes": "schedule",
     "EverySteps": "schedule",
-    "Resumed": "manager",
-    "Saved": "manager",
+    "PendingSave": "outcome",
+    "Resumed": "outcome",
+    "Saved": "outcome",
     "SignalGuard": "guard",
     "load": "manager",
     "verify": "manager",
@@ -43,6 +45,7 @@ __all__ = [
     "Entry",
     "EveryMinutes",
     "EverySteps",
+    "PendingSave",
     "Resumed",
     "Saved",
     "SignalGuard",

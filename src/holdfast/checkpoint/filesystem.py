@@ -1,7 +1,8 @@
 """The only door to the disk on the write side: every call that durability hangs on is made here.
 
 One small seam on purpose: faults are injected here, and platforms differ here and nowhere else.
-`HOLDFAST_DISABLE=hardlinks,reflink,fallocate` switches fast paths off, for tests and odd systems.
+`HOLDFAST_DISABLE=hardlinks,reflink,copyrange,fallocate,direct,sharedmemory` switches fast paths
+off, for tests and odd systems.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from holdfast.checkpoint import direct
 from holdfast.checkpoint.layout import Buffer
 
 log = logging.getLogger("holdfast")
@@ -28,8 +30,9 @@ READ_ONLY = 0o444
 _said: set[str] = set()
 
 
-def _disabled(path_name: str) -> bool:
-    return path_name in os.environ.get("HOLDFAST_DISABLE", "").split(",")
+def disabled(fast_path: str) -> bool:
+    """Whether somebody has switched this fast path off."""
+    return fast_path in os.environ.get("HOLDFAST_DISABLE", "").split(",")
 
 
 def _say_once(message: str, *args: object) -> None:
@@ -83,12 +86,20 @@ def make_directory(path: Path) -> None:
 
 
 def write_file(
-    target: Path, pieces: Iterable[tuple[int, Buffer]], size: int, *, mode: int = READ_ONLY
+    target: Path,
+    pieces: Iterable[tuple[int, Buffer]],
+    size: int,
+    *,
+    mode: int = READ_ONLY,
+    ready: direct.Ready | None = None,
+    limit: float = 0,
 ) -> None:
     """Create or replace `target` durably: it has all of its bytes, or it is as it was before.
 
     `pieces` are `(offset, bytes)` in ascending order without gaps, `size` bytes together. The
-    space is claimed before the first byte, so a full disk is known at once. `OSError` as it comes;
+    space is claimed before the first byte, so a full disk is known at once. A single page-aligned
+    piece goes past the page cache where the file system can do that; `ready(end)` is called before
+    its bytes up to `end` are taken. `limit` is bytes a second, 0 for none. `OSError` as it comes;
     the temporary file is gone then.
     """
     temporary = _temporary(target)
@@ -97,7 +108,11 @@ def write_file(
         try:
             _allocate(fd, size)
             for offset, piece in pieces:
-                _write_all(fd, memoryview(piece).cast("B") if len(piece) else b"", offset)
+                view = memoryview(piece).cast("B") if len(piece) else memoryview(b"")
+                if offset == 0 and len(view) == size and direct.is_aligned(view):
+                    _write_image(fd, view, ready, limit)
+                else:
+                    _write_all(fd, view, offset)
             if hasattr(os, "fchmod"):
                 os.fchmod(fd, mode)
             sync_file(fd)
@@ -109,6 +124,12 @@ def write_file(
             temporary.unlink()
         raise
     sync_directory(target.parent)
+
+
+def _write_image(fd: int, image: memoryview, ready: direct.Ready | None, limit: float) -> None:
+    if disabled("direct") or not direct.switch_on(fd):
+        _say_once("No direct writes here: checkpoints pass through the page cache.")
+    direct.write_blocks(fd, image, _write_all, ready=ready, limit=limit)
 
 
 def write_json(target: Path, value: Any) -> None:
@@ -124,7 +145,7 @@ def append_line(path: Path, line: str) -> None:
         end = os.lseek(fd, 0, os.SEEK_END)
         torn = end > 0 and _last_byte(fd, end) != b"\n"
         data = ("\n" if torn else "") + line + "\n"
-        _write_all(fd, data.encode("utf-8", "surrogatepass"), None)
+        _append_all(fd, data.encode("utf-8", "surrogatepass"))
         sync_file(fd)
     finally:
         os.close(fd)
@@ -209,7 +230,7 @@ def _temporary(target: Path) -> Path:
 
 
 def _allocate(fd: int, size: int) -> None:
-    if size == 0 or not hasattr(os, "posix_fallocate") or _disabled("fallocate"):
+    if size == 0 or not hasattr(os, "posix_fallocate") or disabled("fallocate"):
         return
     try:
         os.posix_fallocate(fd, 0, size)
@@ -219,16 +240,23 @@ def _allocate(fd: int, size: int) -> None:
         _say_once("This file system cannot reserve space ahead; a full disk shows while writing.")
 
 
-def _write_all(fd: int, data: Buffer, offset: int | None) -> None:
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
     """Write all of `data`: a short write is continued, one of zero bytes is an error."""
-    view = memoryview(data)
     done = 0
-    while done < view.nbytes:
-        part = view[done : done + _WRITE_MAX]
-        count = os.write(fd, part) if offset is None else _pwrite(fd, part, offset + done)
-        if count == 0:
-            raise OSError(errno.EIO, "the system wrote zero bytes")
-        done += count
+    while done < data.nbytes:
+        done += _written(_pwrite(fd, data[done : done + _WRITE_MAX], offset + done))
+
+
+def _append_all(fd: int, data: bytes) -> None:
+    done = 0
+    while done < len(data):
+        done += _written(os.write(fd, data[done:]))
+
+
+def _written(count: int) -> int:
+    if count == 0:
+        raise OSError(errno.EIO, "the system wrote zero bytes")
+    return count
 
 
 def _pwrite(fd: int, data: memoryview, offset: int) -> int:
@@ -248,7 +276,7 @@ def _rename(source: Path, target: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> str:
-    if _disabled("hardlinks"):
+    if disabled("hardlinks"):
         return ""
     try:
         os.link(source, target, follow_symlinks=False)
@@ -261,7 +289,7 @@ def _link(source: Path, target: Path) -> str:
 
 
 def _reflink(source: Path, target: Path) -> str:
-    if _disabled("reflink") or not sys.platform.startswith("linux"):
+    if disabled("reflink") or not sys.platform.startswith("linux"):
         return ""
     import fcntl
 
@@ -279,11 +307,30 @@ def _reflink(source: Path, target: Path) -> str:
             os.close(fd)
 
 
+def _copy_in_kernel(source: int, target: int) -> bool:
+    """Copy all of `source` without its bytes visiting us; False, with nothing copied, where the
+    kernel or these file systems cannot."""
+    if disabled("copyrange") or not hasattr(os, "copy_file_range"):
+        return False
+    size, done = os.fstat(source).st_size, 0
+    while done < size:
+        try:
+            count = os.copy_file_range(source, target, size - done, done, done)
+        except OSError as error:
+            if done == 0 and error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS,
+                                             errno.EOPNOTSUPP, errno.EPERM):  # fmt: skip
+                return False
+            raise
+        done += _written(count)
+    return True
+
+
 def _copy(source: Path, target: Path) -> str:
     fd = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _EXTRA_FLAGS, 0o600)
     with source.open("rb") as original, os.fdopen(fd, "wb") as copy:
         _allocate(copy.fileno(), os.fstat(original.fileno()).st_size)
-        shutil.copyfileobj(original, copy, 1 << 22)
+        if not _copy_in_kernel(original.fileno(), copy.fileno()):
+            shutil.copyfileobj(original, copy, 1 << 22)
         copy.flush()
         if hasattr(os, "fchmod"):
             os.fchmod(copy.fileno(), READ_ONLY)

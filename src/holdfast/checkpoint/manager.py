@@ -4,53 +4,44 @@
     resumed = manager.resume()                      # None where there is nothing to go on from
     for step in range(resumed.step if resumed else 0, total):
         ...train...
-        manager.save(step=step + 1)
+        manager.save_async(step=step + 1)           # training goes on while it is written
+    manager.close()
 
 Any nested mapping of objects with `state_dict`, tensors and plain values is a state. Every public
 method keeps the rules of the house: durable, then announced, then verified, then pruned; loading is
-a transaction; saving never kills training.
+a transaction; saving never kills training, and training never waits for the disk.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
 import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from holdfast.checkpoint import codec, filesystem, guard, housekeeping, recovery
 from holdfast.checkpoint import image as images
 from holdfast.checkpoint.access import checkpoint_size, load, verify
-from holdfast.checkpoint.catalog import (
-    ARCHIVE,
-    BEST,
-    LATEST,
-    MAIN,
-    Catalog,
-    Contents,
-    Entry,
-    name_of,
-    now,
-)
-from holdfast.checkpoint.catalog import summary as entry_of
+from holdfast.checkpoint.catalog import ARCHIVE, Catalog, Entry, now
 from holdfast.checkpoint.describe import environment, plain_metrics, score_of
 from holdfast.checkpoint.lock import FileLock
-from holdfast.checkpoint.outcome import Resumed, Saved
+from holdfast.checkpoint.outcome import PendingSave, Resumed, Saved
+from holdfast.checkpoint.publisher import Draft, Publisher, is_transient
 from holdfast.checkpoint.randomness import RandomState
+from holdfast.checkpoint.reporting import EventHandler, Reporter
 from holdfast.checkpoint.retention import KeepLast, KeepRollingTemps, Policy
-from holdfast.checkpoint.schedule import AnyOf, Moment, SavePolicy
+from holdfast.checkpoint.schedule import AnyOf, MemoryPace, Moment, SavePolicy
+from holdfast.checkpoint.snapshots import Snapshots
 from holdfast.checkpoint.state import configurations, plan_restore
 from holdfast.checkpoint.transaction import LoadObject
-from holdfast.checkpoint.tree import normalise
+from holdfast.checkpoint.tree import Tree, normalise
+from holdfast.checkpoint.writer import NoRoom, Writer
 from holdfast.errors import (
     DamagedCheckpoint,
     HoldfastError,
@@ -63,6 +54,7 @@ from holdfast.i18n import _
 __all__ = [
     "CheckpointManager",
     "EventHandler",
+    "PendingSave",
     "Resumed",
     "Saved",
     "checkpoint_size",
@@ -71,15 +63,7 @@ __all__ = [
     "verify",
 ]
 
-log = logging.getLogger("holdfast")
-
-# Worth one more try with a new file; a failed fsync is never repeated on the same one, because the
-# kernel may have dropped the dirty pages and would report success (FAULTS.md, 7).
-_TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT}
-
 _MOST_THREADS = 1024  # a manifest may say anything
-
-EventHandler = Callable[[str, dict[str, Any]], None]
 
 
 class CheckpointManager:
@@ -96,7 +80,14 @@ class CheckpointManager:
         rng: whether the random streams of this process belong to the state.
         reserve: bytes behind the tensors that are claimed for values, so that every file of the
             run has one size; 0 rounds up to whole pages.
-        on_event: called with (event, fields) as things happen, in the saving thread.
+        overlap: whether snapshots may be copied while training goes on, up to the next step of an
+            optimizer; see `Snapshots` for what a loop must not do then.
+        memory_every: keep a snapshot in shared memory every so many steps, where it outlives the
+            process; "auto": as often as it costs at most 1 % of the time; 0: never.
+            `after_step` takes them.
+        io_limit: bytes a second that are written at most, 0 for no limit.
+        on_event: called with (event, fields) in the thread that made the manager, at once or when
+            it next calls a method of it.
         lock: the lock of `directory` (`run_lock`), where the caller holds it already.
 
     Raises:
@@ -116,6 +107,9 @@ class CheckpointManager:
         lower_is_better: bool = True,
         rng: bool = True,
         reserve: int = 0,
+        overlap: bool = False,
+        memory_every: int | Literal["auto"] = 0,
+        io_limit: float = 0,
         on_event: EventHandler | None = None,
         lock: FileLock | None = None,
     ) -> None:
@@ -125,16 +119,14 @@ class CheckpointManager:
         self.run_id = uuid.uuid4().hex
         self._sequence = 0
         self._parent: dict[str, Any] | None = None
-        self._keep: list[Policy] = [
-            KeepLast("epoch", keep_last), KeepLast("step", keep_last), KeepRollingTemps(2)
-        ]  # fmt: skip
         self._save_when = AnyOf(save_when)
         self._metric, self._lower_is_better = metric, lower_is_better
         self._random = RandomState() if rng else None
         self._reserve = reserve
-        self._on_event = on_event
         self._saved_step, self._saved_at = 0, time.monotonic()
-        self._failed_at = -math.inf
+        self._asked_at = -math.inf
+        self._owed = False  # a save was dropped: the next step that finds room takes its place
+        self._stepped: tuple[float, float] | None = None  # when, and stalled until then
         self._configured = configurations(state)
         self._settled = False  # whether it is known what the checkpoints here are to this run
         if rng and "rng" in state:
@@ -152,6 +144,18 @@ class CheckpointManager:
         except BaseException:  # nobody will have a manager to close
             self._lock.release()
             raise
+        self._reporter = Reporter(self.catalog, on_event)
+        keep: list[Policy] = [
+            KeepLast("epoch", keep_last),
+            KeepLast("step", keep_last),
+            KeepRollingTemps(2),
+        ]
+        self._publisher = Publisher(self.catalog, self._reporter, keep, limit=io_limit)
+        self._writer = Writer(self._publisher, reserve=reserve, on_durable=self._on_durable)
+        self._snapshots = Snapshots(
+            self._writer, self._reporter, overlap=overlap, memory=memory_every != 0
+        )
+        self._pace = MemoryPace(None if memory_every == "auto" else memory_every)
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -169,8 +173,27 @@ class CheckpointManager:
         """The step of the newest durable checkpoint of this run; 0 where there is none."""
         return self._saved_step
 
+    @property
+    def memory_step(self) -> int:
+        """The step of the newest snapshot that outlives this process; 0 where there is none."""
+        return self._writer.memory_step
+
+    @property
+    def stalled(self) -> float:
+        """Seconds that training has stood still for saving, ever."""
+        return self._snapshots.stalled
+
+    def wait(self) -> None:
+        """Return when every save that was asked for is durable, verified and told."""
+        self._snapshots.wait()
+        self._writer.wait()
+        self._reporter.deliver()
+
     def close(self) -> None:
-        """Give the run directory back."""
+        """Wait for what is under way and give memory and run directory back."""
+        if self._lock.held:  # a forked child has neither threads nor anything to give back
+            self._snapshots.close()
+            self._reporter.deliver()
         self._lock.release()
 
     # ------------------------------------------------------------------------------------ resume
@@ -192,11 +215,13 @@ class CheckpointManager:
             DamagedCheckpoint: `source` is damaged, or everything here is. Nothing is started over.
             StateMismatch: it does not fit; nothing was changed.
         """
+        self.wait()
+        recovery.rescue(self.catalog, self._reporter)
         with self.catalog.lock():
-            found = recovery.find(self.catalog, source, self._tell)
+            found = recovery.find(self.catalog, source, self._reporter.tell)
             if found is None:
                 self._settled = True
-                self._report("began", run_id=self.run_id, generation=self.generation)
+                self._reporter.report("began", run_id=self.run_id, generation=self.generation)
                 return None
             known = self.catalog.generation()
             transaction = plan_restore(
@@ -237,7 +262,7 @@ class CheckpointManager:
         self._sequence = max(e.sequence for e in past)
         if found.newer:
             place = self.catalog.directory / ARCHIVE / f"generation_{known}"
-            self._tell("archived", count=len(found.newer), to=str(place))
+            self._reporter.tell("archived", count=len(found.newer), to=str(place))
         branches = found.newer or found.skipped or steps or not found.here
         self.generation = known + 1 if branches else max(known, 1)
         if found.here:
@@ -245,15 +270,15 @@ class CheckpointManager:
         try:
             self.catalog.assign_roles(contents)
         except OSError as error:
-            log.warning("%s: %s", self.catalog.directory, error)
+            self._reporter.warn(error)
         self.catalog.write_cache()
         self._saved_step, self._saved_at = entry.step, time.monotonic()
         self._settled = True
         self._restore_threads(found.manifest)
-        self._history("resumed", id=entry.id, step=entry.step, run_id=self.run_id,
+        self._reporter.record("resumed", id=entry.id, step=entry.step, run_id=self.run_id,
                       generation=self.generation, steps_lost=steps)  # fmt: skip
         resumed = Resumed(entry, found.path, self.generation, found.skipped, steps, minutes)
-        self._tell("resumed", resumed=resumed)
+        self._reporter.tell("resumed", resumed=resumed)
         return resumed
 
     def _restore_threads(self, manifest: Mapping[str, Any]) -> None:
@@ -262,26 +287,31 @@ class CheckpointManager:
         saved = said.get("threads") if isinstance(said, Mapping) else None
         if isinstance(saved, int) and 0 < saved <= _MOST_THREADS and saved != live:
             torch.set_num_threads(saved)
-            self._tell("threads", saved=saved, live=live)
+            self._reporter.tell("threads", saved=saved, live=live)
 
     # -------------------------------------------------------------------------------------- save
 
-    def after_step(self, step: int, *, epoch: int | None = None) -> Saved | None:
-        """Save a temporary checkpoint if `save_when` says so; call it after each step."""
-        last = max(self._saved_at, self._failed_at)  # a full disk is not tried at every step
+    def after_step(self, step: int, *, epoch: int | None = None) -> PendingSave | None:
+        """Call it after each step: saves a temporary checkpoint if `save_when` says so, and keeps a
+        snapshot in memory as often as `memory_every` says. Tells what has happened meanwhile."""
+        self._reporter.deliver()
+        self._time_step()
+        last = max(self._saved_at, self._asked_at)  # a full disk is not tried at every step
         moment = Moment(step, time.monotonic(), self._saved_step, last)
-        if not self._save_when(moment):
-            return None
-        saved = self.save(step=step, epoch=epoch, kind="temp", reason="scheduled")
-        if saved is None:
-            self._failed_at = time.monotonic()
-        return saved
+        if self._save_when(moment) or (self._owed and self._writer.idle):
+            return self.save_async(step=step, epoch=epoch, reason="scheduled")
+        if self._settled and not self._writer.ready:
+            self.prepare()
+        if self._snapshots.in_memory and step - self.memory_step >= self._pace.interval:
+            self._remember(step, epoch)
+        return None
 
     def end_epoch(
         self, epoch: int, *, step: int, metrics: Mapping[str, float] | None = None
-    ) -> Saved | None:
+    ) -> PendingSave:
         """Save at the end of `epoch` (counted from 1) as `model_epoch_<epoch>.pt`."""
-        return self.save(step=step, epoch=epoch, metrics=metrics, kind="epoch", reason="epoch")
+        return self.save_async(step=step, epoch=epoch, metrics=metrics, kind="epoch",
+                               reason="epoch")  # fmt: skip
 
     def save(
         self,
@@ -293,7 +323,7 @@ class CheckpointManager:
         reason: str = "requested",
         strict: bool = False,
     ) -> Saved | None:
-        """Make the state durable; returns when it is, with what it is called.
+        """Make the state durable; returns when it is, and verified, with what it is called.
 
         A failure, whatever it is, is retried once with a new file where that may help, reported,
         and written into the history; training goes on with None, or gets `SaveFailed` if `strict`.
@@ -305,102 +335,164 @@ class CheckpointManager:
         Raises:
             SaveFailed: with `strict`, or after `close()`, or in a forked child.
         """
+        with guard.deferred_interrupt():
+            pending = self._request(step, epoch, metrics, kind, reason, kept=True)
+            self.wait()
+            failure = pending.settled.exception()  # one that was not found right is not saved
+            if failure is not None and strict:
+                raise failure
+            return pending.durable.result() if failure is None else None
+
+    def save_async(
+        self,
+        *,
+        step: int,
+        epoch: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        kind: str = "temp",
+        reason: str = "requested",
+    ) -> PendingSave:
+        """Take a snapshot of the state and make it durable while training goes on.
+
+        Returns as soon as the live state may change (with `overlap` even before: then the next
+        optimizer's step waits for what is left of the copy). While another save is being written,
+        the newest `kind="temp"` waits and takes the place of those before it; the other kinds are
+        all written, and training may have to wait for a buffer (`stalled`). What goes wrong is
+        told, and is the exception of `PendingSave.durable`.
+
+        Raises:
+            SaveFailed: after `close()`, or in a forked child.
+        """
+        with guard.deferred_interrupt():
+            return self._request(step, epoch, metrics, kind, reason, kept=kind != "temp")
+
+    def prepare(self) -> None:
+        """Make the buffers for snapshots in the background, so that the first is as fast as the
+        others; called by `after_step` after a `resume()`."""
+        self._settle()
+        tree = normalise(self._payload(step=0, epoch=None))
+        self._open_memory(tree)
+        self._writer.prepare(tree)
+
+    def _request(
+        self,
+        step: int,
+        epoch: int | None,
+        metrics: Mapping[str, float] | None,
+        kind: str,
+        reason: str,
+        *,
+        kept: bool,
+        to_disk: bool = True,
+    ) -> PendingSave:
         if not self._lock.held:
             raise SaveFailed(
                 _("This process does not hold {directory}: the manager was closed, or it belongs "
                   "to the parent process.", directory=self.catalog.directory)
             )  # fmt: skip
-        moment = int(step), None if epoch is None else int(epoch)
-        with guard.deferred_interrupt():
-            for attempt in (1, 2):
-                try:
-                    return self._save(*moment, plain_metrics(metrics), kind, reason)
-                except Exception as error:  # whatever it is: saving must never kill training
-                    transient = isinstance(error, DamagedCheckpoint) or (
-                        isinstance(error, OSError) and error.errno in _TRANSIENT
-                    )
-                    if attempt == 1 and transient:
-                        continue
-                    why = str(error)
-                    if not isinstance(error, HoldfastError | OSError):
-                        why = f"{type(error).__name__}: {error}"
-                    self._report("failed", step=moment[0], reason=why, attempts=attempt)
-                    if strict:
-                        raise SaveFailed(
-                            _("Step {step} could not be saved: {error}", step=step, error=why)
-                        ) from error
-                    break
-        return None
+        asked = time.monotonic()
+        pending = PendingSave(int(step))
+        self._asked_at = asked if to_disk else self._asked_at
 
-    def _save(
-        self, step: int, epoch: int | None, metrics: dict[str, Any], kind: str, reason: str
-    ) -> Saved:
-        began = time.monotonic()
-        filesystem.make_directory(self.catalog.directory)  # it may have been moved away under us
-        contents = self._settle()
-        self._sequence += 1
-        image = self._image(step, epoch, metrics, kind, reason)
-        entry = entry_of(image.manifest, image.size)
-        name = name_of(entry)
-        target = self.catalog.directory / name
-        guard.check_space(self.catalog.directory, image.size)
-        filesystem.make_directory(target.parent)
-        kept = housekeeping.keep_old(self.catalog, target)
-        try:
-            filesystem.write_file(target, image.pieces, image.size)
-        except BaseException:  # an interrupt, too
-            if kept is not None and filesystem.same_data(kept, target):
-                filesystem.remove(kept)  # what it is a second name of is where it was
-            raise
+        def failed(error: Exception) -> None:
+            self._on_failure(pending, error)
 
-        entry = replace(entry, names=(name,))
-        is_best = _improves(entry, contents.best)
-        with self.catalog.lock():
-            self.catalog.clear_roles(contents)
-            how = {name: "file", **self.catalog.publish(entry, [LATEST, MAIN])}
-            if is_best:
-                how |= self.catalog.publish(entry, [BEST])
-        del image  # what holds copies of device tensors goes before the file is read back
-        saved = Saved(entry, target, time.monotonic() - began, how, is_best,
-                      contents.best.loss if contents.best else None)  # fmt: skip
-        self._history("durable", id=entry.id, run_id=self.run_id, generation=self.generation,
-                      step=step, epoch=epoch, kind=kind, reason=reason, size=entry.size,
-                      names=list(how), seconds=round(saved.seconds, 3))  # fmt: skip
-        self._tell("durable", saved=saved)
         try:
-            housekeeping.verify_back(self.catalog, entry, target, kept)
-        except DamagedCheckpoint as error:
-            self._tell("quarantined", names=list(how), reason=str(error), step=step)
-            raise
-        self._report("verified", id=entry.id, step=step)
-        self._saved_step, self._saved_at = step, time.monotonic()
-        try:
-            if kept is not None:
-                housekeeping.settle_old(self.catalog, entry, contents, kept)
-            housekeeping.prune(self.catalog, self._keep)
-        except (OSError, HoldfastError) as error:  # what cannot go now goes after the next save
-            log.warning("%s: %s", self.catalog.directory, error)
-        return saved
+            self._snapshots.wait()  # the one before this is complete
+            self._settle()
+            self._sequence += 1
+            where = int(step), None if epoch is None else int(epoch)
+            manifest = self._manifest(*where, plain_metrics(metrics), kind, reason)
+            tree = normalise(self._payload(step=where[0], epoch=where[1]))
+            self._open_memory(tree)
+            try:
+                taken = self._snapshots.take(
+                    self.state, tree, manifest, pending, asked=asked, to_disk=to_disk, kept=kept,
+                    patient=kept or not to_disk, failed=failed,
+                )  # fmt: skip
+            except NoRoom:
+                taken = True
+                if to_disk:
+                    self._save_directly(tree, manifest, pending, asked)
+            self._owed = not taken if to_disk else self._owed
+            if not taken:
+                _resolve(pending, None)
+        except Exception as error:  # noqa: BLE001 - whatever it is: saving never kills training
+            failed(error)
+        return pending
 
-    def _settle(self) -> Contents:
-        """What lies here, all of it of this run."""
+    def _save_directly(
+        self, tree: Tree, manifest: dict[str, Any], pending: PendingSave, asked: float
+    ) -> None:
+        """Save without a copy of the state: training waits until it is on the disk."""
+        self._writer.wait()
+        image = images.build(
+            tree.payloads(), {**manifest, **codec.to_json(tree)}, reserve=self._reserve
+        )
+        draft = Draft(image.manifest, image.size, image.pieces)
+        saved = self._publisher.publish(draft, asked=asked, announced=self._on_durable)
+        self._snapshots.stalled += time.monotonic() - asked
+        _resolve(pending, saved)
+
+    def _remember(self, step: int, epoch: int | None) -> None:
+        """Keep a snapshot in memory only; what it costs decides when the next is due."""
+        stalled, background = self.stalled, self._writer.background_seconds
+        self._request(step, epoch, None, "temp", "memory", kept=False, to_disk=False)
+        spent = self._writer.background_seconds - background  # of the snapshot before this one
+        cores = os.cpu_count() or 1
+        self._pace.cost(self.stalled - stalled + spent / cores)
+
+    def _time_step(self) -> None:
+        now = time.monotonic()
+        if self._stepped is not None:
+            began, stalled = self._stepped
+            self._pace.step(max(0.0, now - began - (self.stalled - stalled)))
+        self._stepped = now, self.stalled
+
+    def _open_memory(self, tree: Tree) -> None:
+        self._snapshots.open(
+            self.catalog.directory, self.run_id, self.generation, tree, self._reserve
+        )
+
+    # ----------------------------------------------- told by the background, in threads of its own
+
+    def _on_durable(self, saved: Saved) -> None:
+        self._saved_step, self._saved_at = saved.entry.step, time.monotonic()
+
+    def _on_failure(self, pending: PendingSave, error: Exception) -> None:
+        why = str(error)
+        if not isinstance(error, HoldfastError | OSError):
+            why = f"{type(error).__name__}: {error}"
+        attempts = 2 if is_transient(error) else 1
+        self._reporter.report("failed", step=pending.step, reason=why, attempts=attempts)
+        failure = SaveFailed(
+            _("Step {step} could not be saved: {error}", step=pending.step, error=why)
+        )
+        failure.__cause__ = error
+        if isinstance(error, DamagedCheckpoint):  # it had been announced
+            newest = self.catalog.scan().newest
+            self._saved_step = newest.step if newest is not None else 0
+        _resolve(pending, failure)
+
+    def _settle(self) -> None:
+        """Before the first save: what lies here and was not resumed makes way."""
+        if self._settled:
+            return
+        filesystem.make_directory(self.catalog.directory)
         contents = self.catalog.scan()
-        if not self._settled and contents.entries:
+        if contents.entries:
             known = self.catalog.generation()
             with self.catalog.lock():
                 place = self.catalog.archive(contents.entries, f"generation_{known}")
             self.generation = known + 1
-            self._tell("archived", count=len(contents.entries), to=str(place))
-            contents = self.catalog.scan()
+            self._reporter.tell("archived", count=len(contents.entries), to=str(place))
         self._settled = True
-        return contents
 
-    def _image(
+    def _manifest(
         self, step: int, epoch: int | None, metrics: Mapping[str, Any], kind: str, reason: str
-    ) -> images.Image:
-        """The whole file in memory, without a copy of what lies in host memory already."""
-        tree = normalise(self._payload(step=step, epoch=epoch))
-        manifest = {
+    ) -> dict[str, Any]:
+        """What a checkpoint says of itself, besides its state."""
+        return {
             "identity": {
                 "id": uuid.uuid4().hex,
                 "run_id": self.run_id,
@@ -417,9 +509,7 @@ class CheckpointManager:
             "score": score_of(metrics, self._metric, lower_is_better=self._lower_is_better),
             "environment": environment(),
             "configured": self._configured,
-            **codec.to_json(tree),
         }
-        return images.build(tree.payloads(), manifest, reserve=self._reserve)
 
     def _payload(self, *, step: int, epoch: int | None) -> dict[str, Any]:
         payload = {"epoch": epoch, "global_step": step, **self.state}
@@ -441,35 +531,20 @@ class CheckpointManager:
             result[entry.names[0]] = verify(self.catalog.path(entry))
         return result
 
-    # ------------------------------------------------------------------------------------ telling
-
-    def _report(self, event: str, **fields: Any) -> None:
-        self._history(event, **fields)
-        self._tell(event, **fields)
-
-    def _history(self, event: str, **fields: Any) -> None:
-        try:
-            self.catalog.record(event, **fields)
-        except OSError as error:  # a full disk: the checkpoint counts, its line in the log does not
-            log.warning("events.jsonl: %s", error)
-
-    def _tell(self, event: str, **fields: Any) -> None:
-        if self._on_event is not None:
-            try:
-                self._on_event(event, fields)
-            except Exception:  # a closed terminal must not end a training, nor undo a save
-                log.exception("on_event(%r)", event)
-        else:
-            level = logging.WARNING if event in ("failed", "quarantined") else logging.INFO
-            log.log(level, "%s %s", event, fields)
-
 
 def run_lock(directory: str | os.PathLike[str]) -> FileLock:
     """The lock of a run directory: whoever trains there holds it."""
     return FileLock(Path(directory) / ".run.lock")
 
 
-def _improves(entry: Entry, best: Entry | None) -> bool:
-    if entry.loss is None:
-        return False
-    return best is None or best.loss is None or entry.loss < best.loss
+def _resolve(pending: PendingSave, outcome: Saved | SaveFailed | None) -> None:
+    """Settle what has not been settled yet of a save that is over."""
+    if not pending.staged.done():
+        pending.staged.set_result(None)
+    for promise in (pending.durable, pending.settled):
+        if promise.done():
+            continue
+        if isinstance(outcome, SaveFailed):
+            promise.set_exception(outcome)
+        else:
+            promise.set_result(outcome)

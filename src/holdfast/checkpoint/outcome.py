@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,3 +39,21 @@ class Saved:
     names: dict[str, str]  # name → "file", "link", "reflink" or "copy"
     is_best: bool
     previous_best: float | None
+    stall: float = 0.0  # seconds that training has stood still for it
+
+
+@dataclass(eq=False, slots=True)
+class PendingSave:
+    """A save on its way: two promises that are kept at different times.
+
+    `staged` is done when the live state may change: what is saved is a copy of exactly this step.
+    `durable` is done when the copy is on the disk under its names, with a `Saved`; with None where
+    a newer save has taken its place; it raises `SaveFailed` where it could not be saved.
+    `settled` is done when it has been read back as well and old checkpoints are gone. None of them
+    needs to be waited for.
+    """
+
+    step: int
+    staged: Future[None] = field(default_factory=Future)
+    durable: Future[Saved | None] = field(default_factory=Future)
+    settled: Future[Saved | None] = field(default_factory=Future)

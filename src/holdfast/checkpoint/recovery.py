@@ -1,6 +1,7 @@
 """Which checkpoint to go on from: the newest intact one, or the one that was asked for.
 
-Damaged files are set aside on the way, with their reason. Nothing live is touched here.
+Damaged files are set aside on the way, with their reason. What a killed process has left in shared
+memory is made durable first. Nothing live is touched here.
 """
 
 from __future__ import annotations
@@ -8,18 +9,82 @@ from __future__ import annotations
 import datetime
 import errno
 import glob
+import mmap
 import os
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import codec, container, filesystem
+from holdfast.checkpoint import codec, container, filesystem, memory
 from holdfast.checkpoint.catalog import QUARANTINE, Catalog, Entry, summary
-from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
+from holdfast.checkpoint.publisher import Draft, Publisher
+from holdfast.checkpoint.reporting import Reporter
+from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint, SaveFailed
 from holdfast.i18n import _
 
 Tell = Callable[..., None]
+
+
+def rescue(catalog: Catalog, reporter: Reporter) -> Entry | None:
+    """Make a snapshot durable that a killed process has left in shared memory, if it is newer than
+    everything on the disk; then it is a checkpoint like any other. Returns it, or None.
+
+    The caller holds the run's lock. Raises `SaveFailed` where there is such a snapshot and the disk
+    does not take it: it stays where it is.
+    """
+    run = _current_run(catalog)
+    if run is None:
+        return None
+    newest = catalog.scan().newest
+    rescued: Entry | None = None
+    left = memory.left_by(catalog.directory, *run)
+    for snapshot in left:
+        if newest is not None and snapshot.order[:2] <= newest.order[:2]:
+            break
+        try:
+            rescued = _make_durable(catalog, reporter, snapshot)
+        except CheckpointError as error:
+            reporter.report("failed", step=snapshot.order[1], reason=str(error))
+            continue  # the one before it is whole: a slot is not touched while another is filled
+        except OSError as error:
+            raise SaveFailed(
+                _("Step {step} lies in memory ({path}) and could not be written to the disk: "
+                  "{error}. Mend that and start again: it goes on from there.",
+                  step=snapshot.order[1], path=snapshot.path, error=error)
+            ) from error  # fmt: skip
+        break
+    for remains in {snapshot.remains for snapshot in left}:
+        remains.remove()
+    return rescued
+
+
+def _current_run(catalog: Catalog) -> tuple[str, int] | None:
+    """Run id and generation that were begun here last, as the history says."""
+    run: tuple[str, int] | None = None
+    for event in catalog.events():
+        run_id, generation = event.get("run_id"), event.get("generation")
+        if isinstance(run_id, str) and isinstance(generation, int):
+            run = run_id, generation
+    return run
+
+
+def _make_durable(catalog: Catalog, reporter: Reporter, snapshot: memory.Left) -> Entry:
+    asked = time.monotonic()
+    memory.make_whole(snapshot)
+    with container.Reader(snapshot.path) as reader:
+        reader.verify()
+        manifest, size = reader.manifest, reader.size
+    with snapshot.path.open("r+b") as file, mmap.mmap(file.fileno(), size) as mapped:
+        image = memoryview(mapped)
+        try:
+            draft = Draft(manifest, size, [(0, image)])
+            saved = Publisher(catalog, reporter).publish(draft, asked=asked)
+        finally:
+            image.release()
+    reporter.report("rescued", id=saved.entry.id, step=saved.entry.step)
+    return saved.entry
 
 
 @dataclass(slots=True)

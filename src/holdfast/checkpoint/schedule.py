@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,3 +53,39 @@ class AnyOf:
 
     def __call__(self, moment: Moment) -> bool:
         return any(policy(moment) for policy in self.policies)
+
+
+class MemoryPace:
+    """How many steps from one snapshot in memory to the next: `every`, or as many as it costs at
+    most `share` of the training's time.
+
+    Costs and steps are told in seconds as they are measured; until then every step has one.
+    """
+
+    def __init__(self, every: int | None = None, *, share: float = 0.01) -> None:
+        self._every, self._share = every, share
+        self._step: float | None = None
+        self._cost: float | None = None
+        self._told = 0
+
+    def step(self, seconds: float) -> None:
+        """A step took so long."""
+        self._step = seconds if self._step is None else self._step + 0.2 * (seconds - self._step)
+
+    def cost(self, seconds: float) -> None:
+        """A snapshot has cost training so much. The first one, which has touched every page of its
+        memory for the first time, says nothing about the others."""
+        self._told += 1
+        if self._told > 1:
+            self._cost = (
+                seconds if self._cost is None else self._cost + 0.5 * (seconds - self._cost)
+            )
+
+    @property
+    def interval(self) -> int:
+        """Steps between two snapshots, at least 1."""
+        if self._every is not None:
+            return self._every
+        if self._step is None or self._cost is None:
+            return 1
+        return max(1, math.ceil(self._cost / (self._share * max(self._step, 1e-6))))

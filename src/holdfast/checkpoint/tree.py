@@ -55,6 +55,12 @@ def _dtypes() -> dict[str, torch.dtype]:
 
 
 DTYPES = _dtypes()
+_SAVED_DTYPES = frozenset(DTYPES.values())
+
+# Types whose values stand for themselves. Most of a tree is made of them, and normalising it is
+# part of the stall of every snapshot: this one look spares the questions after it.
+_ATOMS = frozenset({type(None), bool, float, str, torch.device})
+_SMALL_INT = 1 << 62
 
 
 # -------------------------------------------------------------------------------- a tree to save
@@ -82,13 +88,16 @@ class StorageSlice:
     def nbytes(self) -> int:
         return self.stop - self.start
 
+    def tensor(self) -> torch.Tensor:
+        """The bytes, where they are."""
+        whole = torch.empty(0, dtype=torch.uint8, device=self.source.device)
+        return whole.set_(self.source, self.start, (self.nbytes,), (1,))
+
     def payload(self) -> memoryview:
         """The bytes in host memory: no copy where they are there already."""
         if self.nbytes == 0:
             return memoryview(b"")
-        whole = torch.empty(0, dtype=torch.uint8, device=self.source.device)
-        whole.set_(self.source, self.start, (self.nbytes,), (1,))
-        return whole.cpu().numpy().data
+        return self.tensor().cpu().numpy().data
 
 
 @dataclass(eq=False, slots=True)
@@ -220,13 +229,16 @@ class _Normaliser:
     open: set[int] = field(default_factory=set)
 
     def __call__(self, value: Any, path: str) -> Any:
-        if value is None or isinstance(value, bool | torch.device):
+        kind = type(value)
+        if kind in _ATOMS or (kind is int and -_SMALL_INT < value < _SMALL_INT):
             return value
+        if id(value) in self.memo:
+            return self.memo[id(value)]
+        if kind is torch.Tensor:
+            return self._remember(value, self._tensor(value, path))
         scalar = self._scalar(value, path)
         if scalar is not None:
             return scalar
-        if id(value) in self.memo:
-            return self.memo[id(value)]
         if id(value) in self.open:
             raise UnsupportedValue(_("{path} contains itself.", path=path or "state"))
         if len(self.open) >= MAX_DEPTH:
@@ -236,6 +248,9 @@ class _Normaliser:
         self.open.add(id(value))
         result = self._compound(value, path)
         self.open.discard(id(value))
+        return self._remember(value, result)
+
+    def _remember(self, value: Any, result: Any) -> Any:
         self.memo[id(value)] = result
         self.alive.append(value)
         return result
@@ -303,10 +318,11 @@ class _Normaliser:
         ordered = isinstance(value, OrderedDict)
         result: dict[Any, Any] = OrderedDict() if ordered else {}
         for key, item in value.items():
-            plain = self(key, f"{path}/{key}")
+            here = f"{path}/{key}" if path else str(key)
+            plain = key if type(key) is str else self(key, here)
             if isinstance(plain, TensorLeaf) or not _hashable(plain):
                 raise UnsupportedValue(_("{path} has a key that is no plain value.", path=path))
-            result[plain] = self(item, f"{path}/{key}" if path else str(key))
+            result[plain] = self(item, here)
         if len(result) != len(value):
             raise UnsupportedValue(_("{path} has keys that become one when saved.", path=path))
         if ordered and vars(value):  # state_dict() hangs `_metadata` on its OrderedDict
@@ -323,7 +339,10 @@ class _Normaliser:
                 _("{path} is a {kind}; only plain dense tensors can be saved.", path=path,
                   kind=kind)
             )  # fmt: skip
-        value = value.detach().resolve_conj().resolve_neg()
+        if value.requires_grad:
+            value = value.detach()
+        if value.is_conj() or value.is_neg():
+            value = value.resolve_conj().resolve_neg()
         storage = value.untyped_storage()
         start, stop = _span(value)
         # An empty storage has no address: each is its own.
@@ -365,7 +384,7 @@ def _is_dense(value: torch.Tensor) -> bool:
         and not value.is_quantized
         and not value.is_nested
         and value.device.type != "meta"
-        and value.dtype in DTYPES.values()
+        and value.dtype in _SAVED_DTYPES
     )
 
 
@@ -381,7 +400,7 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """The bytes of its storage that `tensor` can reach: a view must not drag the rest along."""
     size = tensor.element_size()
     start = int(tensor.storage_offset())
-    if tensor.numel() == 0:
-        return start * size, start * size
+    if tensor.numel() == 0 or tensor.is_contiguous():
+        return start * size, (start + tensor.numel()) * size
     last = sum((int(n) - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return start * size, (start + last + 1) * size

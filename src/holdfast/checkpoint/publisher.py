@@ -1,0 +1,147 @@
+"""From an image in memory to a checkpoint: written, named, announced, read back; then old ones go.
+
+The order is the promise: durable, then announced, then verified, then pruned. Called from one
+thread at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from holdfast.checkpoint import direct, filesystem, guard, housekeeping
+from holdfast.checkpoint.catalog import BEST, LATEST, MAIN, Catalog, Entry, name_of
+from holdfast.checkpoint.catalog import summary as entry_of
+from holdfast.checkpoint.layout import Buffer
+from holdfast.checkpoint.outcome import Saved
+from holdfast.checkpoint.reporting import Reporter
+from holdfast.checkpoint.retention import Policy
+from holdfast.errors import DamagedCheckpoint, HoldfastError
+
+log = logging.getLogger("holdfast")
+
+# Worth one more try with a new file; a failed fsync is never repeated on the same one, because the
+# kernel may have dropped the dirty pages and would report success (FAULTS.md, 7).
+_TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT}
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An image to publish: all of its bytes, or those that `ready` makes final on the way."""
+
+    manifest: Mapping[str, Any]
+    size: int
+    pieces: Sequence[tuple[int, Buffer]]
+    ready: direct.Ready | None = None
+
+
+class Publisher:
+    """Makes checkpoints of images in one run directory."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        reporter: Reporter,
+        keep: Sequence[Policy] = (),
+        *,
+        limit: float = 0,
+    ) -> None:
+        """`keep` says what to keep; without any, nothing is removed. `limit`: bytes a second."""
+        self._catalog, self._reporter, self._keep = catalog, reporter, keep
+        self._limit = limit
+        self._turn = threading.Lock()
+
+    def publish(
+        self,
+        draft: Draft,
+        *,
+        asked: float,
+        stall: float = 0.0,
+        announced: Callable[[Saved], None] = lambda _saved: None,
+    ) -> Saved:
+        """Make `draft` a checkpoint; returns when it is durable, verified and old ones are gone.
+
+        `announced` is called as soon as it is durable under all of its names. `asked` is when it
+        was asked for (time.monotonic), `stall` the seconds that training has waited for it.
+        Whatever goes wrong is tried once more with a new file where that may help.
+
+        Raises `OSError` or `HoldfastError`; what was there before is then as it was.
+        """
+        with self._turn:
+            for attempt in (1, 2):
+                try:
+                    return self._publish(draft, asked, stall, announced)
+                except (DamagedCheckpoint, OSError) as error:
+                    if attempt == 2 or not is_transient(error):
+                        raise
+        raise AssertionError("unreachable")
+
+    def _publish(
+        self, draft: Draft, asked: float, stall: float, announced: Callable[[Saved], None]
+    ) -> Saved:
+        catalog = self._catalog
+        filesystem.make_directory(catalog.directory)  # it may have been moved away under us
+        contents = catalog.scan()
+        entry = entry_of(draft.manifest, draft.size)
+        name = name_of(entry)
+        target = catalog.directory / name
+        guard.check_space(catalog.directory, draft.size)
+        filesystem.make_directory(target.parent)
+        kept = housekeeping.keep_old(catalog, target)
+        try:
+            filesystem.write_file(
+                target, draft.pieces, draft.size, ready=draft.ready, limit=self._limit
+            )
+        except BaseException:  # an interrupt, too
+            if kept is not None and filesystem.same_data(kept, target):
+                filesystem.remove(kept)  # what it is a second name of is where it was
+            raise
+        entry = replace(entry, names=(name,))
+        is_best = _improves(entry, contents.best)
+        with catalog.lock():
+            catalog.clear_roles(contents)
+            how = {name: "file", **catalog.publish(entry, [LATEST, MAIN])}
+            if is_best:
+                how |= catalog.publish(entry, [BEST])
+        saved = Saved(entry, target, time.monotonic() - asked, how, is_best,
+                      contents.best.loss if contents.best else None, stall)  # fmt: skip
+        self._reporter.record(
+            "durable", id=entry.id, run_id=entry.run_id, generation=entry.generation,
+            step=entry.step, epoch=entry.epoch, kind=entry.kind, reason=entry.reason,
+            size=entry.size, names=list(how), seconds=round(saved.seconds, 3),
+            stall=round(stall, 4),
+        )  # fmt: skip
+        self._reporter.tell("durable", saved=saved)
+        announced(saved)
+        try:
+            housekeeping.verify_back(catalog, entry, target, kept)
+        except DamagedCheckpoint as error:
+            self._reporter.tell("quarantined", names=list(how), reason=str(error), step=entry.step)
+            raise
+        self._reporter.report("verified", id=entry.id, step=entry.step)
+        try:
+            if kept is not None:
+                housekeeping.settle_old(catalog, entry, contents, kept)
+            if self._keep:
+                housekeeping.prune(catalog, self._keep)
+        except (OSError, HoldfastError) as error:  # what cannot go now goes after the next save
+            log.warning("%s: %s", catalog.directory, error)
+        return saved
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether a new file may succeed where this one has failed: then it is tried, once."""
+    if isinstance(error, OSError):
+        return error.errno in _TRANSIENT
+    return isinstance(error, DamagedCheckpoint)
+
+
+def _improves(entry: Entry, best: Entry | None) -> bool:
+    if entry.loss is None:
+        return False
+    return best is None or best.loss is None or entry.loss < best.loss

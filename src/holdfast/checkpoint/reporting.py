@@ -1,0 +1,66 @@
+"""What has happened: into events.jsonl at once, and to the caller in the thread he made us in.
+
+Saving goes on in threads of its own. What they have to tell waits here until the training thread
+comes by, so that nobody's console or callback has to bear being called from elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from holdfast.checkpoint.catalog import Catalog
+
+log = logging.getLogger("holdfast")
+
+EventHandler = Callable[[str, dict[str, Any]], None]
+
+
+class Reporter:
+    """Records events and tells them to `on_event(event, fields)`, or to the log without one."""
+
+    def __init__(self, catalog: Catalog, on_event: EventHandler | None = None) -> None:
+        self._catalog, self._on_event = catalog, on_event
+        self._owner = threading.get_ident()
+        self._waiting: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+
+    def report(self, event: str, **fields: Any) -> None:
+        """Record an event and tell it."""
+        self.record(event, **fields)
+        self.tell(event, **fields)
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Write an event into the history."""
+        try:
+            self._catalog.record(event, **fields)
+        except OSError as error:  # a full disk: the checkpoint counts, its line in the log does not
+            self.warn(error)
+
+    def warn(self, error: Exception) -> None:
+        """Something that costs no state could not be done."""
+        log.warning("%s: %s", self._catalog.directory, error)
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Tell an event: now in the thread that made this object, from others with `deliver`."""
+        if self._on_event is None:
+            level = logging.WARNING if event in ("failed", "quarantined") else logging.INFO
+            log.log(level, "%s %s", event, fields)
+            return
+        self._waiting.put((event, fields))
+        if threading.get_ident() == self._owner:
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Tell what has been waiting; called in the training thread."""
+        while self._on_event is not None:
+            try:
+                event, fields = self._waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                self._on_event(event, fields)
+            except Exception:  # a closed terminal must not end a training, nor undo a save
+                log.exception("on_event(%r)", event)

@@ -1,0 +1,206 @@
+"""Live tensors → host buffers that are laid out like the file: the snapshot of exactly one step.
+
+Nothing is serialised and nothing is written to a disk here. Several threads may help one copy
+along: its own, and a training thread that has come to its next optimizer step and would otherwise
+only wait.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from holdfast.checkpoint.layout import PAGE, Record
+from holdfast.checkpoint.slot import Slot
+from holdfast.checkpoint.tree import StorageSlice, Tree
+
+SEGMENT = 8 << 20  # bytes that one thread copies before it asks for more
+
+
+# ----------------------------------------------------------------------------------------- the copy
+
+
+class Copy:
+    """The bytes of one snapshot on their way into a slot.
+
+    `at_once` are copied by the constructor, `later` by whoever calls `help`. The storages are kept
+    alive until they have been copied.
+    """
+
+    def __init__(
+        self,
+        slot: Slot,
+        placed: Sequence[tuple[StorageSlice, Record]],
+        later: Collection[int] = (),
+        helpers: ThreadPoolExecutor | None = None,
+        threads: int = 1,
+    ) -> None:
+        """Args:
+        placed: what to copy, and the record that says where to.
+        later: addresses of storages that stay as they are until `wait`; the others are copied
+            before this returns, by the caller and `threads - 1` of `helpers`.
+        """
+        self._guard = threading.Lock()
+        self._done = threading.Event()
+        self._events: list[torch.cuda.Event] = []
+        now: list[_Move] = []
+        rest: list[_Move] = []
+        devices: list[tuple[StorageSlice, int]] = []
+        for storage, record in placed:
+            if storage.source.device.type == "cpu":
+                start = storage.source.data_ptr()
+                moves = rest if start in later else now
+                moves.append((slot.address + record.offset, start + storage.start, storage.nbytes))
+            elif storage.nbytes:
+                devices.append((storage, record.offset))
+        self._alive = [storage for storage, _record in placed]
+        self._copy_devices(slot, devices)
+        self._segments = deque(_segments(now))
+        self._left = len(self._segments)
+        if now:
+            for _thread in range(min(threads, self._left) - 1):
+                assert helpers is not None
+                helpers.submit(self.help)
+            self.help()
+            self._done.wait()
+            self._done.clear()
+        segments = _segments(rest)
+        self._left = len(segments)  # first: a helper may still be looking for more
+        self._segments.extend(segments)
+        if not segments:
+            self._done.set()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every byte has been copied."""
+        return self._done.is_set() and not self._events
+
+    def help(self) -> None:
+        """Copy segments until none is left that nobody has begun."""
+        while True:
+            try:
+                segment = self._segments.popleft()
+            except IndexError:
+                return
+            for target, source, size in segment:
+                ctypes.memmove(target, source, size)
+            with self._guard:
+                self._left -= 1
+                last = not self._left
+            if last:
+                self._done.set()
+
+    def wait(self) -> None:
+        """Return when the live tensors may change."""
+        self.help()
+        self._done.wait()
+        for event in self._events:  # a GPU waits by itself: the CPU goes on
+            torch.cuda.current_stream().wait_event(event)
+
+    def settle(self) -> None:
+        """Return when every byte is in the slot."""
+        self.help()
+        self._done.wait()
+        for event in self._events:
+            event.synchronize()
+        self._alive.clear()
+
+    def _copy_devices(self, slot: Slot, moves: list[tuple[StorageSlice, int]]) -> None:
+        """From a GPU: on a side stream, into pinned memory; from anything else at once."""
+        cuda = [move for move in moves if move[0].source.device.type == "cuda"]
+        for storage, offset in moves:
+            if storage.source.device.type != "cuda":
+                slot.tensor(offset, storage.nbytes).copy_(storage.tensor())
+        if not cuda:
+            return
+        slot.pin()
+        for device in {storage.source.device for storage, _offset in cuda}:
+            with torch.cuda.device(device):
+                side = _side_stream(device)
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for storage, offset in cuda:
+                        if storage.source.device == device:
+                            target = slot.tensor(offset, storage.nbytes)
+                            target.copy_(storage.tensor(), non_blocking=True)
+                    self._events.append(side.record_event())
+
+
+_Move = tuple[int, int, int]  # target and source address, bytes
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return _streams[device]
+
+
+def _segments(moves: Sequence[_Move]) -> list[list[_Move]]:
+    """Portions of about `SEGMENT` bytes: large storages cut up, small ones put together."""
+    segments: list[list[_Move]] = []
+    room = 0
+    for target, source, size in moves:
+        done = 0
+        while done < size:
+            if room <= 0:
+                segments.append([])
+                room = SEGMENT
+            part = min(size - done, room)
+            segments[-1].append((target + done, source + done, part))
+            done += part
+            room -= part
+    return segments
+
+
+def stable_storages(state: Any) -> set[int]:
+    """Addresses of the storages that change in an optimizer's step and at no other time.
+
+    These are the parameters that an optimizer in `state` holds, and what it keeps for them.
+    Everything else (buffers of a model, the weights of an average, a second model) may change in
+    the next forward already.
+    """
+    return {
+        tensor.untyped_storage().data_ptr()
+        for optimizer in _optimizers(state)
+        for tensor in _tensors(
+            [[group["params"] for group in optimizer.param_groups], *optimizer.state.values()]
+        )
+    }
+
+
+def _optimizers(state: Any) -> list[Optimizer]:
+    if isinstance(state, Optimizer):
+        return [state]
+    if isinstance(state, Mapping):
+        return [found for value in state.values() for found in _optimizers(value)]
+    if isinstance(state, list | tuple):
+        return [found for value in state for found in _optimizers(value)]
+    return []
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+# ------------------------------------------------------------------------------------ how much room
+
+
+def capacity_for(tree: Tree, records: Sequence[Record], reserve: int) -> int:
+    """Bytes that a slot needs for images of this tree: the tensors, the values, and some growth."""
+    data = records[-1].end if records else 0
+    values = max(reserve, 1 << 20) + 2048 * len(tree.leaves)
+    return -(-(data + values) // PAGE) * PAGE

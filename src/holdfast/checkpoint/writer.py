@@ -1,0 +1,379 @@
+"""Between the training thread and the disk: slots, two background threads, and back-pressure.
+
+A snapshot is copied into a slot, completed (values, manifest) by the staging thread and made
+durable by the writing thread. Training goes on meanwhile. What may be dropped and what training
+must wait for is decided here; what a checkpoint is called and what becomes of old ones is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast.checkpoint import codec, memory
+from holdfast.checkpoint.image import Blueprint, Sealer, design
+from holdfast.checkpoint.layout import Record, plan
+from holdfast.checkpoint.outcome import PendingSave, Saved
+from holdfast.checkpoint.publisher import Draft, Publisher
+from holdfast.checkpoint.slot import Slot, available_memory
+from holdfast.checkpoint.staging import Copy, capacity_for
+from holdfast.checkpoint.tree import Tree
+from holdfast.formatting import format_bytes
+from holdfast.i18n import _
+
+log = logging.getLogger("holdfast")
+
+MEMORY_SLOTS = 3  # one being written, one complete, one being filled: two would cost a second step
+_HEADROOM = 256 << 20  # bytes of memory that stay free for everybody else
+
+
+@dataclass(eq=False, slots=True)
+class Snapshot:
+    """The state of one step in a slot, and what is to become of it."""
+
+    pending: PendingSave
+    slot: Slot
+    tree: Tree | None  # None once its bytes are in the slot
+    manifest: dict[str, Any]
+    copy: Copy
+    asked: float  # time.monotonic()
+    stall: float
+    to_disk: bool
+    droppable: bool
+    failed: Callable[[Exception], None]
+    records: list[Record]
+    blueprint: Blueprint | None = None
+    sealer: Sealer | None = None
+    complete: threading.Event = field(default_factory=threading.Event)
+
+
+class NoRoom(Exception):
+    """There is no memory for a copy of the state."""
+
+
+class Writer:
+    """Takes snapshots and makes those that are wanted durable, in their order, in the background.
+
+    All public methods but `idle` are called by the training thread.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        *,
+        reserve: int,
+        on_durable: Callable[[Saved], None],
+    ) -> None:
+        self._publisher, self._reserve = publisher, reserve
+        self._on_durable = on_durable
+        self._tier: memory.MemoryTier | None = None
+        self._slots: list[Slot] = []
+        self._change = threading.Condition()
+        self._staging: list[Snapshot] = []
+        self._queue: list[Snapshot] = []  # complete, waiting for the disk
+        self._writing: Snapshot | None = None
+        self._newest: Snapshot | None = None  # complete in memory
+        self._layout: tuple[list[tuple[str, int]], list[Record]] = ([], [])
+        self._stager = ThreadPoolExecutor(1, thread_name_prefix="holdfast-stage")
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="holdfast-disk")
+        self._copy_threads = max(1, min(4, (os.cpu_count() or 1) // 2))
+        self._helpers = ThreadPoolExecutor(self._copy_threads, "holdfast-copy")
+        self._making = threading.Lock()
+        self._preparing: threading.Thread | None = None
+        self._closed = False
+        self.background_seconds = 0.0  # processor time of the staging thread, ever
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is on its way to the disk."""
+        with self._change:
+            staging = any(snapshot.to_disk for snapshot in self._staging)
+            return not staging and not self._queue and self._writing is None
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are slots, or they are being made."""
+        return self._preparing is not None or bool(self._slots)
+
+    @property
+    def memory_step(self) -> int:
+        """The step of the newest snapshot that outlives this process; 0 where there is none."""
+        newest = self._newest
+        return newest.pending.step if newest is not None and self._tier is not None else 0
+
+    # ----------------------------------------------------------------------------------- snapshots
+
+    def open_tier(self, tier: memory.MemoryTier | None) -> None:
+        """Use slots in shared memory from now on; None: private ones."""
+        self._close_slots()
+        self._tier = tier
+
+    def take(
+        self,
+        tree: Tree,
+        manifest: dict[str, Any],
+        pending: PendingSave,
+        *,
+        to_disk: bool,
+        droppable: bool,
+        patient: bool,
+        later: Collection[int],
+        asked: float,
+        failed: Callable[[Exception], None],
+    ) -> Snapshot | None:
+        """Copy `tree` into a slot and see to the rest in the background.
+
+        None, and nothing is copied, where every slot is taken by something that must be kept and
+        the caller is not `patient`. `later` as `Copy` has it: until `Snapshot.copy.wait()` those
+        storages must not change. `failed` is told, in another thread, why it did not become
+        durable. Raises `NoRoom` where there is no memory for a copy.
+        """
+        records = self.records(tree)
+        to_disk = self._drop_waiting() or to_disk  # the newest takes the place of those dropped
+        slot = self._free_slot(capacity_for(tree, records, self._reserve), patient)
+        if slot is None:
+            return None
+        slot.begin()
+        placed = list(zip(tree.storages, records, strict=False))
+        copy = Copy(slot, placed, later, self._helpers, self._copy_threads)
+        snapshot = Snapshot(
+            pending, slot, tree, manifest, copy, asked, time.monotonic() - asked,
+            to_disk, droppable, failed, records,
+        )  # fmt: skip
+        if copy.finished:
+            pending.staged.set_result(None)
+        with self._change:
+            self._staging.append(snapshot)
+        self._submit(self._stager, self._stage, snapshot)
+        return snapshot
+
+    def prepare(self, tree: Tree) -> None:
+        """Have slots for such trees ready, their pages touched, before the first is needed."""
+        if self._preparing is None:
+            capacity = capacity_for(tree, self.records(tree), self._reserve)
+            self._preparing = threading.Thread(
+                target=self._prefault, args=(capacity,), name="holdfast-prefault", daemon=True
+            )
+            self._preparing.start()
+
+    def _prefault(self, capacity: int) -> None:
+        while not self._closed:
+            try:
+                slot = self._new_slot(capacity)
+            except NoRoom:  # said to the user when a snapshot needs it
+                return
+            if slot is None:
+                return
+            slot.prefault()
+
+    def wait(self) -> None:
+        """Return when nothing is under way any more."""
+        with self._change:
+            self._change.wait_for(
+                lambda: not self._staging and not self._queue and self._writing is None
+            )
+
+    def close(self) -> None:
+        """Wait, and give everything back."""
+        self.wait()
+        self._closed = True
+        if self._preparing is not None:
+            self._preparing.join()
+        for pool in (self._stager, self._disk, self._helpers):
+            pool.shutdown()
+        self._close_slots()
+
+    def _close_slots(self) -> None:
+        self.wait()
+        with self._change:
+            for slot in self._slots:
+                slot.close()
+            self._slots.clear()
+            self._newest = None
+
+    # --------------------------------------------------------------------------------------- slots
+
+    def records(self, tree: Tree) -> list[Record]:
+        """Where the storages go; the same list again while names and sizes stay the same."""
+        sizes = [(storage.record, storage.nbytes) for storage in tree.storages]
+        if sizes != self._layout[0]:
+            self._layout = sizes, plan(sizes)
+        return self._layout[1]
+
+    def _most(self) -> int:
+        return MEMORY_SLOTS if self._tier is not None else 1
+
+    def _free_slot(self, capacity: int, patient: bool) -> Slot | None:
+        if any(slot.capacity < capacity for slot in self._slots):
+            self._close_slots()  # the state has grown
+        while True:
+            with self._change:
+                busy = [*self._staging, *self._queue, self._writing]
+                if self._tier is not None:
+                    busy.append(self._newest)  # what a crash in mid-copy falls back to
+                taken = [s.slot for s in busy if s is not None]
+                free = next((slot for slot in self._slots if slot not in taken), None)
+                full = len(self._slots) >= self._most()
+                if free is None and full and patient:
+                    self._change.wait()
+            if free is not None or (full and not patient):
+                return free
+            if not full:
+                self._new_slot(capacity)
+
+    def _new_slot(self, capacity: int) -> Slot | None:
+        """One more slot; None where there are enough. Raises `NoRoom`."""
+        with self._making:
+            if len(self._slots) >= self._most():
+                return None
+            room = available_memory() - _HEADROOM
+            if room < capacity:
+                raise NoRoom(
+                    _("a copy of the state takes {needed} of memory, and {free} can be taken",
+                      needed=format_bytes(capacity), free=format_bytes(max(0, room)))
+                )  # fmt: skip
+            try:
+                slot = self._tier.slot(capacity) if self._tier is not None else Slot(capacity)
+            except (OSError, MemoryError) as error:
+                raise NoRoom(str(error)) from error
+            with self._change:
+                self._slots.append(slot)
+            return slot
+
+    def _drop_waiting(self) -> bool:
+        """Forget the saves that wait for the disk and may be dropped; whether there were any."""
+        with self._change:
+            if self._writing is None:
+                return False  # the disk is free: what waits is about to be written
+            dropped = [snapshot for snapshot in self._queue if snapshot.droppable]
+            for snapshot in dropped:
+                self._queue.remove(snapshot)
+                snapshot.pending.durable.set_result(None)
+                snapshot.pending.settled.set_result(None)
+        return bool(dropped)
+
+    # ---------------------------------------------------------------------------- the two threads
+
+    def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., None], *args: Any) -> None:
+        try:
+            future: Future[None] = pool.submit(work, *args)
+        except RuntimeError:  # the interpreter is shutting down: no new threads, so do it here
+            work(*args)
+        else:
+            future.add_done_callback(_complain)
+
+    def _stage(self, snapshot: Snapshot) -> None:
+        """Complete a snapshot and hand it on."""
+        began = time.thread_time()
+        try:
+            self._complete(snapshot)
+        except Exception as error:  # noqa: BLE001 - told as a save that failed, never the end
+            snapshot.copy.settle()
+            self._give_up(snapshot, error)
+            return
+        finally:
+            snapshot.tree = None
+        with self._change:
+            self._newest = snapshot
+            self._staging.remove(snapshot)
+            if snapshot.to_disk:
+                self._queue.append(snapshot)
+            snapshot.complete.set()
+            self._change.notify_all()
+        if snapshot.to_disk:
+            self._submit(self._disk, self._write_next)
+        elif self._tier is not None:
+            self._seal(snapshot)
+        self.background_seconds += time.thread_time() - began
+
+    def _complete(self, snapshot: Snapshot) -> None:
+        """Values and manifest first, then what is left of the tensors."""
+        tree, slot = snapshot.tree, snapshot.slot
+        assert tree is not None
+        companions = tree.companions()
+        sizes = [(storage.record, storage.nbytes) for storage in tree.storages]
+        sizes += [(name, len(payload)) for name, payload in companions]
+        manifest = {**snapshot.manifest, **codec.to_json(tree)}
+        blueprint = design(sizes, manifest, reserve=self._reserve)
+        if blueprint.size > slot.capacity:
+            raise NoRoom(f"{blueprint.size} > {slot.capacity}")
+        slot.fit(blueprint.size)
+        image = slot.buffer[: blueprint.size]
+        for record, (_name, payload) in zip(
+            blueprint.records[len(tree.storages) :], companions, strict=True
+        ):
+            image[record.offset : record.end] = payload
+        snapshot.blueprint, snapshot.sealer = blueprint, Sealer(blueprint, image)
+        snapshot.copy.settle()
+        slot.complete(blueprint)
+        if not snapshot.pending.staged.done():
+            snapshot.pending.staged.set_result(None)
+
+    def _seal(self, snapshot: Snapshot) -> None:
+        """Give a snapshot that stays in memory its checksums, unless a newer one is coming."""
+        assert snapshot.sealer is not None
+        assert snapshot.blueprint is not None
+        for record in snapshot.blueprint.records:
+            if self._staging:
+                return
+            snapshot.sealer.advance(record.end)
+        snapshot.sealer.advance(snapshot.blueprint.size)
+        snapshot.slot.sealed()
+
+    def _write_next(self) -> None:
+        with self._change:
+            if not self._queue:
+                return  # it has been dropped
+            snapshot = self._writing = self._queue.pop(0)
+        try:
+            self._write(snapshot)
+        except Exception as error:  # noqa: BLE001 - told as a save that failed, never the end
+            self._give_up(snapshot, error)
+        finally:
+            with self._change:
+                self._writing = None
+                self._change.notify_all()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        blueprint, sealer = snapshot.blueprint, snapshot.sealer
+        assert blueprint is not None
+        assert sealer is not None
+        draft = Draft(
+            blueprint.manifest,
+            blueprint.size,
+            [(0, snapshot.slot.buffer[: blueprint.size])],
+            sealer.advance,
+        )
+
+        def announced(saved: Saved) -> None:
+            snapshot.slot.sealed()
+            if self._tier is not None:
+                self._tier.on_disk(saved.entry.order)
+            self._on_durable(saved)
+            if not snapshot.pending.durable.done():
+                snapshot.pending.durable.set_result(saved)
+
+        saved = self._publisher.publish(
+            draft, asked=snapshot.asked, stall=snapshot.stall, announced=announced
+        )
+        snapshot.pending.settled.set_result(saved)
+
+    def _give_up(self, snapshot: Snapshot, error: Exception) -> None:
+        with self._change:
+            if snapshot in self._staging:
+                self._staging.remove(snapshot)
+            snapshot.complete.set()
+            self._change.notify_all()
+        snapshot.failed(error)
+
+
+def _complain(future: Future[None]) -> None:
+    error = future.exception()
+    if error is not None:
+        log.error("in a background thread", exc_info=error)
