@@ -30,6 +30,7 @@ from holdfast.i18n import _
 log = logging.getLogger("holdfast")
 
 MEMORY_SLOTS = 3  # one being written, one complete, one being filled: two would cost a second step
+PRIVATE_SLOTS = 2  # one being written; the newest waits in the other, made when it is first needed
 _HEADROOM = 256 << 20  # bytes of memory that stay free for everybody else
 
 
@@ -79,6 +80,7 @@ class Writer:
         self._queue: list[Snapshot] = []  # complete, waiting for the disk
         self._writing: Snapshot | None = None
         self._newest: Snapshot | None = None  # complete in memory
+        self._dropped = False  # whether a save was dropped whose place the next snapshot takes
         self._layout: tuple[list[tuple[str, int]], list[Record]] = ([], [])
         self._stager = ThreadPoolExecutor(1, thread_name_prefix="holdfast-stage")
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="holdfast-disk")
@@ -135,10 +137,13 @@ class Writer:
         durable. Raises `NoRoom` where there is no memory for a copy.
         """
         records = self.records(tree)
-        to_disk = self._drop_waiting() or to_disk  # the newest takes the place of those dropped
+        if to_disk:
+            with self._change:
+                self._drop_waiting()
         slot = self._free_slot(capacity_for(tree, records, self._reserve), patient)
         if slot is None:
             return None
+        to_disk, self._dropped = to_disk or self._dropped, False
         slot.begin()
         placed = list(zip(tree.storages, records, strict=False))
         copy = Copy(slot, placed, later, self._helpers, self._copy_threads)
@@ -163,7 +168,8 @@ class Writer:
             self._preparing.start()
 
     def _prefault(self, capacity: int) -> None:
-        while not self._closed:
+        wanted = 1 if self._tier is None else MEMORY_SLOTS
+        while not self._closed and len(self._slots) < wanted:
             try:
                 slot = self._new_slot(capacity)
             except NoRoom:  # said to the user when a snapshot needs it
@@ -207,11 +213,14 @@ class Writer:
         return self._layout[1]
 
     def _most(self) -> int:
-        return MEMORY_SLOTS if self._tier is not None else 1
+        return MEMORY_SLOTS if self._tier is not None else PRIVATE_SLOTS
 
     def _free_slot(self, capacity: int, patient: bool) -> Slot | None:
+        """A slot that nothing needs, made if there may be more; None where all are taken by what
+        must be kept and the caller is not `patient`. Raises `NoRoom` where there is none at all."""
         if any(slot.capacity < capacity for slot in self._slots):
             self._close_slots()  # the state has grown
+        crowded = False  # whether there is memory for fewer slots than there might be
         while True:
             with self._change:
                 busy = [*self._staging, *self._queue, self._writing]
@@ -219,13 +228,22 @@ class Writer:
                     busy.append(self._newest)  # what a crash in mid-copy falls back to
                 taken = [s.slot for s in busy if s is not None]
                 free = next((slot for slot in self._slots if slot not in taken), None)
-                full = len(self._slots) >= self._most()
-                if free is None and full and patient:
+                full = crowded or len(self._slots) >= self._most()
+                # What is only on its way to its place is there in a moment.
+                moving = bool(self._staging) or (bool(self._queue) and self._writing is None)
+                if free is None and full and not self._drop_waiting():
+                    if not patient and not moving:
+                        return None
                     self._change.wait()
-            if free is not None or (full and not patient):
+            if free is not None:
                 return free
             if not full:
-                self._new_slot(capacity)
+                try:
+                    self._new_slot(capacity)
+                except NoRoom:
+                    if not self._slots:
+                        raise
+                    crowded = True
 
     def _new_slot(self, capacity: int) -> Slot | None:
         """One more slot; None where there are enough. Raises `NoRoom`."""
@@ -247,15 +265,16 @@ class Writer:
             return slot
 
     def _drop_waiting(self) -> bool:
-        """Forget the saves that wait for the disk and may be dropped; whether there were any."""
-        with self._change:
-            if self._writing is None:
-                return False  # the disk is free: what waits is about to be written
-            dropped = [snapshot for snapshot in self._queue if snapshot.droppable]
-            for snapshot in dropped:
-                self._queue.remove(snapshot)
-                snapshot.pending.durable.set_result(None)
-                snapshot.pending.settled.set_result(None)
+        """Forget the saves that wait for the disk and may be dropped: a newer one takes their
+        place. Whether there were any. The lock is held."""
+        if self._writing is None:
+            return False  # the disk is free: what waits is about to be written
+        dropped = [snapshot for snapshot in self._queue if snapshot.droppable]
+        for snapshot in dropped:
+            self._queue.remove(snapshot)
+            snapshot.pending.durable.set_result(None)
+            snapshot.pending.settled.set_result(None)
+        self._dropped = self._dropped or bool(dropped)
         return bool(dropped)
 
     # ---------------------------------------------------------------------------- the two threads
