@@ -38,6 +38,7 @@ HARD = {
     "temp_every_minutes": 0,
     "threads": 1,
     "precision": "fp32",
+    "memory_every": 0,  # these tests are about the disk
 }
 
 

@@ -124,7 +124,8 @@ class CheckpointManager:
         self._random = RandomState() if rng else None
         self._reserve = reserve
         self._saved_step, self._saved_at = 0, time.monotonic()
-        self._asked_at = -math.inf
+        self._asked_step, self._asked_at = 0, -math.inf
+        self._remembered = 0  # the step of the last snapshot that was for the memory alone
         self._owed = False  # a save was dropped: the next step that finds room takes its place
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
         self._configured = configurations(state)
@@ -273,6 +274,7 @@ class CheckpointManager:
             self._reporter.warn(error)
         self.catalog.write_cache()
         self._saved_step, self._saved_at = entry.step, time.monotonic()
+        self._asked_step = self._remembered = 0
         self._settled = True
         self._restore_threads(found.manifest)
         self._reporter.record("resumed", id=entry.id, step=entry.step, run_id=self.run_id,
@@ -297,12 +299,13 @@ class CheckpointManager:
         self._reporter.deliver()
         self._time_step()
         last = max(self._saved_at, self._asked_at)  # a full disk is not tried at every step
-        moment = Moment(step, time.monotonic(), self._saved_step, last)
+        moment = Moment(step, time.monotonic(), max(self._saved_step, self._asked_step), last)
         if self._save_when(moment) or (self._owed and self._writer.idle):
             return self.save_async(step=step, epoch=epoch, reason="scheduled")
         if self._settled and not self._writer.ready:
             self.prepare()
-        if self._snapshots.in_memory and step - self.memory_step >= self._pace.interval:
+        since = step - max(self._remembered, self._asked_step)
+        if self._snapshots.in_memory and since >= self._pace.interval:
             self._remember(step, epoch)
         return None
 
@@ -392,7 +395,8 @@ class CheckpointManager:
             )  # fmt: skip
         asked = time.monotonic()
         pending = PendingSave(int(step))
-        self._asked_at = asked if to_disk else self._asked_at
+        if to_disk:
+            self._asked_step, self._asked_at = int(step), asked
 
         def failed(error: Exception) -> None:
             self._on_failure(pending, error)
@@ -436,6 +440,7 @@ class CheckpointManager:
 
     def _remember(self, step: int, epoch: int | None) -> None:
         """Keep a snapshot in memory only; what it costs decides when the next is due."""
+        self._remembered = step
         stalled, background = self.stalled, self._writer.background_seconds
         self._request(step, epoch, None, "temp", "memory", kept=False, to_disk=False)
         spent = self._writer.background_seconds - background  # of the snapshot before this one

@@ -23,6 +23,7 @@ _SENTENCES = {
     "resumed": N_("training went on from step {step}, generation {generation}"),
     "failed": N_("step {step} could not be saved: {reason}"),
     "interrupted": N_("training was interrupted at step {step}"),
+    "rescued": N_("step {step} was found in memory and made durable"),
     "finished": N_("training was finished at step {step}"),
 }
 _REASONS = {

@@ -211,6 +211,24 @@ class CheckpointConfig:
         metavar="MINUTES",
         ge=0,
     )
+    memory_every: str = option(
+        "auto",
+        help=N_(
+            "keep a snapshot in shared memory, where it outlives a killed process, every so many "
+            "steps; auto: as often as it costs at most 1 % of the time; 0 for never"
+        ),
+        metavar="STEPS|auto",
+        near=("memory_steps", "snapshot_every"),
+    )
+    io_limit: float = option(
+        0.0,
+        help=N_(
+            "write checkpoints at this many MB a second at most, on a shared disk; 0: no limit"
+        ),
+        metavar="MB",
+        ge=0,
+        near=("io_rate", "max_write_speed"),
+    )
     resume: str | None = option(
         None,
         help=N_("go on without asking: from the newest intact checkpoint, or from this one"),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from holdfast.checkpoint.manager import Resumed, Saved
 
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
+TELL_STALL = 0.5  # seconds of standing still that are worth a word
 REDRAW_EVERY = 0.25  # seconds between two drawings of the bar
 
 
@@ -49,6 +50,7 @@ class Status:
     eta: float = float("nan")  # seconds
     durable_step: int | None = None
     durable_at: float = 0.0  # time.monotonic()
+    memory_step: int = 0  # of the newest snapshot that outlives this process; 0: none
 
 
 class _Rich(RichConsole):
@@ -249,12 +251,16 @@ class Console:
         return " · ".join(parts)
 
     def _safety(self) -> str:
-        """The last durable step and its age: what would be lost if the power went now."""
+        """The last durable step and its age: what would be lost if the power went now; and the
+        step that a kill of this process would leave in memory."""
         s = self.status
-        if s.durable_step is None:
-            return _("nothing durable yet")
-        age = format_age(time.monotonic() - s.durable_at)
-        return _("durable: step {step}, {age} ago", step=s.durable_step, age=age)
+        text = _("nothing durable yet")
+        if s.durable_step is not None:
+            age = format_age(time.monotonic() - s.durable_at)
+            text = _("durable: step {step}, {age} ago", step=s.durable_step, age=age)
+        if s.memory_step > (s.durable_step or 0):
+            text += " · " + _("in memory: step {step}", step=s.memory_step)
+        return text
 
     # ------------------------------------------------------------------------------ the manager's
 
@@ -280,6 +286,20 @@ class Console:
                 _("📦 {count} newer checkpoints were moved to {to}.", count=fields["count"],
                   to=fields["to"])
             )  # fmt: skip
+        elif event == "rescued":
+            self.say(
+                _("🛟 Step {step} was found in memory, where a killed process had left it, and is "
+                  "durable now.", step=fields["step"]), important=True
+            )  # fmt: skip
+        elif event == "memory_off":
+            self.say(
+                _("No snapshots in shared memory ({reason}): after a kill training goes on from "
+                  "the newest checkpoint on the disk.", reason=fields["reason"])
+            )  # fmt: skip
+        elif event == "staging_off":
+            self.warn(
+                _("Saving makes training wait for the disk: {reason}.", reason=fields["reason"])
+            )
         elif event == "threads":
             self.warn(
                 _("This run computes with {saved} CPU threads, this machine would take {live}: "
@@ -295,7 +315,7 @@ class Console:
         if saved.entry.kind == "temp":
             self.say(
                 _("💾 step {step} is durable: {name} ({size}, {seconds})", step=saved.entry.step,
-                  name=first, size=size, seconds=format_seconds(saved.seconds))
+                  name=first, size=size, seconds=format_seconds(saved.seconds)) + _stall(saved)
             )  # fmt: skip
             return
         kinds = {
@@ -303,7 +323,7 @@ class Console:
             "best": _("✓ Best so far: {name} ({size})", name=first, size=size),
         }
         default = _("✓ Step checkpoint: {name} ({size})", name=first, size=size)
-        self.say(f"  {kinds.get(saved.entry.kind, default)}", important=True)
+        self.say(f"  {kinds.get(saved.entry.kind, default)}" + _stall(saved), important=True)
         for name in sorted(others, key=_ROLE_ORDER.index):
             self.say(f"  {self._role(name, saved)}", important=True)
 
@@ -344,6 +364,13 @@ class Console:
 
 
 _ROLE_ORDER = ["best_model.pt", "latest.pt", "model.pt"]
+
+
+def _stall(saved: Saved) -> str:
+    """What is worth saying of how long training has stood still for a save."""
+    if saved.stall < TELL_STALL:
+        return ""
+    return _("; training waited {seconds}", seconds=format_seconds(saved.stall))
 
 
 def _clock() -> str:

@@ -23,6 +23,8 @@ from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.foreign import load_weights
 from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.manager import CheckpointManager, Resumed, checkpoint_size, run_lock
+from holdfast.checkpoint.recovery import rescue
+from holdfast.checkpoint.reporting import Reporter
 from holdfast.checkpoint.schedule import EveryMinutes, EverySteps, SavePolicy
 from holdfast.checkpoint.state import plan_restore
 from holdfast.errors import (
@@ -66,7 +68,9 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
     """
     directory = Path(config.checkpoint.checkpoint_dir)
     with run_lock(directory) as lock:
-        contents = Catalog(directory).scan()
+        catalog = Catalog(directory)
+        rescue(catalog, Reporter(catalog, console.on_event))
+        contents = catalog.scan()
         can_ask = console.terminal and sys.stdin.isatty() and not yes
         start = continuing.decide(config, contents, console.ask if can_ask else None)
         place = continuing.move_away(directory) if start.archive else None
@@ -79,7 +83,10 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
             workshop = prepare(config, start, console, guard)
             _tell_found(contents, start, console)
             manager = make_manager(workshop, console, lock)
-            _train(workshop, manager, start, console, command)
+            try:
+                _train(workshop, manager, start, console, command)
+            finally:
+                manager.close()
 
 
 def prepare(config: Config, start: Start, console: Console, guard: guards.SignalGuard) -> Workshop:
@@ -131,6 +138,9 @@ def make_manager(workshop: Workshop, console: Console, lock: FileLock) -> Checkp
         keep_last=options.keep_last_n,
         save_when=when,
         reserve=workshop.reserve,
+        overlap=True,  # our own loop changes weights in optimizer.step() and nowhere else
+        memory_every="auto" if options.memory_every == "auto" else int(options.memory_every),
+        io_limit=options.io_limit * 1e6,
         on_event=console.on_event,
         lock=lock,
     )
@@ -164,6 +174,7 @@ def _train(
     records = Records(
         directory, tensorboard=config.training.tensorboard, resumed_step=trainer.progress.step
     )
+    manager.prepare()
     try:
         trainer.bind(manager, records)
         if resumed is not None:

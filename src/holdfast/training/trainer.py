@@ -160,8 +160,9 @@ class Trainer:
             self._save("step", metrics, reason="save_every")
         elif improved:
             self._save("best", metrics, reason="best")
-        elif not self.guard.requested:
+        if not self.guard.requested:
             self.manager.after_step(progress.step, epoch=progress.epoch)
+        self.console.status.memory_step = self.manager.memory_step
 
     def end_epoch(self) -> None:
         """Validation, history, checkpoint, and the block that tells of them."""
@@ -196,6 +197,7 @@ class Trainer:
 
     def check_end_is_durable(self) -> None:
         """A training whose end nobody could save is not finished. Raises SaveFailed."""
+        self.manager.wait()
         if self.manager.saved_step < self.progress.step:
             raise SaveFailed(
                 _("Training has reached step {step}, but the last durable step is {durable}. Mend "
@@ -209,8 +211,10 @@ class Trainer:
         number = self.guard.requested
         if number is None:
             return
+        self.manager.wait()  # what is being written already may be this very step
         if self.manager.saved_step != self.progress.step:
             self._save("temp", {}, reason="signal")
+            self.manager.wait()
         raise Interrupted(
             _("Stopped at step {step}; step {durable} is durable. The same command goes on from "
               "there.", step=self.progress.step, durable=self.manager.saved_step), number
@@ -364,7 +368,7 @@ class Trainer:
     def _save(
         self, kind: str, metrics: dict[str, float], *, reason: str, epoch: int | None = None
     ) -> None:
-        self.manager.save(
+        self.manager.save_async(
             step=self.progress.step, epoch=epoch or self.progress.epoch, kind=kind,
             metrics=metrics, reason=reason,
         )  # fmt: skip
