@@ -339,7 +339,9 @@ def values_of(option: Option) -> st.SearchStrategy[Any]:
     meta = option.meta
     low, high = meta.ge if meta.ge is not None else meta.gt, meta.le or meta.lt
     some: st.SearchStrategy[Any]
-    if option.choices:
+    if meta.count_or is not None:
+        some = st.integers(0, 2**40).map(str) | st.just(meta.count_or)
+    elif option.choices:
         some = st.sampled_from(option.choices)
     elif option.kind is bool:
         some = st.booleans()

@@ -213,18 +213,14 @@ class CheckpointConfig:
     )
     memory_every: str = option(
         "auto",
-        help=N_(
-            "keep a snapshot in shared memory, where it outlives a killed process, every so many "
-            "steps; auto: as often as it costs at most 1 % of the time; 0 for never"
-        ),
+        help=N_("snapshots in memory, safe from kills; auto: at most 1 % of the time; 0 for never"),
         metavar="STEPS|auto",
+        count_or="auto",
         near=("memory_steps", "snapshot_every"),
     )
     io_limit: float = option(
         0.0,
-        help=N_(
-            "write checkpoints at this many MB a second at most, on a shared disk; 0: no limit"
-        ),
+        help=N_("write checkpoints at this many MB a second at most; 0 for no limit"),
         metavar="MB",
         ge=0,
         near=("io_rate", "max_write_speed"),

@@ -35,6 +35,7 @@ class Meta:
     const: str | None = None
     near: tuple[str, ...] = ()
     may_be_empty: bool = False
+    count_or: str | None = None
     of_this_start: bool = False
 
 
@@ -44,7 +45,8 @@ def option(default: Any, **meta: Any) -> Any:
     Keywords: `help` (marked with `N_`), `metavar`, the bounds `ge`, `gt`, `le`, `lt`, `aliases`
     (other names that mean the same), `short` (a one-letter flag), `const` (the value of the flag
     when nothing follows it), `near` (what people type who mean this option; for suggestions only),
-    `may_be_empty` (an empty text is a value), `of_this_start` (not kept by `save_config`).
+    `may_be_empty` (an empty text is a value), `count_or` (a text option whose values are this word
+    and whole numbers), `of_this_start` (not kept by `save_config`).
     """
     return dataclasses.field(default=default, metadata={_METADATA: Meta(**meta)})
 
@@ -83,6 +85,8 @@ class Option:
         """Whether `value` is one that this option may have; types are strict."""
         if value is None:
             return self.optional
+        if self.meta.count_or is not None and type(value) in (int, str):
+            return value == self.meta.count_or or _is_count(str(value))
         if type(value) is str and self.kind is str:
             if self.choices:
                 return value in self.choices
@@ -105,6 +109,8 @@ class Option:
 
     def normalise(self, value: object) -> object:
         """The accepted `value` in the option's own type: 1 becomes 1.0 where floats live."""
+        if self.kind is str and isinstance(value, int):
+            return str(value)
         return float(value) if self.kind is float and isinstance(value, int) else value
 
     def parse(self, text: str) -> object:
@@ -143,6 +149,8 @@ class Option:
     def _kind_in_words(self) -> str:
         if self.choices:
             return _("one of {choices}", choices=", ".join(self.choices))
+        if self.meta.count_or is not None:
+            return _('a whole number or "{word}"', word=self.meta.count_or)
         if self.kind is bool:
             return _("true or false")
         if self.kind is int:
@@ -166,6 +174,10 @@ class Option:
         if type(value) is int and abs(value) >= _TOO_LARGE:
             return _("; this one is too large")
         return ""
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) < _TOO_LARGE
 
 
 def options_of(section: str, cls: type) -> dict[str, Option]:

@@ -164,12 +164,6 @@ def merge(layers: Sequence[Layer], problems: list[str]) -> Config:
         labels.update(layer.labels)
     if values["num_steps"] is not None:
         values["epochs"], sources["epochs"] = None, sources["num_steps"]
-    every = str(values["memory_every"])
-    if every != "auto" and not (every.isascii() and every.isdigit() and len(every) < 10):
-        problems.append(
-            _('{name}: expected a whole number of steps or "auto", got {value}',
-              name=labels["memory_every"], value=quote_value(every, as_json=False))
-        )  # fmt: skip
     if values["val_fraction"] == 0:
         problems += [
             _("{name} needs an evaluation: val_fraction must be more than 0", name=labels[name])
