@@ -14,9 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from holdfast.checkpoint.layout import PAGE
+from holdfast.checkpoint.parallel import together
 
 BLOCK = 16 << 20  # bytes a write: two threads of 16 MiB were the fastest (docs/en/performance.md)
 THREADS = 2
@@ -91,15 +91,7 @@ def write_blocks(
             failed = True
             raise
 
-    count = min(THREADS, -(-len(buffer) // block))
-    if count == 1:
-        work()
-        return
-    with ThreadPoolExecutor(count - 1, thread_name_prefix="holdfast-write") as pool:
-        others = [pool.submit(work) for _thread in range(count - 1)]
-        work()
-    for other in others:
-        other.result()
+    together(work, min(THREADS, -(-len(buffer) // block)))
 
 
 def _write_block(fd: int, block: memoryview, offset: int, write_all: WriteAll) -> None:

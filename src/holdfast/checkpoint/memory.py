@@ -6,6 +6,7 @@ that is a complete `.pt`, and beside it a head that says what it is:
 
     holdfast-<uid>-<device>-<inode>-<run>-g<generation>/
         owner.lock              held by the process that writes here
+        run                     the path of the run directory
         slot-0.pt  slot-0.head  the image; and one line of JSON, its checksum, the bare manifest
 
 A head is valid only while the slot beside it holds a whole snapshot. No torch here.
@@ -39,6 +40,7 @@ from holdfast.errors import CheckpointError, RunLocked
 log = logging.getLogger("holdfast")
 
 PLACE = Path("/dev/shm")
+_RUN = "run"
 HEAD_SIZE = 4096  # the first line of a head, padded: one page is written whole or not at all
 _NAME_RE = re.compile(r"holdfast-(\d+)-(\d+)-(\d+)-([0-9a-f]{8})-g(\d+)(-[0-9a-f]+)?")
 NONSENSE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -82,6 +84,8 @@ class MemoryTier:
             _make_private(self.directory)
         self._lock = FileLock(self.directory / "owner.lock")
         self._lock.acquire()
+        # For people who look at what is left; nothing that resuming does depends on it.
+        (self.directory / _RUN).write_bytes(os.fsencode(run_directory.absolute()))
         self._slots = 0
         self._newest = self._durable = (0, 0, 0)
 
@@ -216,7 +220,6 @@ class Remains:
 
     directory: Path
     size: int  # bytes
-    in_use: bool
     device: int
     inode: int
 
@@ -224,13 +227,22 @@ class Remains:
         found = run_directory.stat()
         return (self.device, self.inode) == (found.st_dev, found.st_ino)
 
-    def remove(self) -> None:
-        """Give the memory back, unless somebody has begun to use it meanwhile."""
-        with (
-            contextlib.suppress(RunLocked, FileNotFoundError),
-            FileLock(self.directory / "owner.lock"),
-        ):
-            _remove(self.directory)
+    @property
+    def run(self) -> Path | None:
+        """The path that the run directory had."""
+        try:
+            return Path(os.fsdecode((self.directory / _RUN).read_bytes()))
+        except OSError:
+            return None
+
+    def remove(self) -> bool:
+        """Give the memory back; False where somebody has begun to use it meanwhile."""
+        try:
+            with FileLock(self.directory / "owner.lock"):
+                _remove(self.directory)
+                return True
+        except (RunLocked, FileNotFoundError):
+            return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,11 +271,12 @@ def remains() -> list[Remains]:
             if named is None or not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
                 continue
             size = sum(path.lstat().st_blocks * 512 for path in directory.iterdir())
-            found.append(Remains(directory, size, _in_use(directory), int(named[2]), int(named[3])))
+            found.append(Remains(directory, size, int(named[2]), int(named[3])))
     return found
 
 
-def _in_use(directory: Path) -> bool:
+def in_use(directory: Path) -> bool:
+    """Whether a living process owns this directory of shared memory."""
     if not (directory / "owner.lock").exists():
         return False  # and do not create it: its owner is about to be gone altogether
     try:
@@ -277,7 +290,7 @@ def left_by(run_directory: Path, run_id: str, generation: int) -> list[Left]:
     """The whole snapshots of this run and generation that a dead process has left, newest first."""
     found = []
     for each in remains():
-        if each.in_use or not each.belongs_to(run_directory):
+        if in_use(each.directory) or not each.belongs_to(run_directory):
             continue
         for left in _snapshots(each):
             if (left.identity["run_id"], left.identity["generation"]) == (run_id, generation):

@@ -22,6 +22,7 @@ from holdfast.checkpoint.slot import Slot
 from holdfast.checkpoint.tree import StorageSlice, Tree
 
 SEGMENT = 8 << 20  # bytes that one thread copies before it asks for more
+_move = ctypes.memmove  # gives the interpreter lock away while it works
 
 
 # ----------------------------------------------------------------------------------------- the copy
@@ -90,7 +91,7 @@ class Copy:
             except IndexError:
                 return
             for target, source, size in segment:
-                ctypes.memmove(target, source, size)
+                _move(target, source, size)
             with self._guard:
                 self._left -= 1
                 last = not self._left

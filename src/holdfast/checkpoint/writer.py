@@ -7,6 +7,7 @@ must wait for is decided here; what a checkpoint is called and what becomes of o
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 
 from holdfast.checkpoint import codec, memory
 from holdfast.checkpoint.image import Blueprint, Sealer, design
-from holdfast.checkpoint.layout import Record, plan
+from holdfast.checkpoint.layout import PAGE, Record, plan
 from holdfast.checkpoint.outcome import PendingSave, Saved
 from holdfast.checkpoint.publisher import Draft, Publisher
 from holdfast.checkpoint.slot import Slot, available_memory
@@ -72,6 +73,7 @@ class Writer:
         on_durable: Callable[[Saved], None],
     ) -> None:
         self._publisher, self._reserve = publisher, reserve
+        self._values = reserve  # bytes behind the tensors that slots are made for
         self._on_durable = on_durable
         self._tier: memory.MemoryTier | None = None
         self._slots: list[Slot] = []
@@ -140,7 +142,7 @@ class Writer:
         if to_disk:
             with self._change:
                 self._drop_waiting()
-        slot = self._free_slot(capacity_for(tree, records, self._reserve), patient)
+        slot = self._free_slot(capacity_for(tree, records, self._values), patient)
         if slot is None:
             return None
         to_disk, self._dropped = to_disk or self._dropped, False
@@ -161,7 +163,7 @@ class Writer:
     def prepare(self, tree: Tree) -> None:
         """Have slots for such trees ready, their pages touched, before the first is needed."""
         if self._preparing is None:
-            capacity = capacity_for(tree, self.records(tree), self._reserve)
+            capacity = capacity_for(tree, self.records(tree), self._values)
             self._preparing = threading.Thread(
                 target=self._prefault, args=(capacity,), name="holdfast-prefault", daemon=True
             )
@@ -250,19 +252,37 @@ class Writer:
         with self._making:
             if len(self._slots) >= self._most():
                 return None
-            room = available_memory() - _HEADROOM
-            if room < capacity:
-                raise NoRoom(
-                    _("a copy of the state takes {needed} of memory, and {free} can be taken",
-                      needed=format_bytes(capacity), free=format_bytes(max(0, room)))
-                )  # fmt: skip
-            try:
-                slot = self._tier.slot(capacity) if self._tier is not None else Slot(capacity)
-            except (OSError, MemoryError) as error:
-                raise NoRoom(str(error)) from error
+            slot = self._make_slot(capacity)
             with self._change:
                 self._slots.append(slot)
             return slot
+
+    def _make_slot(self, capacity: int) -> Slot:
+        capacity = -(-capacity // PAGE) * PAGE
+        room = available_memory() - _HEADROOM
+        if room < capacity:
+            raise NoRoom(
+                _("a copy of the state takes {needed} of memory, and {free} can be taken",
+                  needed=format_bytes(capacity), free=format_bytes(max(0, room)))
+            )  # fmt: skip
+        try:
+            return self._tier.slot(capacity) if self._tier is not None else Slot(capacity)
+        except (OSError, MemoryError) as error:
+            raise NoRoom(str(error)) from error
+
+    def _grow(self, snapshot: Snapshot, blueprint: Blueprint) -> Slot:
+        """Move a snapshot whose values have outgrown its slot into a larger one. Later slots are
+        made as large. Raises `NoRoom`."""
+        snapshot.copy.settle()
+        old, tensors = snapshot.slot, snapshot.records[-1].end if snapshot.records else 0
+        self._values = 2 * (blueprint.size - tensors)
+        with self._making:
+            new = self._make_slot(tensors + self._values)
+            ctypes.memmove(new.address, old.address, tensors)
+            with self._change:
+                self._slots[self._slots.index(old)] = snapshot.slot = new
+        old.close()
+        return new
 
     def _drop_waiting(self) -> bool:
         """Forget the saves that wait for the disk and may be dropped: a newer one takes their
@@ -321,7 +341,7 @@ class Writer:
         manifest = {**snapshot.manifest, **codec.to_json(tree)}
         blueprint = design(sizes, manifest, reserve=self._reserve)
         if blueprint.size > slot.capacity:
-            raise NoRoom(f"{blueprint.size} > {slot.capacity}")
+            slot = self._grow(snapshot, blueprint)
         slot.fit(blueprint.size)
         image = slot.buffer[: blueprint.size]
         for record, (_name, payload) in zip(
@@ -350,6 +370,7 @@ class Writer:
             if not self._queue:
                 return  # it has been dropped
             snapshot = self._writing = self._queue.pop(0)
+            self._change.notify_all()
         try:
             self._write(snapshot)
         except Exception as error:  # noqa: BLE001 - told as a save that failed, never the end

@@ -6,6 +6,7 @@ How a command ends when it fails, is interrupted or loses its reader is cli/main
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import shlex
@@ -20,7 +21,7 @@ from holdfast.cli.options import Parser, wrap_cells
 from holdfast.errors import CheckpointError, ConfigError, HoldfastError
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import LANGUAGES, N_, _
-from holdfast.manage import clean, compare, history, listing, verify
+from holdfast.manage import clean, compare, history, leftovers, listing, verify
 from holdfast.manage.rundir import DAMAGED, look
 from holdfast.manage.table import Screen, printable
 from holdfast.manage.values import json_ready
@@ -114,6 +115,8 @@ def run_compare(argv: Sequence[str], prog: str) -> int:
 def run_clean(argv: Sequence[str], prog: str) -> int:
     """`holdfast clean`: 0; 1 where the user said no; an error without a terminal or --yes."""
     given = _clean_parser(prog).parse_args(argv)
+    if given.memory:
+        return _clean_memory(given, prog)
     if given.keep is not None and given.keep < 0:
         raise ConfigError(_("--keep {value}: expected a number that is not negative; see {prog} "
                             "--help", value=given.keep, prog=prog))  # fmt: skip
@@ -145,13 +148,37 @@ def run_clean(argv: Sequence[str], prog: str) -> int:
     return 0
 
 
+def _clean_memory(given: argparse.Namespace, prog: str) -> int:
+    """`holdfast clean --memory`: what it shows and asks, as for a run directory."""
+    if given.keep is not None or given.temp or given.quarantine:
+        raise ConfigError(_("{prog} --memory stands alone: it looks at no run directory",
+                            prog=prog))  # fmt: skip
+    if given.json and not (given.yes or given.dry_run):
+        raise ConfigError(_("{prog} --json asks no questions: add --yes or --dry-run", prog=prog))
+    shown = leftovers.plan()
+    if given.json:
+        done = shown if given.dry_run else leftovers.execute(shown)
+        _print_json(done.to_json(done=not given.dry_run))
+        return 0
+    _print(shown.lines(Screen.of(sys.stdout)))
+    if given.dry_run or not shown.going:
+        return 0
+    if not given.yes and not _confirmed(prog):
+        _print([_("Nothing was removed.")])
+        return 1
+    done = leftovers.execute(shown)
+    _print([_("Removed: {count}, {size} came back.", count=len(done.going),
+              size=format_bytes(done.freed))])  # fmt: skip
+    return 0
+
+
 def _clean_parser(prog: str) -> Parser:
     parser = _parser(
         prog,
         _("Remove checkpoints that are no longer needed. Shows first what goes, what stays and "
           "why, then asks. The best, the newest and two verified ones always stay."),
         _("Examples:\n  {prog} --keep 3 --dry-run\n  {prog} runs/a --keep 1 --temp --yes\n"
-          "  {prog} --quarantine", prog=prog),
+          "  {prog} --quarantine\n  {prog} --memory", prog=prog),
     )  # fmt: skip
     _add_directory(parser)
     keep_help = _(
@@ -163,6 +190,7 @@ def _clean_parser(prog: str) -> Parser:
     for flag, text in (
         ("--temp", _("remove temporary checkpoints and files that were never finished")),
         ("--quarantine", _("remove damaged files that were set aside")),
+        ("--memory", _("give back what killed trainings have left in shared memory, of any run")),
         ("--dry-run", _("show what would go, and remove nothing")),
         ("--yes", _("do not ask")),
     ):

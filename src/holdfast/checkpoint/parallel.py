@@ -1,0 +1,39 @@
+"""Several threads at one piece of work, for as long as it takes and no longer.
+
+Plain threads, not an executor: those refuse new work once the main thread has ended, and a save
+that is under way then is still to be finished.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+def together(work: Callable[[], None], count: int) -> None:
+    """Call `work` in `count` threads at once, the caller's among them; return when all are done.
+
+    The first exception is raised when the others have ended. Fewer threads do where the system
+    gives no more: `work` must take its share from a common store.
+    """
+    errors: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
+            errors.append(error)
+
+    threads: list[threading.Thread] = []
+    for _thread in range(count - 1):
+        thread = threading.Thread(target=guarded, name="holdfast-together")
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads, or the interpreter is ending
+            break
+        threads.append(thread)
+    guarded()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

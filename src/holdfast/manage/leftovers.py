@@ -1,0 +1,124 @@
+"""`holdfast clean --memory`: what killed trainings have left in shared memory, and giving it back.
+
+A snapshot that is newer than everything on the disk of its run stays: the next start of that
+training makes it durable and goes on from it. No torch in this room.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint import memory
+from holdfast.checkpoint.catalog import Catalog
+from holdfast.formatting import NOTHING, format_bytes
+from holdfast.i18n import N_, _
+from holdfast.manage.table import Column, Screen, printable, render
+
+_REASONS = {
+    "in_use": N_("a training uses it"),
+    "unsaved": N_("newer than what is on the disk: start the training again to go on from it"),
+    "saved": N_("on the disk already"),
+    "incomplete": N_("no complete snapshot in it"),
+    "gone": N_("its run directory is gone or was moved"),
+}
+_STAYS = ("in_use", "unsaved")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one training has, or has left, in shared memory."""
+
+    remains: memory.Remains
+    run: Path | None
+    step: int | None  # of the newest complete snapshot
+    reason: str  # a key of `_REASONS`
+
+    @property
+    def stays(self) -> bool:
+        return self.reason in _STAYS
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.remains.directory),
+            "run": None if self.run is None else str(self.run),
+            "step": self.step,
+            "size": self.remains.size,
+            "stays": self.stays,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What goes and what stays in shared memory."""
+
+    rows: list[Row]
+
+    @property
+    def going(self) -> list[Row]:
+        return [row for row in self.rows if not row.stays]
+
+    @property
+    def freed(self) -> int:
+        """Bytes of memory that come back."""
+        return sum(row.remains.size for row in self.going)
+
+    def to_json(self, *, done: bool) -> dict[str, Any]:
+        rows = [row.to_json() for row in self.rows]
+        return {"memory": rows, "done": done, "bytes_freed": self.freed}
+
+    def lines(self, screen: Screen) -> list[str]:
+        """What lies there, of which run, how large, and what becomes of it."""
+        if not self.rows:
+            return [_("There is nothing of holdfast in shared memory.")]
+        table = [
+            [
+                _("stays") if row.stays else _("goes"),
+                NOTHING if row.run is None else printable(str(row.run)),
+                NOTHING if row.step is None else str(row.step),
+                format_bytes(row.remains.size),
+                _(_REASONS[row.reason]),
+            ]
+            for row in sorted(self.rows, key=lambda row: row.stays)
+        ]
+        columns = [
+            Column(""), Column(_("run directory")), Column(_("step"), right=True, hide=2),
+            Column(_("size"), right=True, hide=1), Column(_("why")),
+        ]  # fmt: skip
+        going = len(self.going)
+        footer = _("goes: {going} of {all}, {size} come back", going=going, all=len(self.rows),
+                   size=format_bytes(self.freed))  # fmt: skip
+        return [*render(columns, table, screen), "", footer if going else _("Nothing goes.")]
+
+
+def plan() -> Plan:
+    """Look at everything of this user in shared memory."""
+    return Plan([_row(remains) for remains in memory.remains()])
+
+
+def execute(shown: Plan) -> Plan:
+    """Remove what `shown` says goes and still may; returns what has gone."""
+    gone = []
+    for row in shown.going:
+        if not _row(row.remains).stays and row.remains.remove():
+            gone.append(row)
+    return Plan(gone)
+
+
+def _row(remains: memory.Remains) -> Row:
+    newest = memory.newest_in(remains)
+    step = None if newest is None else newest.order[1]
+    run = remains.run
+    here = run is not None and run.is_dir() and remains.belongs_to(run)
+    if memory.in_use(remains.directory):
+        reason = "in_use"
+    elif newest is None:
+        reason = "incomplete"
+    elif run is None or not here:
+        reason = "gone"
+    else:
+        saved = [entry.order[:2] for entry in Catalog(run).scan().entries]
+        reason = "saved" if max(saved, default=(0, -1)) >= newest.order[:2] else "unsaved"
+    return Row(remains, run, step, reason)

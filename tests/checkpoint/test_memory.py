@@ -1,0 +1,351 @@
+"""The memory tier: after a kill the next start finds a newer snapshot than the disk has, verifies
+it and makes it durable; and nothing is left behind, or found by the wrong run."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import random
+import shutil
+import signal
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast import CheckpointManager, load
+from holdfast.checkpoint import Catalog, EverySteps, filesystem, memory, verify, writer
+from holdfast.checkpoint.recovery import rescue
+from holdfast.checkpoint.reporting import Reporter
+from holdfast.errors import SaveFailed
+from tests.support import Toy, after, assert_same, die, events, in_child, snapshot
+
+pytestmark = pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    """Whatever a test leaves in shared memory goes with it."""
+    yield
+    for remains in memory.remains():
+        if remains.run is not None and tmp_path in [remains.run, *remains.run.parents]:
+            remains.remove()
+
+
+def left(directory: Path) -> list[memory.Remains]:
+    return [remains for remains in memory.remains() if remains.run == directory]
+
+
+def killed(directory: Path, steps: int, *, then: Callable[[], Any] = die, **options: Any) -> None:
+    """A training that is killed after `steps`, with a snapshot in memory at each."""
+
+    def run() -> None:
+        toy = Toy()
+        manager = toy.manager(directory, **{"memory_every": 1, **options})
+        manager.resume()
+        for _step in range(steps):
+            toy.step()
+            manager.after_step(toy.now)
+        manager.wait()
+        then()
+
+    in_child(run)
+
+
+# ---------------------------------------------------------------------------------------- rescued
+
+
+def test_a_killed_run_goes_on_from_memory(tmp_path: Path) -> None:
+    """Nothing is on the disk but the history: the whole run lies in shared memory."""
+    killed(tmp_path, 7)
+    assert not list(tmp_path.rglob("*.pt"))
+    assert len(left(tmp_path)) == 1
+    toy = Toy(seed=9)
+    with toy.manager(tmp_path) as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert (resumed.step, resumed.steps_lost) == (7, 0)
+        assert toy.now == 7
+        toy.step()
+    assert_same(snapshot(toy.state), snapshot(after(8).state))
+    told = [event["event"] for event in events(tmp_path)]
+    assert told == ["began", "durable", "verified", "rescued", "resumed"]
+    assert not left(tmp_path), "what is durable is not kept in memory"
+    assert verify(tmp_path / "latest.pt") is None
+
+
+def test_what_is_newer_on_the_disk_wins(tmp_path: Path) -> None:
+    def run() -> None:
+        toy = Toy()
+        manager = toy.manager(tmp_path, memory_every=1)
+        manager.resume()
+        for _step in range(3):
+            toy.step()
+            manager.after_step(toy.now)
+        toy.step()
+        manager.save(step=4, strict=True)
+        die()
+
+    in_child(run)
+    with Toy(seed=9).manager(tmp_path) as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 4
+    assert "rescued" not in [event["event"] for event in events(tmp_path)]
+    assert not left(tmp_path)
+
+
+def test_a_rescue_that_is_killed_is_repeated(tmp_path: Path) -> None:
+    killed(tmp_path, 5)
+
+    def rescue_and_die() -> None:
+        filesystem._rename = die  # type: ignore[assignment]
+        Toy().manager(tmp_path).resume()
+
+    assert in_child(rescue_and_die) == -signal.SIGKILL
+    with Toy(seed=9).manager(tmp_path) as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 5
+
+
+def test_a_full_disk_keeps_the_snapshot_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(tmp_path, 5)
+
+    def full(*_args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Toy(seed=9).manager(tmp_path) as manager:
+        with monkeypatch.context() as patch:
+            patch.setattr(filesystem, "_allocate", full)
+            with pytest.raises(SaveFailed, match="Step 5 lies in memory"):
+                manager.resume()
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 5
+
+
+@pytest.mark.parametrize("where", ["values", "tensors", "head"])
+def test_a_damaged_snapshot_is_passed_over_for_the_one_before(tmp_path: Path, where: str) -> None:
+    """A sealed snapshot is verified to the last bit; its predecessor lies in another slot."""
+    killed(tmp_path, 6, then=lambda: (time.sleep(0.3), die()))
+    (remains,) = left(tmp_path)
+    newest = memory.newest_in(remains)
+    assert newest is not None
+    assert newest.sealed
+    path = newest.path if where != "head" else newest.path.with_suffix(".head")
+    offset = {"values": path.stat().st_size - 5000, "tensors": 100, "head": 20}[where]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+    with Toy(seed=9).manager(tmp_path) as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 5
+
+
+def test_a_snapshot_without_checksums_yet_is_given_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the copy and the hashing: the bytes are all there."""
+    monkeypatch.setattr(writer.Writer, "_seal", lambda _self, _snapshot: None)
+    killed(tmp_path, 6)
+    (remains,) = left(tmp_path)
+    newest = memory.newest_in(remains)
+    assert newest is not None
+    assert not newest.sealed
+    toy = Toy(seed=9)
+    with toy.manager(tmp_path) as manager:
+        manager.resume()
+    assert_same(snapshot(toy.state), snapshot(after(6).state))
+    assert verify(tmp_path / "latest.pt") is None
+
+
+def test_each_slot_is_a_checkpoint_that_torch_opens(tmp_path: Path) -> None:
+    killed(tmp_path, 4, then=lambda: (time.sleep(0.3), die()))
+    (remains,) = left(tmp_path)
+    newest = memory.newest_in(remains)
+    assert newest is not None
+    assert torch.load(newest.path, weights_only=True)["global_step"] == 4
+    assert (newest.path.stat().st_mode & 0o777, remains.directory.stat().st_mode & 0o777) == (
+        0o600, 0o700
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- at any moment at all
+
+LARGE = 400_000  # numbers: a save takes some milliseconds
+
+
+class Counting:
+    """A training whose state at each step is known without training: every number is the step."""
+
+    def __init__(self) -> None:
+        self.weights = torch.nn.Parameter(torch.zeros(LARGE))
+        self.optimizer = torch.optim.SGD([self.weights], lr=1.0)
+        self.state: dict[str, Any] = {"weights": self.weights, "optimizer": self.optimizer}
+
+    def step(self) -> None:
+        self.weights.grad = torch.full_like(self.weights, -1.0)
+        self.optimizer.step()
+
+
+def run_until_killed(directory: Path, progress: mmap.mmap, *, overlap: bool) -> None:
+    counting = Counting()
+    manager = CheckpointManager(
+        directory, counting.state, memory_every=1, overlap=overlap, save_when=[EverySteps(3)],
+        io_limit=50e6,  # a write is in flight nearly always
+    )  # fmt: skip
+    resumed = manager.resume()
+    step = resumed.step if resumed else 0
+    while True:
+        counting.step()
+        step += 1
+        progress[:8] = struct.pack("q", step)  # done: the weights are those of this step
+        manager.after_step(step)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_killed_at_twenty_random_moments_it_loses_at_most_one_step(
+    tmp_path: Path, overlap: bool
+) -> None:
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    chance = random.Random(seed)
+    done, lost = 0, []
+    for _kill in range(10 if overlap else 20):
+        progress = mmap.mmap(-1, 8)
+        progress[:8] = struct.pack("q", done)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                run_until_killed(tmp_path, progress, overlap=overlap)
+            finally:
+                os._exit(1)
+        deadline = time.monotonic() + 60
+        while struct.unpack("q", progress[:8])[0] <= done:  # it has resumed and trains
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.25))
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        reached = struct.unpack("q", progress[:8])[0]
+        counting = Counting()
+        with CheckpointManager(tmp_path, counting.state) as manager:
+            resumed = manager.resume()
+        assert resumed is not None
+        lost.append(reached - resumed.step)
+        assert torch.equal(counting.weights, torch.full((LARGE,), float(resumed.step)))
+        done = resumed.step
+    print("steps lost", lost, "of", done)
+    assert max(lost) <= 1
+
+
+# ------------------------------------------------------------------------------- whose and how long
+
+
+def test_a_clean_end_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path, memory_every=1) as manager:
+        manager.resume()
+        toy.step()
+        manager.after_step(1)
+        manager.wait()
+        assert manager.memory_step == 1
+        assert left(tmp_path)
+        manager.save(step=1, strict=True)
+    assert not left(tmp_path)
+
+
+def test_an_end_without_a_last_save_leaves_the_snapshot(tmp_path: Path) -> None:
+    """Closed by an exception, say: what only the memory has stays there for the next start."""
+    toy = Toy()
+    with toy.manager(tmp_path, memory_every=1) as manager:
+        manager.resume()
+        toy.step()
+        manager.after_step(1)
+    with Toy(seed=9).manager(tmp_path) as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 1
+
+
+def test_a_copy_of_the_run_does_not_meet_the_snapshots_of_the_original(tmp_path: Path) -> None:
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    killed(original, 3)
+    shutil.copytree(original, copy)
+    with Toy(seed=9).manager(copy) as manager:
+        assert manager.resume() is None
+    with Toy(seed=9).manager(original) as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 3
+
+
+def test_a_moved_run_finds_its_snapshots(tmp_path: Path) -> None:
+    killed(tmp_path / "a", 3)
+    (tmp_path / "a").rename(tmp_path / "b c")
+    with Toy(seed=9).manager(tmp_path / "b c") as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 3
+    for remains in memory.remains():
+        assert remains.run != tmp_path / "a"
+
+
+def test_another_run_in_the_same_directory_does_not_take_them(tmp_path: Path) -> None:
+    """Not resumed but begun anew: what an abandoned run has in memory is not of the new one."""
+    killed(tmp_path, 3)
+    catalog = Catalog(tmp_path)
+    catalog.record("began", run_id="f" * 32, generation=1)
+    assert rescue(catalog, Reporter(catalog)) is None
+
+
+def test_a_snapshot_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path, memory_every=1) as manager:
+        manager.resume()
+        toy.step()
+        manager.after_step(1)
+        manager.wait()
+        catalog = Catalog(tmp_path)
+        assert rescue(catalog, Reporter(catalog)) is None
+        (remains,) = left(tmp_path)
+        assert not remains.remove()
+        assert left(tmp_path)
+
+
+@pytest.mark.parametrize("why", ["docker", "no shared memory", "little memory"])
+def test_too_little_room_turns_it_off_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    if why == "docker":
+        monkeypatch.setattr(memory, "free_bytes", lambda: 1 << 20)
+    elif why == "little memory":
+        monkeypatch.setattr("holdfast.checkpoint.snapshots.available_memory", lambda: 1 << 20)
+    else:
+        monkeypatch.setenv("HOLDFAST_DISABLE", "sharedmemory")
+    told: list[str] = []
+    toy = Toy()
+    with toy.manager(
+        tmp_path, memory_every=1, on_event=lambda event, _fields: told.append(event)
+    ) as manager:
+        manager.resume()
+        for step in range(1, 4):
+            toy.step()
+            manager.after_step(step)
+        saved = manager.save_async(step=4).durable.result()
+        assert saved is not None
+        assert manager.memory_step == 0
+    assert told.count("memory_off") == 1
+    assert not left(tmp_path)
+    assert load(saved.path, only="global_step") == 4

@@ -1,0 +1,400 @@
+"""A snapshot is of exactly one step, however it is copied; and what waits for the disk is dropped,
+kept or waited for as promised."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast import CheckpointManager, load
+from holdfast.checkpoint import EverySteps, container, filesystem, slot, snapshots, staging
+from holdfast.checkpoint.snapshots import Modes
+from holdfast.errors import SaveFailed
+from tests.support import Toy, assert_same, events, python, snapshot
+
+# ----------------------------------------------------------------------------- of exactly one step
+
+
+class Busy:
+    """A training in which everything changes as early as PyTorch allows."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(40, 60), torch.nn.BatchNorm1d(60), torch.nn.Linear(60, 40)
+        )
+        self.model[2].bias.requires_grad_(False)  # in no optimizer: anybody may write it
+        self.critic = torch.nn.Linear(40, 30)
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizers = [
+            torch.optim.AdamW(weights, lr=0.1),
+            torch.optim.SGD(self.critic.parameters(), lr=0.1, momentum=0.9),
+        ]
+        self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.state: dict[str, Any] = {
+            "model": self.model,
+            "critic": self.critic,
+            "optimizers": self.optimizers,
+            "average": self.average,
+        }
+
+    def disturb(self) -> None:
+        """What happens right after a snapshot was asked for: nothing here waits for anybody."""
+        for tensor in self.average.values():
+            tensor.mul_(0.5)
+        self.model[2].bias.data.add_(1.0)
+
+    def step(self) -> None:
+        out = self.model(torch.randn(8, 40))  # BatchNorm counts and averages here
+        (out.square().mean() + self.critic(out).square().mean()).backward()
+        self.optimizers[1].step()  # the second optimizer steps first
+        self.optimizers[0].step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        for parameter in self.model.parameters():
+            parameter.data.clamp_(-0.05, 0.05)  # no hook sees a write into .data
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The copier stops in the middle of a copy, at its second segment, until half a second later;
+    small segments, and every snapshot overlapped."""
+    let_go, begun = threading.Event(), threading.Event()
+    real, moved = staging._move, 0
+
+    def move(target: int, source: int, size: int) -> None:
+        nonlocal moved
+        if threading.current_thread().name.startswith("holdfast-stage"):
+            moved += 1
+            if moved == 2:
+                begun.set()
+                assert let_go.wait(30)
+        real(target, source, size)
+
+    def watch() -> None:
+        if begun.wait(30):
+            time.sleep(0.5)
+            let_go.set()
+
+    monkeypatch.setattr(staging, "SEGMENT", 512)
+    monkeypatch.setattr(staging, "_move", move)
+    monkeypatch.setattr(Modes, "overlapped", lambda _self: True)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    yield begun
+    begun.set()
+    watcher.join()
+
+
+def disturbed_save(directory: Path, begun: threading.Event) -> tuple[Any, Any]:
+    """What a training is when a snapshot is asked for, and what the file says."""
+    busy = Busy()
+    for _step in range(3):
+        busy.step()
+    with CheckpointManager(directory, busy.state, overlap=True) as manager:
+        expected = snapshot(busy.state)
+        pending = manager.save_async(step=3)
+        busy.disturb()
+        assert begun.wait(30), "the copier has never been in the middle"
+        busy.step()
+        saved = pending.durable.result()
+        assert saved is not None
+        state = load(saved.path)
+    return expected, {name: state[name] for name in expected}
+
+
+def plain(state: Any) -> Any:
+    """Only types that a file has: what a state dictionary is made of beside."""
+    if isinstance(state, dict):
+        return {key: plain(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [plain(value) for value in state]
+    return state
+
+
+def test_an_overlapped_snapshot_is_of_one_step(tmp_path: Path, held: threading.Event) -> None:
+    expected, found = disturbed_save(tmp_path, held)
+    assert_same(plain(expected), plain(found))
+
+
+def test_without_the_wait_the_snapshot_would_be_of_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: threading.Event
+) -> None:
+    """The test above can fail: it does when the hook waits for nothing."""
+    monkeypatch.setattr(snapshots, "_waiting", lambda _wait: lambda *_arguments: None)
+    expected, found = disturbed_save(tmp_path, held)
+    with pytest.raises(AssertionError):
+        assert_same(plain(expected), plain(found))
+
+
+def test_copying_everything_late_would_be_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: threading.Event
+) -> None:
+    """The test above can fail: it does when averages and buffers are not copied at once."""
+
+    class Everything(set[int]):
+        def __contains__(self, _address: object) -> bool:
+            return True
+
+    monkeypatch.setattr(snapshots, "stable_storages", lambda _state: Everything())
+    expected, found = disturbed_save(tmp_path, held)
+    with pytest.raises(AssertionError):
+        assert_same(plain(expected), plain(found))
+
+
+def test_an_eager_snapshot_needs_no_hook(tmp_path: Path) -> None:
+    """A stranger's loop: whatever it does after the call returns, in whatever way."""
+    busy = Busy()
+    busy.step()
+    with CheckpointManager(tmp_path, busy.state) as manager:
+        expected = snapshot(busy.state)
+        pending = manager.save_async(step=1)
+        assert pending.staged.done()
+        for parameter in [*busy.model.parameters(), *busy.critic.parameters()]:
+            parameter.data.zero_()
+        busy.disturb()
+        saved = pending.durable.result()
+        assert saved is not None
+        state = load(saved.path)
+        assert_same(plain(expected), plain({name: state[name] for name in expected}))
+
+
+def test_replaced_weights_are_saved_as_they_were(tmp_path: Path) -> None:
+    """`.data` set to other memory, a parameter gone: the snapshot holds on to what it copies."""
+    busy = Busy()
+    busy.step()
+    with CheckpointManager(tmp_path, busy.state, overlap=True) as manager:
+        expected = snapshot(busy.state["model"])
+        pending = manager.save_async(step=1)
+        for parameter in busy.model.parameters():
+            parameter.data = torch.zeros_like(parameter)
+        saved = pending.durable.result()
+        assert saved is not None
+        assert_same(plain(expected), plain(load(saved.path, only="model")))
+
+
+def test_the_mode_that_stalls_less_is_taken_and_the_other_tried_again() -> None:
+    modes, taken = Modes(), []
+    for _save in range(200):
+        overlapped = modes.overlapped()
+        modes.record(0.5 if overlapped else 0.1, overlapped=overlapped)
+        taken.append(overlapped)
+    assert taken[:4] == [True, False, True, False]
+    assert 3 <= sum(taken[4:]) <= 8, "eager, but looked at again now and then"
+
+
+def test_the_fast_path_writes_what_the_plain_one_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every record of the file, byte for byte; only identity and times are of each save."""
+    busy = Busy()
+    busy.step()
+
+    def save(where: str, **options: Any) -> Path:
+        with CheckpointManager(tmp_path / where, busy.state, **options) as manager:
+            saved = manager.save(step=7, epoch=2, metrics={"val_loss": 1.5}, strict=True)
+        assert saved is not None
+        return saved.path
+
+    fast = [save("eager"), save("overlapped", overlap=True), save("memory", memory_every=1)]
+    monkeypatch.setattr(slot, "available_memory", lambda: 0)
+    monkeypatch.setattr("holdfast.checkpoint.writer.available_memory", lambda: 0)
+    slow = save("direct")
+    for path in fast:
+        with container.Reader(path) as a, container.Reader(slow) as b:
+            assert [(r.name, r.offset, r.size) for r in a.records[:-1]] == [
+                (r.name, r.offset, r.size) for r in b.records[:-1]
+            ]
+            for mine, theirs in zip(a.records[:-1], b.records[:-1], strict=True):
+                assert a.read(mine) == b.read(theirs), mine.name
+            of_each_save = {"identity", "created"}
+            assert {k: v for k, v in a.manifest.items() if k not in of_each_save} == {
+                k: v for k, v in b.manifest.items() if k not in of_each_save
+            }
+        assert_same(torch.load(path, weights_only=True), torch.load(slow, weights_only=True))
+
+
+# ------------------------------------------------------------------------------------ back-pressure
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Checkpoints are not written before this is set."""
+    gate, real = threading.Event(), filesystem.write_file
+
+    def write(target: Path, *args: Any, **kwargs: Any) -> None:
+        if target.suffix == ".pt":
+            assert gate.wait(30)
+        real(target, *args, **kwargs)
+
+    monkeypatch.setattr(filesystem, "write_file", write)
+    yield gate
+    gate.set()
+
+
+def test_the_newest_waits_and_those_between_are_dropped(
+    tmp_path: Path, slow_disk: threading.Event
+) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path) as manager:
+        pending = []
+        for step in range(1, 7):
+            toy.step()
+            pending.append(manager.save_async(step=step))
+        assert manager.saved_step == 0
+        slow_disk.set()
+        manager.wait()
+        found = [promise.durable.result() for promise in pending]
+        assert [saved.entry.step if saved else None for saved in found] == [
+            1, None, None, None, None, 6
+        ]  # fmt: skip
+        assert [entry.step for entry in manager.list()] == [6, 1]
+
+
+def test_what_must_be_kept_makes_training_wait_and_that_is_counted(
+    tmp_path: Path, slow_disk: threading.Event
+) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path, keep_last=0) as manager:
+        manager.save_async(step=1, epoch=1, kind="epoch")
+        manager.save_async(step=2, epoch=2, kind="epoch")
+        threading.Timer(0.4, slow_disk.set).start()
+        third = manager.save_async(step=3, epoch=3, kind="epoch")
+        assert slow_disk.is_set(), "there are two buffers: the third waits for one"
+        manager.wait()
+        saved = third.durable.result()
+        assert saved is not None
+        assert 0.3 < saved.stall <= manager.stalled
+        assert [entry.step for entry in manager.list()] == [3, 2, 1]
+    durable = [event for event in events(tmp_path) if event["event"] == "durable"]
+    assert durable[2]["stall"] == pytest.approx(saved.stall, abs=1e-3)
+
+
+def test_with_one_buffer_a_dropped_save_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_disk: threading.Event
+) -> None:
+    monkeypatch.setattr("holdfast.checkpoint.writer.PRIVATE_SLOTS", 1)
+    toy = Toy()
+    with toy.manager(tmp_path, save_when=[EverySteps(2)]) as manager:
+        manager.resume()
+        for step in range(1, 6):
+            toy.step()
+            manager.after_step(step)
+        slow_disk.set()
+        manager.wait()
+        assert [entry.step for entry in manager.list()] == [2]
+        toy.step()
+        assert manager.after_step(7) is not None, "no multiple of 2: the dropped one was owed"
+        manager.wait()
+        assert manager.saved_step == 7
+
+
+def test_training_goes_on_while_it_is_written(tmp_path: Path, slow_disk: threading.Event) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path) as manager:
+        pending = manager.save_async(step=1)
+        assert pending.staged.done()
+        assert not pending.durable.done()
+        expected = snapshot(toy.state)
+        toy.step()
+        slow_disk.set()
+        saved = pending.durable.result()
+        assert saved is not None
+        assert_same(plain(expected["model"]), plain(load(saved.path, only="model")))
+
+
+def test_a_failure_in_the_background_is_told_at_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int]] = []
+
+    def tell(event: str, fields: dict[str, Any]) -> None:
+        if event == "failed":
+            told.append((fields["reason"], threading.get_ident()))
+
+    def full(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    toy = Toy()
+    with toy.manager(tmp_path, on_event=tell) as manager:
+        with monkeypatch.context() as patch:
+            patch.setattr(filesystem, "_allocate", full)
+            pending = manager.save_async(step=1)
+            with pytest.raises(SaveFailed, match="Step 1 could not be saved"):
+                pending.durable.result()
+        assert manager.after_step(2) is None
+        assert [(words, where == threading.get_ident()) for words, where in told] == [
+            ("[Errno 28] No space left on device", True)
+        ]
+        assert manager.save(step=3, strict=True) is not None
+
+
+def test_a_process_that_ends_without_closing_has_written_what_it_was_asked(
+    tmp_path: Path,
+) -> None:
+    program = """
+import sys, torch
+from holdfast import CheckpointManager
+manager = CheckpointManager(sys.argv[1], {"w": torch.arange(3_000_000)})
+manager.save_async(step=1)
+"""
+    python(program, tmp_path / "run")
+    assert load(tmp_path / "run" / "latest.pt", only="w").sum() == sum(range(3_000_000))
+
+
+def test_without_memory_for_a_copy_saving_waits_for_the_disk_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.checkpoint.writer.available_memory", lambda: 1 << 20)
+    told: list[str] = []
+    toy = Toy()
+    with toy.manager(tmp_path, on_event=lambda event, _fields: told.append(event)) as manager:
+        for step in (1, 2):
+            assert manager.save_async(step=step).durable.done()
+    assert told.count("staging_off") == 1
+    assert load(tmp_path / "latest.pt", only="global_step") == 2
+
+
+def test_a_state_that_grows_gets_larger_buffers(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"w": torch.ones(1000), "log": []}
+    with CheckpointManager(tmp_path, state) as manager:
+        for step, size in ((1, 1000), (2, 3_000_000), (3, 10)):
+            state["w"] = torch.full((size,), float(step))
+            saved = manager.save_async(step=step).durable.result()
+            assert saved is not None
+            assert load(saved.path, only="w").shape == (size,)
+        state["log"] = ["x" * 1000] * 5000  # more values than the buffer was made for
+        for step in (4, 5):
+            assert manager.save_async(step=step).durable.result() is not None
+        assert load(tmp_path / "latest.pt", only="log") == state["log"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_more_threads_copy_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(staging, "SEGMENT", 4096)
+    monkeypatch.setattr("os.cpu_count", lambda: 2 * count)
+    torch.manual_seed(1)
+    state = {f"w{i}": torch.randn(17 * i + 1, 33) for i in range(60)}
+    with CheckpointManager(tmp_path, dict(state)) as manager:
+        for step in range(1, 6):
+            saved = manager.save_async(step=step).durable.result()
+            assert saved is not None
+            found = load(saved.path)
+            assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_a_limited_writer_keeps_to_its_limit(tmp_path: Path) -> None:
+    state = {"w": torch.zeros(2_000_000)}
+    with CheckpointManager(tmp_path, state, io_limit=20e6) as manager:
+        began = time.monotonic()
+        manager.save(step=1, strict=True)
+        assert time.monotonic() - began > 0.3, "8 MB at 20 MB/s"
