@@ -43,15 +43,15 @@ class Slot:
             anonymous.madvise(mmap.MADV_HUGEPAGE)
         return anonymous
 
-    def prefault(self) -> None:
-        """Touch every page now, in the background, rather than in the first snapshot.
+    def prefault(self, size: int) -> None:
+        """Touch the pages of the first `size` bytes now, rather than in the first snapshot.
 
         The content stays: a snapshot may be under way in the meantime.
         """
         if _libc is not None:
-            for start in range(0, self.capacity, _PREFAULT):  # so that it can end in between
-                size = min(_PREFAULT, self.capacity - start)
-                _libc.madvise(ctypes.c_void_p(self.address + start), ctypes.c_size_t(size),
+            for start in range(0, size, _PREFAULT):
+                part = min(_PREFAULT, size - start)
+                _libc.madvise(ctypes.c_void_p(self.address + start), ctypes.c_size_t(part),
                               _MADV_POPULATE_WRITE)  # fmt: skip
 
     def pin(self) -> None:

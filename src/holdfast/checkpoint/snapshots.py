@@ -59,7 +59,7 @@ class Snapshots:
         if not self._memory or self._tier is not None:
             return
         needed = MEMORY_SLOTS * capacity_for(tree, self._writer.records(tree), reserve)
-        reason = _no_shared_memory(needed)
+        reason = lack_of_shared_memory(needed)
         if not reason:
             try:
                 self._tier = memory_tier.MemoryTier(directory, run_id, generation)
@@ -173,8 +173,8 @@ def _waiting(wait: weakref.WeakMethod[Callable[[], None]]) -> Callable[..., None
     return hook
 
 
-def _no_shared_memory(needed: int) -> str:
-    """Why snapshots cannot lie in shared memory; empty where they can."""
+def lack_of_shared_memory(needed: int) -> str:
+    """Why `needed` bytes of snapshots cannot lie in shared memory; empty where they can."""
     if not memory_tier.usable():
         return _("this platform has no shared memory that outlives a process")
     free = min(memory_tier.free_bytes(), available_memory())

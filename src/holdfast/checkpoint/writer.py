@@ -163,13 +163,14 @@ class Writer:
     def prepare(self, tree: Tree) -> None:
         """Have slots for such trees ready, their pages touched, before the first is needed."""
         if self._preparing is None:
-            capacity = capacity_for(tree, self.records(tree), self._values)
+            records = self.records(tree)
+            sizes = capacity_for(tree, records, self._values), records[-1].end if records else 0
             self._preparing = threading.Thread(
-                target=self._prefault, args=(capacity,), name="holdfast-prefault", daemon=True
+                target=self._prefault, args=sizes, name="holdfast-prefault", daemon=True
             )
             self._preparing.start()
 
-    def _prefault(self, capacity: int) -> None:
+    def _prefault(self, capacity: int, tensors: int) -> None:
         wanted = 1 if self._tier is None else MEMORY_SLOTS
         while not self._closed and len(self._slots) < wanted:
             try:
@@ -178,7 +179,7 @@ class Writer:
                 return
             if slot is None:
                 return
-            slot.prefault()
+            slot.prefault(tensors)
 
     def wait(self) -> None:
         """Return when nothing is under way any more."""

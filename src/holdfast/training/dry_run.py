@@ -20,6 +20,8 @@ import torch
 from holdfast.checkpoint import filesystem, guard
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.manager import checkpoint_size
+from holdfast.checkpoint.snapshots import lack_of_shared_memory
+from holdfast.checkpoint.writer import MEMORY_SLOTS
 from holdfast.errors import Interrupted, ResourceError
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import N_, _
@@ -51,6 +53,8 @@ class Estimate:
     total_seconds: float
     peak_memory: int
     checkpoint_bytes: int
+    snapshot_bytes: int  # of memory, for copies of the state
+    no_memory_tier: str  # why there will be none though it is asked for; mostly empty
     run_bytes: int
     free_bytes: int
 
@@ -91,6 +95,8 @@ def _measure(workshop: Workshop, console: Console, signals: guard.SignalGuard) -
         trainer.sample()
     sample = time.perf_counter() - began
     size = checkpoint_size(trainer.state, reserve=workshop.reserve)
+    lack = lack_of_shared_memory(MEMORY_SLOTS * size) if options.memory_every != "0" else ""
+    tier = options.memory_every != "0" and not lack
     place = _existing_parent(Path(options.checkpoint_dir))
     save = size / _disk_speed(place, size)
 
@@ -111,6 +117,8 @@ def _measure(workshop: Workshop, console: Console, signals: guard.SignalGuard) -
         total_seconds=epoch * epochs,
         peak_memory=peak_memory(trainer.device),
         checkpoint_bytes=size,
+        snapshot_bytes=size * (MEMORY_SLOTS if tier else 1),
+        no_memory_tier=lack,
         run_bytes=size * _copies(workshop, temps, kept),
         free_bytes=filesystem.free_bytes(place),
     )
@@ -206,6 +214,7 @@ def _print(workshop: Workshop, estimate: Estimate, console: Console) -> None:
         (_("one checkpoint"), _("{size} ({bytes} bytes)",
                                 size=format_bytes(estimate.checkpoint_bytes),
                                 bytes=f"{estimate.checkpoint_bytes:,}")),
+        (_("memory for snapshots"), _snapshots(estimate)),
         (_("disk for the run"), _("at most {size}; free: {free}",
                                   size=format_bytes(estimate.run_bytes),
                                   free=format_bytes(estimate.free_bytes))),
@@ -217,6 +226,16 @@ def _print(workshop: Workshop, estimate: Estimate, console: Console) -> None:
     for name, value in lines:
         say(f"  {name}: {value}", important=True)
     say(_("Dry run: nothing was saved."), important=True)
+
+
+def _snapshots(estimate: Estimate) -> str:
+    size = format_bytes(estimate.snapshot_bytes)
+    if estimate.no_memory_tier:
+        return _("{size}; none that outlives a kill: {reason}", size=size,
+                 reason=estimate.no_memory_tier)  # fmt: skip
+    if estimate.snapshot_bytes > estimate.checkpoint_bytes:
+        return _("{size} in shared memory, beside the training's own", size=size)
+    return _("{size}, twice that while saves overtake the disk", size=size)
 
 
 SOURCES = {

@@ -88,14 +88,17 @@ class Option:
         if self.meta.count_or is not None and type(value) in (int, str):
             return value == self.meta.count_or or _is_count(str(value))
         if type(value) is str and self.kind is str:
-            if self.choices:
-                return value in self.choices
-            return "\0" not in value and bool(value.strip() or self.meta.may_be_empty)
+            return self._accepts_text(value)
         if type(value) is bool:
             return self.kind is bool
         if type(value) is int and self.kind in (int, float):
             return abs(value) < _TOO_LARGE and self._within(value)
         return type(value) is float and self.kind is float and self._within(value)
+
+    def _accepts_text(self, value: str) -> bool:
+        if self.choices:
+            return value in self.choices
+        return "\0" not in value and bool(value.strip() or self.meta.may_be_empty)
 
     def _within(self, value: float) -> bool:
         m = self.meta
@@ -151,12 +154,9 @@ class Option:
             return _("one of {choices}", choices=", ".join(self.choices))
         if self.meta.count_or is not None:
             return _('a whole number or "{word}"', word=self.meta.count_or)
-        if self.kind is bool:
-            return _("true or false")
-        if self.kind is int:
-            return _("a whole number")
-        if self.kind is float:
-            return _("a number")
+        if self.kind is not str:
+            numbers = {int: _("a whole number"), float: _("a number")}
+            return numbers.get(self.kind, _("true or false"))
         if self.meta.const is not None:
             return _('text (a path or "{const}")', const=self.meta.const)
         return _("text") if self.meta.may_be_empty else _("text that is not empty")
