@@ -54,8 +54,9 @@ lint: $(VENV)/.dev  ## ruff and the type checker
 i18n: $(VENV)/.dev  ## collect the strings again and compile the catalogues
 	$(BIN)/python tests/catalogues.py update
 
-bench: $(VENV)/.train  ## speed beside the peers; NANOGPT=DIR names a checkout of nanoGPT
+bench: $(VENV)/.train  ## saving and training beside the peers; hours; NANOGPT=DIR: nanoGPT too
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/holdfast bench --out benchmarks/results $(ARGS)
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/prepare_speed.py
 

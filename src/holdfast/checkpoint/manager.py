@@ -69,6 +69,8 @@ _MOST_THREADS = 1024  # a manifest may say anything
 class CheckpointManager:
     """Saves, keeps, verifies and restores the state of one training in one directory.
 
+    Its methods are for the thread that trains; what they start runs in threads of its own.
+
     Args:
         directory: the run directory; created, and locked until `close()` or the process ends.
         state: what to save. Objects are asked for their `state_dict` at each save; plain values

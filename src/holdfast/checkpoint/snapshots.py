@@ -117,11 +117,12 @@ class Snapshots:
         """Return when the live state may change: before each optimizer step."""
         if self._copying is None:
             return
-        (snapshot, overlapped), self._copying = self._copying, None
+        snapshot, overlapped = self._copying
         began = time.monotonic()
         snapshot.copy.wait()
         if self._memory:
             snapshot.complete.wait()  # or a kill after the step would cost two
+        self._copying = None  # last: whoever asks meanwhile, in whatever thread, waits as well
         spent = time.monotonic() - began
         self.stalled += spent
         snapshot.stall += spent

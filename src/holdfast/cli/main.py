@@ -19,6 +19,7 @@ from holdfast.i18n import N_, _, detect_language, set_language
 Command = Callable[[Sequence[str], str], int]
 
 _TRAIN_HELP = N_("train a language model from a text file")
+_BENCH_HELP = N_("measure saving and loading on this disk, beside other tools")
 
 
 def main(  # noqa: PLR0911 - one return a bad end
@@ -85,7 +86,7 @@ def _dispatch(words: list[str], prog: str) -> int:
 def _commands() -> dict[str, tuple[str, Command]]:
     from holdfast.cli.manage import COMMANDS
 
-    return {"train": (_(_TRAIN_HELP), _train), **COMMANDS}
+    return {"train": (_(_TRAIN_HELP), _train), **COMMANDS, "bench": (_(_BENCH_HELP), _bench)}
 
 
 def _usage(prog: str, commands: dict[str, tuple[str, Command]]) -> str:
@@ -108,6 +109,12 @@ def _train(argv: Sequence[str], prog: str) -> int:
     from holdfast.cli.train import train
 
     return train(argv, prog)
+
+
+def _bench(argv: Sequence[str], prog: str) -> int:
+    from holdfast.cli.bench import run_bench
+
+    return run_bench(argv, prog)
 
 
 # ------------------------------------------------------------------------------------- bad ends
