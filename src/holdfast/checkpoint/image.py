@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,11 +145,17 @@ def build(
 class Sealer:
     """Puts the checksums into a filled image, record by record, no further than a writer needs.
 
-    The image holds every payload already, at the offsets of `blueprint`, in `buffer`.
+    The payloads lie in `buffer`, at the offsets of `blueprint`; or are on their way there, and
+    `arrived(end)` returns when the bytes before `end` have come.
     """
 
-    def __init__(self, blueprint: Blueprint, buffer: memoryview) -> None:
-        self._blueprint, self._buffer = blueprint, buffer
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        buffer: memoryview,
+        arrived: Callable[[int], None] = lambda _end: None,
+    ) -> None:
+        self._blueprint, self._buffer, self._arrived = blueprint, buffer, arrived
         self._done: list[Record] = []
         self.final = 0  # every byte before this one is as it will be on the disk
 
@@ -158,6 +164,7 @@ class Sealer:
         records, buffer = self._blueprint.records, self._buffer
         while self.final < end and len(self._done) < len(records):
             record = records[len(self._done)]
+            self._arrived(record.end)
             crc32, xxh3 = checksums(buffer[record.offset : record.end])
             sealed = replace(record, crc32=crc32, xxh3=xxh3)
             buffer[record.header : record.offset] = local_header(sealed)

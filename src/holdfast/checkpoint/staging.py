@@ -21,7 +21,7 @@ from holdfast.checkpoint.layout import PAGE, Record
 from holdfast.checkpoint.slot import Slot
 from holdfast.checkpoint.tree import StorageSlice, Tree
 
-SEGMENT = 8 << 20  # bytes that one thread copies before it asks for more
+SEGMENT = 16 << 20  # bytes that one thread copies before it asks for more
 _move = ctypes.memmove  # gives the interpreter lock away while it works
 
 
@@ -31,8 +31,8 @@ _move = ctypes.memmove  # gives the interpreter lock away while it works
 class Copy:
     """The bytes of one snapshot on their way into a slot.
 
-    `at_once` are copied by the constructor, `later` by whoever calls `help`. The storages are kept
-    alive until they have been copied.
+    `run` copies what must be copied at once, `help` whatever is left, in any thread and in the
+    order of the file; `await_bytes` lets a writer follow behind. Storages are kept alive meanwhile.
     """
 
     def __init__(
@@ -40,83 +40,88 @@ class Copy:
         slot: Slot,
         placed: Sequence[tuple[StorageSlice, Record]],
         later: Collection[int] = (),
-        helpers: ThreadPoolExecutor | None = None,
-        threads: int = 1,
     ) -> None:
         """Args:
         placed: what to copy, and the record that says where to.
-        later: addresses of storages that stay as they are until `wait`; the others are copied
-            before this returns, by the caller and `threads - 1` of `helpers`.
+        later: addresses of storages that stay as they are until `wait`.
         """
-        self._guard = threading.Lock()
-        self._done = threading.Event()
+        self._slot = slot
+        self._change = threading.Condition()
         self._events: list[torch.cuda.Event] = []
+        self._alive = [storage for storage, _record in placed]
         now: list[_Move] = []
         rest: list[_Move] = []
-        devices: list[tuple[StorageSlice, int]] = []
+        self._devices: list[tuple[StorageSlice, int]] = []
         for storage, record in placed:
             if storage.source.device.type == "cpu":
                 start = storage.source.data_ptr()
                 moves = rest if start in later else now
                 moves.append((slot.address + record.offset, start + storage.start, storage.nbytes))
             elif storage.nbytes:
-                devices.append((storage, record.offset))
-        self._alive = [storage for storage, _record in placed]
-        self._copy_devices(slot, devices)
-        self._segments = deque(_segments(now))
-        self._left = len(self._segments)
-        if now:
-            for _thread in range(min(threads, self._left) - 1):
-                assert helpers is not None
-                helpers.submit(self.help)
-            self.help()
-            self._done.wait()
-            self._done.clear()
-        segments = _segments(rest)
-        self._left = len(segments)  # first: a helper may still be looking for more
-        self._segments.extend(segments)
-        if not segments:
-            self._done.set()
+                self._devices.append((storage, record.offset))
+        self._now, self._rest = deque(_segments(now)), deque(_segments(rest))
+        self._unfinished = {segment[0][0] for segment in (*self._now, *self._rest)}
+        self._first = len(self._now)  # segments of `now` that are not finished
+
+    def run(self, helpers: ThreadPoolExecutor, threads: int) -> None:
+        """Copy what may change as soon as this returns, in `threads` threads with this one."""
+        self._copy_devices()
+        for _thread in range(min(threads, len(self._now)) - 1):
+            helpers.submit(self._copy_all, self._now)
+        self._copy_all(self._now)
+        with self._change:
+            self._change.wait_for(lambda: not self._first)
 
     @property
     def finished(self) -> bool:
         """Whether every byte has been copied."""
-        return self._done.is_set() and not self._events
+        return not self._unfinished and not self._events
 
     def help(self) -> None:
         """Copy segments until none is left that nobody has begun."""
-        while True:
-            try:
-                segment = self._segments.popleft()
-            except IndexError:
-                return
-            for target, source, size in segment:
-                _move(target, source, size)
-            with self._guard:
-                self._left -= 1
-                last = not self._left
-            if last:
-                self._done.set()
+        self._copy_all(self._now)
+        self._copy_all(self._rest)
 
     def wait(self) -> None:
         """Return when the live tensors may change."""
         self.help()
-        self._done.wait()
+        with self._change:
+            self._change.wait_for(lambda: not self._unfinished)
         for event in self._events:  # a GPU waits by itself: the CPU goes on
             torch.cuda.current_stream().wait_event(event)
 
     def settle(self) -> None:
         """Return when every byte is in the slot."""
         self.help()
-        self._done.wait()
-        for event in self._events:
-            event.synchronize()
+        self.await_bytes(self._slot.capacity)
         self._alive.clear()
 
-    def _copy_devices(self, slot: Slot, moves: list[tuple[StorageSlice, int]]) -> None:
+    def await_bytes(self, end: int) -> None:
+        """Return when the first `end` bytes of the slot have been copied."""
+        for event in self._events:
+            event.synchronize()
+        end += self._slot.address
+        with self._change:
+            self._change.wait_for(lambda: min(self._unfinished, default=end) >= end)
+
+    def _copy_all(self, segments: deque[list[_Move]]) -> None:
+        while True:
+            try:
+                segment = segments.popleft()
+            except IndexError:
+                return
+            for target, source, size in segment:
+                _move(target, source, size)
+            with self._change:
+                self._unfinished.discard(segment[0][0])
+                self._first -= segments is self._now
+                self._change.notify_all()
+
+    def _copy_devices(self) -> None:
         """From a GPU: on a side stream, into pinned memory; from anything else at once."""
-        cuda = [move for move in moves if move[0].source.device.type == "cuda"]
-        for storage, offset in moves:
+        slot = self._slot
+        cuda = [move for move in self._devices if move[0].source.device.type == "cuda"]
+        for storage, offset in self._devices:
             if storage.source.device.type != "cuda":
                 slot.tensor(offset, storage.nbytes).copy_(storage.tensor())
         if not cuda:

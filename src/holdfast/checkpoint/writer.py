@@ -7,13 +7,14 @@ must wait for is decided here; what a checkpoint is called and what becomes of o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +87,7 @@ class Writer:
         self._layout: tuple[list[tuple[str, int]], list[Record]] = ([], [])
         self._stager = ThreadPoolExecutor(1, thread_name_prefix="holdfast-stage")
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="holdfast-disk")
-        self._copy_threads = max(1, min(4, (os.cpu_count() or 1) // 2))
+        self._copy_threads = min(4, os.cpu_count() or 1)
         self._helpers = ThreadPoolExecutor(self._copy_threads, "holdfast-copy")
         self._making = threading.Lock()
         self._preparing: threading.Thread | None = None
@@ -148,16 +149,17 @@ class Writer:
         to_disk, self._dropped = to_disk or self._dropped, False
         slot.begin()
         placed = list(zip(tree.storages, records, strict=False))
-        copy = Copy(slot, placed, later, self._helpers, self._copy_threads)
+        copy = Copy(slot, placed, later)
         snapshot = Snapshot(
             pending, slot, tree, manifest, copy, asked, time.monotonic() - asked,
             to_disk, droppable, failed, records,
         )  # fmt: skip
-        if copy.finished:
-            pending.staged.set_result(None)
         with self._change:
             self._staging.append(snapshot)
         self._submit(self._stager, self._stage, snapshot)
+        copy.run(self._helpers, self._copy_threads)
+        if copy.finished:
+            _keep(pending.staged)
         return snapshot
 
     def prepare(self, tree: Tree) -> None:
@@ -309,31 +311,38 @@ class Writer:
             future.add_done_callback(_complain)
 
     def _stage(self, snapshot: Snapshot) -> None:
-        """Complete a snapshot and hand it on."""
+        """Complete a snapshot: values and manifest first, then what is left of the tensors. The
+        disk need not wait for the latter: it follows the copy."""
         began = time.thread_time()
         try:
-            self._complete(snapshot)
+            blueprint = self._describe(snapshot)
         except Exception as error:  # noqa: BLE001 - told as a save that failed, never the end
             snapshot.copy.settle()
             self._give_up(snapshot, error)
             return
         finally:
             snapshot.tree = None
+        if snapshot.to_disk:
+            with self._change:
+                self._queue.append(snapshot)
+            self._submit(self._disk, self._write_next)
+        snapshot.copy.settle()
+        _keep(snapshot.pending.staged)
+        try:
+            snapshot.slot.complete(blueprint)
+        except OSError as error:  # shared memory is full: it is on its way to the disk all the same
+            log.warning("%s: %s", memory.PLACE, error)
         with self._change:
             self._newest = snapshot
             self._staging.remove(snapshot)
-            if snapshot.to_disk:
-                self._queue.append(snapshot)
             snapshot.complete.set()
             self._change.notify_all()
-        if snapshot.to_disk:
-            self._submit(self._disk, self._write_next)
-        elif self._tier is not None:
+        if not snapshot.to_disk:
             self._seal(snapshot)
         self.background_seconds += time.thread_time() - began
 
-    def _complete(self, snapshot: Snapshot) -> None:
-        """Values and manifest first, then what is left of the tensors."""
+    def _describe(self, snapshot: Snapshot) -> Blueprint:
+        """Put everything but the tensors into the slot; they may be on their way there."""
         tree, slot = snapshot.tree, snapshot.slot
         assert tree is not None
         companions = tree.companions()
@@ -349,11 +358,9 @@ class Writer:
             blueprint.records[len(tree.storages) :], companions, strict=True
         ):
             image[record.offset : record.end] = payload
-        snapshot.blueprint, snapshot.sealer = blueprint, Sealer(blueprint, image)
-        snapshot.copy.settle()
-        slot.complete(blueprint)
-        if not snapshot.pending.staged.done():
-            snapshot.pending.staged.set_result(None)
+        snapshot.blueprint = blueprint
+        snapshot.sealer = Sealer(blueprint, image, snapshot.copy.await_bytes)
+        return blueprint
 
     def _seal(self, snapshot: Snapshot) -> None:
         """Give a snapshot that stays in memory its checksums, unless a newer one is coming."""
@@ -412,6 +419,12 @@ class Writer:
             snapshot.complete.set()
             self._change.notify_all()
         snapshot.failed(error)
+
+
+def _keep(promise: Future[None]) -> None:
+    """Keep a promise that two threads may come to keep."""
+    with contextlib.suppress(InvalidStateError):
+        promise.set_result(None)
 
 
 def _complain(future: Future[None]) -> None:
