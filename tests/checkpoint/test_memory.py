@@ -266,6 +266,24 @@ def test_a_clean_end_leaves_nothing_in_memory(tmp_path: Path) -> None:
     assert not left(tmp_path)
 
 
+def test_a_state_that_grows_leaves_no_old_slots_behind(tmp_path: Path) -> None:
+    """An optimizer makes its state in its first step: what was made before that is too small."""
+    toy = Toy()
+    with toy.manager(tmp_path, memory_every=1) as manager:
+        manager.resume()
+        toy.state["extra"] = torch.ones(10)
+        manager.prepare()
+        for step in range(1, 5):
+            toy.state["extra"] = torch.full((10 ** (step + 2),), float(step))
+            manager.after_step(step)
+            manager.wait()
+            (remains,) = left(tmp_path)
+            newest = memory.newest_in(remains)
+            assert newest is not None
+            assert newest.order[1] == step
+        assert len(list(remains.directory.glob("slot-*.pt"))) <= writer.MEMORY_SLOTS
+
+
 def test_an_end_without_a_last_save_leaves_the_snapshot(tmp_path: Path) -> None:
     """Closed by an exception, say: what only the memory has stays there for the next start."""
     toy = Toy()

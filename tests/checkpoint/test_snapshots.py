@@ -62,38 +62,36 @@ class Busy:
             parameter.data.clamp_(-0.05, 0.05)  # no hook sees a write into .data
 
 
+class Held:
+    """The copier stops in the middle of a copy until training has gone on without it, or until it
+    has had `patience` seconds to do so."""
+
+    def __init__(self) -> None:
+        self.patience = 1.0
+        self.begun, self.went_on = threading.Event(), threading.Event()
+
+
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The copier stops in the middle of a copy, at its second segment, until half a second later;
-    small segments, and every snapshot overlapped."""
-    let_go, begun = threading.Event(), threading.Event()
-    real, moved = staging._move, 0
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    """Small segments, every snapshot overlapped, and the copier held at its second segment."""
+    state, real, moved = Held(), staging._move, 0
 
     def move(target: int, source: int, size: int) -> None:
         nonlocal moved
         if threading.current_thread().name.startswith("holdfast-stage"):
             moved += 1
             if moved == 2:
-                begun.set()
-                assert let_go.wait(30)
+                state.begun.set()
+                state.went_on.wait(state.patience)
         real(target, source, size)
-
-    def watch() -> None:
-        if begun.wait(30):
-            time.sleep(0.5)
-            let_go.set()
 
     monkeypatch.setattr(staging, "SEGMENT", 512)
     monkeypatch.setattr(staging, "_move", move)
     monkeypatch.setattr(Modes, "overlapped", lambda _self: True)
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    yield begun
-    begun.set()
-    watcher.join()
+    return state
 
 
-def disturbed_save(directory: Path, begun: threading.Event) -> tuple[Any, Any]:
+def disturbed_save(directory: Path, held: Held) -> tuple[Any, Any]:
     """What a training is when a snapshot is asked for, and what the file says."""
     busy = Busy()
     for _step in range(3):
@@ -102,8 +100,9 @@ def disturbed_save(directory: Path, begun: threading.Event) -> tuple[Any, Any]:
         expected = snapshot(busy.state)
         pending = manager.save_async(step=3)
         busy.disturb()
-        assert begun.wait(30), "the copier has never been in the middle"
+        assert held.begun.wait(30), "the copier has never been in the middle"
         busy.step()
+        held.went_on.set()
         saved = pending.durable.result()
         assert saved is not None
         state = load(saved.path)
@@ -119,23 +118,24 @@ def plain(state: Any) -> Any:
     return state
 
 
-def test_an_overlapped_snapshot_is_of_one_step(tmp_path: Path, held: threading.Event) -> None:
+def test_an_overlapped_snapshot_is_of_one_step(tmp_path: Path, held: Held) -> None:
     expected, found = disturbed_save(tmp_path, held)
     assert_same(plain(expected), plain(found))
 
 
 def test_without_the_wait_the_snapshot_would_be_of_two_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: threading.Event
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: Held
 ) -> None:
     """The test above can fail: it does when the hook waits for nothing."""
     monkeypatch.setattr(snapshots, "_waiting", lambda _wait: lambda *_arguments: None)
+    held.patience = 30.0
     expected, found = disturbed_save(tmp_path, held)
     with pytest.raises(AssertionError):
         assert_same(plain(expected), plain(found))
 
 
 def test_copying_everything_late_would_be_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: threading.Event
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: Held
 ) -> None:
     """The test above can fail: it does when averages and buffers are not copied at once."""
 

@@ -117,7 +117,7 @@ class SharedSlot(Slot):
     """A slot that is a file in shared memory; its head says whether it holds a snapshot."""
 
     def __init__(self, tier: MemoryTier, path: Path, capacity: int) -> None:
-        self._tier = tier
+        self._tier, self._path = tier, path
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self._head = -1
         self._fd = os.open(path, flags, 0o600)
@@ -139,6 +139,10 @@ class SharedSlot(Slot):
     def close(self) -> None:
         super().close()
         self._close_files()
+
+    def discard(self) -> None:
+        for path in (self._path.with_suffix(".head"), self._path):
+            filesystem.remove(path)
 
     def _close_files(self) -> None:
         for fd in (self._fd, self._head):

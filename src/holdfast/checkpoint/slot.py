@@ -95,6 +95,9 @@ class Slot:
     def sealed(self) -> None:
         """The content has its checksums now."""
 
+    def discard(self) -> None:
+        """Nobody will want the content any more, not even after a crash."""
+
 
 def available_memory() -> int:
     """Bytes that can still be taken without swapping: of the machine, and of a container's limit.

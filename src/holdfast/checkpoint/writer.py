@@ -83,6 +83,7 @@ class Writer:
         self._queue: list[Snapshot] = []  # complete, waiting for the disk
         self._writing: Snapshot | None = None
         self._newest: Snapshot | None = None  # complete in memory
+        self._outlived: list[Slot] = []  # closed; theirs is still the newest snapshot
         self._dropped = False  # whether a save was dropped whose place the next snapshot takes
         self._layout: tuple[list[tuple[str, int]], list[Record]] = ([], [])
         self._stager = ThreadPoolExecutor(1, thread_name_prefix="holdfast-stage")
@@ -201,11 +202,17 @@ class Writer:
         self._close_slots()
 
     def _close_slots(self) -> None:
+        """Give the slots back; a snapshot that a crash would fall back to stays where it is."""
         self.wait()
         with self._change:
+            last = self._newest.slot if self._newest is not None else None
             for slot in self._slots:
                 slot.close()
+                if slot is not last:
+                    slot.discard()
             self._slots.clear()
+            if last is not None:
+                self._outlived.append(last)
             self._newest = None
 
     # --------------------------------------------------------------------------------------- slots
@@ -285,6 +292,7 @@ class Writer:
             with self._change:
                 self._slots[self._slots.index(old)] = snapshot.slot = new
         old.close()
+        old.discard()
         return new
 
     def _drop_waiting(self) -> bool:
@@ -334,6 +342,8 @@ class Writer:
             log.warning("%s: %s", memory.PLACE, error)
         with self._change:
             self._newest = snapshot
+            while self._outlived:
+                self._outlived.pop().discard()
             self._staging.remove(snapshot)
             snapshot.complete.set()
             self._change.notify_all()

@@ -174,7 +174,6 @@ def _train(
     records = Records(
         directory, tensorboard=config.training.tensorboard, resumed_step=trainer.progress.step
     )
-    manager.prepare()
     try:
         trainer.bind(manager, records)
         if resumed is not None:
