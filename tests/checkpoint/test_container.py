@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import os
 import pickle
@@ -10,6 +12,7 @@ import resource
 import struct
 import sys
 import time
+import weakref
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,11 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.checkpoint import codec, container, layout, load, verify
+from holdfast.checkpoint import codec, container, layout, load, reading, verify
 from holdfast.checkpoint import image as images
-from holdfast.checkpoint.container import CHUNK, Reader
+from holdfast.checkpoint.container import Reader
 from holdfast.checkpoint.layout import PAGE, Record, local_header, place, plan, tail
+from holdfast.checkpoint.reading import CHUNK, OWN_PAGES
 from holdfast.checkpoint.tree import normalise
 from holdfast.errors import (
     CheckpointError,
@@ -28,7 +32,7 @@ from holdfast.errors import (
     ForeignCheckpoint,
     UnsupportedValue,
 )
-from tests.support import craft, flip, image_of, python, write_image, write_state
+from tests.support import assert_same, craft, flip, image_of, python, write_image, write_state
 
 
 def small_state() -> dict[str, Any]:
@@ -361,6 +365,171 @@ def test_large_records_are_hashed_in_chunks(tmp_path: Path) -> None:
         end = reader.records[0].end
     flip(path, end - 1)
     refused(path)
+
+
+def test_a_crc_that_its_writer_computed_wrong_is_found_by_a_full_check_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours believe in xxh3; everybody else's `unzip -t` has the CRC-32 and would call it broken."""
+    real = images.checksums
+
+    def wrong(payload: container.Buffer) -> tuple[int, str]:
+        crc32, xxh3 = real(payload)
+        return (crc32 ^ 1 if bytes(payload) == b"x" * 70_000 else crc32), xxh3
+
+    monkeypatch.setattr(images, "checksums", wrong)
+    manifest = {"tensors": [], "tree": {"dict": []}}
+    path = craft(tmp_path / "a.pt", manifest, [("checkpoint/data/0", b"x" * 70_000)])
+    assert load(path) == {}
+    with Reader(path) as reader:
+        reader.verify(crc=False)
+        with pytest.raises(DamagedCheckpoint, match="data/0"):
+            reader.verify()
+    assert "data/0" in str(verify(path))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() == "checkpoint/data/0"
+
+
+def large_state() -> dict[str, Any]:
+    """Storages around every size at which reading changes its way, small ones between them."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = [1, 100, PAGE, PAGE + 1, OWN_PAGES - 1, OWN_PAGES, OWN_PAGES + 5, CHUNK, CHUNK + 1]
+    sizes += [7, 2 * CHUNK + PAGE, 3]
+    return {
+        str(i): torch.randint(256, (size,), dtype=torch.uint8, generator=generator)
+        for i, size in enumerate(sizes)
+    }
+
+
+@pytest.mark.parametrize("disable", ["", "direct"])
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_flip_is_found_however_the_record_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disable: str, cold: bool
+) -> None:
+    monkeypatch.setenv("HOLDFAST_DISABLE", disable)
+    path = write_state(tmp_path / "a.pt", large_state())
+    with Reader(path) as reader:
+        records = reader.records
+    places = [at for r in records for at in (r.header + 3, r.offset, r.end - 1) if r.size]
+    places += [at for r in records for at in range(r.offset, r.end, CHUNK // 2)]
+    rng = random.Random(11)
+    for at in rng.sample(places, 30):
+        flip(path, at)
+        for crc in (True, False):
+            if cold:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            refused(path)
+            with pytest.raises(DamagedCheckpoint), Reader(path) as reader:
+                reader.verify(crc=crc)
+        flip(path, at)
+    assert_same(load(path), large_state())
+
+
+def test_the_first_damage_in_the_file_is_the_one_that_is_named(tmp_path: Path) -> None:
+    path = write_state(tmp_path / "a.pt", {str(i): torch.randn(30_000) for i in range(60)})
+    with Reader(path) as reader:
+        for i in (59, 31, 30, 17):
+            flip(path, reader.records[i].offset + 5)
+            for _again in range(5):
+                with pytest.raises(DamagedCheckpoint, match=f"data/{i} "):
+                    load(path)
+                with pytest.raises(DamagedCheckpoint, match=f"data/{i} "):
+                    reader.verify(threads=4)
+
+
+def test_a_file_that_shrinks_while_it_is_open_is_damaged(tmp_path: Path) -> None:
+    path = write_state(tmp_path / "a.pt", large_state())
+    with Reader(path) as reader:
+        path.chmod(0o644)
+        os.truncate(path, CHUNK + 100)
+        with pytest.raises(DamagedCheckpoint, match=f"ends at byte {CHUNK + 100}"):
+            codec.read(reader)
+        with pytest.raises(DamagedCheckpoint, match="ends at byte"):
+            reader.verify()
+
+
+def test_no_descriptor_is_left_open_whatever_ends_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_state(tmp_path / "a.pt", large_state())
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    load(path)
+    assert verify(path) is None
+    real = reading.File.read
+
+    def interrupted(file: reading.File, offset: int, *args: Any, **kwargs: Any) -> int:
+        if offset > CHUNK:
+            raise KeyboardInterrupt
+        return real(file, offset, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reading.File, "read", interrupted)
+        for read in (load, verify):
+            with pytest.raises(KeyboardInterrupt):
+                read(path)
+    flip(path, CHUNK)
+    refused(path)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_memory_is_given_back_without_waiting_for_the_garbage_collector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """After a failed load recovery reads the next one: two states must not lie in memory then."""
+    path = write_state(tmp_path / "a.pt", large_state())
+    if damaged:
+        with Reader(path) as reader:
+            flip(path, reader.records[len(large_state()) - 2].end - 1)
+    made: list[weakref.ref[Any]] = []
+    real = reading.own_pages
+
+    def own_pages(size: int) -> Any:
+        pages = real(size)
+        if pages is not None:
+            made.append(weakref.ref(pages))
+        return pages
+
+    monkeypatch.setattr(reading, "own_pages", own_pages)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(DamagedCheckpoint):
+            load(path)
+        assert made
+        assert [ref() for ref in made] == [None] * len(made)
+    finally:
+        gc.enable()
+
+
+def test_loading_takes_little_more_memory_than_the_tensors(tmp_path: Path) -> None:
+    mib = 256
+    state = {str(i): torch.ones(16 << 18) for i in range(mib // 16)}
+    path = write_state(tmp_path / "a.pt", state)
+    said = python(
+        """
+        import sys, torch
+        from pathlib import Path
+        from holdfast import load
+
+        def peak():
+            Path("/proc/self/clear_refs").write_text("5")
+            def now(): return {
+                line.split()[0]: int(line.split()[1])
+                for line in Path("/proc/self/status").read_text().splitlines() if "kB" in line
+            }
+            before = now()["VmRSS:"]
+            state = load(sys.argv[1])
+            return (now()["VmHWM:"] - before) / 1024
+
+        torch.empty(1)
+        print(peak())
+        """,
+        path,
+    )
+    assert mib <= float(said) <= 1.1 * mib
 
 
 # ---------------------------------------------------------------------------------------- hostile

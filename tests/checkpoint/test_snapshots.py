@@ -63,30 +63,40 @@ class Busy:
 
 
 class Held:
-    """The copier stops in the middle of a copy until training has gone on without it, or until it
-    has had `patience` seconds to do so."""
+    """The copier begins when training goes on, and stops in the middle until training has come to
+    the end of its step without it, or has had `patience` seconds to do so."""
 
     def __init__(self) -> None:
         self.patience = 1.0
-        self.begun, self.went_on = threading.Event(), threading.Event()
+        self.asked, self.begun, self.stepped = (threading.Event() for _ in range(3))
 
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Held:
-    """Small segments, every snapshot overlapped, and the copier held at its second segment."""
-    state, real, moved = Held(), staging._move, 0
+    """Small segments, every snapshot overlapped, and its copier held at its second segment."""
+    state, copy_all, move = Held(), staging.Copy._copy_all, staging._move
+    copied = 0
 
-    def move(target: int, source: int, size: int) -> None:
-        nonlocal moved
-        if threading.current_thread().name.startswith("holdfast-stage"):
-            moved += 1
-            if moved == 2:
+    def in_copier() -> bool:
+        return threading.current_thread().name.startswith("holdfast-stage")
+
+    def copy_late(copy: staging.Copy, segments: Any) -> None:
+        if in_copier() and segments is copy._rest:
+            assert state.asked.wait(30)
+        copy_all(copy, segments)
+
+    def move_slowly(target: int, source: int, size: int) -> None:
+        nonlocal copied
+        if in_copier() and state.asked.is_set():
+            copied += 1
+            if copied == 2:
                 state.begun.set()
-                state.went_on.wait(state.patience)
-        real(target, source, size)
+                state.stepped.wait(state.patience)
+        move(target, source, size)
 
     monkeypatch.setattr(staging, "SEGMENT", 512)
-    monkeypatch.setattr(staging, "_move", move)
+    monkeypatch.setattr(staging.Copy, "_copy_all", copy_late)
+    monkeypatch.setattr(staging, "_move", move_slowly)
     monkeypatch.setattr(Modes, "overlapped", lambda _self: True)
     return state
 
@@ -99,10 +109,11 @@ def disturbed_save(directory: Path, held: Held) -> tuple[Any, Any]:
     with CheckpointManager(directory, busy.state, overlap=True) as manager:
         expected = snapshot(busy.state)
         pending = manager.save_async(step=3)
+        held.asked.set()
         busy.disturb()
         assert held.begun.wait(30), "the copier has never been in the middle"
         busy.step()
-        held.went_on.set()
+        held.stepped.set()
         saved = pending.durable.result()
         assert saved is not None
         state = load(saved.path)

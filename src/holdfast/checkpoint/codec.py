@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from holdfast.checkpoint import reading
 from holdfast.checkpoint.container import Reader
 from holdfast.checkpoint.layout import ARCHIVE, Record
 from holdfast.checkpoint.tree import DTYPES, EmptyBytes, TensorLeaf, Tree
@@ -109,23 +110,9 @@ class Decoder:
     def __init__(
         self, tensor: Callable[[int], torch.Tensor], definitions: Mapping[Any, Any] | None = None
     ) -> None:
+        self._tensor = tensor
         self._definitions = definitions or {}
         self._shared: dict[Any, Any] = {}
-        self._simple: dict[str, Callable[[Any], Any]] = {
-            "tensor": tensor,
-            "size": lambda items: torch.Size([_index(item) for item in items]),
-            "int": lambda text: int(_text(text)),
-            "float": lambda text: struct.unpack(">d", bytes.fromhex(text))[0],
-            "complex": lambda text: complex(*struct.unpack(">dd", bytes.fromhex(text))),
-            "bytes": lambda text: base64.b64decode(text, validate=True),
-            "bytearray": lambda text: bytearray(base64.b64decode(text, validate=True)),
-            "dtype": DTYPES.__getitem__,
-            "device": _device,
-            "ref": self._refer,
-            "tuple": lambda items: tuple(self(item) for item in items),
-            "set": lambda items: {self(item) for item in items},
-            "dict": lambda pairs: {self(key): self(item) for key, item in pairs},
-        }
 
     def __call__(self, node: Any) -> Any:
         if isinstance(node, list):
@@ -141,9 +128,12 @@ class Decoder:
         (kind, content), *rest = node.items()
         if rest:
             raise ValueError(kind)
-        return self._simple[kind](content)
+        return _SIMPLE[kind](self, content)
 
-    def _refer(self, name: Any) -> Any:
+    def tensor(self, index: Any) -> torch.Tensor:
+        return self._tensor(index)
+
+    def refer(self, name: Any) -> Any:
         if name not in self._shared:
             self(self._definitions[name])
         return self._shared[name]
@@ -156,6 +146,24 @@ class Decoder:
             setattr(value, name, self(item))
         return value
 
+
+# A table outside of the decoder: one inside would make a ring with it, and the tensors of a load
+# that failed would stay in memory until the garbage collector comes by.
+_SIMPLE: dict[str, Callable[[Decoder, Any], Any]] = {
+    "tensor": Decoder.tensor,
+    "size": lambda _d, items: torch.Size([_index(item) for item in items]),
+    "int": lambda _d, text: int(_text(text)),
+    "float": lambda _d, text: struct.unpack(">d", bytes.fromhex(text))[0],
+    "complex": lambda _d, text: complex(*struct.unpack(">dd", bytes.fromhex(text))),
+    "bytes": lambda _d, text: base64.b64decode(text, validate=True),
+    "bytearray": lambda _d, text: bytearray(base64.b64decode(text, validate=True)),
+    "dtype": lambda _d, name: DTYPES[name],
+    "device": lambda _d, text: _device(text),
+    "ref": Decoder.refer,
+    "tuple": lambda decode, items: tuple(decode(item) for item in items),
+    "set": lambda decode, items: {decode(item) for item in items},
+    "dict": lambda decode, pairs: {decode(key): decode(item) for key, item in pairs},
+}
 
 # What a decoder raises over a manifest that no encoder wrote.
 NONSENSE = (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError,
@@ -194,7 +202,6 @@ def read(reader: Reader, *, only: str | None = None) -> Any:
     it every byte of the file is verified, the pickle for other people's `torch.load` too.
     Raises `DamagedCheckpoint`; `ForeignCheckpoint` where the manifest makes no sense.
     """
-    reader.check_structure()
     try:
         tensors, tree = _TensorSource(reader), reader.manifest["tree"]
         if only is None:
@@ -206,9 +213,8 @@ def read(reader: Reader, *, only: str | None = None) -> Any:
         raise ForeignCheckpoint(
             _("{path} has a manifest that makes no sense.", path=reader.path)
         ) from error
-    if only is None:
-        tensors.verify_others()
-    elif not part:
+    reader.load(tensors.buffers, rest=only is None)
+    if only is not None and not part:
         raise ForeignCheckpoint(_("{path} holds no {name}.", path=reader.path, name=only))
     return state
 
@@ -229,10 +235,14 @@ def _definitions(tree: Any) -> dict[Any, Any]:
 
 
 class _TensorSource:
-    """The tensors of an open checkpoint by index, each storage read once, when first asked for."""
+    """The tensors of an open checkpoint by index, over memory that `buffers` say is to be filled.
+
+    The manifest, whose own digest is right, says all there is to know before a payload is read; so
+    everything can be read at once, in the order of the file.
+    """
 
     def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+        self.buffers: list[tuple[Record, memoryview]] = []
         self._entries: list[Any] = reader.manifest["tensors"]
         self._by_name: dict[str, Record] = {record.name: record for record in reader.records}
         self._storages: dict[str, torch.Tensor] = {}
@@ -243,12 +253,6 @@ class _TensorSource:
         if index not in self._tensors:
             self._tensors[index] = self._build(self._entries[index])
         return self._tensors[index]
-
-    def verify_others(self) -> None:
-        """Check the records that no tensor has come from."""
-        for name, record in self._by_name.items():
-            if name not in self._storages:
-                self._reader.verify_record(record)
 
     def _build(self, entry: Mapping[str, Any]) -> torch.Tensor:
         dtype, offset = DTYPES[entry["dtype"]], _index(entry["offset"])
@@ -264,14 +268,15 @@ class _TensorSource:
         if (offset + reach) * dtype.itemsize > record.size or elements >= _INT64:
             raise ValueError(entry)
         if name not in self._storages:
-            self._storages[name] = self._load(record)
+            self._storages[name] = self._allocate(record)
         result = torch.empty(0, dtype=dtype)
         return result.set_(self._storages[name].untyped_storage(), offset, shape, stride)
 
-    def _load(self, record: Record) -> torch.Tensor:
-        raw = torch.empty(record.size, dtype=torch.uint8)
-        if record.size:
-            self._reader.read_into(record, raw.numpy().data)
+    def _allocate(self, record: Record) -> torch.Tensor:
+        pages = reading.own_pages(record.size)
+        if pages is not None:
+            raw = torch.frombuffer(pages, dtype=torch.uint8, count=record.size)
         else:
-            self._reader.check(record, [])
+            raw = torch.empty(record.size, dtype=torch.uint8)
+        self.buffers.append((record, raw.numpy().data))
         return raw

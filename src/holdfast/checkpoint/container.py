@@ -20,23 +20,21 @@ import json
 import os
 import re
 import struct
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from isal import isal_zlib
 
-from holdfast.checkpoint.image import FORMAT_VERSION, MAX_MANIFEST, checksums
+from holdfast.checkpoint import reading
+from holdfast.checkpoint.image import FORMAT_VERSION, HASH_CHUNK, MAX_MANIFEST, checksums
 from holdfast.checkpoint.layout import (
     ARCHIVE,
     COMMENT_RE,
     COMMENT_SIZE,
     MANIFEST,
     PADDING_ID,
-    Buffer,
     Record,
     local_header,
     place,
@@ -46,8 +44,7 @@ from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
 
 _NAME_RE = re.compile(r"[\x21-\x7e]{1,255}")
-_seek_lock = threading.Lock()
-CHUNK = 1 << 22  # what is hashed and read at a time: fits the caches, hides the system call
+LOADERS = 8  # threads that load: most wait for the disk, some hash, some wait for their turn
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -58,19 +55,14 @@ class NewerFormat(ForeignCheckpoint):
 
 
 class Reader:
-    """An open checkpoint whose manifest and headers have been checked, its payloads not yet.
-
-    Everything is read with `pread` into memory of our own: a map of a file that shrinks is a
-    SIGBUS, and what was hashed must be what is used.
-    """
+    """An open checkpoint whose manifest has been checked; headers and payloads are, when read."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open `path`; raise `ForeignCheckpoint` or `DamagedCheckpoint`, `OSError` as it comes."""
         self.path = Path(path)
-        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        self._fd = os.open(self.path, flags)
+        self._file = reading.File(self.path)
         try:
-            self.size = os.fstat(self._fd).st_size
+            self.size = self._file.size
             self.manifest, self._slot = self._read_manifest()
             self.records = [*self._parse_records(), self._slot]
         except BaseException:  # whatever ends this, an interrupt too, leaks no descriptor
@@ -84,75 +76,50 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
     def check_structure(self) -> None:
         """Compare every byte outside the payloads with what the manifest says it must be."""
-        for record in self.records:
-            expected = local_header(record)
-            if self._pread(record.header, len(expected)) != expected:
-                raise self._damaged(_("the header of record {name} is wrong", name=record.name))
-        end = self.records[-1].end
-        expected = tail(self.records)
-        if self.size != end + len(expected):
-            raise self._damaged(
-                _("it has {size} bytes instead of {expected}", size=self.size,
-                  expected=end + len(expected))
-            )  # fmt: skip
-        if self._pread(end, len(expected)) != expected:
-            raise self._damaged(_("its directory is wrong"))
+        self._run(self._structure())
 
-    def check(self, record: Record, chunks: Iterable[Buffer]) -> None:
-        """Hash `chunks`, the payload of `record`, and compare."""
-        crc, xxh3 = 0, xxhash.xxh3_128()
-        for chunk in chunks:
-            crc = isal_zlib.crc32(chunk, crc)
-            xxh3.update(chunk)
-        if crc != record.crc32 or xxh3.hexdigest() != record.xxh3:
-            raise self._damaged(_("the content of record {name} has changed", name=record.name))
+    def verify(self, *, threads: int = 2, crc: bool = True) -> None:
+        """Check every byte as the device has it; raise `DamagedCheckpoint`, the first fault found.
 
-    def read_into(self, record: Record, buffer: memoryview) -> None:
-        """Fill `buffer` (`record.size` bytes, writable) with the payload and verify it."""
-        assert buffer.nbytes == record.size, (buffer.nbytes, record.size)
+        Direct I/O reads past the page cache; where there is none the file's pages are dropped from
+        it first. Memory is bounded. Without `crc` the CRC-32 of payloads, which is there for other
+        people's tools, is only compared between headers and manifest: enough where xxh3-128 is to
+        find what the disk has done, not what a writer has computed.
+        """
+        payloads = [self._payload(record, crc=crc) for record in self.records]
+        self._run([*self._structure(), *payloads], threads=threads, fresh=True)
 
-        def fill() -> Iterator[Buffer]:
-            for start in range(0, record.size, CHUNK):
-                part = buffer[start : start + CHUNK]
-                self._preadinto(record.offset + start, part)
-                yield part
+    def verify_record(self, record: Record, *, crc: bool = True) -> None:
+        """Check the payload of one record in bounded memory."""
+        self._run([self._payload(record, crc=crc)])
 
-        self.check(record, fill())
+    def load(
+        self, buffers: Iterable[tuple[Record, memoryview]], *, rest: bool, threads: int = LOADERS
+    ) -> None:
+        """Fill each record's buffer (`record.size` bytes, writable) with its payload, verified by
+        xxh3-128, and check the structure; with `rest`, verify all other payloads too.
+
+        Buffers of `reading.own_pages` are filled without a copy between. Raises as `verify` does;
+        what stands in the buffers is not to be used then.
+        """
+        payloads = {r.name: self._payload(r, buffer) for r, buffer in buffers}
+        for record in self.records if rest else ():
+            if record.name not in payloads:
+                payloads[record.name] = self._payload(record)
+        self._run([*self._structure(), *payloads.values()], threads=threads)
 
     def read(self, record: Record) -> bytes:
         buffer = bytearray(record.size)
-        self.read_into(record, memoryview(buffer))
+        self._run([self._payload(record, memoryview(buffer))])
         return bytes(buffer)
-
-    def verify(self, *, threads: int = 2) -> None:
-        """Check every byte of the file; raise `DamagedCheckpoint` with the first fault found."""
-        self.check_structure()
-        with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-verify") as pool:
-            for _done in pool.map(self.verify_record, self.records):
-                pass
-
-    def verify_record(self, record: Record) -> None:
-        """Check the payload of one record in bounded memory."""
-        scratch = memoryview(bytearray(min(record.size, CHUNK)))
-
-        def stream() -> Iterator[Buffer]:
-            for start in range(0, record.size, CHUNK):
-                part = scratch[: min(CHUNK, record.size - start)]
-                self._preadinto(record.offset + start, part)
-                yield part
-
-        self.check(record, stream())
 
     def forget_cached(self) -> None:
         """Ask the kernel to drop the file's pages, so that the next read comes from the device."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._file.forget_cached()
 
     def record(self, name: str) -> Record:
         for record in self.records:
@@ -231,38 +198,68 @@ class Reader:
     def _damaged(self, why: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(_("{path} is damaged: {why}.", path=self.path, why=why))
 
-    # ------------------------------------------------------------------------------ system calls
+    # ---------------------------------------------------------------------------- what is checked
+
+    def _run(self, parts: list[reading.Part], *, threads: int = 1, fresh: bool = False) -> None:
+        parts.sort(key=lambda part: part.start)
+        try:
+            reading.run(self._file, parts, threads=threads, fresh=fresh)
+        except EOFError as error:
+            raise self._damaged(_("it ends at byte {offset}", offset=error.args[0])) from None
+
+    def _structure(self) -> list[reading.Part]:
+        """Every byte outside the payloads, to be compared with what it must be."""
+        end, expected = self.records[-1].end, tail(self.records)
+        if self.size != end + len(expected):
+            raise self._damaged(
+                _("it has {size} bytes instead of {expected}", size=self.size,
+                  expected=end + len(expected))
+            )  # fmt: skip
+        parts = []
+        for record in self.records:
+            wrong = _("the header of record {name} is wrong", name=record.name)
+            parts.append(self._fixed(record.header, local_header(record), wrong))
+        return [*parts, self._fixed(end, expected, _("its directory is wrong"))]
+
+    def _fixed(self, start: int, expected: bytes, wrong: str) -> reading.Part:
+        done = 0
+
+        def compare(found: memoryview) -> None:
+            nonlocal done
+            if found != expected[done : done + len(found)]:
+                raise self._damaged(wrong)
+            done += len(found)
+
+        return reading.Part(start, start + len(expected), compare)
+
+    def _payload(
+        self, record: Record, buffer: memoryview | None = None, *, crc: bool = False
+    ) -> reading.Part:
+        """The payload of `record`, to be hashed and compared, in `buffer` if there is one."""
+        crc32, xxh3, left = 0, xxhash.xxh3_128(), record.size
+
+        def check(found: memoryview) -> None:
+            nonlocal crc32, left
+            if not crc:
+                xxh3.update(found)
+            for start in range(0, len(found) if crc else 0, HASH_CHUNK):
+                chunk = found[start : start + HASH_CHUNK]  # both, while it is in the caches
+                xxh3.update(chunk)
+                crc32 = isal_zlib.crc32(chunk, crc32)
+            left -= len(found)
+            if not left and (xxh3.hexdigest() != record.xxh3 or (crc and crc32 != record.crc32)):
+                raise self._damaged(_("the content of record {name} has changed", name=record.name))
+
+        if not record.size:
+            check(memoryview(b""))
+        return reading.Part(record.offset, record.end, check, buffer)
 
     def _pread(self, offset: int, size: int, *, short: bool = False) -> bytes:
         buffer = bytearray(size)
-        got = self._fill(offset, memoryview(buffer))
+        got = self._file.read(offset, memoryview(buffer))
         if got != size and not short:
             raise self._damaged(_("it ends at byte {offset}", offset=offset + got))
         return bytes(buffer[:got])
-
-    def _preadinto(self, offset: int, buffer: memoryview) -> None:
-        got = self._fill(offset, buffer)
-        if got != buffer.nbytes:
-            raise self._damaged(_("it ends at byte {offset}", offset=offset + got))
-
-    def _fill(self, offset: int, buffer: memoryview) -> int:
-        got = 0
-        while got < buffer.nbytes:
-            count = _preadv(self._fd, buffer[got:], offset + got)
-            if count == 0:
-                break
-            got += count
-        return got
-
-
-def _preadv(fd: int, buffer: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [buffer], offset)
-    with _seek_lock:  # Windows has no positional read
-        os.lseek(fd, offset, os.SEEK_SET)
-        data = os.read(fd, buffer.nbytes)
-    buffer[: len(data)] = data
-    return len(data)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -10,11 +10,14 @@ import threading
 from collections.abc import Callable
 
 
-def together(work: Callable[[], None], count: int) -> None:
+def together(
+    work: Callable[[], None], count: int, *, stop: Callable[[], None] = lambda: None
+) -> None:
     """Call `work` in `count` threads at once, the caller's among them; return when all are done.
 
-    The first exception is raised when the others have ended. Fewer threads do where the system
-    gives no more: `work` must take its share from a common store.
+    The first exception is raised when the others have ended; an interrupt of the caller calls
+    `stop` first, so that they do. Fewer threads do where the system gives no more: `work` must take
+    its share from a common store.
     """
     errors: list[BaseException] = []
 
@@ -33,7 +36,13 @@ def together(work: Callable[[], None], count: int) -> None:
             break
         threads.append(thread)
     guarded()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        stop()
+        for thread in threads:
+            thread.join()
+        raise
     if errors:
         raise errors[0]

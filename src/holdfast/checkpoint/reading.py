@@ -9,22 +9,23 @@ shrinks is a SIGBUS, and what was hashed must be what is used.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import mmap
 import os
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from holdfast.checkpoint import direct, filesystem
 from holdfast.checkpoint.layout import PAGE
+from holdfast.checkpoint.parallel import together
 
 CHUNK = 1 << 22  # bytes a read: hides the system call, and is still in the caches when hashed
 OWN_PAGES = 1 << 18  # memory from this size on gets pages of its own: direct I/O can fill it
-_PROBE = 1 << 16  # what is smaller than this is not worth asking where it is
+_WORTH = 1 << 20  # where fewer bytes than this are wanted, no question is asked about the cache
+_SAMPLES = 9  # pages that are asked for: the majority says where the file is
 _seek_lock = threading.Lock()
 _dice = random.Random()  # its own: the global generator belongs to the training
 
@@ -39,10 +40,16 @@ def own_pages(size: int) -> mmap.mmap | None:
     if size < OWN_PAGES or not hasattr(mmap, "MAP_PRIVATE"):
         return None
     try:
-        # Private: a shared map would be one memory for this process and those that it forks.
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return _map(size)
     except OSError:  # Linux gives a process 65530 maps
         return None
+
+
+def _map(size: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, size)
+    # Private: a shared map would be one memory for this process and those that it forks.
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
@@ -67,28 +74,26 @@ class File:
             raise
 
     def close(self) -> None:
-        self._fd, fd = -1, self._fd
-        self._direct, direct = -1, self._direct
-        for each in (fd, direct):
-            if each >= 0:
-                os.close(each)
+        open_ones, self._fd, self._direct = (self._fd, self._direct), -1, -1
+        for fd in open_ones:
+            if fd >= 0:
+                os.close(fd)
 
     def open_direct(self) -> bool:
-        """Make reads go past the page cache where this platform and file system let them."""
+        """Make direct I/O possible where this platform and file system have it; whether they do."""
         if not self._tried and self._fd >= 0:
             self._tried = True
-            disabled = "direct" in os.environ.get("HOLDFAST_DISABLE", "").split(",")
-            if hasattr(os, "O_DIRECT") and hasattr(os, "preadv") and not disabled:
-                self._reopen(os.O_DIRECT)
+            if hasattr(os, "preadv") and not filesystem.disabled("direct"):
+                self._reopen()
         return self._direct >= 0
 
-    def _reopen(self, flag: int) -> None:
+    def _reopen(self) -> None:
         try:
-            self._direct = os.open(self._path, _FLAGS | flag)
+            self._direct = os.open(self._path, _FLAGS)
             same = os.path.samestat(os.fstat(self._direct), os.fstat(self._fd))
-        except OSError:  # this file system has none, or the name has gone: buffered reads do
+        except OSError:  # the name has gone: what is open still reads
             same = False
-        if not same and self._direct >= 0:
+        if self._direct >= 0 and not (same and direct.switch_on(self._direct)):
             os.close(self._direct)
             self._direct = -1
 
@@ -97,35 +102,30 @@ class File:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
 
-    def read(self, offset: int, buffer: memoryview, *, fresh: bool = False) -> int:
-        """Fill `buffer`; the bytes that were read, fewer only where the file ends.
+    def read(self, offset: int, *buffers: memoryview, past_cache: bool = False) -> int:
+        """Fill `buffers`, one behind the other; the bytes read, fewer only where the file ends.
 
-        Direct I/O is used where `offset` and `buffer` are made for it and, unless it must be
-        `fresh`, where the page cache does not have the bytes.
+        `past_cache` reads from the device: by direct I/O where it has been opened and `offset` and
+        `buffers` are made for it, else after dropping these pages from the cache.
         """
-        got = 0
-        if (
-            self._direct >= 0
-            and offset % PAGE == 0
-            and buffer.nbytes % PAGE == 0
-            and (fresh or not self._is_cached(offset, buffer))
-            and _on_a_page(buffer)
-        ):
-            got = self._read_direct(offset, buffer)
-        if fresh and got == 0:
-            self.forget_cached(offset, buffer.nbytes)
-        while got < buffer.nbytes:
-            count = _preadv(self._fd, buffer[got:], offset + got)
+        size, got = sum(buffer.nbytes for buffer in buffers), 0
+        fit = offset % PAGE == 0 and all(map(direct.is_aligned, buffers))
+        if past_cache and fit and self._direct >= 0:
+            got = self._read_direct(offset, buffers, size)
+        if past_cache and got == 0:
+            self.forget_cached(offset, size)
+        while got < size:
+            count = _preadv(self._fd, _behind(got, buffers), offset + got)
             if count == 0:
                 break
             got += count
         return got
 
-    def _read_direct(self, offset: int, buffer: memoryview) -> int:
+    def _read_direct(self, offset: int, buffers: Sequence[memoryview], size: int) -> int:
         got = 0
-        while got < buffer.nbytes and got % PAGE == 0:  # it is not at the end of the file
+        while got < size and got % PAGE == 0:  # it is not at the end of the file
             try:
-                count = os.preadv(self._direct, [buffer[got:]], offset + got)
+                count = os.preadv(self._direct, _behind(got, buffers), offset + got)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # opened for it and refuses it: odd, and allowed
                     raise
@@ -135,39 +135,42 @@ class File:
             got += count
         return got
 
-    def _is_cached(self, offset: int, buffer: memoryview) -> bool:
-        """Whether the page cache has these bytes, by asking for one of their pages without waiting.
+    def is_cached(self, offset: int) -> bool:
+        """Whether the page cache has the page at `offset`, asked without waiting for the disk.
 
-        Asking for all would be read ahead into the cache, and be read twice where it is not there.
-        Another page each time, because the one that was asked for is there the next time.
+        It will have it afterwards, so ask for another one next time. Asking for many at once would
+        have all of them read ahead.
         """
-        if buffer.nbytes <= _PROBE or not hasattr(os, "RWF_NOWAIT"):
-            return True
-        at = _dice.randrange(buffer.nbytes // PAGE) * PAGE
         try:
-            return os.preadv(self._fd, [buffer[at : at + PAGE]], offset + at, os.RWF_NOWAIT) > 0
+            return os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT) > 0
         except OSError as error:
+            if error.errno == errno.EAGAIN:
+                return False
             if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot say
                 return True
-            if error.errno != errno.EAGAIN:
-                raise
-            return False
+            raise
 
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
-def _on_a_page(buffer: memoryview) -> bool:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % PAGE == 0
+def _behind(got: int, buffers: Sequence[memoryview]) -> list[memoryview]:
+    """What is left to fill of `buffers` when `got` bytes of them are filled."""
+    rest = []
+    for buffer in buffers:
+        if got < buffer.nbytes:
+            rest.append(buffer[got:])
+        got = max(0, got - buffer.nbytes)
+    return rest
 
 
-def _preadv(fd: int, buffer: memoryview, offset: int) -> int:
+def _preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
     if hasattr(os, "preadv"):
-        return os.preadv(fd, [buffer], offset)
+        return os.preadv(fd, buffers, offset)
     with _seek_lock:  # Windows has no positional read
         os.lseek(fd, offset, os.SEEK_SET)
-        data = os.read(fd, buffer.nbytes)
-    buffer[: len(data)] = data
+        data = os.read(fd, buffers[0].nbytes)
+    buffers[0][: len(data)] = data
     return len(data)
 
 
@@ -180,7 +183,7 @@ class Part:
     With `buffer`, they lie in it by then; without, `take` sees scratch memory that is used again.
     """
 
-    __slots__ = ("buffer", "done", "start", "stop", "take")
+    __slots__ = ("buffer", "done", "left", "start", "stop", "take")
 
     def __init__(
         self,
@@ -192,6 +195,7 @@ class Part:
         assert buffer is None or buffer.nbytes == stop - start, (buffer, start, stop)
         self.start, self.stop, self.take, self.buffer = start, stop, take, buffer
         self.done = start  # what lies before this has been taken
+        self.left: dict[int, int] = {}  # what has been read too early to be taken, by its start
 
     def own(self, start: int, stop: int) -> memoryview:
         assert self.buffer is not None
@@ -200,7 +204,7 @@ class Part:
 
 @dataclass(slots=True)
 class Piece:
-    """One read: whole pages, straight into the buffer of a part or through scratch memory."""
+    """Some whole pages, straight into the buffer of a part or through scratch memory."""
 
     start: int
     stop: int
@@ -208,97 +212,109 @@ class Piece:
     target: memoryview | None = None
 
 
-def cut(parts: Iterable[Part]) -> Iterator[Piece]:
-    """The reads that give `parts` (in the order of the file, apart): few, aligned, in that order.
+def cut(parts: Iterable[Part]) -> list[list[Piece]]:
+    """The reads that give `parts` (in the order of the file, apart): pieces that touch, in order.
 
     Where a part has an aligned buffer its whole pages go there; all that lies between such bodies
-    (small records, headers, the ends of large ones) is read together through scratch memory.
+    (small records, headers, the ends of large ones) goes through scratch memory. No read crosses a
+    multiple of `CHUNK`, so they are as large as they can be, and of one size.
     """
-    loose: Piece | None = None
+    reads: list[list[Piece]] = []
     for part in parts:
+        body = part.stop // PAGE * PAGE if _has_body(part) else part.start
         start = part.start
-        if _has_body(part):
-            if loose is not None:
-                yield loose
-                loose = None
-            body = part.stop // PAGE * PAGE
-            while start < body:
-                stop = min(start + CHUNK, body)
-                yield Piece(start, stop, [(part, start, stop)], part.own(start, stop))
-                start = stop
         while start < part.stop:
             page = start // PAGE * PAGE
-            if loose is not None and (page > loose.stop or start >= loose.start + CHUNK):
-                yield loose
-                loose = None
-            if loose is None:
-                loose = Piece(page, page, [])
-            stop = min(part.stop, loose.start + CHUNK)
-            loose.shares.append((part, start, stop))
-            loose.stop = -(-stop // PAGE) * PAGE
+            grid = (page // CHUNK + 1) * CHUNK
+            stop = min(grid, body if start < body else part.stop)
+            last = reads[-1][-1] if reads else None
+            if start < body:
+                piece = Piece(start, stop, [], part.own(start, stop))
+            elif last and _goes_on(last, page):
+                piece = last
+            else:
+                piece = Piece(page, page, [])
+            piece.shares.append((part, start, stop))
+            piece.stop = max(piece.stop, -(-stop // PAGE) * PAGE)
+            if piece is not last:
+                if last and last.stop == piece.start and piece.start % CHUNK:
+                    reads[-1].append(piece)
+                else:
+                    reads.append([piece])
             start = stop
-    if loose is not None:
-        yield loose
+    return reads
+
+
+def _goes_on(last: Piece, page: int) -> bool:
+    """Whether what starts on `page` goes through the same scratch memory as `last`."""
+    return last.target is None and page <= last.stop and page // CHUNK * CHUNK < last.stop
 
 
 def _has_body(part: Part) -> bool:
-    long = part.stop - part.start >= OWN_PAGES and part.start % PAGE == 0
-    return long and part.buffer is not None and _on_a_page(part.buffer)
+    if part.buffer is None or part.stop - part.start < OWN_PAGES or part.start % PAGE:
+        return False
+    return direct.is_aligned(part.own(part.start, part.stop // PAGE * PAGE))
 
 
 def run(file: File, parts: Iterable[Part], *, threads: int, fresh: bool) -> None:
     """Read `parts` (in the order of the file, apart) by `threads` at once.
 
     `fresh` reads from the device, whatever the page cache holds, as far as the system allows it.
+    Otherwise that is done where most of the file is not cached: then it is faster, and nobody
+    else's pages make room for these.
     Raises what reading or a `take` raises, the first in the order of the file; `EOFError` with the
     offset where the file ends too early.
     """
-    _Run(file, list(cut(parts)), fresh).go(threads)
+    _Run(file, cut(parts), fresh).go(threads)
 
 
 class _Stopped(Exception):
-    """What this piece waits for will never come."""
+    """What this read waits for will never come."""
 
 
 class _Run:
-    """Threads that take pieces in order. Each reads its own; those of one part wait their turn.
-
-    Whoever waits does so for an earlier piece, which somebody has in hand: nobody waits for ever.
+    """Threads that take reads in order, hash what they have read, and wait where a part's earlier
+    bytes are not hashed yet: another thread has them in hand, so nobody waits for ever.
     """
 
-    def __init__(self, file: File, pieces: list[Piece], fresh: bool) -> None:
-        self._file, self._pieces, self._fresh = file, pieces, fresh
-        self._scratch = max((p.stop - p.start for p in pieces if p.target is None), default=0)
+    def __init__(self, file: File, reads: list[list[Piece]], fresh: bool) -> None:
+        self._file, self._reads = file, reads
+        self._past_cache = self._open_direct(fresh)
+        loose = (sum(p.stop - p.start for p in r if p.target is None) for r in reads)
+        self._scratch = max(loose, default=0)
         self._turn = threading.Condition()
         self._next = 0
-        self._end = len(pieces)  # pieces from here on are given up
-        self._failure: BaseException | None = None  # that of the piece `_end`
+        self._end = len(reads)  # reads from here on are given up
+        self._failure: BaseException | None = None  # that of the read `_end`
 
     def go(self, threads: int) -> None:
-        if self._fresh or any(piece.stop - piece.start > _PROBE for piece in self._pieces):
-            self._file.open_direct()
-        threads = min(threads, len(self._pieces))
-        if threads <= 1:
-            self._work()
-        else:
-            with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-read") as pool:
-                try:
-                    for each in [pool.submit(self._work) for _thread in range(threads)]:
-                        each.result()
-                except BaseException as error:  # an interrupt: the pool waits for its threads
-                    self._give_up(-1, error)
-                    raise
+        together(self._work, min(threads, len(self._reads)), stop=lambda: self._give_up(-1, None))
         if self._failure is not None:
-            raise self._failure
+            try:
+                raise self._failure
+            finally:
+                self._failure = None  # no ring of error, frames and buffers that outlives its use
 
-    def _give_up(self, index: int, error: BaseException) -> None:
+    def _open_direct(self, fresh: bool) -> bool:
+        """Whether to read past the page cache; without direct I/O only what must be `fresh` is."""
+        if not fresh and sum(r[-1].stop - r[0].start for r in self._reads) < _WORTH:
+            return False
+        if not self._file.open_direct() or fresh:
+            return fresh
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        places = [_dice.choice(self._reads) for _sample in range(_SAMPLES)]
+        pages = [_dice.randrange(r[0].start, r[-1].stop, PAGE) for r in places]
+        return sum(map(self._file.is_cached, pages)) <= _SAMPLES // 2
+
+    def _give_up(self, index: int, error: BaseException | None) -> None:
         with self._turn:
             if index < self._end:
                 self._end, self._failure = index, error
             self._turn.notify_all()
 
     def _work(self) -> None:
-        scratch = memoryview(mmap.mmap(-1, self._scratch) if self._scratch else b"")
+        scratch = memoryview(_map(self._scratch) if self._scratch else b"")
         while True:
             with self._turn:
                 index = self._next
@@ -314,27 +330,38 @@ class _Run:
                 return
 
     def _do(self, index: int, scratch: memoryview) -> None:
-        piece = self._pieces[index]
-        buffer = scratch[: piece.stop - piece.start] if piece.target is None else piece.target
-        end = piece.start + self._file.read(piece.start, buffer, fresh=self._fresh)
-        for part, start, stop in piece.shares:
-            if end < stop:
-                raise EOFError(end)
-            found = buffer[start - piece.start : stop - piece.start]
-            if piece.target is None and part.buffer is not None:
-                own = part.own(start, stop)
-                own[:] = found
-                found = own
-            self._wait(index, part, start)
-            part.take(found)
-            part.done = stop
-            if stop != part.stop:
-                with self._turn:
-                    self._turn.notify_all()
+        pieces = self._reads[index]
+        buffers = []
+        for piece in pieces:
+            size = piece.stop - piece.start
+            buffers.append(scratch[:size] if piece.target is None else piece.target)
+            scratch = scratch if piece.target is not None else scratch[size:]
+        start = pieces[0].start
+        end = start + self._file.read(start, *buffers, past_cache=self._past_cache)
+        for piece, buffer in zip(pieces, buffers, strict=True):
+            for part, start, stop in piece.shares:
+                if end < stop:
+                    raise EOFError(end)
+                found = buffer[start - piece.start : stop - piece.start]
+                if piece.target is None and part.buffer is not None:
+                    part.own(start, stop)[:] = found
+                self._hand_on(index, part, start, stop, found)
 
-    def _wait(self, index: int, part: Part, start: int) -> None:
-        if part.done != start:
+    def _hand_on(self, index: int, part: Part, start: int, stop: int, found: memoryview) -> None:
+        """Let `part` take what was found, in its turn: bytes that lie where they belong can be left
+        to the thread whose turn it is, those in scratch memory must wait for it."""
+        with self._turn:
+            if part.done != start and part.buffer is not None:
+                part.left[start] = stop
+                return
+            self._turn.wait_for(lambda: part.done == start or self._end < index)
+            if part.done != start:
+                raise _Stopped
+        while True:
+            part.take(found if part.buffer is None else part.own(start, stop))
             with self._turn:
-                self._turn.wait_for(lambda: part.done == start or self._end < index)
-                if part.done != start:
-                    raise _Stopped
+                part.done = start = stop
+                if start not in part.left:
+                    self._turn.notify_all()
+                    return
+                stop = part.left.pop(start)
