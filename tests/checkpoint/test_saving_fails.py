@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from holdfast import load, verify
-from holdfast.checkpoint import Catalog, container, filesystem
+from holdfast.checkpoint import Catalog, filesystem, reading
 from holdfast.checkpoint.manager import CheckpointManager
 from holdfast.checkpoint.publisher import Draft
 from holdfast.errors import ResourceError, SaveFailed
@@ -277,18 +277,19 @@ def test_a_disk_that_gives_an_older_file_back_is_noticed(
 def test_reading_back_goes_past_the_page_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order: list[str] = []
-    for name in ("forget_cached", "verify"):
-        real = getattr(container.Reader, name)
+    read: list[tuple[int, bool]] = []
+    real = reading.run
 
-        def spy(reader: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> None:
-            order.append(_name)
-            _real(reader, **kwargs)
+    def run(file: reading.File, parts: Any, *, threads: int, fresh: bool) -> None:
+        parts = list(parts)
+        read.append((sum(part.stop - part.start for part in parts), fresh))
+        real(file, parts, threads=threads, fresh=fresh)
 
-        monkeypatch.setattr(container.Reader, name, spy)
+    monkeypatch.setattr(reading, "run", run)
     with Toy().manager(tmp_path) as engine:
-        engine.save(step=1, strict=True)
-    assert order == ["forget_cached", "verify"]
+        saved = engine.save(step=1, strict=True)
+    assert saved is not None
+    assert read == [(saved.entry.size, True)], "every byte once, from the device"
 
 
 # -------------------------------------------------------------------- nothing is overwritten unseen
