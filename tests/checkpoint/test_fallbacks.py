@@ -142,3 +142,45 @@ def test_a_forked_child_neither_saves_nor_takes_anything_away(tmp_path: Path) ->
         manager.wait()
         assert manager.memory_step >= before
         assert manager.save(step=3, strict=True) is not None
+
+
+def test_on_macos_the_drive_is_told_to_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsync(2) there leaves the bytes in the drive's cache; some network file systems lack more."""
+    import fcntl
+
+    calls: list[str] = []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda _fd, command: calls.append(f"fcntl {command}"))
+    monkeypatch.setattr(os, "fsync", lambda _fd: calls.append("fsync"))
+    filesystem.sync_file(7)
+    assert calls == ["fcntl 51"]
+    monkeypatch.setattr(fcntl, "fcntl", _refuse)
+    filesystem.sync_file(7)
+    assert calls == ["fcntl 51", "fsync"]
+
+
+def test_without_positional_reads_and_writes_the_bytes_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows has neither; two threads write one file by turns."""
+    monkeypatch.setenv("HOLDFAST_DISABLE", "direct,sharedmemory")
+    for name in ("pwrite", "preadv", "posix_fallocate", "copy_file_range", "posix_fadvise"):
+        monkeypatch.delattr(os, name)
+    state = make_state(1)
+    state["large"] = torch.arange(6_000_000)
+    with CheckpointManager(tmp_path, state) as manager:
+        manager.save_async(step=1)
+        manager.save(step=2, strict=True)
+    assert verify(tmp_path / "latest.pt") is None
+    found = load(tmp_path / "latest.pt")
+    assert torch.equal(found["large"], state["large"])
+    assert torch.equal(found["model"]["weight"], state["model"].weight)
+
+
+def test_windows_has_no_directory_to_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystem.os, "name", "nt")
+    monkeypatch.setattr(os, "open", _refuse)
+    filesystem.sync_directory(tmp_path)

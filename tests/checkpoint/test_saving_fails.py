@@ -382,7 +382,7 @@ def test_a_disk_that_stays_full_is_not_tried_at_every_step(
             tried.append(draft.manifest["identity"]["step"])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(manager._publisher, "publish", full)
+        monkeypatch.setattr(manager._saver._publisher, "publish", full)
         for step in range(1, 200):
             clock[0] += 1.0
             manager.after_step(step)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from holdfast import load
+from holdfast.checkpoint import memory
 from holdfast.training.layers import save_config
-from tests.training.runs import ROOT, config_for, write_corpus
+from tests.training.runs import ROOT, config_for, difference, final_state, write_corpus
 
 # A locale must not decide what the tests read.
 ENVIRONMENT = {
@@ -92,8 +93,8 @@ def test_help_speaks_the_language(lang: str, word: str) -> None:
         "--no-save-every-epoch", "--checkpoint-dir", "--config", "--save-config", "--dry-run",
         "--no-log", "--seed", "--model", "--context-length", "--gradient-accumulation",
         "--warmup-ratio", "--schedule", "--precision", "--compile", "--val-fraction",
-        "--eval-every", "--patience", "--vocab-size", "--lang", "--quiet", "--tensorboard",
-        "--price-per-hour", "--debug",
+        "--eval-every", "--patience", "--vocab-size", "--memory-every", "--io-limit",
+        "--lang", "--quiet", "--tensorboard", "--price-per-hour", "--debug",
     ):  # fmt: skip
         assert flag in text, flag
 
@@ -275,6 +276,35 @@ def test_a_lock_dies_with_its_owner(config: Path) -> None:
     first.kill()
     first.communicate(timeout=60)
     assert run("train", "--config", str(config)).returncode == 0
+
+
+@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+def test_a_killed_training_goes_on_from_memory_and_ends_as_if_nothing_had_been(
+    tmp_path: Path, corpus: Path
+) -> None:
+    """kill -9 with nothing on the disk yet: at the end the weights are those of a straight run."""
+    files = {name: tmp_path / f"{name}.json" for name in ("killed", "straight")}
+    for name, file in files.items():
+        save_config(config_for(tmp_path / name, corpus, epochs=1, memory_every=1), file)
+    process = start(files["killed"])
+    head = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (head.exists() and '"step": 8' in head.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not list((tmp_path / "killed").rglob("*.pt"))
+    again = run("train", "--config", str(files["killed"]))
+    assert again.returncode == 0, again.stderr
+    found = re.search(r"Step (\d+) was found in memory", again.stdout)
+    assert found is not None, again.stdout
+    assert int(found[1]) >= 7
+    assert f"step {found[1]})" in again.stdout
+    straight = run("train", "--config", str(files["straight"]))
+    assert straight.returncode == 0, straight.stderr
+    ends = [final_state(tmp_path / name) for name in files]
+    assert difference(*ends) is None
 
 
 # ------------------------------------------------------------------------------ the other doors

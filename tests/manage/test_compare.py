@@ -52,7 +52,8 @@ def test_a_run_says_itself_whether_its_metric_is_better_when_high(tmp_path: Path
     paths = []
     for name, score in (("a", 0.5), ("b", 0.7)):
         with Training(tmp_path / name) as training:
-            training.manager._metric, training.manager._lower_is_better = "reward_error", False
+            saver = training.manager._saver
+            saver._metric, saver._lower_is_better = "reward_error", False
             metrics = {"reward_error": score, "tokens": 10.0 * score, "loss": float("nan")}
             training.manager.save(step=1, metrics=metrics)
         paths.append(str(tmp_path / name))

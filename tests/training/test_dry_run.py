@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import filesystem
+from holdfast.checkpoint import filesystem, memory
 from holdfast.errors import ResourceError
 from holdfast.training.console import Console
 from holdfast.training.dry_run import Estimate, dry_run
@@ -68,6 +68,35 @@ def test_it_shows_what_is_in_force_and_where_from(tmp_path: Path, corpus: Path) 
     for words in ("parameters: ", "peak memory: ", "tokens/s", "time for an epoch: ", "cost: "):
         assert words in said
     assert "Dry run: nothing was saved." in said
+
+
+@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+def test_the_memory_for_snapshots_is_what_was_said(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimate, said = try_out(tmp_path / "run", corpus, epochs=1, memory_every=1)
+    assert "in shared memory" in said
+    found: list[int] = []
+    original = Trainer.after_step
+
+    def after_step(self: Trainer) -> None:
+        original(self)
+        if self.progress.step == 8:
+            self.manager.wait()
+            found.extend(r.size for r in memory.remains() if r.run == tmp_path / "run")
+
+    monkeypatch.setattr(Trainer, "after_step", after_step)
+    train(config_for(tmp_path / "run", corpus, epochs=1, memory_every=1))
+    assert found == [pytest.approx(estimate.snapshot_bytes, rel=0.02)]
+
+
+def test_a_small_shared_memory_is_said_beforehand(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda: 64 << 20)  # Docker's default
+    estimate, said = try_out(tmp_path / "run", corpus, epochs=1, memory_every="auto")
+    assert "none that outlives a kill" in said
+    assert estimate.snapshot_bytes == estimate.checkpoint_bytes
 
 
 def test_the_run_never_needs_more_disk_than_it_says(

@@ -264,7 +264,8 @@ def plot(results: Sequence[Result], path: Path) -> None:
         axes[0].bar_label(bars_drawn, texts, fontsize=7, padding=2)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_xlabel(f"s, for {results[0].nbytes / 1e9:.2f} GB")
-    axes[0].legend(loc="lower right")
+    axes[0].legend(loc="upper right")
+    axes[0].margins(x=0.15)  # room for the figures beside the bars
     if len(results) > 1:
         ordered = sorted(results, key=lambda result: result.nbytes)
         for name in (DISK, _OURS, TorchSave.name):

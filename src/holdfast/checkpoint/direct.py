@@ -1,7 +1,7 @@
 """One large page-aligned buffer into a file, past the page cache, while its end is still computed.
 
-Called by filesystem.py alone, which owns the file's life; here are only blocks, threads and speed.
-All of it happens outside the interpreter lock but for a few calls a block.
+filesystem.py owns the file's life; here are only blocks, threads and speed. All of it happens
+outside the interpreter lock but for a few calls a block. reading.py asks here for direct reads.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ _FICLONE = 0x40049409  # ioctl(2): share the blocks of another file (Btrfs, XFS,
 _WRITE_MAX = 1 << 30  # Linux writes at most 2 GiB - 4 KiB a call
 READ_ONLY = 0o444
 _said: set[str] = set()
+_seek_lock = threading.Lock()
 
 
 def disabled(fast_path: str) -> bool:
@@ -262,8 +264,9 @@ def _written(count: int) -> int:
 def _pwrite(fd: int, data: memoryview, offset: int) -> int:
     if hasattr(os, "pwrite"):
         return os.pwrite(fd, data, offset)
-    os.lseek(fd, offset, os.SEEK_SET)
-    return os.write(fd, data)
+    with _seek_lock:  # Windows has no positional write, and a file has several writers
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)
 
 
 def _last_byte(fd: int, end: int) -> bytes:

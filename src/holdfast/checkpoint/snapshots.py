@@ -72,6 +72,15 @@ class Snapshots:
         weakref.finalize(self, self._tier.close)
         self._writer.open_tier(self._tier)
 
+    def leave_memory(self) -> None:
+        """Another run, or another generation of it, is saved from now on: the next snapshot opens
+        a place of its own."""
+        self.wait()
+        if self._tier is not None:
+            self._writer.open_tier(None)
+            self._tier.close()
+            self._tier = None
+
     def take(
         self,
         state: Any,

@@ -21,7 +21,7 @@ from holdfast.checkpoint.layout import PAGE, Record
 from holdfast.checkpoint.slot import Slot
 from holdfast.checkpoint.tree import StorageSlice, Tree
 
-SEGMENT = 16 << 20  # bytes that one thread copies before it asks for more
+SEGMENT = 32 << 20  # bytes that one thread copies before it asks for more
 _move = ctypes.memmove  # gives the interpreter lock away while it works
 
 

@@ -22,6 +22,7 @@ from holdfast.checkpoint import codec, memory
 from holdfast.checkpoint.image import Blueprint, Sealer, design
 from holdfast.checkpoint.layout import PAGE, Record, plan
 from holdfast.checkpoint.outcome import PendingSave, Saved
+from holdfast.checkpoint.parallel import yield_the_disk
 from holdfast.checkpoint.publisher import Draft, Publisher
 from holdfast.checkpoint.slot import Slot, available_memory
 from holdfast.checkpoint.staging import Copy, capacity_for
@@ -87,7 +88,7 @@ class Writer:
         self._dropped = False  # whether a save was dropped whose place the next snapshot takes
         self._layout: tuple[list[tuple[str, int]], list[Record]] = ([], [])
         self._stager = ThreadPoolExecutor(1, thread_name_prefix="holdfast-stage")
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="holdfast-disk")
+        self._disk = ThreadPoolExecutor(1, "holdfast-disk", initializer=yield_the_disk)
         self._copy_threads = min(4, os.cpu_count() or 1)
         self._helpers = ThreadPoolExecutor(self._copy_threads, "holdfast-copy")
         self._making = threading.Lock()
@@ -157,8 +158,13 @@ class Writer:
         )  # fmt: skip
         with self._change:
             self._staging.append(snapshot)
-        self._submit(self._stager, self._stage, snapshot)
-        copy.run(self._helpers, self._copy_threads)
+        if later:
+            # The staging thread would take the interpreter lock from the little that is to be done.
+            copy.run(self._helpers, self._copy_threads)
+            self._submit(self._stager, self._stage, snapshot)
+        else:
+            self._submit(self._stager, self._stage, snapshot)  # the disk follows the copy
+            copy.run(self._helpers, self._copy_threads)
         if copy.finished:
             _keep(pending.staged)
         return snapshot

@@ -1,0 +1,264 @@
+"""What a save is, from the moment it is asked for: its state, its manifest, and who sees to it.
+
+The manager answers to the training loop and restores; here a request becomes a snapshot and a
+checkpoint, or a failure that is told. Snapshots and writer do the work in the background.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import uuid
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from holdfast.checkpoint import codec, filesystem
+from holdfast.checkpoint import image as images
+from holdfast.checkpoint.catalog import Catalog, now
+from holdfast.checkpoint.describe import environment, plain_metrics, score_of
+from holdfast.checkpoint.outcome import PendingSave, Saved
+from holdfast.checkpoint.publisher import Draft, Publisher, is_transient
+from holdfast.checkpoint.randomness import RandomState
+from holdfast.checkpoint.reporting import Reporter
+from holdfast.checkpoint.schedule import MemoryPace
+from holdfast.checkpoint.snapshots import Snapshots
+from holdfast.checkpoint.state import configurations
+from holdfast.checkpoint.tree import Tree, normalise
+from holdfast.checkpoint.writer import NoRoom, Writer
+from holdfast.errors import DamagedCheckpoint, HoldfastError, SaveFailed, UnsupportedValue
+from holdfast.i18n import _
+
+
+@dataclass(slots=True)
+class Run:
+    """Which run is being saved: what stands in the identity of every checkpoint."""
+
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    generation: int = 1
+    sequence: int = 0  # of the newest snapshot
+    parent: dict[str, Any] | None = None
+    settled: bool = False  # whether it is known what the checkpoints here are to this run
+
+
+class Saver:
+    """Takes the saves of one manager. The arguments are those of `CheckpointManager`."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        state: MutableMapping[str, Any],
+        *,
+        metric: str,
+        lower_is_better: bool,
+        rng: bool,
+        reserve: int,
+    ) -> None:
+        """Raises `UnsupportedValue` where `state` holds something that a checkpoint cannot."""
+        self.run = Run()
+        self.random = RandomState() if rng else None
+        self.step, self.at = 0, time.monotonic()  # of the newest durable checkpoint
+        self.asked_step, self.asked_at = 0, -math.inf
+        self.remembered = 0  # the step of the last snapshot that was for the memory alone
+        self.owed = False  # a save was dropped: the next step that finds room takes its place
+        self._catalog, self._state = catalog, state
+        self._metric, self._lower_is_better = metric, lower_is_better
+        self._reserve = reserve
+        self._configured = configurations(state)
+        self._stepped: tuple[float, float] | None = None  # when, and stalled until then
+        self._background = 0.0  # processor time of snapshots when the last one was asked for
+        if rng and "rng" in state:
+            raise UnsupportedValue(
+                _("A state has no key 'rng' of its own: the random streams are saved under that "
+                  "name. Call it otherwise, or use rng=False.")
+            )  # fmt: skip
+        normalise(self._payload(step=0, epoch=None))  # what cannot be saved is said now
+
+    def start(
+        self,
+        reporter: Reporter,
+        publisher: Publisher,
+        *,
+        overlap: bool,
+        memory_every: int | Literal["auto"],
+    ) -> None:
+        """From here on there is somebody to tell and a directory to write to."""
+        self._reporter, self._publisher = reporter, publisher
+        self.writer = Writer(publisher, reserve=self._reserve, on_durable=self._on_durable)
+        self.snapshots = Snapshots(self.writer, reporter, overlap=overlap, memory=memory_every != 0)
+        self._pace = MemoryPace(None if memory_every == "auto" else memory_every)
+
+    def prepare(self) -> None:
+        """Make the buffers for snapshots, in the background."""
+        self._settle()
+        tree = normalise(self._payload(step=0, epoch=None))
+        self._open_memory(tree)
+        self.writer.prepare(tree)
+
+    def resumed(self, step: int) -> None:
+        """The state is that of `step` now, of the run as `run` says."""
+        self.snapshots.leave_memory()
+        self.step, self.at = step, time.monotonic()
+        self.asked_step = self.remembered = 0
+        self.run.settled = True
+
+    def request(
+        self,
+        step: int,
+        epoch: int | None,
+        metrics: Mapping[str, float] | None,
+        kind: str,
+        reason: str,
+        *,
+        kept: bool,
+        to_disk: bool = True,
+    ) -> PendingSave:
+        """Save the state as it is now: `kept` ones are never dropped, and what is not `to_disk` is
+        for the memory alone. Whatever goes wrong is told, and is the outcome."""
+        asked = time.monotonic()
+        pending = PendingSave(int(step))
+        if to_disk:
+            self.asked_step, self.asked_at = int(step), asked
+
+        def failed(error: Exception) -> None:
+            self._on_failure(pending, error)
+
+        try:
+            self.snapshots.wait()  # the one before this is complete
+            self._settle()
+            self.run.sequence += 1
+            where = int(step), None if epoch is None else int(epoch)
+            manifest = self._manifest(*where, plain_metrics(metrics), kind, reason)
+            tree = normalise(self._payload(step=where[0], epoch=where[1]))
+            self._open_memory(tree)
+            try:
+                taken = self.snapshots.take(
+                    self._state, tree, manifest, pending, asked=asked, to_disk=to_disk, kept=kept,
+                    patient=kept or not to_disk, failed=failed,
+                )  # fmt: skip
+            except NoRoom:
+                taken = True
+                if to_disk:
+                    self._save_directly(tree, manifest, pending, asked)
+            self.owed = not taken if to_disk else self.owed
+            if not taken:
+                _resolve(pending, None)
+        except Exception as error:  # noqa: BLE001 - whatever it is: saving never kills training
+            failed(error)
+        return pending
+
+    def _save_directly(
+        self, tree: Tree, manifest: dict[str, Any], pending: PendingSave, asked: float
+    ) -> None:
+        """Save without a copy of the state: training waits until it is on the disk."""
+        self.writer.wait()
+        image = images.build(
+            tree.payloads(), {**manifest, **codec.to_json(tree)}, reserve=self._reserve
+        )
+        draft = Draft(image.manifest, image.size, image.pieces)
+        saved = self._publisher.publish(draft, asked=asked, announced=self._on_durable)
+        self.snapshots.stalled += time.monotonic() - asked
+        _resolve(pending, saved)
+
+    def stepped(self) -> None:
+        """A step has been done: how long it took decides how often memory is worth its cost."""
+        now = time.monotonic()
+        stalled = self.snapshots.stalled
+        if self._stepped is not None:
+            began, before = self._stepped
+            self._pace.step(max(0.0, now - began - (stalled - before)))
+        self._stepped = now, stalled
+
+    def remember(self, step: int, epoch: int | None) -> None:
+        """Keep a snapshot in memory, if that is wanted and one is due."""
+        since = step - max(self.remembered, self.asked_step)
+        if not self.snapshots.in_memory or since < self._pace.interval:
+            return
+        self.remembered = step
+        stalled = self.snapshots.stalled
+        self.request(step, epoch, None, "temp", "memory", kept=False, to_disk=False)
+        spent = self.writer.background_seconds - self._background  # since the snapshot before
+        self._background += spent
+        self._pace.cost(self.snapshots.stalled - stalled + spent / (os.cpu_count() or 1))
+
+    def _open_memory(self, tree: Tree) -> None:
+        self.snapshots.open(
+            self._catalog.directory, self.run.run_id, self.run.generation, tree, self._reserve
+        )
+
+    # ----------------------------------------------- told by the background, in threads of its own
+
+    def _on_durable(self, saved: Saved) -> None:
+        self.step, self.at = saved.entry.step, time.monotonic()
+
+    def _on_failure(self, pending: PendingSave, error: Exception) -> None:
+        why = str(error)
+        if not isinstance(error, HoldfastError | OSError):
+            why = f"{type(error).__name__}: {error}"
+        attempts = 2 if is_transient(error) else 1
+        self._reporter.report("failed", step=pending.step, reason=why, attempts=attempts)
+        failure = SaveFailed(
+            _("Step {step} could not be saved: {error}", step=pending.step, error=why)
+        )
+        failure.__cause__ = error
+        if isinstance(error, DamagedCheckpoint):  # it had been announced
+            newest = self._catalog.scan().newest
+            self.step = newest.step if newest is not None else 0
+        _resolve(pending, failure)
+
+    def _settle(self) -> None:
+        """Before the first save: what lies here and was not resumed makes way."""
+        if self.run.settled:
+            return
+        filesystem.make_directory(self._catalog.directory)
+        contents = self._catalog.scan()
+        if contents.entries:
+            known = self._catalog.generation()
+            with self._catalog.lock():
+                place = self._catalog.archive(contents.entries, f"generation_{known}")
+            self.run.generation = known + 1
+            self._reporter.tell("archived", count=len(contents.entries), to=str(place))
+        self.run.settled = True
+
+    def _manifest(
+        self, step: int, epoch: int | None, metrics: Mapping[str, Any], kind: str, reason: str
+    ) -> dict[str, Any]:
+        """What a checkpoint says of itself, besides its state."""
+        return {
+            "identity": {
+                "id": uuid.uuid4().hex,
+                "run_id": self.run.run_id,
+                "generation": self.run.generation,
+                "step": step,
+                "sequence": self.run.sequence,
+                "parent": self.run.parent,
+            },
+            "kind": kind,
+            "reason": reason,
+            "epoch": epoch,
+            "created": now(),
+            "metrics": metrics,
+            "score": score_of(metrics, self._metric, lower_is_better=self._lower_is_better),
+            "environment": environment(),
+            "configured": self._configured,
+        }
+
+    def _payload(self, *, step: int, epoch: int | None) -> dict[str, Any]:
+        payload = {"epoch": epoch, "global_step": step, **self._state}
+        if self.random is not None:
+            payload["rng"] = self.random
+        return payload
+
+
+def _resolve(pending: PendingSave, outcome: Saved | SaveFailed | None) -> None:
+    """Settle what has not been settled yet of a save that is over."""
+    if not pending.staged.done():
+        pending.staged.set_result(None)
+    for promise in (pending.durable, pending.settled):
+        if promise.done():
+            continue
+        if isinstance(outcome, SaveFailed):
+            promise.set_exception(outcome)
+        else:
+            promise.set_result(outcome)

@@ -1,0 +1,100 @@
+"""Threads that share a piece of work, and threads that let others go first."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+import threading
+import time
+from collections import deque
+
+import pytest
+
+from holdfast.checkpoint import parallel
+from holdfast.checkpoint.parallel import together, yield_the_disk
+
+
+def test_all_threads_take_part_and_all_work_is_done() -> None:
+    left = deque(range(200))
+    names: set[int] = set()
+
+    def work() -> None:
+        while left:
+            left.pop()
+            names.add(threading.get_ident())
+            time.sleep(0.001)
+
+    together(work, 3)
+    assert not left
+    assert len(names) == 3
+
+
+def test_the_first_exception_is_raised_when_the_others_have_ended() -> None:
+    ended = []
+
+    def work() -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise OSError("mine")
+        time.sleep(0.1)
+        ended.append(1)
+
+    with pytest.raises(OSError, match="mine"):
+        together(work, 3)
+    assert ended == [1, 1]
+
+
+def test_a_system_without_more_threads_has_the_work_done_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    calls: list[int] = []
+    together(lambda: calls.append(1), 4)
+    assert calls == [1]
+
+
+def test_an_interrupt_stops_the_others_first() -> None:
+    stop = threading.Event()
+
+    def work() -> None:
+        if threading.current_thread() is threading.main_thread():
+            return
+        assert stop.wait(20)
+
+    class Interrupted(threading.Thread):
+        def join(self, timeout: float | None = None) -> None:
+            if not stop.is_set():
+                raise KeyboardInterrupt
+            super().join(timeout)
+
+    real, threading.Thread = threading.Thread, Interrupted  # type: ignore[misc]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            together(work, 3, stop=stop.set)
+    finally:
+        threading.Thread = real  # type: ignore[misc]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a system call of Linux")
+def test_threads_inherit_the_low_priority_of_the_disk_thread() -> None:
+    if platform.machine() not in parallel._IOPRIO_SET:
+        pytest.skip(f"the number of the system call is not known for {platform.machine()}")
+    get = parallel._IOPRIO_SET[platform.machine()] + 1
+    found: list[int] = []
+
+    def look() -> None:
+        found.append(ctypes.CDLL(None).syscall(get, 1, 0))
+
+    def gentle() -> None:
+        assert yield_the_disk()
+        together(look, 2)
+
+    thread = threading.Thread(target=gentle)
+    thread.start()
+    thread.join()
+    assert found == [2 << 13 | 7] * 2
+    look()
+    assert found[-1] != found[0], "the training thread keeps its own"
