@@ -8,7 +8,6 @@ shrinks is a SIGBUS, and what was hashed must be what is used.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
@@ -34,8 +33,8 @@ def own_pages(size: int) -> mmap.mmap | None:
     """Writable memory of `size` bytes that starts on a page, for direct I/O.
 
     None where `size` is less than `OWN_PAGES` or the system has no more such pieces to give: the
-    usual allocator does it then. Huge pages, where there are any, make the first touch three times
-    as fast (measured: 0.15 s in place of 0.5 s a GiB, where hashing takes 0.05 s).
+    usual allocator does it then. No huge pages are asked for: where the kernel must compact memory
+    to find them, loading took four times as long (docs/en/performance.md).
     """
     if size < OWN_PAGES or not hasattr(mmap, "MAP_PRIVATE"):
         return None
@@ -49,11 +48,7 @@ def _map(size: int) -> mmap.mmap:
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
         return mmap.mmap(-1, size)
     # Private: a shared map would be one memory for this process and those that it forks.
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return pages
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 # ---------------------------------------------------------------------------------------- one file
