@@ -85,8 +85,12 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
             manager = make_manager(workshop, console, lock)
             try:
                 _train(workshop, manager, start, console, command)
-            finally:
+            except KeyboardInterrupt:  # a second Ctrl-C means now: nothing is waited for here
+                raise
+            except BaseException:
                 manager.close()
+                raise
+            manager.close()
 
 
 def prepare(config: Config, start: Start, console: Console, guard: guards.SignalGuard) -> Workshop:
