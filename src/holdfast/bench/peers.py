@@ -113,7 +113,7 @@ class Ours(Peer):
         super().__init__(work, directory)
         state = {"model": work.model, "optimizer": work.optimizer}
         self.manager = holdfast.CheckpointManager(
-            directory, state, keep_last=2, overlap=self.overlap
+            directory, state, keep_last=2, overlap="always" if self.overlap else False
         )
         self.manager.prepare()  # as `after_step` does in a training
         self.watcher: Watcher | None = None

@@ -33,6 +33,7 @@ from holdfast.checkpoint.reporting import EventHandler, Reporter
 from holdfast.checkpoint.retention import KeepLast, KeepRollingTemps, Policy
 from holdfast.checkpoint.saving import Saver
 from holdfast.checkpoint.schedule import AnyOf, Moment, SavePolicy
+from holdfast.checkpoint.snapshots import Overlap
 from holdfast.checkpoint.state import plan_restore
 from holdfast.checkpoint.transaction import LoadObject
 from holdfast.errors import SaveFailed, StateMismatch
@@ -70,7 +71,8 @@ class CheckpointManager:
         reserve: bytes behind the tensors that are claimed for values, so that every file of the
             run has one size; 0 rounds up to whole pages.
         overlap: whether snapshots may be copied while training goes on, up to the next step of an
-            optimizer; see `Snapshots` for what a loop must not do then.
+            optimizer; see `Snapshots` for what a loop must not do then. It is done where it has
+            cost less than copying at once; "always" does not ask.
         memory_every: keep a snapshot in shared memory every so many steps, where it outlives the
             process; "auto": as often as it costs at most 1 % of the time; 0: never.
             `after_step` takes them.
@@ -96,7 +98,7 @@ class CheckpointManager:
         lower_is_better: bool = True,
         rng: bool = True,
         reserve: int = 0,
-        overlap: bool = False,
+        overlap: Overlap = False,
         memory_every: int | Literal["auto"] = 0,
         io_limit: float = 0,
         on_event: EventHandler | None = None,

@@ -23,7 +23,7 @@ from holdfast.checkpoint.publisher import Draft, Publisher, is_transient
 from holdfast.checkpoint.randomness import RandomState
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.checkpoint.schedule import MemoryPace
-from holdfast.checkpoint.snapshots import Snapshots
+from holdfast.checkpoint.snapshots import Overlap, Snapshots
 from holdfast.checkpoint.state import configurations
 from holdfast.checkpoint.tree import Tree, normalise
 from holdfast.checkpoint.writer import NoRoom, Writer
@@ -80,7 +80,7 @@ class Saver:
         reporter: Reporter,
         publisher: Publisher,
         *,
-        overlap: bool,
+        overlap: Overlap,
         memory_every: int | Literal["auto"],
     ) -> None:
         """From here on there is somebody to tell and a directory to write to."""

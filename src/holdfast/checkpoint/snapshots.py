@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -26,6 +26,8 @@ from holdfast.errors import RunLocked
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
 
+Overlap = bool | Literal["always"]
+
 
 class Snapshots:
     """Takes snapshots of a state for one manager, in the training thread.
@@ -36,7 +38,9 @@ class Snapshots:
     thing must not ask for it, or wait for `PendingSave.staged` first.
     """
 
-    def __init__(self, writer: Writer, reporter: Reporter, *, overlap: bool, memory: bool) -> None:
+    def __init__(
+        self, writer: Writer, reporter: Reporter, *, overlap: Overlap, memory: bool
+    ) -> None:
         self._writer, self._reporter = writer, reporter
         self._overlap, self._memory = overlap, memory
         self._modes = Modes()
@@ -99,7 +103,7 @@ class Snapshots:
         Raises `NoRoom` where there is no memory for a copy; that is said once.
         """
         self.wait()
-        overlapped = self._overlap and self._modes.overlapped()
+        overlapped = self._overlap == "always" or (self._overlap and self._modes.overlapped())
         try:
             snapshot = self._writer.take(
                 tree, manifest, pending, to_disk=to_disk, droppable=not kept, patient=patient,
@@ -136,7 +140,8 @@ class Snapshots:
         self.stalled += spent
         snapshot.stall += spent
         if overlapped:
-            self._modes.record(snapshot.stall, overlapped=True)
+            # On a CPU the copier has taken what training would have computed with meanwhile.
+            self._modes.record(snapshot.stall + snapshot.copy.taken, overlapped=True)
 
     def close(self) -> None:
         """Wait for what is under way, and give memory and hook back."""
@@ -149,7 +154,11 @@ class Snapshots:
 
 
 class Modes:
-    """Eager or overlapped: whichever has stalled training less, looked at again now and then."""
+    """Eager or overlapped: whichever has cost training less, looked at again now and then.
+
+    Seconds of standing still count, and those of processors that a copy has taken from a training
+    that computes on them.
+    """
 
     FIRST = 2  # each is tried so often; the first touch of the buffers says nothing
     AGAIN = 32  # and after so many snapshots the other one is tried once more
@@ -168,7 +177,7 @@ class Modes:
         return better if self._count % self.AGAIN else not better
 
     def record(self, stall: float, *, overlapped: bool) -> None:
-        """Seconds that training has stood still."""
+        """Seconds that training has lost, as far as this can know."""
         self._stalls[overlapped] = [*self._stalls[overlapped][1 - self.FIRST :], stall]
 
 

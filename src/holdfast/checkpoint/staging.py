@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,8 @@ class Copy:
         later: addresses of storages that stay as they are until `wait`.
         """
         self._slot = slot
+        self._asked_by = threading.get_ident()
+        self.taken = 0.0  # seconds of processors that training on a CPU would have had
         self._change = threading.Condition()
         self._events: list[torch.cuda.Event] = []
         self._alive = [storage for storage, _record in placed]
@@ -110,9 +113,12 @@ class Copy:
                 segment = segments.popleft()
             except IndexError:
                 return
+            began = time.perf_counter()
             for target, source, size in segment:
                 _move(target, source, size)
             with self._change:
+                if threading.get_ident() != self._asked_by:
+                    self.taken += time.perf_counter() - began
                 self._unfinished.discard(segment[0][0])
                 self._first -= segments is self._now
                 self._change.notify_all()
