@@ -23,7 +23,17 @@ from holdfast.checkpoint import Catalog, EverySteps, filesystem, memory, verify,
 from holdfast.checkpoint.recovery import rescue
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.errors import SaveFailed
-from tests.support import Toy, after, assert_same, die, events, in_child, snapshot
+from tests.support import (
+    Toy,
+    after,
+    assert_same,
+    damage,
+    die,
+    events,
+    in_child,
+    lie,
+    snapshot,
+)
 
 pytestmark = pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
 
@@ -282,6 +292,43 @@ def test_a_state_that_grows_leaves_no_old_slots_behind(tmp_path: Path) -> None:
             assert newest is not None
             assert newest.order[1] == step
         assert len(list(remains.directory.glob("slot-*.pt"))) <= writer.MEMORY_SLOTS
+
+
+def test_what_was_not_found_right_on_the_disk_stays_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Announced, then read back wrong, twice: the memory has the only good one."""
+    toy = Toy()
+    with toy.manager(tmp_path, memory_every=1) as manager:
+        manager.resume()
+        toy.step()
+        with monkeypatch.context() as patch:
+            lie(patch, 2, damage)
+            assert manager.save(step=1) is None
+    with Toy(seed=9).manager(tmp_path) as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 1
+    assert "rescued" in [event["event"] for event in events(tmp_path)]
+
+
+def test_killed_before_its_first_snapshot_leaves_nothing_for_ever(tmp_path: Path) -> None:
+    """A job that is killed and started again and again must not fill the memory."""
+
+    def run() -> None:
+        toy = Toy()
+        manager = toy.manager(tmp_path, memory_every=1)
+        manager.resume()
+        memory.SharedSlot.complete = die  # type: ignore[assignment, method-assign]
+        manager.after_step(1)
+        manager.wait()
+
+    for _start in range(3):
+        assert in_child(run) == -signal.SIGKILL
+        assert len(left(tmp_path)) == 1
+    with Toy().manager(tmp_path) as manager:
+        assert manager.resume() is None
+    assert not left(tmp_path)
 
 
 def test_an_end_without_a_last_save_leaves_the_snapshot(tmp_path: Path) -> None:

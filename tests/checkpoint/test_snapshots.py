@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from holdfast import CheckpointManager, load
 from holdfast.checkpoint import EverySteps, container, filesystem, slot, snapshots, staging
+from holdfast.checkpoint.layout import Record
 from holdfast.checkpoint.snapshots import Modes
 from holdfast.errors import SaveFailed
 from tests.support import Toy, assert_same, events, python, snapshot
@@ -230,6 +232,23 @@ def test_the_fast_path_writes_what_the_plain_one_writes(
                 k: v for k, v in b.manifest.items() if k not in of_each_save
             }
         assert_same(torch.load(path, weights_only=True), torch.load(slow, weights_only=True))
+
+
+def test_what_lies_on_a_device_is_under_way_before_anybody_can_follow(tmp_path: Path) -> None:
+    """The disk follows the copy: it must never find a copy that has not been told to the device."""
+
+    class Elsewhere:
+        def __init__(self) -> None:
+            self.source = SimpleNamespace(device=torch.device("xpu"))
+            self.nbytes = 5000
+
+        def tensor(self) -> torch.Tensor:
+            return torch.full((self.nbytes,), 7, dtype=torch.uint8)
+
+    place = slot.Slot(1 << 20)
+    copy = staging.Copy(place, [(Elsewhere(), Record("a", 0, 4096, 5000))])  # type: ignore[list-item]
+    copy.await_bytes(1 << 20)
+    assert bytes(place.buffer[4096:9096]) == b"\7" * 5000
 
 
 # ------------------------------------------------------------------------------------ back-pressure

@@ -85,9 +85,9 @@ class Peer(ABC):
     def settle(self) -> None:  # noqa: B027
         """Return when nothing of it goes on in the background."""
 
+    @abstractmethod
     def load(self, number: int) -> dict[str, torch.Tensor]:
         """The tensors of a save by their dotted names."""
-        raise NotImplementedError(self.name)
 
     def remove(self, number: int) -> None:
         target = self.target(number)

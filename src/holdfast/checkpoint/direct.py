@@ -87,7 +87,7 @@ def write_blocks(
                         ready(end)
                     pace.wait(end - start)
                 _write_block(fd, buffer[start:end], start, write_all)
-        except BaseException:
+        except BaseException:  # the other thread has no reason to go on
             failed = True
             raise
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import mmap
 import os
 import re
@@ -24,7 +23,7 @@ import secrets
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,7 @@ from holdfast.checkpoint.layout import MANIFEST, Record, place, plan
 from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.slot import Slot
 from holdfast.errors import CheckpointError, RunLocked
-
-log = logging.getLogger("holdfast")
+from holdfast.i18n import _
 
 PLACE = Path("/dev/shm")
 _RUN = "run"
@@ -94,7 +92,7 @@ class MemoryTier:
         self._newest = max(self._newest, order)
 
     def on_disk(self, order: Order) -> None:
-        """A checkpoint of this order is durable."""
+        """A checkpoint of this order is durable and verified."""
         self._durable = max(self._durable, order)
 
     def slot(self, capacity: int) -> Slot:
@@ -124,8 +122,9 @@ class SharedSlot(Slot):
         try:
             self._head = os.open(path.with_suffix(".head"), flags, 0o600)
             super().__init__(capacity)
-        except BaseException:
+        except BaseException:  # no room, an interrupt: nothing of it stays behind
             self._close_files()
+            path.with_suffix(".head").unlink(missing_ok=True)
             path.unlink()
             raise
         self._size = capacity
@@ -312,6 +311,17 @@ def _snapshots(found: Remains) -> Iterator[Left]:
                 yield Left(head.with_suffix(".pt"), identity, line["sealed"] is True, found)
 
 
+def sweep(run_directory: Path) -> None:
+    """Remove what processes that were killed before their first snapshot have left of this run."""
+    for each in remains():
+        if (
+            each.belongs_to(run_directory)
+            and newest_in(each) is None
+            and not in_use(each.directory)
+        ):
+            each.remove()
+
+
 def newest_in(found: Remains) -> Left | None:
     """The newest whole snapshot in `found`."""
     return max(_snapshots(found), key=lambda left: left.order, default=None)
@@ -320,7 +330,7 @@ def newest_in(found: Remains) -> Left | None:
 def _read_line(head: Path) -> dict[str, Any] | None:
     """The first line of a head, if it is valid."""
     try:
-        text, _space, digest = head.read_bytes()[:HEAD_SIZE].partition(b"\n")[0].rpartition(b" ")
+        text, _blank, digest = head.read_bytes()[:HEAD_SIZE].partition(b"\n")[0].rpartition(b" ")
         if xxhash.xxh3_128_hexdigest(text).encode() != digest:
             return None
         line = json.loads(text)
@@ -341,7 +351,7 @@ def make_whole(left: Left) -> None:
             try:
                 blueprint = _blueprint(left.path.with_suffix(".head"))
                 if blueprint.size != len(buffer):
-                    raise CheckpointError(f"{left.path}: {len(buffer)} != {blueprint.size}")
+                    raise _not_whole(left.path)
                 image.Sealer(blueprint, buffer).advance(blueprint.size)
             finally:
                 buffer.release()
@@ -349,18 +359,22 @@ def make_whole(left: Left) -> None:
         reader.check_structure()
 
 
+def _not_whole(path: Path) -> CheckpointError:
+    return CheckpointError(_("{path} belongs to no whole snapshot.", path=path))
+
+
 def _blueprint(head: Path) -> image.Blueprint:
     line = _read_line(head)
     if line is None:
-        raise CheckpointError(f"{head}: no valid head")
+        raise _not_whole(head)
     size = int(line["blueprint"]["size"])
     bare = head.read_bytes()[HEAD_SIZE : HEAD_SIZE + size]
     if xxhash.xxh3_128_hexdigest(bare) != line["blueprint"]["xxh3_128"]:
-        raise CheckpointError(f"{head}: torn")
+        raise _not_whole(head)
     try:
         told = json.loads(bare.decode("utf-8", "surrogatepass"))
         records: list[Record] = plan((str(name), int(count)) for name, count in told["sizes"])
         slot = place(records[-1].end, MANIFEST, int(told["slot"]))
-        return image.Blueprint(records, told["manifest"], replace(slot), int(told["size"]))
+        return image.Blueprint(records, told["manifest"], slot, int(told["size"]))
     except NONSENSE as error:
-        raise CheckpointError(f"{head}: {error}") from error
+        raise _not_whole(head) from error

@@ -54,7 +54,7 @@ def together(
     try:
         for thread in threads:
             thread.join()
-    except BaseException:
+    except BaseException:  # an interrupt: nobody may work on what the caller gives up
         stop()
         for thread in threads:
             thread.join()

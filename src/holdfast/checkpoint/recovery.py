@@ -57,6 +57,7 @@ def rescue(catalog: Catalog, reporter: Reporter) -> Entry | None:
         break
     for remains in {snapshot.remains for snapshot in left}:
         remains.remove()
+    memory.sweep(catalog.directory)
     return rescued
 
 

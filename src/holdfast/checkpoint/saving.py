@@ -135,7 +135,7 @@ class Saver:
             try:
                 taken = self.snapshots.take(
                     self._state, tree, manifest, pending, asked=asked, to_disk=to_disk, kept=kept,
-                    patient=kept or not to_disk, failed=failed,
+                    patient=kept or (not to_disk and self._pace.promised), failed=failed,
                 )  # fmt: skip
             except NoRoom:
                 taken = True

@@ -68,6 +68,11 @@ class MemoryPace:
         self._cost: float | None = None
         self._told = 0
 
+    @property
+    def promised(self) -> bool:
+        """Whether a number of steps was asked for: then training waits rather than skip one."""
+        return self._every is not None
+
     def step(self, seconds: float) -> None:
         """A step took so long."""
         self._step = seconds if self._step is None else self._step + 0.2 * (seconds - self._step)

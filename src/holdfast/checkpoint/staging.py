@@ -50,25 +50,25 @@ class Copy:
         self._asked_by = threading.get_ident()
         self.taken = 0.0  # seconds of processors that training on a CPU would have had
         self._change = threading.Condition()
-        self._events: list[torch.cuda.Event] = []
+        self._events: list[tuple[torch.device, torch.cuda.Event]] = []
         self._alive = [storage for storage, _record in placed]
         now: list[_Move] = []
         rest: list[_Move] = []
-        self._devices: list[tuple[StorageSlice, int]] = []
+        devices: list[tuple[StorageSlice, int]] = []
         for storage, record in placed:
             if storage.source.device.type == "cpu":
                 start = storage.source.data_ptr()
                 moves = rest if start in later else now
                 moves.append((slot.address + record.offset, start + storage.start, storage.nbytes))
             elif storage.nbytes:
-                self._devices.append((storage, record.offset))
+                devices.append((storage, record.offset))
         self._now, self._rest = deque(_segments(now)), deque(_segments(rest))
         self._unfinished = {segment[0][0] for segment in (*self._now, *self._rest)}
         self._first = len(self._now)  # segments of `now` that are not finished
+        self._copy_devices(devices)  # here: who awaits bytes must find their events
 
     def run(self, helpers: ThreadPoolExecutor, threads: int) -> None:
         """Copy what may change as soon as this returns, in `threads` threads with this one."""
-        self._copy_devices()
         for _thread in range(min(threads, len(self._now)) - 1):
             helpers.submit(self._copy_all, self._now)
         self._copy_all(self._now)
@@ -90,8 +90,8 @@ class Copy:
         self.help()
         with self._change:
             self._change.wait_for(lambda: not self._unfinished)
-        for event in self._events:  # a GPU waits by itself: the CPU goes on
-            torch.cuda.current_stream().wait_event(event)
+        for device, event in self._events:  # a GPU waits by itself: the CPU goes on
+            torch.cuda.current_stream(device).wait_event(event)
 
     def settle(self) -> None:
         """Return when every byte is in the slot."""
@@ -101,7 +101,7 @@ class Copy:
 
     def await_bytes(self, end: int) -> None:
         """Return when the first `end` bytes of the slot have been copied."""
-        for event in self._events:
+        for _device, event in self._events:
             event.synchronize()
         end += self._slot.address
         with self._change:
@@ -123,11 +123,11 @@ class Copy:
                 self._first -= segments is self._now
                 self._change.notify_all()
 
-    def _copy_devices(self) -> None:
+    def _copy_devices(self, devices: Sequence[tuple[StorageSlice, int]]) -> None:
         """From a GPU: on a side stream, into pinned memory; from anything else at once."""
         slot = self._slot
-        cuda = [move for move in self._devices if move[0].source.device.type == "cuda"]
-        for storage, offset in self._devices:
+        cuda = [move for move in devices if move[0].source.device.type == "cuda"]
+        for storage, offset in devices:
             if storage.source.device.type != "cuda":
                 slot.tensor(offset, storage.nbytes).copy_(storage.tensor())
         if not cuda:
@@ -142,7 +142,7 @@ class Copy:
                         if storage.source.device == device:
                             target = slot.tensor(offset, storage.nbytes)
                             target.copy_(storage.tensor(), non_blocking=True)
-                    self._events.append(side.record_event())
+                    self._events.append((device, side.record_event()))
 
 
 _Move = tuple[int, int, int]  # target and source address, bytes

@@ -417,8 +417,6 @@ class Writer:
 
         def announced(saved: Saved) -> None:
             snapshot.slot.sealed()
-            if self._tier is not None:
-                self._tier.on_disk(saved.entry.order)
             self._on_durable(saved)
             if not snapshot.pending.durable.done():
                 snapshot.pending.durable.set_result(saved)
@@ -426,6 +424,8 @@ class Writer:
         saved = self._publisher.publish(
             draft, asked=snapshot.asked, stall=snapshot.stall, announced=announced
         )
+        if self._tier is not None:
+            self._tier.on_disk(saved.entry.order)  # verified: not before may the memory forget it
         snapshot.pending.settled.set_result(saved)
 
     def _give_up(self, snapshot: Snapshot, error: Exception) -> None:

@@ -87,7 +87,7 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
                 _train(workshop, manager, start, console, command)
             except KeyboardInterrupt:  # a second Ctrl-C means now: nothing is waited for here
                 raise
-            except BaseException:
+            except BaseException:  # whatever ended it: what was being saved is finished first
                 manager.close()
                 raise
             manager.close()
