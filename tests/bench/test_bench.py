@@ -148,6 +148,9 @@ class _Forgetful(Peer):
         (target / "data").write_bytes(b"x")
         return lambda: None
 
+    def load(self, target: Path) -> None:
+        raise NotImplementedError  # nothing here reads it back
+
 
 def test_files_and_directories_of_a_peer_that_does_not_sync_are_synced_in_its_time(
     work: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
