@@ -7,7 +7,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,13 +33,13 @@ def scratch(place: Path | None = None) -> Iterator[Path]:
 
 
 @functools.cache
-def digests() -> dict[int, str]:
-    """What the undisturbed training is after each step."""
+def digests(steps: int = STEPS + FURTHER) -> dict[int, str]:
+    """What the undisturbed training is after each of its first `steps` steps."""
 
     def body(_arm: object, _say: object) -> dict[str, str]:
         training = Training()
         found = {"0": training.digest()}
-        for step in range(1, STEPS + FURTHER + 1):
+        for step in range(1, steps + 1):
             training.step()
             found[str(step)] = training.digest()
         return found
@@ -50,10 +50,14 @@ def digests() -> dict[int, str]:
 
 
 def save_under(
-    saver: type[Saver], directory: Path, fault: Fault, log: Path | None = None
+    saver: type[Saver],
+    directory: Path,
+    fault: Fault,
+    log: Path | None = None,
+    before: Callable[[], object] | None = None,
 ) -> Outcome:
-    """Train and save STEPS steps; the fault is armed before the ARMED-th. What was announced are
-    the lines "durable STEP"."""
+    """Train and save STEPS steps; the fault is armed before the ARMED-th, after a call of `before`.
+    What was announced are the lines "durable STEP"."""
 
     def body(arm: object, say: object) -> None:
         training = Training()
@@ -62,6 +66,8 @@ def save_under(
         for step in range(1, STEPS + 1):
             training.step()
             if step == ARMED:
+                if before is not None:
+                    before()
                 arm()  # type: ignore[operator]
             it.save(step, lambda done: say(f"durable {done}"))  # type: ignore[operator]
         it.finish()
@@ -75,8 +81,15 @@ def announced(outcome: Outcome) -> int:
     return max(steps, default=0)
 
 
-def recover(saver: type[Saver], directory: Path, newest: int, reached: int = STEPS) -> Verdict:
-    """Start anew in `directory`: what is found, is it right, and can one go on from it?"""
+def recover(
+    saver: type[Saver],
+    directory: Path,
+    newest: int,
+    reached: int = STEPS,
+    expected: dict[int, str] | None = None,
+) -> Verdict:
+    """Start anew in `directory`: what is found, is it right, and can one go on from it? `expected`
+    are the digests of as many steps as there may be."""
 
     def body(_arm: object, _say: object) -> list[object]:
         training = Training()
@@ -93,7 +106,7 @@ def recover(saver: type[Saver], directory: Path, newest: int, reached: int = STE
         second.finish()
         return [step, found, last, again.digest()]
 
-    expected = digests()
+    expected = expected or digests()
     outcome = inject.run(body, directory, Fault())
     try:
         step, found, last, final = inject.answer(outcome)

@@ -61,7 +61,8 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A line of the shim's log; `data` with RECORD only."""
+    """A line of the shim's log; `data` with RECORD only, and so the calls named "said": `path` was
+    announced, and had been read, before the next."""
 
     number: int
     thread: int
@@ -111,6 +112,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **preload}
 
 
+def preloaded() -> None:
+    """Begin this process anew with the shim in it, where it was begun without and there is one."""
+    if shim() is None and compiled() is not None:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment())
+
+
 @functools.cache
 def shim() -> Any:
     """The shim of this process. None where it was begun without."""
@@ -120,6 +127,8 @@ def shim() -> Any:
             ctypes.c_int, ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int,
         ]  # fmt: skip
         library.fault_arm.restype = None
+        library.fault_mark.argtypes = [ctypes.c_char_p]
+        library.fault_mark.restype = None
         return library
     return None
 
@@ -206,6 +215,8 @@ def _child(
         def say(line: str) -> None:
             os.write(there, f"{line}\n".encode())
             os.read(here, 1)  # it has been read
+            if fault.how is How.RECORD:
+                shim().fault_mark(line.encode())
 
         def arm() -> None:
             if fault.how is How.OFF:

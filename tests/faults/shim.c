@@ -116,6 +116,16 @@ static void die(void)
         pause();
 }
 
+/* An announcement that has been read: a power cut after this line must not take it back. */
+void fault_mark(const char *said)
+{
+    if (mode != RECORD)
+        return;
+    pthread_mutex_lock(&turn);
+    note("said", 0, 0, 0, said, "");
+    pthread_mutex_unlock(&turn);
+}
+
 enum { GO, STOP, HALF, FLIP };
 
 /* Count a call and say what is to become of it. What was chosen is logged before it happens. */
@@ -343,6 +353,29 @@ ssize_t copy_file_range(int in, off64_t *from, int out, off64_t *to, size_t leng
         die();
     return result;
 }
+
+/* As above: who copies falls back to writes. */
+ssize_t sendfile64(int out, int in, off64_t *from, size_t length)
+{
+    char path[4096];
+    if (watched(out, path)) {
+        if (mode == RECORD) {
+            errno = ENOSYS;
+            return -1;
+        }
+        int verdict = enter("sendfile", path, 1);
+        if (verdict == STOP)
+            return -1;
+        if (verdict == HALF)
+            length /= 2;
+    }
+    ssize_t result = syscall(SYS_sendfile, out, in, from, length);
+    if (mode == KILL_HALF && fired)
+        die();
+    return result;
+}
+
+ssize_t sendfile(int out, int in, off_t *from, size_t length) { return sendfile64(out, in, from, length); }
 
 int ioctl(int fd, unsigned long request, ...)
 {
