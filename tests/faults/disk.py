@@ -1,4 +1,4 @@
-"""A file system on paper: what a log of system calls has made, and what a power cut may leave of it.
+"""A file system on paper: what recorded calls have made, and what a power cut may leave of it.
 
 The rules are those of POSIX where it promises little, and so pessimistic on purpose; they are the
 weakest of the models in Pillai et al., "All File Systems Are Not Created Equal" (OSDI 2014), plus
@@ -186,7 +186,7 @@ class Disk:
 
     def change(self, slots: dict[Slot, Inode | None]) -> None:
         """Change names; the change follows the pending ones of the same slots."""
-        follows = [earlier for earlier in self.pending if not slots.keys().isdisjoint(earlier.slots)]
+        follows = [before for before in self.pending if not slots.keys().isdisjoint(before.slots)]
         self.pending.append(Change(slots, follows))
         _set(self.live, slots)
 

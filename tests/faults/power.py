@@ -1,8 +1,8 @@
 """Power cuts on paper: a cycle of saves is recorded call by call, every state that a cut may leave
 behind any of the calls is built in a directory, and recovery judges it.
 
-What a cut may leave is `disk.py`. The same state after several cuts is built and recovered once, and
-judged for each of them by what had been announced until then.
+What a cut may leave is `disk.py`. The same state after several cuts is built and recovered once,
+and judged for each of them by what had been announced until then.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.faults import cycle, inject, savers
+from tests.faults import cycle, inject, real_cut, savers
 from tests.faults.disk import Disk, State
 from tests.faults.inject import Call, Fault, How
 from tests.faults.savers import Saver
@@ -29,7 +29,7 @@ from tests.faults.tally import Tally, Verdict, table
 
 NAME = "power loss"
 QUICK = 150  # states of a short form
-_RANDOM = 8  # random states of each cut, behind those that are chosen by rule
+_RANDOM = 40  # random states of each cut, behind those that are chosen by rule
 _MEMORY = Path("/dev/shm")  # states are built there: what is judged is not the disk
 
 
@@ -141,9 +141,7 @@ def choose(trace: Trace, budget: int | None, seed: int) -> list[Left]:
 
 
 def _replay(trace: Trace) -> Disk:
-    disk = trace.base
-    for _cut, disk in cuts(trace):
-        pass
+    *_before, (_cut, disk) = cuts(trace)
     return disk
 
 
@@ -199,12 +197,16 @@ def main() -> int:
     parser.add_argument("--saver", action="append", help="class in savers.py; default: Ours")
     parser.add_argument("--budget", type=int, help="states at most; default: all")
     parser.add_argument("--quick", action="store_true", help=f"the same as --budget {QUICK}")
+    parser.add_argument("--real", type=int, metavar="N", help="cut the power of a real ext4 N times")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     budget = QUICK if args.quick else args.budget
     wanted = [getattr(savers, name) for name in args.saver or ["Ours"]]
-    rows = [power_loss(saver, budget=budget, seed=args.seed) for saver in wanted]
+    if args.real:
+        rows = [real_cut.real_cut(saver, cuts=args.real, seed=args.seed) for saver in wanted]
+    else:
+        rows = [power_loss(saver, budget=budget, seed=args.seed) for saver in wanted]
     print(json.dumps([row.to_json() for row in rows]) if args.json else table(rows))
     return 0
 
