@@ -163,6 +163,50 @@ class OneName(Ours):
     EPOCH = 1
 
 
+class GoesBack(Ours):
+    """Between two saves the user goes back to the checkpoint before the last: what is newer makes
+    way, and training goes on from there in a new generation."""
+
+    name = "holdfast, going back in the middle"
+    BACK, GOES_ON = 3, 5  # steps
+    begun = False  # not by a process that resumes
+
+    def start(self) -> None:
+        self.begun = True
+        super().start()
+
+    def save(self, step: int, announce: Announce) -> None:
+        if step == self.GOES_ON and self.begun:
+            self.manager.close()
+            announce(self.BACK)  # a newer one is not asked for any more
+            self.go_back()
+            if self.training.now != self.BACK:
+                raise RuntimeError(f"went back to {self.training.now}")
+            while self.training.now < step:
+                self.training.step()
+        super().save(step, announce)
+
+    def go_back(self) -> None:
+        self.manager = self.open()
+        self.manager.resume("temp/temp_epoch3_step3.pt")
+
+
+class SetsAside(GoesBack):
+    """Between two saves the newest checkpoint is damaged: the next start sets it aside and goes on
+    from the one before."""
+
+    name = "holdfast, the newest damaged in the middle"
+
+    def go_back(self) -> None:
+        file = self.directory / "model_epoch_4.pt"
+        file.chmod(0o600)
+        fd = os.open(file, os.O_WRONLY)
+        os.pwrite(fd, b"\xff" * 64, file.stat().st_size // 2)
+        os.fsync(fd)
+        os.close(fd)
+        self.start()
+
+
 class NoDirectorySync(Ours):
     """A mutant: names are not made durable."""
 
