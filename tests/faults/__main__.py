@@ -71,7 +71,7 @@ def _run(
         for future in as_completed(running):
             number = running[future]
             found[number] = future.result()
-            _progress(len(found), len(rows), rows[number].name, time.monotonic() - began)
+            _progress(len(found), len(rows), found[number], time.monotonic() - began)
     return [(row, found[i]) for i, row in enumerate(rows)]
 
 
@@ -80,12 +80,13 @@ def _make(name: str, full: bool, seed: int) -> Tally:
     return row.run(full=full, seed=seed)
 
 
-def _progress(done: int, of: int, name: str, seconds: float) -> None:
-    if sys.stderr.isatty():
-        left = seconds / done * (of - done)
-        sys.stderr.write(f"\r\x1b[K{done}/{of} {name}, about {left:.0f} s left")
-        sys.stderr.write("\n" if done == of else "")
-        sys.stderr.flush()
+def _progress(done: int, of: int, tally: Tally, seconds: float) -> None:
+    left = seconds / done * (of - done)
+    sys.stderr.write(
+        f"{done}/{of} {tally.fault}: {tally.saver}: {tally.points} points, {tally.failed} failed, "
+        f"{tally.seconds:.0f} s; about {left:.0f} s left\n"
+    )
+    sys.stderr.flush()
 
 
 def _text(
