@@ -31,7 +31,10 @@ def run_run(argv: Sequence[str], prog: str) -> int:
     given, command = _parse(_run_parser(prog), argv)
     directory = _directory_of(given, command)
     limits = supervisor.Limits(given.max_restarts, given.give_up_after, given.backoff)
-    return supervisor.Supervisor(_found(command).words, directory, limits, _say).run()
+    return supervisor.Supervisor(
+        _found(command).words, directory or Path(_DIRECTORY), limits, _say,
+        create=directory is not None,
+    ).run()  # fmt: skip
 
 
 def run_service(argv: Sequence[str], prog: str) -> int:
@@ -49,8 +52,8 @@ def run_service(argv: Sequence[str], prog: str) -> int:
         environment={name: os.environ[name] for name in service.KEPT if name in os.environ},
     )
     if given.json:
-        _print_json({"name": made.file, "unit": made.unit(), "crontab": made.crontab(),
-                     "install": made.install()})  # fmt: skip
+        text = {"crontab": made.crontab()} if given.cron else {"unit": made.unit()}
+        _print_json({"name": made.file, **text, "install": made.install()})
     else:
         _print((made.crontab() if given.cron else made.unit()).splitlines())
     return 0
@@ -199,18 +202,20 @@ def _own_config(command: Sequence[str]) -> Config | None:
         return None
 
 
-def _directory_of(given: argparse.Namespace, command: Sequence[str]) -> Path:
+def _directory_of(given: argparse.Namespace, command: Sequence[str]) -> Path | None:
+    """The run directory as far as anybody has named it."""
     if given.checkpoint_dir is not None:
         return Path(given.checkpoint_dir)
     config = _own_config(command)
     if config is not None:
         return Path(config.checkpoint.checkpoint_dir)
     finder = Parser(add_help=False)
-    finder.add_argument("--checkpoint-dir", default=_DIRECTORY)
+    finder.add_argument("--checkpoint-dir", type=Path)
     try:
-        return Path(finder.parse_known_args(command)[0].checkpoint_dir)
+        found: Path | None = finder.parse_known_args(command)[0].checkpoint_dir
     except ConfigError:
-        return Path(_DIRECTORY)
+        return None
+    return found
 
 
 def _refuse_beginning_anew(command: Sequence[str]) -> None:

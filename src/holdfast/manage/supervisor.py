@@ -189,10 +189,13 @@ def await_free(directory: Path, tell: Callable[[str], None], patience: float = P
 
 
 class Log:
-    """Says lines, and keeps them durably in `logs/` of the run directory once there is one."""
+    """Says lines, and keeps them durably in `logs/` of the run directory.
 
-    def __init__(self, directory: Path, say: Callable[[str], None]) -> None:
-        self._directory, self._say = directory, say
+    Unless it may `create` that directory, the lines wait until there is one.
+    """
+
+    def __init__(self, directory: Path, say: Callable[[str], None], *, create: bool) -> None:
+        self._directory, self._say, self._create = directory, say, create
         self._waiting: list[str] = []
 
     def __call__(self, line: str) -> None:
@@ -202,7 +205,7 @@ class Log:
     def keep(self, line: str) -> None:
         """A line for the log alone."""
         self._waiting.append(f"{now()} {printable(line)}")
-        if self._directory.is_dir():
+        if self._create or self._directory.is_dir():
             with contextlib.suppress(OSError):  # a full disk: with the next line, perhaps
                 self._write()
 
@@ -220,7 +223,8 @@ class Log:
 class Supervisor:
     """Runs `command` until it is done, asked to stop, or not worth another start.
 
-    `say` shows a line to the person who is there.
+    `directory` is its run directory, which is made for the log only where `create` says so: it may
+    be no more than a guess. `say` shows a line to the person who is there.
     """
 
     def __init__(
@@ -229,9 +233,11 @@ class Supervisor:
         directory: Path,
         limits: Limits,
         say: Callable[[str], None],
+        *,
+        create: bool = False,
     ) -> None:
         self._command, self._directory, self._limits = list(command), directory, limits
-        self._log = Log(directory, say)
+        self._log = Log(directory, say, create=create)
         self._child: subprocess.Popen[bytes] | None = None
         self._asked: int | None = None
         self._undelivered: list[int] = []

@@ -192,10 +192,11 @@ def check_model(saved: SavedRun, model_config: Mapping[str, Any]) -> None:
 
 
 def move_away(directory: Path) -> Path | None:
-    """Move what lies in a run directory to `archive/<time>/`; None where there was nothing."""
+    """Move what lies in a run directory to `archive/<time>/`; None where there was nothing, or
+    only logs: `holdfast run` begins one before there is a run."""
     keep = {ARCHIVE, ".run.lock", ".catalog.lock"}
     found = [path for path in sorted(directory.iterdir()) if path.name not in keep]
-    if not found:
+    if {path.name for path in found} <= {"logs"}:
         return None
     place = directory / ARCHIVE / time.strftime("%Y%m%d_%H%M%S")
     for path in found:
