@@ -277,7 +277,7 @@ deadline = time.monotonic() + 60
 while not got and not os.path.exists("stop") and time.monotonic() < deadline:
     time.sleep(0.005)
 if got:
-    time.sleep(0.3)
+    time.sleep(0.5)
 note("got", " ".join(map(str, got)))
 sys.exit(128 + got[0] if got else 0)
 """
@@ -290,9 +290,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.005)
 
 
-def listening(run: Path, **options: object) -> subprocess.Popen[str]:
+def listening(
+    run: Path, command: Sequence[str] = (sys.executable, "-c", LISTENER), **options: object
+) -> subprocess.Popen[str]:
     """A supervisor in a process of its own over the listener, which is up."""
-    words = ["run", "--checkpoint-dir", ".", "--backoff", "0", "--", sys.executable, "-c", LISTENER]
+    words = ["run", "--checkpoint-dir", ".", "--backoff", "0", "--", *command]
     process = subprocess.Popen(
         [*PROGRAM, *words], cwd=run, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         **options,  # type: ignore[call-overload]
@@ -313,6 +315,15 @@ def test_a_signal_is_passed_on_once_and_ends_it(run: Path, name: str) -> None:
     _out, err = process.communicate(timeout=30)
     assert process.returncode == 128 + number, err
     assert (run / "got").read_text() == str(int(number))
+    assert starts_in(run) == 1
+
+
+def test_a_training_that_cannot_save_when_asked_to_stop_is_not_started_again(run: Path) -> None:
+    script = "trap 'exit 1' TERM; : > up; while :; do sleep 0.01; done"
+    process = listening(run, ["sh", "-c", script])
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 1
     assert starts_in(run) == 1
 
 

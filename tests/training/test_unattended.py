@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from holdfast.checkpoint.catalog import Catalog
+from holdfast.errors import CheckpointError
 from holdfast.training import unattended
 from holdfast.training.config import Config
-from holdfast.training.continuing import Start, decide
+from holdfast.training.continuing import Start, decide, move_away
 from tests.support import make_run
 from tests.training.runs import config_for
 
@@ -34,18 +35,16 @@ def decided(config: Config, run: Path) -> Start:
 def test_an_order_to_begin_anew_holds_once(
     run: Path, option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    foreign = tmp_path / "weights.pt"
-    foreign.write_bytes((run / "latest.pt").read_bytes())
-    foreign_run = tmp_path / "other"
-    make_run(foreign_run, 1)
-    value = {"fresh": True, "checkpoint": foreign_run / "latest.pt", "resume": foreign_run}[option]
+    other = tmp_path / "other"
+    make_run(other, 1)
+    value = {"fresh": True, "checkpoint": other / "latest.pt", "resume": other}[option]
     config = orders(run, **{option: value})
     newest = Catalog(run).scan().entries[0]
 
     def archives() -> bool:
         try:
             return decided(config, run).archive
-        except Exception as error:  # noqa: BLE001 - the toy's state is no run of the trainer
+        except CheckpointError as error:  # --resume DIR was obeyed; a toy's state is no such run
             return "no run of this trainer" in str(error)
 
     monkeypatch.delenv(unattended.RESTART, raising=False)
@@ -63,3 +62,12 @@ def test_goes_on_only_from_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not unattended.goes_on("a")
     monkeypatch.setenv(unattended.RESTART, "a")
     assert [unattended.goes_on(newest) for newest in ("a", "b", None)] == [False, True, False]
+
+
+def test_a_log_that_was_begun_before_there_is_a_run_is_not_moved_away(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "supervisor.log").touch()
+    assert move_away(tmp_path) is None
+    (tmp_path / "latest.pt").touch()
+    assert move_away(tmp_path) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
