@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -329,7 +329,7 @@ class Supervisor:
     # -------------------------------------------------------------------------------- signals
 
     @contextlib.contextmanager
-    def _passing_signals_on(self) -> Any:
+    def _passing_signals_on(self) -> Iterator[None]:
         before: dict[int, Any] = {}
         handlers = dict.fromkeys(_FORWARDED, self._handle) | {"SIGTSTP": self._suspend}
         for name, handler in handlers.items():
@@ -396,7 +396,7 @@ def _before_exec() -> Callable[[], None] | None:
 
 
 @contextlib.contextmanager
-def _adopting() -> Any:
+def _adopting() -> Iterator[None]:
     """Orphans of the command become our children, so that `_end_group` sees their end."""
     _prctl(_SET_SUBREAPER, 1)
     try:
