@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from tests.faults import inject
 from tests.faults.inject import Fault, How, Outcome
-from tests.faults.savers import Saver, Training
+from tests.faults.savers import Ours, Saver, Training
 from tests.faults.tally import Verdict
 
 STEPS = 6  # of a cycle
@@ -24,7 +26,8 @@ FURTHER = 2  # steps that a recovered training goes on
 @contextmanager
 def scratch(place: Path | None = None) -> Iterator[Path]:
     """A directory for one point, gone afterwards."""
-    path = Path(tempfile.mkdtemp(prefix="faults-", dir=place))
+    memory = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None  # fsync costs nothing
+    path = Path(tempfile.mkdtemp(prefix="faults-", dir=place or memory))
     try:
         yield path
     finally:
@@ -35,6 +38,7 @@ def scratch(place: Path | None = None) -> Iterator[Path]:
 @functools.cache
 def digests(steps: int = STEPS + FURTHER) -> dict[int, str]:
     """What the undisturbed training is after each of its first `steps` steps."""
+    _import_everything()
 
     def body(_arm: object, _say: object) -> dict[str, str]:
         training = Training()
@@ -125,6 +129,18 @@ def clean_calls(saver: type[Saver]) -> int:
     if outcome.status or announced(outcome) != STEPS:
         raise RuntimeError(f"{saver.name}: the clean cycle failed: {outcome}")
     return len(outcome.log)
+
+
+def _import_everything() -> None:
+    """What torch imports when it is first needed, once here and not in every forked process."""
+    training = Training()
+    for parameter in training.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    training.optimizer.step()  # no backward: autograd's threads do not survive a fork
+    with scratch() as directory:
+        it = Ours(directory, training)
+        it.start()
+        it.finish()
 
 
 def _unlock(path: Path) -> None:

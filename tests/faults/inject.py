@@ -88,6 +88,15 @@ class Outcome:
         return any(call.other == "fired" for call in self.log)
 
 
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """What the parent does to a forked process from outside: `act(pid)`, so many seconds after it
+    has said its first line."""
+
+    seconds: float
+    act: Callable[[int], None]
+
+
 @functools.cache
 def compiled() -> Path | None:
     """The shim as a library; None where there is no compiler or no Linux."""
@@ -112,12 +121,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **preload}
 
 
-def preloaded() -> None:
-    """Begin this process anew with the shim in it, where it was begun without and there is one."""
-    if shim() is None and compiled() is not None:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment())
-
-
 @functools.cache
 def shim() -> Any:
     """The shim of this process. None where it was begun without."""
@@ -138,15 +141,14 @@ def run(
     directory: Path,
     fault: Fault,
     log: Path | None = None,
+    strike: Strike | None = None,
 ) -> Outcome:
     """Fork, run `body(arm, say)` in the child, and tell how it ended.
 
     The child calls `arm()` where faults below `directory` begin to count, and `say(line)` to
     announce something: that returns when this process has read the line. What the child answers
-    is its last line, "= " and JSON.
+    is its last line, "= " and JSON. `strike` is done to it from here.
     """
-    from tests.faults import seam
-
     there, here = os.pipe(), os.pipe()
     with tempfile.TemporaryFile() as errors, _log_file(log) as (log_fd, log_path):
         sys.stdout.flush()
@@ -155,10 +157,10 @@ def run(
         if pid == 0:
             os.close(there[0])
             os.close(here[1])
-            _child(body, directory, fault, there[1], here[0], log_fd, errors.fileno(), seam.arm)
+            _child(body, directory, fault, (there[1], here[0]), (log_fd, errors.fileno()))
         os.close(there[1])
         os.close(here[0])
-        said = _listen(pid, there[0], here[1])
+        said = _listen(pid, there[0], here[1], strike)
         _pid, status = os.waitpid(pid, 0)
         os.close(there[0])
         os.close(here[1])
@@ -203,11 +205,13 @@ def _log_file(wanted: Path | None) -> Iterator[tuple[int, Path]]:
 
 
 def _child(
-    body: Callable[..., Any], directory: Path, fault: Fault, there: int, here: int, log_fd: int,
-    errors: int, seam_arm: Callable[..., None],
+    body: Callable[..., Any], directory: Path, fault: Fault, pipes: tuple[int, int],
+    logs: tuple[int, int],
 ) -> None:  # fmt: skip
     """The forked process: never returns."""
-    status = 1
+    from tests.faults import seam
+
+    status, (there, here), (log_fd, errors) = 1, pipes, logs
     try:
         os.dup2(errors, 2)
         os.dup2(errors, 1)
@@ -226,7 +230,7 @@ def _child(
                 root = os.fsencode(directory.resolve())
                 library.fault_arm(int(fault.how), root, fault.nth, fault.error, log_fd)
             else:
-                seam_arm(fault, directory.resolve(), log_fd)
+                seam.arm(fault, directory.resolve(), log_fd)
 
         result = body(arm, say)
         if shim() is not None:
@@ -240,10 +244,18 @@ def _child(
         os._exit(status)
 
 
-def _listen(pid: int, there: int, here: int) -> list[str]:
-    said, rest, deadline = [], b"", time.monotonic() + _SECONDS
+def _listen(pid: int, there: int, here: int, strike: Strike | None) -> list[str]:
+    said: list[str] = []
+    rest, deadline = b"", time.monotonic() + _SECONDS
+    due = float("inf")  # when to strike
     while True:
-        readable, _w, _x = select.select([there], [], [], max(0.0, deadline - time.monotonic()))
+        left = min(deadline, due) - time.monotonic()
+        readable, _w, _x = select.select([there], [], [], max(0.0, left))
+        if not readable and due < deadline:
+            assert strike is not None
+            due = float("inf")
+            strike.act(pid)
+            continue
         if not readable:
             os.kill(pid, signal.SIGKILL)
             raise TimeoutError(f"a process under test hangs; it has said {said}")
@@ -252,6 +264,8 @@ def _listen(pid: int, there: int, here: int) -> list[str]:
             return said
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
+            if strike is not None and not said:
+                due = time.monotonic() + strike.seconds
             said.append(line.decode())
             with contextlib.suppress(BrokenPipeError):
                 os.write(here, b"+")

@@ -7,30 +7,23 @@ and judged for each of them by what had been announced until then.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import os
-import pickle
 import random
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.faults import cycle, inject, real_cut, savers
+from tests.faults import cycle
 from tests.faults.disk import Disk, State
 from tests.faults.inject import Call, Fault, How
 from tests.faults.savers import Saver
-from tests.faults.tally import Tally, Verdict, table
+from tests.faults.tally import Tally
 
 NAME = "power loss"
-QUICK = 100  # states of a short form
 _RANDOM = 40  # random states of each cut, behind those that are chosen by rule
-_MEMORY = Path("/dev/shm")  # states are built there: what is judged is not the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +62,10 @@ def power_loss(saver: type[Saver], *, budget: int | None, seed: int) -> Tally:
     tally, began = Tally(NAME, saver.name), time.monotonic()
     trace = record(saver)
     lefts = choose(trace, budget, seed)
-    verdicts = _in_workers(saver, lefts)
-    for left, verdict in zip(lefts, verdicts, strict=True):
+    for left in lefts:
+        with cycle.scratch() as directory:
+            left.state.build(directory)
+            verdict = cycle.recover(saver, directory, 0)
         for cut in left.cuts:
             reached = min(cut.announced + 1, cycle.STEPS)
             what = f"cut behind call {cut.calls} ({cut.after}), seed {seed}"
@@ -82,7 +77,7 @@ def power_loss(saver: type[Saver], *, budget: int | None, seed: int) -> Tally:
 
 def record(saver: type[Saver]) -> Trace:
     """Save one cycle on a real disk, and check that its calls explain what lies there."""
-    with cycle.scratch() as place:
+    with cycle.scratch(Path(tempfile.gettempdir())) as place:  # /dev/shm is where mutants go
         directory, log, base = place / "run", place / "log", place / "base"
         directory.mkdir()
 
@@ -143,76 +138,3 @@ def choose(trace: Trace, budget: int | None, seed: int) -> list[Left]:
 def _replay(trace: Trace) -> Disk:
     *_before, (_cut, disk) = cuts(trace)
     return disk
-
-
-# --------------------------------------------------------------------------------------- judgement
-
-
-def _in_workers(saver: type[Saver], lefts: Sequence[Left]) -> list[Verdict]:
-    """Recover from all of them, in a process for each processor."""
-    cycle.digests()  # once, before the processes part
-    count = min(len(os.sched_getaffinity(0)), len(lefts))
-    verdicts: dict[int, Verdict] = {}
-    with tempfile.TemporaryDirectory() as place:
-        answers = [Path(place) / str(number) for number in range(count)]
-        pids = [
-            _fork(saver, range(number, len(lefts), count), lefts, answer)
-            for number, answer in enumerate(answers)
-        ]
-        failed = [pid for pid in pids if os.waitpid(pid, 0)[1]]
-        if failed:
-            raise RuntimeError("a process that recovers states has failed; its error is above")
-        for answer in answers:
-            verdicts.update(pickle.loads(answer.read_bytes()))
-    return [verdicts[number] for number in range(len(lefts))]
-
-
-def _fork(saver: type[Saver], mine: range, lefts: Sequence[Left], answer: Path) -> int:
-    """Start a process that recovers from its share; returns its pid."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        verdicts = {number: _judge(saver, lefts[number].state) for number in mine}
-        answer.write_bytes(pickle.dumps(verdicts))
-        status = 0
-    except BaseException:  # noqa: BLE001 - the parent sees the status
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def _judge(saver: type[Saver], state: State) -> Verdict:
-    with cycle.scratch(_MEMORY if _MEMORY.is_dir() else None) as directory:
-        state.build(directory)
-        return cycle.recover(saver, directory, 0)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.power", description=__doc__)
-    parser.add_argument("--saver", action="append", help="class in savers.py; default: Ours")
-    parser.add_argument("--budget", type=int, help="states at most; default: all")
-    parser.add_argument("--quick", action="store_true", help=f"the same as --budget {QUICK}")
-    parser.add_argument(
-        "--real", type=int, metavar="N", help="cut the power of a real ext4 N times"
-    )
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    budget = QUICK if args.quick else args.budget
-    wanted = [getattr(savers, name) for name in args.saver or ["Ours"]]
-    if args.real:
-        rows = [real_cut.real_cut(saver, cuts=args.real, seed=args.seed) for saver in wanted]
-    else:
-        rows = [power_loss(saver, budget=budget, seed=args.seed) for saver in wanted]
-    print(json.dumps([row.to_json() for row in rows]) if args.json else table(rows))
-    return 0
-
-
-if __name__ == "__main__":
-    inject.preloaded()
-    raise SystemExit(main())

@@ -1,5 +1,5 @@
-"""Power cuts for real: ext4 on a loop mount is shut down in the middle of saving, without a flush of
-its journal, and mounted again.
+"""Power cuts for real: ext4 on a loop mount is shut down in the middle of saving, its journal not
+flushed, and mounted again.
 
 Needs root, loop mounts and a kernel whose ext4 knows the shutdown ioctl (it is there for the tests
 of the file system itself, xfstests); elsewhere the row says why there is nothing in it.
@@ -38,7 +38,6 @@ _SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN
 _NO_FLUSH = (2).to_bytes(4, sys.byteorder)  # EXT4_GOING_FLAGS_NOLOGFLUSH
 _SIZE = 512 << 20  # bytes of the file system, in a file with holes: nobody is ever out of space
 _SHORTEST, _LONGEST = 0.02, 0.5  # seconds of saving before the cut
-_MEMORY = Path("/dev/shm")  # where the image lies: its own disk must not be what is slow
 
 
 def real_cut(saver: type[Saver], *, cuts: int, seed: int) -> Tally:
@@ -47,7 +46,7 @@ def real_cut(saver: type[Saver], *, cuts: int, seed: int) -> Tally:
     tally.skipped = missing()
     rng = random.Random(seed)
     for number in range(0 if tally.skipped else cuts):
-        with cycle.scratch(_place()) as place:
+        with cycle.scratch() as place:
             disk = LoopDisk(place)
             disk.make()
             with disk.mounted() as mounted:
@@ -71,7 +70,7 @@ def save_until_cut(saver: type[Saver], mounted: Path, seconds: float) -> Outcome
     def body(_arm: object, say: Callable[[str], None]) -> None:
         directory = mounted / "run"
         directory.mkdir()
-        os.sync()
+        filesystem.sync_directory(mounted)
 
         def cut() -> None:
             shut_down(mounted)
@@ -142,7 +141,7 @@ def missing() -> str:
         return "needs root on Linux"
     if shutil.which("mkfs.ext4") is None or shutil.which("mount") is None:
         return "needs mkfs.ext4 and mount"
-    with cycle.scratch(_place()) as place:
+    with cycle.scratch() as place:
         disk = LoopDisk(place)
         try:
             disk.make()
@@ -153,10 +152,6 @@ def missing() -> str:
         except OSError as error:
             return f"no shutdown of ext4 here: {error.strerror}"
     return ""
-
-
-def _place() -> Path | None:
-    return _MEMORY if _MEMORY.is_dir() else None
 
 
 def _unmounted(target: Path) -> bool:

@@ -76,7 +76,7 @@ def arm(fault: Fault, directory: Path, log_fd: int) -> None:
         setattr(os, name, call)
 
     def of_fd(fd: Any, *_rest: Any) -> str:
-        return os.readlink(f"/proc/self/fd/{fd}") if isinstance(fd, int) else str(fd)
+        return str(Path(f"/proc/self/fd/{fd}").readlink()) if isinstance(fd, int) else str(fd)
 
     for name in _ON_FD:
         if hasattr(os, name):

@@ -24,7 +24,7 @@ KINDS: dict[str, list[Fault]] = {
 
 
 def sweep(saver: type[Saver], kind: str, *, every: int = 1) -> Tally:
-    """All points of one kind of fault (or each `every`-th). Raises RuntimeError where none fired."""
+    """All points of one kind of fault, or each `every`-th. RuntimeError where none fired."""
     tally, began = Tally(kind, saver.name), time.monotonic()
     for fault in points(saver, kind, every):
         with cycle.scratch() as directory:

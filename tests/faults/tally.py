@@ -75,7 +75,7 @@ class Verdict:
 
     @property
     def problem(self) -> str:
-        """"" where everything was as promised; "lost", "wrong" or "human"."""
+        """ "" where everything was as promised; "lost", "wrong" or "human"."""
         if self.step < 0:
             return "human"
         if self.step and not (self.same and self.goes_on):

@@ -266,13 +266,14 @@ COMMANDS: dict[str, tuple[str, _Work]] = {
 # ---------------------------------------------------------------------------------- what is shared
 
 
-def _parser(prog: str, description: str, examples: str) -> Parser:
+def _parser(prog: str, description: str, examples: str, *, scripts: bool = True) -> Parser:
     width = min(shutil.get_terminal_size().columns, 100) - 2
     description = "\n".join(wrap_cells(description, width))  # argparse leaves it as it is
     parser = Parser(prog=prog, description=description.replace("%", "%%"),
                     epilog=examples.replace("%", "%%"), add_help=False)  # fmt: skip
     parser.add_argument("-h", "--help", action="help", help=_("show this help and exit"))
-    parser.add_argument("--json", action="store_true", help=_("print JSON for scripts"))
+    if scripts:
+        parser.add_argument("--json", action="store_true", help=_("print JSON for scripts"))
     lang_help = _("language of all messages (the system's own where not given)")
     parser.add_argument("--lang", choices=LANGUAGES, metavar="|".join(LANGUAGES), help=lang_help)
     parser.add_argument("--debug", action="store_true", help=_("show the traceback of an error"))
