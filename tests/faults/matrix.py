@@ -76,7 +76,7 @@ def rows() -> list[Row]:
     found += [
         Row(start.name, savers.Ours.name, "ours", _restarting(start)) for start in restarts.STARTS
     ]
-    found += [_power(saver, "ours", quick=80) for saver in _SCENES]
+    found += [_power(saver, "ours", quick=60) for saver in _SCENES]
     found += [_power(saver, "caught", quick=20) for saver in _TRUSTING_NAMES]
     found += [_power(peer, "beside", quick=0) for peer in peers.PEERS]
     found += [_real_cut(savers.Ours, "ours", quick=5)]
@@ -103,7 +103,7 @@ _QUICK = {
     "a short write": 1,
     "a lying write": 1,
 }
-_SCENES = [savers.Ours, savers.OneName, savers.GoesBack, savers.SetsAside]
+_SCENES = [savers.Ours, savers.OneName, savers.GoesBack, savers.SetsAside, savers.StartsAgain]
 _TRUSTING_NAMES = [*savers.BY_HAND, savers.NoDirectorySync, savers.TempElsewhere]
 _BESIDE: list[type[Saver]] = [savers.RenameNoSync, savers.RenameNoDirectorySync, *peers.PEERS]
 

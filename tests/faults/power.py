@@ -8,6 +8,7 @@ and judged for each of them by what had been announced until then.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import random
 import tempfile
@@ -114,24 +115,25 @@ def cuts(trace: Trace) -> Iterator[tuple[Cut, Disk]]:
 
 
 def choose(trace: Trace, budget: int | None, seed: int) -> list[Left]:
-    """States and the cuts that leave them: of each cut first the most telling, then the next."""
+    """States and all the cuts that leave them: in turn one of the most telling, and any one."""
     rng = random.Random(seed)
     offered = [
-        (cut, list({state.digest: state for state in disk.states(rng, _RANDOM)}.values()))
+        (cut, {state.digest: state for state in disk.states(rng, _RANDOM)})
         for cut, disk in cuts(trace)
     ]
-    rng.shuffle(offered)
+    by_cut = [list(states.items()) for _cut, states in offered]
+    rng.shuffle(by_cut)
+    ranks = itertools.zip_longest(*by_cut)
+    telling = [found for rank in ranks for found in rank if found is not None]
+    anyone = rng.sample(telling, len(telling))
     chosen: dict[bytes, Left] = {}
-    for rank in range(max(len(states) for _cut, states in offered)):
-        for cut, states in offered:
-            if rank >= len(states):
-                continue
-            state = states[rank]
-            left = chosen.get(state.digest)
-            if left is not None:
-                left.cuts.append(cut)
-            elif budget is None or len(chosen) < budget:
-                chosen[state.digest] = Left(state, [cut])
+    for digest, state in itertools.chain.from_iterable(zip(telling, anyone, strict=True)):
+        if len(chosen) == budget:
+            break
+        chosen.setdefault(digest, Left(state, []))
+    for cut, states in offered:
+        for digest in states.keys() & chosen.keys():
+            chosen[digest].cuts.append(cut)
     return list(chosen.values())
 
 

@@ -215,6 +215,20 @@ class SetsAside(GoesBack):
         self.start()
 
 
+class StartsAgain(GoesBack):
+    """Between two saves a process starts where another has died: it sweeps a temporary file and
+    gives the newest checkpoint the names back that it lacks."""
+
+    name = "holdfast, started over remains in the middle"
+    BACK = 4
+
+    def go_back(self) -> None:
+        (self.directory / "temp" / ".holdfast-1-dead.tmp").write_bytes(b"half of a")
+        (self.directory / "model_epoch_4.pt").unlink()
+        (self.directory / "latest.pt").unlink()
+        self.start()
+
+
 class NoDirectorySync(Ours):
     """A mutant: names are not made durable."""
 
