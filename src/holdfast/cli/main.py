@@ -85,8 +85,14 @@ def _dispatch(words: list[str], prog: str) -> int:
 
 def _commands() -> dict[str, tuple[str, Command]]:
     from holdfast.cli.manage import COMMANDS
+    from holdfast.cli.states import COMMANDS as STATES
 
-    return {"train": (_(_TRAIN_HELP), _train), **COMMANDS, "bench": (_(_BENCH_HELP), _bench)}
+    return {
+        "train": (_(_TRAIN_HELP), _train),
+        **COMMANDS,
+        **STATES,
+        "bench": (_(_BENCH_HELP), _bench),
+    }
 
 
 def _usage(prog: str, commands: dict[str, tuple[str, Command]]) -> str:
