@@ -77,8 +77,8 @@ def _of_step(run: RunDirectory, step: int) -> Entry:
                 "{steps}.", step=step, directory=run.directory,
                 steps=", ".join(map(str, sorted(near[:_NEAREST]))))  # fmt: skip
     for path in set_aside(run.directory, ARCHIVE):
-        entry = _entry_at(path)
-        if entry is not None and entry.step == step:
+        archived = _entry_at(path)
+        if archived is not None and archived.step == step:
             message += _(" Step {step} lies in the archive: name the file {path}.", step=step,
                          path=path)  # fmt: skip
             break

@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def targets_of(
 
 def verify(
     targets: Iterable[Target], show: Show | None = None, *, jobs: int = JOBS
-) -> Iterator[Verdict]:
+) -> Generator[Verdict]:
     """Check `jobs` targets at once and tell of them in their order; a file that a running training
     has removed is left out.
 
