@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.catalog import ARCHIVE, EVENTS, QUARANTINE, TEMP, Catalog
+from holdfast.checkpoint.catalog import ARCHIVE, EVENTS, QUARANTINE, ROLES, TEMP, Catalog
 from holdfast.checkpoint.container import NewerFormat, Reader
 from holdfast.errors import CheckpointError, DamagedCheckpoint, HoldfastError, RunLocked
 from holdfast.i18n import _
@@ -137,7 +137,7 @@ def targets_of(
 
 def verify(
     targets: Iterable[Target], show: Show | None = None, *, jobs: int = JOBS
-) -> Generator[Verdict]:
+) -> Generator[Verdict, None, None]:
     """Check `jobs` targets at once and tell of them in their order; a file that a running training
     has removed is left out.
 
@@ -293,7 +293,9 @@ def _targets_aside(directory: Path, others: Sequence[Target]) -> list[Target]:
         for path in set_aside(directory, place):
             if path.suffix == ".pt" and _inode(path) not in seen:
                 groups.setdefault(_inode(path), []).append(path)
-        found += [Target(tuple(paths), None, place=place) for paths in groups.values()]
+        for paths in groups.values():
+            telling = sorted(paths, key=lambda path: (path.name in ROLES, path))
+            found.append(Target(tuple(telling), None, place=place))
     return found
 
 
