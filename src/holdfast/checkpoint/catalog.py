@@ -182,12 +182,9 @@ class Catalog:
         line = json.dumps({"time": now(), "event": event, **fields}, ensure_ascii=False)
         filesystem.append_line(self.directory / EVENTS, line)
 
-    def events(self) -> Iterator[dict[str, Any]]:
-        """The history, oldest first; a line that a crash has torn is passed over."""
-        yield from self._events()
-
-    def _events(self, *kinds: str) -> Iterator[dict[str, Any]]:
-        """Events of some kinds (none: all); a history is long, and parsing a line costs."""
+    def events(self, *kinds: str) -> Iterator[dict[str, Any]]:
+        """The history, oldest first, or its events of some kinds; a line that a crash has torn is
+        passed over. A history is long and parsing a line costs: name the kinds."""
         sought = [kind.encode() for kind in kinds]
         try:
             lines = (self.directory / EVENTS).read_bytes().split(b"\n")
@@ -213,7 +210,7 @@ class Catalog:
         the cache and go with a copy of the directory."""
         verified: set[str] = set()
         pinned: set[str] = set()
-        for event in self._events("verified", "pinned", "unpinned"):
+        for event in self.events("verified", "pinned", "unpinned"):
             id_ = str(event.get("id"))
             if event["event"] == "verified":
                 verified.add(id_)
@@ -228,7 +225,7 @@ class Catalog:
         wanted = {"generation": int, "step": int, "run_id": str, "time": str, "names": list}
         return [
             event
-            for event in self._events("durable")
+            for event in self.events("durable")
             if all(isinstance(event.get(name), kind) for name, kind in wanted.items())
         ]
 

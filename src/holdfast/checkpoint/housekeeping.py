@@ -58,8 +58,8 @@ def settle_old(catalog: Catalog, entry: Entry, before: Contents, kept: Path) -> 
     same run, saved once more, goes; anything else, and what is pinned, stays in the archive."""
     name = entry.names[0]
     old = next((e for e in before.entries if name in e.names), None)
-    again = old is not None and (old.run_id, *old.order[:2]) == (entry.run_id, *entry.order[:2])
-    if again and not (old is not None and old.pinned):
+    moment = (entry.run_id, *entry.order[:2])
+    if old is not None and not old.pinned and (old.run_id, *old.order[:2]) == moment:
         filesystem.remove(kept)
     else:
         catalog.record("archived", names=[name], to=f"{ARCHIVE}/{REPLACED}/{kept.name}")

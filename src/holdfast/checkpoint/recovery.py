@@ -133,7 +133,7 @@ def lost(catalog: Catalog, entry: Entry) -> tuple[int, float]:
 
     What went to the archive when the user went back is not lost, nor what he went back behind.
     """
-    kept = {event.get("id") for event in catalog.events() if event.get("event") == "archived"}
+    kept = {event.get("id") for event in catalog.events("archived")}
     back = rollback.last(catalog)
     mine = [
         event

@@ -22,6 +22,7 @@ from holdfast.errors import CheckpointError, DamagedCheckpoint
 log = logging.getLogger("holdfast")
 
 EVENT = "rolled_back"
+_GONE_ON = ("began", "resumed", "durable")  # after one of these it is a matter of the past
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Rollback:
 def last(catalog: Catalog) -> Rollback | None:
     """The last roll-back of this run directory, if there ever was one."""
     found = None
-    for event in catalog.events():
+    for event in catalog.events(EVENT):
         found = _read(event) or found
     return found
 
@@ -54,10 +55,8 @@ def last(catalog: Catalog) -> Rollback | None:
 def pending(catalog: Catalog) -> Rollback | None:
     """The roll-back that no training has gone on from yet."""
     found = None
-    for event in catalog.events():
-        if event.get("event") in ("began", "resumed", "durable"):
-            found = None
-        found = _read(event) or found
+    for event in catalog.events(EVENT, *_GONE_ON):
+        found = None if event["event"] in _GONE_ON else _read(event) or found
     return found
 
 
