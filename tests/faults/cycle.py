@@ -122,13 +122,13 @@ def recover(
     return Verdict(newest, reached, step, same, goes_on)
 
 
-def clean_calls(saver: type[Saver]) -> int:
-    """How many write-side calls a cycle makes when nothing goes wrong."""
+def clean_calls(saver: type[Saver]) -> list[str]:
+    """The names of the write-side calls that a cycle makes when nothing goes wrong."""
     with scratch() as directory:
         outcome = save_under(saver, directory, Fault(How.COUNT))
     if outcome.status or announced(outcome) != STEPS:
         raise RuntimeError(f"{saver.name}: the clean cycle failed: {outcome}")
-    return len(outcome.log)
+    return ["write" if "write" in call.name else call.name for call in outcome.log]
 
 
 def _import_everything() -> None:

@@ -86,11 +86,13 @@ def _dispatch(words: list[str], prog: str) -> int:
 def _commands() -> dict[str, tuple[str, Command]]:
     from holdfast.cli.manage import COMMANDS
     from holdfast.cli.protect import COMMANDS as PROTECTION
+    from holdfast.cli.states import COMMANDS as STATES
 
     return {
         "train": (_(_TRAIN_HELP), _train),
         **PROTECTION,
         **COMMANDS,
+        **STATES,
         "bench": (_(_BENCH_HELP), _bench),
     }
 
