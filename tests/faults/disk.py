@@ -273,7 +273,7 @@ class Disk:
             yield _with_what_they_follow([change])
         for count in range(1, len(pending)):
             yield pending[:count]
-        for directory in {slot[0] for change in pending for slot in change.slots}:
+        for directory in dict.fromkeys(slot[0] for change in pending for slot in change.slots):
             yield _with_what_they_follow(
                 [change for change in pending if any(s[0] is directory for s in change.slots)]
             )
