@@ -22,8 +22,8 @@ from tests.faults.tally import Tally, machine, table
 
 def main() -> int:
     given = _parser().parse_args()
-    library = inject.compiled()
-    if library is not None and inject.shim() is None:  # it must be there from the start
+    unseen = inject.compiled() is not None and inject.shim() is None
+    if unseen or os.environ.get("OMP_NUM_THREADS") != "1":  # both must be there from the start
         words = [sys.executable, "-m", "tests.faults", *sys.argv[1:]]
         os.execve(sys.executable, words, inject.environment())
     began = time.monotonic()
