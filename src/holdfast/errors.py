@@ -63,6 +63,12 @@ class ResourceError(HoldfastError):
     exit_code = 6
 
 
+class GaveUp(HoldfastError):
+    """A training crashed too often to be started again."""
+
+    exit_code = 7
+
+
 class Interrupted(HoldfastError):
     """A signal asked us to stop, and the state was saved: 128 + the signal's number."""
 

@@ -43,7 +43,8 @@ def nothing_left(tmp_path: Path) -> Iterator[None]:
     """Whatever a test leaves in shared memory goes with it."""
     yield
     for remains in memory.remains():
-        if remains.run is not None and tmp_path in [remains.run, *remains.run.parents]:
+        run = remains.run  # read once: tests of others come and go there
+        if run is not None and tmp_path in [run, *run.parents]:
             remains.remove()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint import direct, reading
+from holdfast.checkpoint import direct, filesystem, reading
 from holdfast.checkpoint.layout import PAGE
 from holdfast.checkpoint.reading import CHUNK, OWN_PAGES, File, Part, cut, own_pages, run
 
@@ -239,6 +239,64 @@ def test_fresh_without_direct_reads_drops_the_pages_first(
     file.close()
     assert taken == content
     assert dropped >= len(content)
+
+
+def test_what_direct_reads_leave_over_is_dropped_from_the_cache_too(
+    data: tuple[Path, bytes], file: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that gives a page directly and refuses the next: the rest must be as fresh."""
+    needs_direct(file)
+    _path, content = data
+    dropped: list[tuple[int, int]] = []
+    real = os.preadv
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int, *flags: int) -> int:
+        if not is_direct(fd):
+            return real(fd, buffers, offset, *flags)
+        if offset % CHUNK:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, [buffers[0][:PAGE]], offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(File, "forget_cached", lambda _file, *what: dropped.append(what))
+    part, taken = collect(0, len(content))
+    run(file, [part], threads=2, fresh=True)
+    assert taken == content
+    whole = [(start + PAGE, CHUNK - PAGE) for start in range(0, 3 * CHUNK, CHUNK)]
+    assert sorted(dropped)[:3] == whole
+
+
+def from_the_device() -> int:
+    """Bytes that this process has had fetched from a device, ever."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/io", os.R_OK), reason="nobody counts here")
+@pytest.mark.parametrize("way", ["as it is", "switched off", "not to be had", "opened and refused"])
+def test_what_was_written_through_the_cache_is_read_from_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """What the kernel counts, not what we asked for: the file lies in the page cache as a whole."""
+    path, content = tmp_path / "file", random.Random(7).randbytes(3 * CHUNK + 12_345)
+    filesystem.write_file(path, [(0, content)], len(content))
+
+    def fetched(*, fresh: bool) -> int:
+        before = from_the_device()
+        file, (part, taken) = File(path), collect(0, len(content))
+        run(file, [part], threads=2, fresh=fresh)
+        file.close()
+        assert taken == content
+        return from_the_device() - before
+
+    drop_cache(path)
+    if fetched(fresh=False) < len(content):
+        pytest.skip("a file system without a device, or without a page cache")
+    assert path.read_bytes() == content
+    WAYS[way](monkeypatch)
+    assert fetched(fresh=False) < len(content), "it lies in the cache"
+    assert path.read_bytes() == content
+    assert fetched(fresh=True) >= len(content)
 
 
 def test_a_file_of_another_inode_under_the_same_name_is_not_read(

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from holdfast import i18n
+from holdfast.checkpoint.lock import FileLock
+from holdfast.cli import manage, states
 from holdfast.cli.main import main
-from holdfast.cli.manage import COMMANDS
 from holdfast.errors import ConfigError
 from tests.manage.runs import (
     copy_without_links,
@@ -30,6 +31,7 @@ from tests.manage.runs import (
     names_in,
 )
 
+COMMANDS = {**manage.COMMANDS, **states.COMMANDS}
 PROGRAM = [sys.executable, "-c", "import sys; from holdfast.cli.main import main; sys.exit(main())"]
 
 
@@ -58,6 +60,9 @@ def test_no_command_imports_torch_and_all_end_with_zero(run: Path, tmp_path: Pat
         ["history", run, "--csv", tmp_path / "out.csv"],
         ["compare", run, other],
         ["verify", run],
+        ["verify", run, "--all", "--jobs", "1"],
+        ["pin", "model_epoch_1.pt", run],
+        ["rollback", "300", run, "--yes"],
         ["clean", run, "--keep", "2", "--temp", "--quarantine", "--yes"],
     ):
         done = desk(*argv)
@@ -233,6 +238,25 @@ def test_a_damaged_file_ends_with_four_and_says_what_to_do(run: Path) -> None:
     assert desk("compare", run, run / "model_epoch_3.pt").returncode == 4
 
 
+def test_what_lies_in_quarantine_is_told_and_is_no_failure(run: Path) -> None:
+    flip(run / "model_epoch_1.pt")
+    (run / "quarantine").mkdir()
+    (run / "model_epoch_1.pt").rename(run / "quarantine" / "model_epoch_1.pt")
+    assert "quarantine/" not in desk("verify", run).stdout
+    done = desk("verify", run, "--all")
+    assert done.returncode == 0 and "damaged, set aside already" in done.stdout
+    assert "Damaged: 0." in done.stdout
+    found = desk_json("verify", run, "--all")
+    assert (found["damaged"], found["quarantined"]) == (0, 1)
+    assert [f["place"] for f in found["files"]] == ["run"] * 3 + ["quarantine"]
+
+
+def test_as_many_files_at_once_as_is_said_and_at_least_one(run: Path) -> None:
+    assert desk("verify", run, "--jobs", "3").returncode == 0
+    done = desk("verify", run, "--jobs", "0")
+    assert done.returncode == 2 and "--jobs 0" in done.stderr
+
+
 def test_a_foreign_file_beside_the_checkpoints_is_named_and_no_error(run: Path) -> None:
     (run / "notes.pt").write_bytes(b"not a checkpoint")
     done = desk("verify", run)
@@ -338,6 +362,7 @@ def test_a_terminal_sees_progress_and_colour(run: Path) -> None:
     terminal = Terminal("verify", run)
     assert terminal.end() == 0
     assert "checking 1/4: model_epoch_4.pt" in terminal.text
+    assert "░░░" in terminal.text and "/s" in terminal.text
     terminal = Terminal("list", run)
     assert terminal.end() == 0 and "\x1b[1mfile" in terminal.text
 
@@ -347,3 +372,79 @@ def test_the_main_program_knows_every_command(capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     for name, (summary, _work) in COMMANDS.items():
         assert name in text and summary in text
+
+
+# ----------------------------------------------------------------------------- rollback, pin
+
+
+def test_going_back_is_shown_done_and_undone(run: Path) -> None:
+    shown = desk("rollback", "200", run, "--dry-run")
+    assert shown.returncode == 0 and "Back to step 200 (model_epoch_2.pt" in shown.stdout
+    assert "archive/generation_1/" in shown.stdout and "model_epoch_4.pt" in shown.stdout
+    assert "model_epoch_4.pt" in names_in(run)
+    done = desk("rollback", "200", run, "--yes")
+    assert (done.returncode, done.stderr) == (0, "") and "Done: step 200" in done.stdout
+    undo = done.stdout.split("To undo it: ")[1].split()
+    assert undo[:2] == ["holdfast", "rollback"] and undo[2].endswith("model_epoch_4.pt")
+    assert desk("rollback", undo[2], "--yes").returncode == 0
+    assert (run / "latest.pt").samefile(run / "model_epoch_4.pt")
+    assert "the run went back to step 200; generation 2 begins" in desk("history", run).stdout
+
+
+def test_going_back_asks_no_questions_of_a_script(run: Path) -> None:
+    before = names_in(run)
+    for argv in ([], ["--json"]):
+        done = desk("rollback", "200", run, *argv, stdin=subprocess.DEVNULL)
+        assert done.returncode == 2 and "--yes" in done.stderr
+    assert not desk_json("rollback", "200", run, "--dry-run")["done"]
+    assert names_in(run) == before
+    found = desk_json("rollback", "200", run, "--yes")
+    assert found["done"] and found["generation"] == 2
+    again = desk("rollback", "200", run, "--yes")
+    assert again.returncode == 0 and "nothing to go back behind" in again.stdout
+
+
+@pytest.mark.parametrize(("answer", "status"), [("\n", 1), ("y\n", 0)])
+def test_on_a_terminal_going_back_asks(run: Path, answer: str, status: int) -> None:
+    terminal = Terminal("rollback", "best_model.pt", run)
+    terminal.read_until("[y/N]")
+    os.write(terminal.master, answer.encode())
+    assert terminal.end() == status, terminal.text
+    assert ("model_epoch_4.pt" in {path.name for path in run.glob("*.pt")}) == (status == 1)
+
+
+def test_bad_ends_of_going_back(run: Path, tmp_path: Path) -> None:
+    flip(run / "model_epoch_1.pt")
+    with FileLock(run / ".run.lock"):
+        locked = desk("rollback", "200", run, "--yes")
+    ends = [
+        (locked, 5, "Another process"),
+        (desk("rollback", "100", run, "--yes"), 4, "is damaged"),
+        (desk("rollback", "250", run, "--yes"), 4, "the nearest are of step 100, 200, 300, 400"),
+        (desk("rollback", "1", tmp_path / "gone", "--yes"), 1, "no directory"),
+        (desk("rollback"), 2, "STEP|FILE"),
+    ]
+    for done, status, words in ends:
+        assert done.returncode == status and words in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "gone").exists() and not (run / "archive").exists()
+
+
+def test_the_directory_is_found_from_the_file(run: Path) -> None:
+    done = desk("rollback", run / "model_epoch_2.pt", "--dry-run")
+    assert done.returncode == 0 and "step 200" in done.stdout
+    done = desk("rollback", "model_epoch_2.pt", "--dry-run", cwd=run)
+    assert done.returncode == 0 and "step 200" in done.stdout
+
+
+def test_pinning_and_letting_go(run: Path) -> None:
+    assert "Step 100 (model_epoch_1.pt) is pinned" in desk("pin", "100", run).stdout
+    assert "was pinned already" in desk("pin", run / "model_epoch_1.pt").stdout
+    assert "🔒 pinned" in desk("list", run).stdout
+    assert desk("clean", run, "--keep", "1", "--yes").returncode == 0
+    assert "model_epoch_1.pt" in names_in(run)
+    found = desk_json("pin", "--remove", "100", run)
+    assert set(found) == {"directory", "id", "step", "names", "pinned", "changed"}
+    assert (found["pinned"], found["changed"]) == (False, True)
+    assert "was not pinned" in desk("pin", "--remove", "100", run).stdout
+    assert desk("pin", "77", run).returncode == 4

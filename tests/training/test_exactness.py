@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.checkpoint import Catalog
 from holdfast.checkpoint import state as engine_state
 from holdfast.checkpoint.transaction import LoadScheduler
+from holdfast.manage import rollback
 from holdfast.training.trainer import Trainer
 from tests.training import runs
 from tests.training.runs import (
@@ -75,6 +77,22 @@ def test_killed_in_each_epoch_and_resumed_is_bit_identical(
     killed_at = [per_epoch // 2 + 1, per_epoch + 1, per_epoch + 7]
     again = interrupted(tmp_path, corpus, killed_at, monkeypatch)
     assert difference(straight, again) is None
+
+
+def test_gone_back_and_trained_again_is_bit_identical(
+    tmp_path: Path, corpus: Path, straight: dict[str, Any]
+) -> None:
+    options = {"temp_every_steps": SAVE_EVERY, "save_every": 7}
+    train(config_for(tmp_path, corpus, **options))
+    with rollback.run_lock(tmp_path):
+        rollback.execute(rollback.plan(tmp_path, "21"))
+    said = train(config_for(tmp_path, corpus, **options))
+    assert "21" in said and "lost" not in said
+    assert difference(straight, final_state(tmp_path)) is None
+    newest = Catalog(tmp_path).scan().newest
+    assert newest is not None
+    assert (newest.generation, newest.step) == (2, straight["global_step"])
+    assert (tmp_path / "archive" / "generation_1" / "latest.pt").exists()
 
 
 def test_killed_at_random_steps_is_bit_identical(

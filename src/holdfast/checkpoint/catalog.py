@@ -56,6 +56,7 @@ class Entry:
     parent: dict[str, Any] | None = None
     names: tuple[str, ...] = ()
     verified: bool = False
+    pinned: bool = False  # by the user: retention never takes it
 
     @property
     def order(self) -> tuple[int, int, int]:
@@ -63,7 +64,7 @@ class Entry:
         return (self.generation, self.step, self.sequence)
 
     def candidate(self) -> Candidate:
-        return Candidate(self.id, self.order, self.kind, self.loss, self.verified)
+        return Candidate(self.id, self.order, self.kind, self.loss, self.verified, self.pinned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ class Catalog:
     def scan(self) -> Contents:
         """All checkpoints here, from their manifests; what cannot be read is named, not raised."""
         cache = self._read_cache()
-        verified = self.verified_ids()
+        verified, pinned = self._marks()
         found: dict[str, Entry] = {}
         names: dict[str, list[str]] = {}
         by_inode: dict[tuple[int, int], Entry] = {}
@@ -138,9 +139,10 @@ class Catalog:
                 found.setdefault(entry.id, entry)
                 names.setdefault(entry.id, []).append(name)
         entries = [
-            replace(entry, names=tuple(sorted(names[id_], key=_telling)), verified=id_ in verified)
+            replace(entry, names=tuple(sorted(names[id_], key=_telling)), verified=id_ in verified,
+                    pinned=id_ in pinned)
             for id_, entry in found.items()
-        ]
+        ]  # fmt: skip
         entries.sort(key=lambda entry: entry.order, reverse=True)
         return Contents(entries, damaged, foreign, unreadable)
 
@@ -164,6 +166,15 @@ class Catalog:
         present = [entry.generation for entry in self.scan().entries]
         return max((n for n in (*begun, *present) if isinstance(n, int)), default=0)
 
+    def current_run(self) -> tuple[str, int] | None:
+        """Run id and generation that were begun here last, as the history says."""
+        run: tuple[str, int] | None = None
+        for event in self.events():
+            run_id, generation = event.get("run_id"), event.get("generation")
+            if isinstance(run_id, str) and isinstance(generation, int):
+                run = run_id, generation
+        return run
+
     # -------------------------------------------------------------------------------- history
 
     def record(self, event: str, **fields: Any) -> None:
@@ -171,33 +182,50 @@ class Catalog:
         line = json.dumps({"time": now(), "event": event, **fields}, ensure_ascii=False)
         filesystem.append_line(self.directory / EVENTS, line)
 
-    def events(self) -> Iterator[dict[str, Any]]:
-        """The history, oldest first; a line that a crash has torn is passed over."""
-        yield from self._events("")
-
-    def _events(self, kind: str) -> Iterator[dict[str, Any]]:
-        """Events of one kind ("": all); a history is long, and parsing a line costs."""
+    def events(self, *kinds: str) -> Iterator[dict[str, Any]]:
+        """The history, oldest first, or its events of some kinds; a line that a crash has torn is
+        passed over. A history is long and parsing a line costs: name the kinds."""
+        sought = [kind.encode() for kind in kinds]
         try:
             lines = (self.directory / EVENTS).read_bytes().split(b"\n")
         except FileNotFoundError:
             return
         for line in lines:
-            if kind.encode() in line:
+            if not sought or any(kind in line for kind in sought):
                 with contextlib.suppress(ValueError, RecursionError):
                     event = json.loads(line.decode("utf-8", "surrogatepass"))
-                    if isinstance(event, dict) and kind in ("", event.get("event")):
+                    if isinstance(event, dict) and (not kinds or event.get("event") in kinds):
                         yield event
 
     def verified_ids(self) -> set[str]:
         """Which checkpoints have been read back from the device and found right."""
-        return {str(event.get("id")) for event in self._events("verified")}
+        return self._marks()[0]
+
+    def pinned_ids(self) -> set[str]:
+        """Which checkpoints the user has pinned, whether they lie here or in the archive."""
+        return self._marks()[1]
+
+    def _marks(self) -> tuple[set[str], set[str]]:
+        """Ids of what is verified and of what is pinned: the history keeps them, so they outlive
+        the cache and go with a copy of the directory."""
+        verified: set[str] = set()
+        pinned: set[str] = set()
+        for event in self.events("verified", "pinned", "unpinned"):
+            id_ = str(event.get("id"))
+            if event["event"] == "verified":
+                verified.add(id_)
+            elif event["event"] == "pinned":
+                pinned.add(id_)
+            else:
+                pinned.discard(id_)
+        return verified, pinned
 
     def announced(self) -> list[dict[str, Any]]:
         """The "durable" events, as far as they say what an order needs."""
         wanted = {"generation": int, "step": int, "run_id": str, "time": str, "names": list}
         return [
             event
-            for event in self._events("durable")
+            for event in self.events("durable")
             if all(isinstance(event.get(name), kind) for name, kind in wanted.items())
         ]
 
@@ -220,13 +248,20 @@ class Catalog:
         if newest is not None:
             if all(name in ROLES for name in newest.names):
                 # Its own name is gone, and the next save takes the others away from it.
-                own = self.directory / name_of(newest)
-                free = own.with_name(f"{own.stem}-{newest.id[:8]}.pt") if own.exists() else own
-                filesystem.make_directory(free.parent)
-                filesystem.publish(self.directory / newest.names[0], free)
+                self.give_name(self.directory / newest.names[0], newest)
             self.publish(newest, (LATEST, MAIN))
         if contents.best is not None:
             self.publish(contents.best, (BEST,))
+
+    def give_name(self, source: Path, entry: Entry) -> Path:
+        """Let `entry`, which lies at `source`, have a name of its own here; nothing makes way for
+        it. Returns the name."""
+        own = self.directory / name_of(entry)
+        free = own.with_name(f"{own.stem}-{entry.id[:8]}.pt") if own.exists() else own
+        filesystem.make_directory(free.parent)
+        filesystem.publish(source, free)
+        filesystem.sync_directory(free.parent)
+        return free
 
     def publish(self, entry: Entry, names: Sequence[str]) -> dict[str, str]:
         """Let `names` stand for `entry`; returns how ("link", "reflink", "copy") for each.
@@ -309,7 +344,8 @@ class Catalog:
         contents = contents or self.scan()
         files = {}
         for entry in contents.entries:
-            fields = {k: v for k, v in asdict(entry).items() if k not in ("names", "verified")}
+            marks = ("names", "verified", "pinned")
+            fields = {k: v for k, v in asdict(entry).items() if k not in marks}
             for name in entry.names:
                 with contextlib.suppress(FileNotFoundError):
                     stamp = _stamp((self.directory / name).stat())

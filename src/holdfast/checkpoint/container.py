@@ -20,7 +20,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +82,23 @@ class Reader:
         """Compare every byte outside the payloads with what the manifest says it must be."""
         self._run(self._structure())
 
-    def verify(self, *, threads: int = 2, crc: bool = True) -> None:
+    def verify(
+        self,
+        *,
+        threads: int = 2,
+        crc: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         """Check every byte as the device has it; raise `DamagedCheckpoint`, the first fault found.
 
         Direct I/O reads past the page cache; where there is none the file's pages are dropped from
         it first. Memory is bounded. Without `crc` the CRC-32 of payloads, which is there for other
         people's tools, is only compared between headers and manifest: enough where xxh3-128 is to
-        find what the disk has done, not what a writer has computed.
+        find what the disk has done, not what a writer has computed. `progress` is called with
+        the bytes of payload that have been checked since the last time, from any of the threads;
+        what it raises ends the check.
         """
-        payloads = [self._payload(record, crc=crc) for record in self.records]
+        payloads = [self._payload(record, crc=crc, progress=progress) for record in self.records]
         self._run([*self._structure(), *payloads], threads=threads, fresh=True)
 
     def verify_record(self, record: Record, *, crc: bool = True) -> None:
@@ -233,7 +241,12 @@ class Reader:
         return reading.Part(start, start + len(expected), compare)
 
     def _payload(
-        self, record: Record, buffer: memoryview | None = None, *, crc: bool = False
+        self,
+        record: Record,
+        buffer: memoryview | None = None,
+        *,
+        crc: bool = False,
+        progress: Callable[[int], None] | None = None,
     ) -> reading.Part:
         """The payload of `record`, to be hashed and compared, in `buffer` if there is one."""
         crc32, xxh3, left = 0, xxhash.xxh3_128(), record.size
@@ -249,6 +262,8 @@ class Reader:
             left -= len(found)
             if not left and (xxh3.hexdigest() != record.xxh3 or (crc and crc32 != record.crc32)):
                 raise self._damaged(_("the content of record {name} has changed", name=record.name))
+            if progress is not None:
+                progress(len(found))
 
         if not record.size:
             check(memoryview(b""))

@@ -55,10 +55,11 @@ def verify_back(catalog: Catalog, entry: Entry, target: Path, kept: Path | None)
 
 def settle_old(catalog: Catalog, entry: Entry, before: Contents, kept: Path) -> None:
     """Decide what becomes of a verified save's predecessor of the same name: the same moment of the
-    same run, saved once more, goes; anything else stays in the archive."""
+    same run, saved once more, goes; anything else, and what is pinned, stays in the archive."""
     name = entry.names[0]
     old = next((e for e in before.entries if name in e.names), None)
-    if old is not None and (old.run_id, *old.order[:2]) == (entry.run_id, *entry.order[:2]):
+    moment = (entry.run_id, *entry.order[:2])
+    if old is not None and not old.pinned and (old.run_id, *old.order[:2]) == moment:
         filesystem.remove(kept)
     else:
         catalog.record("archived", names=[name], to=f"{ARCHIVE}/{REPLACED}/{kept.name}")

@@ -107,8 +107,8 @@ class File:
         fit = offset % PAGE == 0 and all(map(direct.is_aligned, buffers))
         if past_cache and fit and self._direct >= 0:
             got = self._read_direct(offset, buffers, size)
-        if past_cache and got == 0:
-            self.forget_cached(offset, size)
+        if past_cache and got < size:  # what direct reads have left over, if only the end
+            self.forget_cached(offset + got // PAGE * PAGE, size - got // PAGE * PAGE)
         while got < size:
             count = _preadv(self._fd, _behind(got, buffers), offset + got)
             if count == 0:

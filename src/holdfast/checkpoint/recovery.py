@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import codec, container, filesystem, memory
+from holdfast.checkpoint import codec, container, filesystem, memory, rollback
 from holdfast.checkpoint.catalog import QUARANTINE, Catalog, Entry, summary
 from holdfast.checkpoint.publisher import Draft, Publisher
 from holdfast.checkpoint.reporting import Reporter
@@ -29,12 +29,14 @@ Tell = Callable[..., None]
 
 def rescue(catalog: Catalog, reporter: Reporter) -> Entry | None:
     """Make a snapshot durable that a killed process has left in shared memory, if it is newer than
-    everything on the disk; then it is a checkpoint like any other. Returns it, or None.
+    everything on the disk; then it is a checkpoint like any other. Returns it, or None. A roll-back
+    that was interrupted is finished first: what it abandoned is not to be gone on from.
 
     The caller holds the run's lock. Raises `SaveFailed` where there is such a snapshot and the disk
     does not take it: it stays where it is.
     """
-    run = _current_run(catalog)
+    rollback.finish(catalog)
+    run = catalog.current_run()
     if run is None:
         return None
     newest = catalog.scan().newest
@@ -59,16 +61,6 @@ def rescue(catalog: Catalog, reporter: Reporter) -> Entry | None:
         remains.remove()
     memory.sweep(catalog.directory)
     return rescued
-
-
-def _current_run(catalog: Catalog) -> tuple[str, int] | None:
-    """Run id and generation that were begun here last, as the history says."""
-    run: tuple[str, int] | None = None
-    for event in catalog.events():
-        run_id, generation = event.get("run_id"), event.get("generation")
-        if isinstance(run_id, str) and isinstance(generation, int):
-            run = run_id, generation
-    return run
 
 
 def _make_durable(catalog: Catalog, reporter: Reporter, snapshot: memory.Left) -> Entry:
@@ -139,13 +131,16 @@ def find(catalog: Catalog, source: str | os.PathLike[str] | None, tell: Tell) ->
 def lost(catalog: Catalog, entry: Entry) -> tuple[int, float]:
     """Steps and minutes between `entry` and the newest that was announced and is gone.
 
-    What went to the archive when the user went back is not lost.
+    What went to the archive when the user went back is not lost, nor what he went back behind.
     """
-    kept = {event.get("id") for event in catalog.events() if event.get("event") == "archived"}
+    kept = {event.get("id") for event in catalog.events("archived")}
+    back = rollback.last(catalog)
     mine = [
         event
         for event in catalog.announced()
-        if event["run_id"] == entry.run_id and event.get("id") not in kept
+        if event["run_id"] == entry.run_id
+        and event.get("id") not in kept
+        and not (back is not None and back.abandons(event["generation"], event["step"]))
     ]
     newest = max(mine, key=lambda event: (event["generation"], event["step"]), default=None)
     if newest is None or (newest["generation"], newest["step"]) <= entry.order[:2]:

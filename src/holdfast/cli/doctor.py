@@ -38,6 +38,11 @@ def run_doctor(argv: Sequence[str], prog: str) -> int:
         return _examine(argv, prog)
 
 
+COMMANDS = {
+    "doctor": (N_("check disk, memory and versions; prove that resuming is exact"), run_doctor)
+}
+
+
 def _examine(argv: Sequence[str], prog: str) -> int:
     given = _doctor_parser(prog).parse_args(argv)
 

@@ -19,7 +19,6 @@ from holdfast.i18n import N_, _, detect_language, set_language
 Command = Callable[[Sequence[str], str], int]
 
 _TRAIN_HELP = N_("train a language model from a text file")
-_DOCTOR_HELP = N_("check disk, memory and versions; prove that resuming is exact")
 _BENCH_HELP = N_("measure saving and loading on this disk, beside other tools")
 
 
@@ -85,12 +84,17 @@ def _dispatch(words: list[str], prog: str) -> int:
 
 
 def _commands() -> dict[str, tuple[str, Command]]:
+    from holdfast.cli.doctor import COMMANDS as DOCTOR
     from holdfast.cli.manage import COMMANDS
+    from holdfast.cli.protect import COMMANDS as PROTECTION
+    from holdfast.cli.states import COMMANDS as STATES
 
     return {
         "train": (_(_TRAIN_HELP), _train),
+        **PROTECTION,
         **COMMANDS,
-        "doctor": (_(_DOCTOR_HELP), _doctor),
+        **STATES,
+        **DOCTOR,
         "bench": (_(_BENCH_HELP), _bench),
     }
 
@@ -115,12 +119,6 @@ def _train(argv: Sequence[str], prog: str) -> int:
     from holdfast.cli.train import train
 
     return train(argv, prog)
-
-
-def _doctor(argv: Sequence[str], prog: str) -> int:
-    from holdfast.cli.doctor import run_doctor
-
-    return run_doctor(argv, prog)
 
 
 def _bench(argv: Sequence[str], prog: str) -> int:

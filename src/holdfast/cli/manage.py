@@ -1,4 +1,4 @@
-"""The command line of the desk: list, history, compare, clean, verify.
+"""The command line of the desk: list, history, compare, clean, verify; cli/states.py has the rest.
 
 Arguments, questions and printing; what is found and decided lives in holdfast.manage. No torch.
 How a command ends when it fails, is interrupted or loses its reader is cli/main.py's business.
@@ -14,10 +14,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from holdfast.cli.options import Parser, wrap_cells
+from holdfast.cli.progress import ProgressLine
 from holdfast.errors import CheckpointError, ConfigError, HoldfastError
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import LANGUAGES, N_, _
@@ -200,31 +202,43 @@ def _clean_parser(prog: str) -> Parser:
 
 
 def run_verify(argv: Sequence[str], prog: str) -> int:
-    """`holdfast verify`: 0, or 4 where something is damaged."""
+    """`holdfast verify`: 0, or 4 where something is damaged that is not in quarantine already."""
     parser = _parser(
         prog,
         _("Check every byte of checkpoints against their checksums. Nothing is moved; what was "
           "found goes into the history."),
-        _("Examples:\n  {prog}\n  {prog} runs/a backup/model_epoch_3.pt", prog=prog),
+        _("Examples:\n  {prog}\n  {prog} --all\n  {prog} runs/a backup/model_epoch_3.pt",
+          prog=prog),
     )  # fmt: skip
     parser.add_argument("sources", nargs="*", default=[_DIRECTORY], metavar="DIR|FILE",
                         help=_("what to check (default: {value})", value=_DIRECTORY))  # fmt: skip
+    parser.add_argument("--all", action="store_true", dest="everything",
+                        help=_("also check what lies in archive/ and quarantine/"))  # fmt: skip
+    jobs_help = _("files read at once (default: {value}; 1 for a disk that turns)",
+                  value=verify.JOBS)  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=verify.JOBS, metavar="N", help=jobs_help)
     given = parser.parse_args(argv)
-    targets = verify.targets_of(given.sources)
+    if given.jobs < 1:
+        raise ConfigError(_("--jobs {value}: expected a positive number; see {prog} --help",
+                            value=given.jobs, prog=prog))  # fmt: skip
+    targets = verify.targets_of(given.sources, everything=given.everything)
     began, verdicts = time.monotonic(), []
-    bar = _Progress()
+    bar = ProgressLine()
     try:
-        for verdict in verify.verify(targets, bar.show):
-            verdicts.append(verdict)
-            bar.clear()
-            if not given.json:
-                _print([_verdict_line(verdict)])
+        with closing(verify.verify(targets, bar.show, jobs=given.jobs)) as found:
+            for verdict in found:
+                verdicts.append(verdict)
+                if not given.json:
+                    bar.clear()
+                    _print([_verdict_line(verdict)])
     finally:
         bar.clear()
     failed = any(verdict.failed for verdict in verdicts)
-    damaged = sum(verdict.state == DAMAGED for verdict in verdicts)
+    known = sum(v.state == DAMAGED and v.target.quarantined for v in verdicts)
+    damaged = sum(verdict.state == DAMAGED for verdict in verdicts) - known
     if given.json:
-        _print_json({"files": [v.to_json() for v in verdicts], "damaged": damaged})
+        _print_json({"files": [v.to_json() for v in verdicts], "damaged": damaged,
+                     "quarantined": known})  # fmt: skip
         return CheckpointError.exit_code if failed else 0
     if not verdicts:
         _print([_("There is nothing to check.")])
@@ -234,7 +248,7 @@ def run_verify(argv: Sequence[str], prog: str) -> int:
     _print([_("Files checked: {count}, {size} in {time}. Damaged: {damaged}.", count=len(checked),
               size=format_bytes(sum(checked)), time=format_seconds(time.monotonic() - began),
               damaged=damaged)])  # fmt: skip
-    if damaged:
+    if any(v.state == DAMAGED and v.target.place == verify.RUN for v in verdicts):
         _print([_("Nothing was moved: the next start of the training sets damaged files aside and "
                   "goes on from the newest that is intact.")])  # fmt: skip
     return CheckpointError.exit_code if failed else 0
@@ -247,6 +261,9 @@ def _verdict_line(verdict: verify.Verdict) -> str:
     if verdict.state == verify.INTACT:
         line = _("✓ {path}: intact, step {step}, {size}", path=what, step=verdict.step,
                  size=format_bytes(verdict.size))  # fmt: skip
+    elif verdict.state == DAMAGED and verdict.target.quarantined:
+        line = _("- {path}: damaged, set aside already: {reason}", path=what,
+                 reason=verdict.reason)  # fmt: skip
     elif verdict.state == DAMAGED:
         line = _("✗ {path}: DAMAGED: {reason}", path=what, reason=verdict.reason)
     else:
@@ -266,13 +283,14 @@ COMMANDS: dict[str, tuple[str, _Work]] = {
 # ---------------------------------------------------------------------------------- what is shared
 
 
-def _parser(prog: str, description: str, examples: str) -> Parser:
+def _parser(prog: str, description: str, examples: str, *, scripts: bool = True) -> Parser:
     width = min(shutil.get_terminal_size().columns, 100) - 2
     description = "\n".join(wrap_cells(description, width))  # argparse leaves it as it is
     parser = Parser(prog=prog, description=description.replace("%", "%%"),
                     epilog=examples.replace("%", "%%"), add_help=False)  # fmt: skip
     parser.add_argument("-h", "--help", action="help", help=_("show this help and exit"))
-    parser.add_argument("--json", action="store_true", help=_("print JSON for scripts"))
+    if scripts:
+        parser.add_argument("--json", action="store_true", help=_("print JSON for scripts"))
     lang_help = _("language of all messages (the system's own where not given)")
     parser.add_argument("--lang", choices=LANGUAGES, metavar="|".join(LANGUAGES), help=lang_help)
     parser.add_argument("--debug", action="store_true", help=_("show the traceback of an error"))
@@ -285,32 +303,20 @@ def _add_directory(parser: Parser) -> None:
 
 
 def _confirmed(prog: str) -> bool:
-    """Ask; the answer of somebody who only presses Enter, or has gone, is no."""
+    """Ask whether to remove what was shown."""
+    without = _("{prog} removes nothing without being told: add --yes, there is no terminal to "
+                "ask on", prog=prog)  # fmt: skip
+    return _agreed(_("Remove them? [y/N] "), without)
+
+
+def _agreed(question: str, without: str) -> bool:
+    """Ask; the answer of somebody who only presses Enter, or has gone, is no. Raises ConfigError
+    that says `without` where there is no terminal."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ConfigError(_("{prog} removes nothing without being told: add --yes, there is no "
-                            "terminal to ask on", prog=prog))  # fmt: skip
-    sys.stdout.write(_("Remove them? [y/N] "))
+        raise ConfigError(without)
+    sys.stdout.write(question)
     sys.stdout.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes", "是")
-
-
-class _Progress:
-    """One line on a terminal that says what is being checked; nothing in a pipe."""
-
-    def __init__(self) -> None:
-        self._active = sys.stderr.isatty()
-
-    def show(self, number: int, of: int, path: Path) -> None:
-        text = _("checking {number}/{of}: {name}", number=number, of=of, name=path.name)
-        self._write("\r\x1b[K" + printable(text))
-
-    def clear(self) -> None:
-        self._write("\r\x1b[K")
-
-    def _write(self, text: str) -> None:
-        if self._active:
-            sys.stderr.write(text)
-            sys.stderr.flush()
 
 
 def _print(lines: Iterable[str]) -> None:

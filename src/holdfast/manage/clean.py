@@ -27,6 +27,7 @@ from holdfast.manage.table import Column, Screen, printable, render
 
 # Why something stays or goes: the words of `--json`, and what they mean.
 _REASONS = {
+    "pinned": N_("pinned"),
     "best": N_("the best"),
     "newest": N_("the newest"),
     "role": N_("one of the moving names stands for it"),
@@ -262,6 +263,7 @@ def _pins(run: RunDirectory, candidates: Sequence[Candidate]) -> dict[str, str]:
         pins[run.contents.best.id] = "best"
     if run.contents.newest is not None:
         pins[run.contents.newest.id] = "newest"
+    pins |= {entry.id: "pinned" for entry in run.entries if entry.pinned}
     return pins
 
 

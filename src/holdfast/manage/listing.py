@@ -89,7 +89,8 @@ class Listing:
     def _row(self, entry: Entry, screen: Screen, now: datetime.datetime) -> list[str]:
         created = parse_time(entry.created)
         verified = _("yes") if entry.verified else _("no")
-        marks = ((self.best, _best(screen)), (self.latest, _latest(screen)))
+        marks = [(self.best, _best(screen)), (self.latest, _latest(screen))]
+        marks += [(entry.id, _pinned(screen))] if entry.pinned else []
         return [
             entry.names[0],
             kind_in_words(entry.kind),
@@ -116,6 +117,8 @@ class Listing:
                 _("{best} best · {latest} newest, training goes on from it",
                   best=_best(screen), latest=_latest(screen))
             )  # fmt: skip
+            if any(entry.pinned for entry in self.entries):
+                lines[-1] += _(" · {pinned} pinned: no clean-up takes it", pinned=_pinned(screen))
         return lines
 
     def _remarks(self) -> list[str]:
@@ -191,3 +194,7 @@ def _best(screen: Screen) -> str:
 
 def _latest(screen: Screen) -> str:
     return "📌" if screen.terminal else _("📌 latest")
+
+
+def _pinned(screen: Screen) -> str:
+    return "🔒" if screen.terminal else _("🔒 pinned")

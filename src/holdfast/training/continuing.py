@@ -17,6 +17,7 @@ from holdfast.checkpoint import codec, container, filesystem
 from holdfast.checkpoint.catalog import ARCHIVE, Catalog, Contents, Entry, summary
 from holdfast.errors import CheckpointError, StateMismatch
 from holdfast.i18n import N_, _
+from holdfast.training import unattended
 from holdfast.training.config import OPTIONS, Config
 from holdfast.training.fields import format_value
 
@@ -44,7 +45,9 @@ class Start:
     archive: bool = False  # what is in the directory is moved away first
 
 
-def decide(config: Config, contents: Contents, ask: Callable[[str], bool] | None) -> Start:
+def decide(  # noqa: PLR0911 - one return a way to begin
+    config: Config, contents: Contents, ask: Callable[[str], bool] | None
+) -> Start:
     """Decide from the options and from what lies in the run directory.
 
     `ask` puts a question to a person; None where there is nobody to ask. Raises `CheckpointError`
@@ -52,6 +55,8 @@ def decide(config: Config, contents: Contents, ask: Callable[[str], bool] | None
     """
     options, catalog = config.checkpoint, Catalog(config.checkpoint.checkpoint_dir)
     occupied = bool(contents.entries or contents.damaged)
+    if unattended.goes_on(contents.newest.id if contents.newest else None):
+        return Start(saved=_first_readable(catalog, contents.entries))
     if options.fresh:
         return Start(archive=True)
     if options.checkpoint is not None:
@@ -187,10 +192,11 @@ def check_model(saved: SavedRun, model_config: Mapping[str, Any]) -> None:
 
 
 def move_away(directory: Path) -> Path | None:
-    """Move what lies in a run directory to `archive/<time>/`; None where there was nothing."""
+    """Move what lies in a run directory to `archive/<time>/`; None where there was nothing, or
+    only logs: `holdfast run` begins one before there is a run."""
     keep = {ARCHIVE, ".run.lock", ".catalog.lock"}
     found = [path for path in sorted(directory.iterdir()) if path.name not in keep]
-    if not found:
+    if {path.name for path in found} <= {"logs"}:
         return None
     place = directory / ARCHIVE / time.strftime("%Y%m%d_%H%M%S")
     for path in found:

@@ -32,6 +32,7 @@ from holdfast.training.prove_worker import Order
 
 # What a run keeps about itself, and what differs with the directory it lies in.
 _NOT_COMPARED = ("config",)
+_NOT_PASSED_ON = {"notify"}  # whoever is told of the real run has no business with the proof
 
 Told = Mapping[str, Any]
 Progress = Callable[["Stage"], None]
@@ -244,7 +245,8 @@ def _start(order: Order, errors: IO[bytes]) -> Worker:
 
 def _is_said(config: Config, name: str) -> bool:
     """Whether the user has chosen this option; what belongs to a start of the real run is not."""
-    return config.sources[name] != "default" and not OPTIONS[name].meta.of_this_start
+    passed = name not in _NOT_PASSED_ON and not OPTIONS[name].meta.of_this_start
+    return passed and config.sources[name] != "default"
 
 
 def _first_step(

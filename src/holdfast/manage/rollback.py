@@ -1,0 +1,161 @@
+"""`holdfast rollback`: what going back to an earlier state means, and doing it.
+
+What is newer goes to the archive, the snapshot that a killed training has left in memory as well,
+and the next start goes on from the chosen state in a new generation; checkpoint/rollback.py is what
+does it. No torch in this room, unless there is such a snapshot.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint import guard, memory, rollback
+from holdfast.checkpoint.catalog import ARCHIVE, LATEST, Catalog, Entry
+from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.reporting import Reporter
+from holdfast.errors import CheckpointError, DamagedCheckpoint
+from holdfast.formatting import format_bytes, format_loss
+from holdfast.i18n import _
+from holdfast.manage.choosing import choose
+from holdfast.manage.rundir import kind_in_words, look, number
+from holdfast.manage.table import Column, Screen, printable, render
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What going back means in one run directory."""
+
+    directory: Path
+    chosen: Entry
+    source: str | None  # where it lies in the archive
+    newer: list[Entry]  # what goes to the archive
+    in_memory: int | None  # the step of a newer snapshot that a killed training has left in memory
+    generation: int  # the one that the next start begins, or goes on in
+    interrupted: bool  # an earlier going back to the same state is to be finished
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything to go back behind."""
+        return bool(self.newer or self.source or self.interrupted) or self.in_memory is not None
+
+    @property
+    def place(self) -> str:
+        """Where the newer ones go, relative to the run directory."""
+        return f"{ARCHIVE}/generation_{self.generation - 1}"
+
+    def to_json(self, *, done: bool) -> dict[str, Any]:
+        """The documented form; `done` says whether it has happened."""
+        return {
+            "directory": str(self.directory),
+            "done": done,
+            "id": self.chosen.id,
+            "step": self.chosen.step,
+            "file": self.chosen.names[0],
+            "generation": self.generation,
+            "to": self.place,
+            "archived": [
+                {"id": entry.id, "step": entry.step, "names": list(entry.names),
+                 "size": entry.size}
+                for entry in self.newer
+            ],
+            "archived_from_memory": self.in_memory,
+        }  # fmt: skip
+
+    def lines(self, screen: Screen) -> list[str]:
+        """What becomes the newest, and what goes to the archive for it."""
+        name, step = self.chosen.names[0], self.chosen.step
+        if not self.changes:
+            text = _("Step {step} ({name}) is the newest already: there is nothing to go back "
+                     "behind.", step=step, name=name)  # fmt: skip
+            return [printable(text)]
+        loss = number(self.chosen.metrics.get("val_loss"))
+        told = "" if loss is None else _(", val loss {loss}", loss=format_loss(loss))
+        text = _("Back to step {step} ({name}{loss}); generation {generation} begins.", step=step,
+                 name=name, loss=told, generation=self.generation)  # fmt: skip
+        lines = [printable(text)]
+        if self.newer:
+            title = _("These go to {place}/; nothing is removed:", place=self.place)
+            lines += [title, "", *self._table(screen)]
+        if self.in_memory is not None:
+            lines.append(_("A killed training has left step {step} in memory: it goes to "
+                           "{place}/, too.", step=self.in_memory, place=self.place))  # fmt: skip
+        return lines
+
+    def _table(self, screen: Screen) -> list[str]:
+        columns = [
+            Column(_("file")), Column(_("kind"), hide=3), Column(_("step"), right=True),
+            Column(_("val loss"), right=True, hide=2), Column(_("size"), right=True, hide=1),
+        ]  # fmt: skip
+        rows = [
+            [entry.names[0], kind_in_words(entry.kind), str(entry.step),
+             format_loss(number(entry.metrics.get("val_loss"))), format_bytes(entry.size)]
+            for entry in self.newer
+        ]  # fmt: skip
+        return [*render(columns, rows, screen), ""]
+
+
+def run_lock(directory: str | os.PathLike[str]) -> FileLock:
+    """The lock that whoever trains in `directory` holds: taken, nothing changes between plan and
+    deed."""
+    return FileLock(Path(directory) / ".run.lock")
+
+
+def plan(directory: str | os.PathLike[str], wanted: str) -> Plan:
+    """What going back to `wanted`, a step or a file, means in `directory` as it is now.
+
+    Raises `CheckpointError` where there is no such checkpoint, or something here cannot be read
+    now and may be newer.
+    """
+    run = look(directory)
+    if run.contents.unreadable:
+        name, reason = run.contents.unreadable[0]
+        raise CheckpointError(_("{name} cannot be read now: {reason}", name=name, reason=reason))
+    choice = choose(run, wanted)
+    entry, back = choice.entry, rollback.pending(run.catalog)
+    newer = [other for other in run.entries if other.order > entry.order]
+    step = _step_in_memory(run.catalog, entry, run.contents.newest)
+    again = back is not None and back.id == entry.id
+    to_do = bool(newer or choice.source) or step is not None
+    known = run.catalog.generation()
+    generation = known + 1 if to_do and not again else max(known, 1)
+    half_done = again and LATEST not in entry.names
+    return Plan(run.directory, entry, choice.source, newer, step, generation, half_done)
+
+
+def execute(shown: Plan) -> Plan:
+    """Go back as `shown` says, after every byte of the chosen state has been checked.
+
+    The caller holds `run_lock`. Ctrl-C takes effect when it is complete. Raises
+    `DamagedCheckpoint` where the state is damaged: nothing has changed then. OSError as it comes:
+    asking once more, or the next start of the training, finishes what was begun.
+    """
+    catalog = Catalog(shown.directory)
+    if shown.source is None:
+        rollback.intact(catalog, shown.chosen)
+    else:
+        reason = rollback.damage_of(shown.directory / shown.source)
+        if reason is not None:
+            raise DamagedCheckpoint(reason)
+    with guard.deferred_interrupt():
+        if _left(catalog):
+            from holdfast.checkpoint import recovery  # which needs torch
+
+            recovery.rescue(catalog, Reporter(catalog))
+        rollback.roll_back(catalog, shown.chosen, shown.source)
+    return shown
+
+
+def _left(catalog: Catalog) -> list[memory.Left]:
+    """What a killed training of the run as it is now has left in memory, newest first."""
+    run = catalog.current_run()
+    return [] if run is None else memory.left_by(catalog.directory, *run)
+
+
+def _step_in_memory(catalog: Catalog, chosen: Entry, newest: Entry | None) -> int | None:
+    """The step of the snapshot that the next start would go on from instead of `chosen`."""
+    least = max(chosen.order[:2], newest.order[:2] if newest is not None else (0, 0))
+    left = _left(catalog)
+    return left[0].order[1] if left and left[0].order[:2] > least else None

@@ -1,0 +1,127 @@
+"""All rows of the matrix: which fault, against whom, how many points, and what the row must show.
+
+"ours": nothing may be lost, wrong, or need a human. "caught": a control or a mutant that must fail,
+or the harness proves nothing. "beside": a peer, told as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from tests.faults import hostile, inject, obstacles, peers, random_kills, restarts, rot, savers
+from tests.faults import syscalls as calls
+from tests.faults.savers import Saver
+from tests.faults.tally import Tally
+
+Role = Literal["ours", "caught", "beside"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row to be made; `make(full, seed)` does it."""
+
+    fault: str
+    saver: str
+    role: Role
+    make: Callable[[bool, int], Tally]
+    missing: str = ""  # why it cannot be made here
+    full_only: bool = False  # not in the short form
+
+    @property
+    def name(self) -> str:
+        return f"{self.fault}: {self.saver}"
+
+    def run(self, *, full: bool, seed: int) -> Tally:
+        if self.missing:
+            return Tally(self.fault, self.saver, skipped=self.missing)
+        return self.make(full, seed)
+
+
+def problem(row: Row, tally: Tally) -> str:
+    """What is wrong with a row that has been made; "" where it shows what it must."""
+    if tally.skipped:
+        return ""
+    if tally.points == 0:
+        return f"{row.name}: no fault has fired"
+    if row.role == "ours" and tally.failed:
+        return f"{row.name}: {tally.failed} of {tally.points}: {'; '.join(tally.examples)}"
+    if row.role == "caught" and not tally.failed:
+        return f"{row.name}: it survived, so this harness proves nothing"
+    return ""
+
+
+def rows() -> list[Row]:
+    """The whole matrix, in the order of the table."""
+    found = [_calls(savers.Ours, kind, "ours", quick=_QUICK[kind]) for kind in calls.KINDS]
+    found += [
+        _calls(savers.TorchSaveLatest, "killed at a call", "caught", quick=2),
+        _calls(savers.TorchSaveLatest, "a call fails once", "caught", quick=8),
+        _calls(savers.TorchSaveLatest, "a lying write", "caught", quick=2),
+        _calls(savers.Believes, "a lying write", "caught", quick=3),
+    ]
+    found += [_calls(peer, "killed at a call", "beside", quick=0) for peer in _BESIDE]
+    found += [
+        Row(start.name, savers.Ours.name, "ours", _restarting(start)) for start in restarts.STARTS
+    ]
+    found += [
+        _rot(savers.Ours, "ours", quick=60),
+        _rot(savers.TrustsBytes, "caught", quick=20),
+        _rot(savers.TorchSaveLatest, "caught", quick=20),
+        *(_rot(peer, "beside", quick=0) for peer in peers.PEERS),
+        Row("disk full, read-only, no inodes, limits", savers.Ours.name, "ours",
+            lambda _full, _seed: obstacles.obstructed(savers.Ours)),
+        Row("hostile files", savers.Ours.name, "ours", lambda _full, _seed: hostile.hostile()),
+        Row("a training killed at a random moment", savers.Ours.name, "ours",
+            lambda full, seed: random_kills.random_kills(200 if full else 20, seed=seed)),
+    ]  # fmt: skip
+    return found
+
+
+_QUICK = {
+    "killed at a call": 1,
+    "a call fails once": 5,
+    "calls fail from there on": 5,
+    "a short write": 1,
+    "a lying write": 1,
+}
+_BESIDE: list[type[Saver]] = [savers.RenameNoSync, savers.RenameNoDirectorySync, *peers.PEERS]
+
+
+def chosen(words: Iterable[str], *, full: bool) -> list[Row]:
+    """The rows of a form whose names contain one of `words`; all where there are none."""
+    wanted = list(words)
+    return [
+        row
+        for row in rows()
+        if (full or not row.full_only) and (not wanted or any(word in row.name for word in wanted))
+    ]
+
+
+def _missing(saver: type[Saver]) -> str:
+    absent = saver.missing()
+    if not absent and saver.needs_shim and inject.shim() is None:
+        absent = "its calls cannot be seen without a C compiler"
+    return absent
+
+
+def _calls(saver: type[Saver], kind: str, role: Role, *, quick: int) -> Row:
+    """`quick`: each so-manieth point in the short form; 0: not there."""
+
+    def make(full: bool, _seed: int) -> Tally:
+        return calls.sweep(saver, kind, every=1 if full else quick)
+
+    return Row(kind, saver.name, role, make, _missing(saver), full_only=not quick)
+
+
+def _rot(saver: type[Saver], role: Role, *, quick: int) -> Row:
+    def make(full: bool, seed: int) -> Tally:
+        return rot.rot(saver, points=400 if full else quick, seed=seed)
+
+    fault = "bit rot, cut, zeroed, swapped"
+    return Row(fault, saver.name, role, make, _missing(saver), full_only=not quick)
+
+
+def _restarting(start: type[restarts.Start]) -> Callable[[bool, int], Tally]:
+    return lambda full, _seed: restarts.sweep(start, every=1 if full else 3)

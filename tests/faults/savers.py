@@ -1,0 +1,291 @@
+"""Who is put to the faults: Holdfast, what people write by hand, and mutants of ours.
+
+A saver trains nothing; it saves and restores a `Training` in a directory, in its own best way. The
+control group (plain torch.save, a rename without fsync of the directory) and the mutants must be
+caught, or the harness proves nothing. The libraries among the peers are in `peers.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from holdfast import CheckpointManager, load
+from holdfast.checkpoint import container, filesystem, housekeeping
+from tests.support import bits
+
+Announce = Callable[[int], None]
+
+
+class Training:
+    """A small training that goes another way if a single bit of its state differs: a model with
+    dropout, AdamW, and random data from the global stream."""
+
+    def __init__(self, width: int = 64) -> None:
+        torch.manual_seed(20260101)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(width, width), torch.nn.Dropout(0.1), torch.nn.Linear(width, 1)
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.losses: list[float] = []
+        self.width = width
+
+    @property
+    def now(self) -> int:
+        return len(self.losses)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        loss = self.model(torch.randn(4, self.width)).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.losses.append(loss.item())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as people save it by hand."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "losses": list(self.losses),
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses[:] = state["losses"]
+        torch.set_rng_state(state["rng"])
+
+    def digest(self) -> str:
+        """One text for every bit of the state."""
+        found = hashlib.sha256()
+        for parameter in self.model.parameters():
+            found.update(bits(parameter))
+        for number, entry in self.optimizer.state_dict()["state"].items():
+            for name, value in sorted(entry.items()):
+                found.update(f"{number}{name}".encode() + bits(value))
+        found.update(json.dumps(self.losses).encode() + bits(torch.get_rng_state()))
+        return found.hexdigest()
+
+
+class Saver(ABC):
+    """One way to save a training and to find it again."""
+
+    name: ClassVar[str]
+    control: ClassVar[bool] = False  # it must lose: the proof that the harness can see
+    needs_shim: ClassVar[bool] = True  # what it does cannot be seen from Python
+
+    def __init__(self, directory: Path, training: Training) -> None:
+        self.directory, self.training = directory, training
+
+    @classmethod
+    def missing(cls) -> str:
+        """Why this saver cannot be tried here; "" where it can."""
+        return ""
+
+    def start(self) -> None:  # noqa: B027 - most have nothing to do
+        """Once, before the first save."""
+
+    @abstractmethod
+    def save(self, step: int, announce: Announce) -> None:
+        """Save the training as it is now; `announce(step)` at the moment it counts as saved."""
+
+    def finish(self) -> None:  # noqa: B027
+        """After the last save."""
+
+    @abstractmethod
+    def resume(self) -> int:
+        """In a new process: restore the newest state; its step, 0 where there is none."""
+
+    def read(self) -> int:
+        """The step of the newest state, looked at without changing anything on the disk."""
+        return self.resume()
+
+
+# -------------------------------------------------------------------------------------------- ours
+
+
+class Ours(Saver):
+    """`CheckpointManager` with everything that belongs to a save: rolling temporary checkpoints,
+    epochs, a best one, kept steps; one epoch and one step are kept, so that old ones go."""
+
+    name = "holdfast"
+    needs_shim = False
+    memory_every: ClassVar[int] = 0
+    KINDS: ClassVar = {1: "epoch", 2: "temp", 3: "temp", 4: "epoch", 5: "temp", 6: "step"}
+
+    def start(self) -> None:
+        self.manager = self.open()
+        self.manager.resume()
+
+    def open(self) -> CheckpointManager:
+        training = self.training
+        return CheckpointManager(
+            self.directory,
+            {"model": training.model, "optimizer": training.optimizer, "losses": training.losses},
+            keep_last=1,
+            memory_every=self.memory_every,
+        )
+
+    def save(self, step: int, announce: Announce) -> None:
+        kind = self.KINDS.get(step, "temp")
+        pending = self.manager.save_async(
+            step=step, epoch=step, kind=kind, metrics={"val_loss": 10.0 / (step + 1)}
+        )
+
+        def durable(outcome: Any) -> None:
+            if outcome.exception() is None and outcome.result() is not None:
+                announce(step)
+
+        pending.durable.add_done_callback(durable)
+        self.manager.wait()
+
+    def finish(self) -> None:
+        self.manager.close()
+
+    def resume(self) -> int:
+        self.manager = self.open()
+        resumed = self.manager.resume()
+        return resumed.step if resumed is not None else 0
+
+    def read(self) -> int:
+        return int(load(self.directory / "latest.pt", only="global_step"))
+
+
+class NoDirectorySync(Ours):
+    """A mutant: names are not made durable."""
+
+    name, control = "holdfast, mutant: no fsync of the directory", True
+
+    def start(self) -> None:
+        filesystem.sync_directory = lambda _path: None
+        super().start()
+
+
+class Believes(Ours):
+    """A mutant: what was written is believed without reading it, and old ones go at once."""
+
+    name, control = "holdfast, mutant: pruned before it is verified", True
+
+    def start(self) -> None:
+        housekeeping.verify_back = lambda *_args: None
+        super().start()
+
+
+class TrustsBytes(Ours):
+    """A mutant: hashes are not compared."""
+
+    name, control = "holdfast, mutant: hashes are not compared", True
+
+    def start(self) -> None:
+        self._blind()
+        super().start()
+
+    def resume(self) -> int:
+        self._blind()
+        return super().resume()
+
+    @staticmethod
+    def _blind() -> None:
+        payload = container.Reader._payload
+
+        def unchecked(reader: Any, record: Any, *args: Any, **keywords: Any) -> Any:
+            return payload(
+                reader, replace(record, xxh3=_Equal()), *args, **{**keywords, "crc": False}
+            )
+
+        container.Reader._payload = unchecked  # type: ignore[method-assign]
+
+
+class _Equal(str):
+    """Equal to every digest."""
+
+    __slots__ = ()
+
+    def __ne__(self, _other: object) -> bool:
+        return False
+
+    __hash__ = str.__hash__
+
+
+class TempElsewhere(Ours):
+    """A mutant: the temporary file lies on another device, and is moved (which means: copied)."""
+
+    name, control = "holdfast, mutant: temp on another device", True
+
+    def start(self) -> None:
+        real = filesystem.write_file
+
+        def write_file(target: Path, *args: Any, **keywords: Any) -> None:
+            if target.suffix != ".pt":
+                return real(target, *args, **keywords)
+            with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+                real(Path(elsewhere) / target.name, *args, **keywords)
+                shutil.move(Path(elsewhere) / target.name, target)
+            return None
+
+        filesystem.write_file = write_file  # type: ignore[assignment]
+        super().start()
+
+
+MUTANTS: list[type[Saver]] = [NoDirectorySync, Believes, TrustsBytes, TempElsewhere]
+
+
+# --------------------------------------------------------------------------------------- by hand
+
+
+class TorchSaveLatest(Saver):
+    """What most scripts do."""
+
+    name, control = "torch.save over latest.pt", True
+
+    def save(self, step: int, announce: Announce) -> None:
+        torch.save(self.training.state_dict(), self.directory / "latest.pt")
+        announce(step)
+
+    def resume(self) -> int:
+        file = self.directory / "latest.pt"
+        if not file.exists():
+            return 0
+        self.training.load_state_dict(torch.load(file, weights_only=True))
+        return self.training.now
+
+
+class RenameNoSync(TorchSaveLatest):
+    """What careful scripts do."""
+
+    name = "torch.save, rename"
+
+    def save(self, step: int, announce: Announce) -> None:
+        temporary = self.directory / "latest.pt.tmp"
+        torch.save(self.training.state_dict(), temporary)
+        temporary.replace(self.directory / "latest.pt")
+        announce(step)
+
+
+class RenameNoDirectorySync(TorchSaveLatest):
+    """What very careful scripts do."""
+
+    name = "torch.save, fsync, rename"
+
+    def save(self, step: int, announce: Announce) -> None:
+        temporary = self.directory / "latest.pt.tmp"
+        with temporary.open("wb") as file:
+            torch.save(self.training.state_dict(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.directory / "latest.pt")
+        announce(step)
+
+
+BY_HAND: list[type[Saver]] = [TorchSaveLatest, RenameNoSync, RenameNoDirectorySync]

@@ -1,0 +1,54 @@
+"""Every write-side system call of a cycle of saves in turn: killed there, killed in the middle of a
+write, failed there once or from there on, cut short, or lied to."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator
+
+from tests.faults import cycle
+from tests.faults.inject import Fault, How
+from tests.faults.savers import Saver
+from tests.faults.tally import Tally
+
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EINTR)
+ON_WRITES = (How.KILL_HALF, How.SHORT, How.LIE)
+KINDS: dict[str, list[Fault]] = {
+    "killed at a call": [Fault(How.KILL), Fault(How.KILL_HALF)],
+    "a call fails once": [Fault(How.FAIL, 0, number) for number in ERRORS],
+    "calls fail from there on": [Fault(How.FAIL_FROM, 0, errno.ENOSPC),
+                                 Fault(How.FAIL_FROM, 0, errno.EIO)],
+    "a short write": [Fault(How.SHORT)],
+    "a lying write": [Fault(How.LIE)],
+}  # fmt: skip
+
+
+def sweep(saver: type[Saver], kind: str, *, every: int = 1) -> Tally:
+    """All points of one kind of fault, or each `every`-th. RuntimeError where none fired."""
+    tally, began = Tally(kind, saver.name), time.monotonic()
+    for fault in points(saver, kind, every):
+        with cycle.scratch() as directory:
+            outcome = cycle.save_under(saver, directory, fault)
+            if not outcome.fired:
+                continue
+            tally.note(directory)
+            verdict = cycle.recover(saver, directory, cycle.announced(outcome))
+            tally.judge(verdict, fault)
+    tally.seconds = time.monotonic() - began
+    if tally.points == 0:
+        raise RuntimeError(f"{saver.name}, {kind}: no fault has fired")
+    return tally
+
+
+def points(saver: type[Saver], kind: str, every: int) -> Iterator[Fault]:
+    """The faults of a kind at every call of a clean cycle, in their order.
+
+    Two threads may change places, so a write is looked for around where it was in the clean cycle.
+    """
+    names = cycle.clean_calls(saver)
+    for number in range(1, len(names) + 1):
+        near_write = "write" in names[max(0, number - 3) : number + 2]
+        for i, fault in enumerate(KINDS[kind]):
+            if (number + i) % every == 0 and (near_write or fault.how not in ON_WRITES):
+                yield Fault(fault.how, number, fault.error)

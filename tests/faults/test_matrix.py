@@ -1,0 +1,53 @@
+"""The short form of the matrix: every row shows what it must. Each test makes some of the rows in a
+process of its own, because the shim has to be there from the start of one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults import inject
+
+SEED = 20261121  # the same points in every run of the tests; `make faults` takes others
+ROOT = Path(__file__).parents[2]
+
+GROUPS = [
+    ["killed at a call: holdfast"],
+    ["a call fails once: holdfast", "a call fails once: torch.save"],
+    ["calls fail from there on"],
+    ["killed at a call: torch.save over", "a short write", "a lying write"],
+    ["killed or failed call"],
+    ["bit rot"],
+    ["disk full"],
+    ["hostile files"],
+    ["a training killed"],
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("words", GROUPS, ids=lambda words: words[0])
+def test_nothing_that_was_announced_is_lost(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults", "--quick", "--json", "--jobs", "1", "--seed",
+         str(SEED), "--rows", *words],
+        capture_output=True, text=True, cwd=ROOT, env=inject.environment(), check=False,
+    )  # fmt: skip
+    assert done.stdout, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert report["problems"] == []
+    assert report["rows"], "no row has such a name"
+    skipped = [row["skipped"] for row in report["rows"] if row["skipped"]]
+    if len(skipped) == len(report["rows"]):
+        pytest.skip(skipped[0])
+
+
+def test_every_row_of_the_short_form_is_in_a_group() -> None:
+    from tests.faults import matrix
+
+    for row in matrix.chosen([], full=False):
+        assert sum(any(word in row.name for word in group) for group in GROUPS) == 1, row.name

@@ -1,0 +1,73 @@
+"""A training that is started again goes on, whatever its first start was told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from holdfast.checkpoint.catalog import Catalog
+from holdfast.errors import CheckpointError
+from holdfast.training import unattended
+from holdfast.training.config import Config
+from holdfast.training.continuing import Start, decide, move_away
+from tests.support import make_run
+from tests.training.runs import config_for
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory that already holds a run of another kind of training."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    make_run(directory, 2)
+    return directory
+
+
+def orders(run: Path, **options: object) -> Config:
+    return config_for(run, run.parent / "none.txt", **options)
+
+
+def decided(config: Config, run: Path) -> Start:
+    return decide(config, Catalog(run).scan(), None)
+
+
+@pytest.mark.parametrize("option", ["fresh", "checkpoint", "resume"])
+def test_an_order_to_begin_anew_holds_once(
+    run: Path, option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    make_run(other, 1)
+    value = {"fresh": True, "checkpoint": other / "latest.pt", "resume": other}[option]
+    config = orders(run, **{option: value})
+    newest = Catalog(run).scan().entries[0]
+
+    def archives() -> bool:
+        try:
+            return decided(config, run).archive
+        except CheckpointError as error:  # --resume DIR was obeyed; a toy's state is no such run
+            return "no run of this trainer" in str(error)
+
+    monkeypatch.delenv(unattended.RESTART, raising=False)
+    assert archives(), "the first start"
+    monkeypatch.setenv(unattended.RESTART, newest.id)
+    assert archives(), "the first start died before it had made anything of its own"
+    monkeypatch.setenv(unattended.RESTART, "what was here before")
+    assert decided(config, run) == decided(orders(run), run), "goes on"
+    monkeypatch.setenv(unattended.RESTART, "")
+    assert decided(config, run) == decided(orders(run), run), "goes on; nothing was here before"
+
+
+def test_goes_on_only_from_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(unattended.RESTART, raising=False)
+    assert not unattended.goes_on("a")
+    monkeypatch.setenv(unattended.RESTART, "a")
+    assert [unattended.goes_on(newest) for newest in ("a", "b", None)] == [False, True, False]
+
+
+def test_a_log_that_was_begun_before_there_is_a_run_is_not_moved_away(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "supervisor.log").touch()
+    assert move_away(tmp_path) is None
+    (tmp_path / "latest.pt").touch()
+    assert move_away(tmp_path) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
