@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from holdfast.checkpoint import memory
 from holdfast.checkpoint.catalog import QUARANTINE, Entry
 from holdfast.checkpoint.lock import FileLock
 from holdfast.formatting import format_age, format_bytes, format_time, parse_time
@@ -71,7 +72,7 @@ def run_checks(run: RunDirectory) -> Iterator[Finding]:
     yield lock(run.directory)
     yield checkpoints(run)
     yield from quarantine(run.directory)
-    yield from remains(run.directory)
+    yield from remains(run)
     newest = run.contents.newest
     if newest is not None:
         yield clock(newest, datetime.datetime.now().astimezone())
@@ -121,10 +122,14 @@ def quarantine(directory: Path) -> Iterator[Finding]:
                         "--quarantine"))  # fmt: skip
 
 
-def remains(directory: Path) -> Iterator[Finding]:
-    """Snapshots in shared memory: of the training that runs, or of one that was killed."""
+def remains(run: RunDirectory) -> Iterator[Finding]:
+    """Snapshots in shared memory that a killed training of this run has left."""
+    ids = {entry.run_id for entry in run.entries} | {str(e.get("run_id")) for e in run.events}
     for row in leftovers.plan().rows:
-        if row.remains.belongs_to(directory) and row.reason != "in_use":
+        newest = memory.newest_in(row.remains)
+        # An inode may have been another run's before: whose it is the snapshot says.
+        ours = newest is not None and newest.identity["run_id"] in ids
+        if ours and row.remains.belongs_to(run.directory) and row.reason != "in_use":
             size = format_bytes(row.remains.size)
             if row.reason == "unsaved":
                 yield Finding("remains", WARN, _("step {step} of a killed training, which is not "
