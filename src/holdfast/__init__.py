@@ -13,9 +13,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from holdfast.checkpoint import CheckpointManager as CheckpointManager
     from holdfast.checkpoint import load as load
+    from holdfast.checkpoint import prove_resume as prove_resume
     from holdfast.checkpoint import verify as verify
 
-__all__ = ["CheckpointManager", "__version__", "load", "verify"]
+__all__ = ["CheckpointManager", "__version__", "load", "prove_resume", "verify"]
 
 
 def __getattr__(name: str) -> object:

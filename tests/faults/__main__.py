@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -77,7 +78,10 @@ def _run(
 
 def _make(name: str, full: bool, seed: int) -> Tally:
     row = next(row for row in matrix.rows() if row.name == name)
-    return row.run(full=full, seed=seed)
+    try:
+        return row.run(full=full, seed=seed)
+    except Exception:  # noqa: BLE001 - the other rows are made all the same, and this is a problem
+        return Tally(row.fault, row.saver, examples=[traceback.format_exc()])
 
 
 def _progress(done: int, of: int, tally: Tally, seconds: float) -> None:

@@ -55,7 +55,7 @@ def problem(row: Row, tally: Tally) -> str:
     if tally.skipped:
         return ""
     if tally.points == 0:
-        return f"{row.name}: no fault has fired"
+        return f"{row.name}: no fault has fired {''.join(tally.examples)}".rstrip()
     if row.role == "ours" and tally.failed:
         return f"{row.name}: {tally.failed} of {tally.points}: {'; '.join(tally.examples)}"
     if row.role == "caught" and not tally.failed:
@@ -70,7 +70,7 @@ def rows() -> list[Row]:
         _calls(savers.TorchSaveLatest, "killed at a call", "caught", quick=2),
         _calls(savers.TorchSaveLatest, "a call fails once", "caught", quick=8),
         _calls(savers.TorchSaveLatest, "a lying write", "caught", quick=2),
-        _calls(savers.Believes, "a lying write", "caught", quick=3),
+        _calls(savers.Believes, "a lying write", "caught", quick=1),
     ]
     found += [_calls(peer, "killed at a call", "beside", quick=0) for peer in _BESIDE]
     found += [

@@ -45,6 +45,7 @@ def rot(saver: type[Saver], *, points: int, seed: int) -> Tally:
     """`points` damages of the newest file, spread over all regions and kinds."""
     tally, began = Tally("bit rot, cut, zeroed, swapped", saver.name), time.monotonic()
     with cycle.scratch() as template, cycle.scratch() as work:
+        (template / "run").mkdir()
         outcome = cycle.save_under(saver, template / "run", Fault())
         newest, before = _newest(template / "run"), cycle.announced(outcome) - 1
         whole, other = newest.read_bytes(), _another(template / "run", newest)
@@ -65,7 +66,10 @@ def rot(saver: type[Saver], *, points: int, seed: int) -> Tally:
 
 
 def regions(path: Path) -> list[tuple[int, int]]:
-    """Every part of a ZIP file: local headers with their padding, payloads, and what follows."""
+    """Every part of a ZIP file: local headers with their padding, payloads, and what follows; of
+    another file, the whole."""
+    if not zipfile.is_zipfile(path):
+        return [(0, path.stat().st_size)]
     size, found, end = path.stat().st_size, [], 0
     with zipfile.ZipFile(path) as file, path.open("rb") as raw:
         for info in sorted(file.infolist(), key=lambda info: info.header_offset):
@@ -99,14 +103,18 @@ def choose(path: Path, points: int, rng: random.Random) -> Iterator[tuple[str, i
 
 
 def _newest(directory: Path) -> Path:
-    """The file that stands for the last step."""
+    """The file that the last step lies in, or most of it."""
     latest = directory / "latest.pt"
-    return latest if latest.exists() else max(directory.rglob("*.pt"), key=os.path.getmtime)
+    if latest.exists():
+        return latest
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    last = max(files, key=os.path.getmtime).parent
+    return max((path for path in files if path.parent == last), key=os.path.getsize)
 
 
 def _another(directory: Path, newest: Path) -> bytes:
-    for path in sorted(directory.rglob("*.pt")):
-        if not path.samefile(newest):
+    for path in sorted(directory.rglob(f"*{newest.suffix}")):
+        if path.is_file() and not path.samefile(newest):
             return path.read_bytes()
     return newest.read_bytes()[::-1]
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from holdfast.checkpoint.outcome import PendingSave as PendingSave
     from holdfast.checkpoint.outcome import Resumed as Resumed
     from holdfast.checkpoint.outcome import Saved as Saved
+    from holdfast.checkpoint.prove import Proof as Proof
+    from holdfast.checkpoint.prove import prove_resume as prove_resume
     from holdfast.checkpoint.schedule import AnyOf as AnyOf
     from holdfast.checkpoint.schedule import EveryMinutes as EveryMinutes
     from holdfast.checkpoint.schedule import EverySteps as EverySteps
@@ -31,10 +33,12 @@ _WHERE = {
     "EveryMinutes": "schedule",
     "EverySteps": "schedule",
     "PendingSave": "outcome",
+    "Proof": "prove",
     "Resumed": "outcome",
     "Saved": "outcome",
     "SignalGuard": "guard",
     "load": "manager",
+    "prove_resume": "prove",
     "verify": "manager",
 }
 
@@ -46,10 +50,12 @@ __all__ = [
     "EveryMinutes",
     "EverySteps",
     "PendingSave",
+    "Proof",
     "Resumed",
     "Saved",
     "SignalGuard",
     "load",
+    "prove_resume",
     "verify",
 ]
 

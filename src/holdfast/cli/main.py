@@ -84,6 +84,7 @@ def _dispatch(words: list[str], prog: str) -> int:
 
 
 def _commands() -> dict[str, tuple[str, Command]]:
+    from holdfast.cli.doctor import COMMANDS as DOCTOR
     from holdfast.cli.manage import COMMANDS
     from holdfast.cli.protect import COMMANDS as PROTECTION
     from holdfast.cli.states import COMMANDS as STATES
@@ -93,6 +94,7 @@ def _commands() -> dict[str, tuple[str, Command]]:
         **PROTECTION,
         **COMMANDS,
         **STATES,
+        **DOCTOR,
         "bench": (_(_BENCH_HELP), _bench),
     }
 

@@ -1,0 +1,215 @@
+"""The command line of `holdfast doctor`: looking at a run's surroundings, and proving that it
+resumes.
+
+Arguments and printing; what is looked at lives in holdfast.manage, the proof in holdfast.training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from holdfast.cli.manage import _DIRECTORY, _parser, _print, _print_json
+from holdfast.cli.options import Parser, parse_train
+from holdfast.errors import CheckpointError, ConfigError, ResourceError
+from holdfast.formatting import format_seconds
+from holdfast.i18n import N_, _
+
+if TYPE_CHECKING:
+    from holdfast.training.config import Config
+    from holdfast.training.proving import Stage, TrainingProof
+
+_STEPS, _MORE = 10, 10
+_PROVE = "--prove-resume"
+_PLAIN_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
+
+
+def run_doctor(argv: Sequence[str], prog: str) -> int:
+    """`holdfast doctor`: 0, also with warnings; 6 where something is bad. With `--prove-resume` 0
+    where the runs are equal, 4 where they are not."""
+    with _ended_like_ctrl_c():
+        if _PROVE in argv and not {"-h", "--help"} & set(argv):
+            return _prove(argv, prog)
+        return _examine(argv, prog)
+
+
+COMMANDS = {
+    "doctor": (N_("check disk, memory and versions; prove that resuming is exact"), run_doctor)
+}
+
+
+def _examine(argv: Sequence[str], prog: str) -> int:
+    given = _doctor_parser(prog).parse_args(argv)
+
+    from holdfast.manage.doctor import Report, examine
+    from holdfast.manage.findings import BAD, WARN
+
+    findings = []
+    for finding in examine(given.directory):
+        findings.append(finding)
+        if not given.json:
+            _print([finding.line()])
+    report = Report(Path(given.directory), findings)
+    if given.json:
+        _print_json(report.to_json())
+    else:
+        count = {state: sum(f.state == state for f in findings) for state in (BAD, WARN)}
+        _print([_("Checks: {count}. Bad: {bad}. Warnings: {warnings}.", count=len(findings),
+                  bad=count[BAD], warnings=count[WARN])])  # fmt: skip
+    return ResourceError.exit_code if report.state == BAD else 0
+
+
+def _doctor_parser(prog: str) -> Parser:
+    parser = _parser(
+        prog,
+        _("Check what a run depends on: its disk (room, speed, whether durable means durable), "
+          "memory, GPU, versions, the run directory itself. Nothing is changed. The exit status is "
+          "6 where something is bad."),
+        _("Examples:\n  {prog}\n  {prog} runs/a --json\n"
+          "  {prog} --prove-resume --preset quick\n"
+          "  {prog} --prove-resume --config run.json --steps 50 --more 20", prog=prog),
+    )  # fmt: skip
+    parser.add_argument(
+        "directory", nargs="?", default=_DIRECTORY, metavar="DIR",
+        help=_("run directory, or where one is to be (default: {value})", value=_DIRECTORY),
+    )  # fmt: skip
+    _add_proof_options(parser)
+    return parser
+
+
+def _add_proof_options(parser: Parser) -> None:
+    group = parser.add_argument_group(_("The proof"))
+    group.add_argument(
+        _PROVE, action="store_true",
+        help=_("train as configured, straight and killed, and compare to the last bit; takes all "
+               "options of holdfast train, or those of the run directory"),
+    )  # fmt: skip
+    for flag, metavar, default, text in (
+        ("--steps", "N", _STEPS, _("steps before the kill (default: {value})", value=_STEPS)),
+        ("--more", "K", _MORE, _("steps after it (default: {value})", value=_MORE)),
+    ):
+        group.add_argument(flag, type=int, default=default, metavar=metavar, help=text)
+    place_help = _("where the temporary runs go (default: beside the run directory)")
+    group.add_argument("--dir", type=Path, metavar="DIR", help=place_help)
+
+
+@contextlib.contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """What we have made is cleared away too when somebody ends us with SIGTERM."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ------------------------------------------------------------------------------------- the proof
+
+
+def _prove(argv: Sequence[str], prog: str) -> int:
+    parser = Parser(prog=prog, add_help=False)
+    parser.add_argument("--json", action="store_true")
+    _add_proof_options(parser)
+    given, words = parser.parse_known_args(argv)
+    for option, value in (("--steps", given.steps), ("--more", given.more)):
+        if value < 1:
+            raise ConfigError(_("{option} {value}: expected a positive number; see {prog} --help",
+                                option=option, value=value, prog=prog))  # fmt: skip
+    config = _configuration(words, prog)
+    place = given.dir or _beside(Path(config.checkpoint.checkpoint_dir))
+    if not place.is_dir():
+        raise ConfigError(_("--dir {directory}: there is no such directory", directory=place))
+
+    from holdfast.training.proving import prove
+
+    shown = _Progress(given.steps, given.more)
+    try:
+        proof = prove(config, steps=given.steps, more=given.more, place=place, progress=shown)
+    finally:
+        shown.clear()
+    if given.json:
+        _print_json(proof.to_json())
+    else:
+        _print(_lines(proof))
+    return 0 if proof.equal else CheckpointError.exit_code
+
+
+def _configuration(words: Sequence[str], prog: str) -> Config:
+    """What `holdfast train` would make of the same options; a run directory brings its own."""
+    if words and not words[0].startswith("-"):  # DIR, as without --prove-resume
+        words = ["--checkpoint-dir", *words]
+    command = parse_train(words, prog)
+    own = Path(command.config.checkpoint.checkpoint_dir) / "config.json"
+    if command.config_file is None and command.preset is None and own.is_file():
+        command = parse_train(["--config", str(own), *words], prog)
+    return command.config
+
+
+def _beside(directory: Path) -> Path:
+    from holdfast.manage.disk_checks import existing_parent
+
+    return existing_parent(directory.absolute().parent)
+
+
+def _lines(proof: TrainingProof) -> list[str]:
+    plan = _("{steps} steps, SIGKILL, resume, {more} steps", steps=proof.steps, more=proof.more)
+    if proof.equal:
+        return [
+            _("✓ Equal to the last bit: {plan}, and {all} steps straight.", plan=plan,
+              all=proof.steps + proof.more),
+            _("  Compared: {tensors} tensors, {values} values, the random streams, and every "
+              "step's batch and loss.", tensors=proof.proof.tensors, values=proof.proof.values),
+        ]  # fmt: skip
+    lines = [_("✗ Different: {plan}, against {all} steps straight.", plan=plan,
+               all=proof.steps + proof.more)]  # fmt: skip
+    if proof.at is not None:
+        lines.append(_("  First in step {step}, its {what}: {a} straight, {b} interrupted",
+                       step=proof.at, what=_(_WHAT.get(str(proof.what), str(proof.what))),
+                       a=proof.values[0], b=proof.values[1]))  # fmt: skip
+    if proof.proof.difference is not None:
+        lines.append(_("  At the end {difference}", difference=proof.proof.difference))
+    return lines
+
+
+_WHAT = {"batch": N_("batch of data"), "loss": N_("loss")}
+_STAGES = {
+    "straight": N_("straight"),
+    "interrupted": N_("to the kill"),
+    "resumed": N_("resumed"),
+    "again": N_("straight again"),
+}
+
+
+class _Progress:
+    """Which run is at which step, and how long it will take: in place, or a line now and then."""
+
+    def __init__(self, steps: int, more: int) -> None:
+        self._terminal, self._plan = sys.stderr.isatty(), (steps, more)
+        self._stage, self._last = "", 0.0
+
+    def __call__(self, stage: Stage) -> None:
+        text = f"{_(_STAGES[stage.name])}: " + (
+            stage.preparing or _("step {step}/{last}", step=stage.step, last=stage.last)
+        )
+        if stage.left is not None:
+            text += _(", about {time} left", time=format_seconds(stage.left))
+        if self._terminal:
+            self._write(f"\r\x1b[K{text}")
+        elif stage.name != self._stage or time.monotonic() - self._last >= _PLAIN_EVERY:
+            self._stage, self._last = stage.name, time.monotonic()
+            self._write(f"{text}\n")
+
+    def clear(self) -> None:
+        if self._terminal:
+            self._write("\r\x1b[K")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody looks any more; the answer is on stdout
+            sys.stderr.write(text)
+            sys.stderr.flush()
