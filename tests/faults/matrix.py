@@ -138,7 +138,12 @@ def _power(saver: type[Saver], role: Role, *, quick: int) -> Row:
     """`quick`: states in the short form."""
 
     def make(full: bool, seed: int) -> Tally:
-        return power.power_loss(saver, budget=None if full else quick, seed=seed)
+        try:
+            return power.power_loss(saver, budget=None if full else quick, seed=seed)
+        except power.Unexplained as error:
+            if role != "beside":
+                raise
+            return Tally(power.NAME, saver.name, skipped=str(error).removeprefix(f"{saver.name}: "))
 
     missing = _missing(saver)
     if not missing and inject.shim() is None:
