@@ -297,12 +297,12 @@ class CheckpointManager:
     def after_step(self, step: int, *, epoch: int | None = None) -> PendingSave | None:
         """Call it after each step: saves a temporary checkpoint if `save_when` says so, and keeps a
         snapshot in memory as often as `memory_every` says. Tells what has happened meanwhile."""
+        self._reporter.deliver()
         saver = self._saver
         saver.stepped()
-        saver.look()
-        self._reporter.deliver()
         last = max(saver.at, saver.asked_at)  # a full disk is not tried at every step
         moment = Moment(step, time.monotonic(), max(saver.step, saver.asked_step), last)
+        saver.look()
         due = self._save_when(moment) or (saver.owed and saver.writer.idle)
         if saver.watch.failures:  # a full disk is not tried at every step, but soon again
             if saver.writer.idle and saver.watch.retry_due(moment.now):
