@@ -115,11 +115,16 @@ class Publisher:
             raise
         entry = replace(entry, names=(name,))
         is_best = _improves(entry, contents.best)
-        with catalog.lock():
-            catalog.clear_roles(contents)
-            how = {name: "file", **catalog.publish(entry, [LATEST, MAIN])}
-            if is_best:
-                how |= catalog.publish(entry, [BEST])
+        try:
+            with catalog.lock():
+                catalog.clear_roles(contents)
+                how = {name: "file", **catalog.publish(entry, [LATEST, MAIN])}
+                if is_best:
+                    how |= catalog.publish(entry, [BEST])
+        except OSError as error:
+            if error.errno in _REFUSED and kept is None:  # what nobody was told takes no room
+                filesystem.remove(target)
+            raise
         saved = Saved(entry, target, time.monotonic() - asked, how, is_best,
                       contents.best.loss if contents.best else None, stall)  # fmt: skip
         self._reporter.record(
