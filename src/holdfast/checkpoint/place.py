@@ -48,8 +48,10 @@ class Place:
                 return
             gone = not self._is_here()
             where = _path_of(self._fd) if gone else None
+            self._reporter.recording = False
             filesystem.make_directory(self._catalog.directory)
             self._lock.renew()
+            self._reporter.recording = True
             if not gone:  # only the lock file was removed
                 self._reporter.report("lock_renewed", directory=str(self._catalog.directory))
                 return
