@@ -168,8 +168,8 @@ class CheckpointManager:
 
     @property
     def unsafe(self) -> bool:
-        """Whether a wanted state has not become durable for `max_unsafe` minutes."""
-        return self._saver.watch.over_limit(time.monotonic())
+        """Whether "unsafe" was told, and nothing has become durable since."""
+        return self._saver.watch.alarmed
 
     @property
     def stalled(self) -> float:

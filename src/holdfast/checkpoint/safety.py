@@ -29,7 +29,7 @@ class Watch:
         self._cause = ""
         self.failures = 0  # since the newest durable state
         self.reason = ""  # of the last of them
-        self._escalated = False
+        self.alarmed = False  # whether it has been said that training is unsafe, and still is
 
     def asked(self, now: float) -> None:
         """A save was asked for."""
@@ -57,7 +57,7 @@ class Watch:
             over = self.failures, now - self._safe_at
             self._safe_at = now
             self._wanted_at = now if wanted else None
-            self.failures, self.reason, self._cause, self._escalated = 0, "", "", False
+            self.failures, self.reason, self._cause, self.alarmed = 0, "", "", False
             return over
 
     def lost(self) -> None:
@@ -88,7 +88,7 @@ class Watch:
         if not self.over_limit(now):
             return False, False
         with self._lock:
-            first, again = not self._escalated, now - self._escalated_at >= ESCALATE_AGAIN
+            first, again = not self.alarmed, now - self._escalated_at >= ESCALATE_AGAIN
             if first or again:
-                self._escalated, self._escalated_at = True, now
+                self.alarmed, self._escalated_at = True, now
             return first or again, first
