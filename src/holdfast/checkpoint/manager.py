@@ -132,7 +132,7 @@ class CheckpointManager:
             KeepLast("step", keep_last),
             KeepRollingTemps(2),
         ]
-        self._place = Place(self.catalog, self._lock, self._reporter)
+        self._place = Place(self.catalog, self._lock, self._reporter, self._saver.run)
         publisher = Publisher(
             self.catalog, self._reporter, keep, limit=io_limit, secure=self._place.secure
         )
@@ -188,13 +188,13 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Return when every save that was asked for is durable, verified and told."""
-        self._saver.snapshots.wait()
-        self._saver.writer.wait()
+        self._saver.wait()
         self._reporter.deliver()
 
     def close(self) -> None:
         """Wait for what is under way and give memory and run directory back."""
         if self._lock.held:  # a forked child has neither threads nor anything to give back
+            self._saver.wait()
             self._saver.snapshots.close()
             self._reporter.deliver()
         self._place.close()

@@ -13,6 +13,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.catalog import EVENTS, METADATA, ROLES, Catalog
@@ -20,6 +21,9 @@ from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.errors import ResourceError
 from holdfast.i18n import _
+
+if TYPE_CHECKING:
+    from holdfast.checkpoint.saving import Run
 
 LOCKS = (".run.lock", ".catalog.lock")
 
@@ -30,8 +34,8 @@ class Place:
     `losses` counts how often it had to be made anew.
     """
 
-    def __init__(self, catalog: Catalog, lock: FileLock, reporter: Reporter) -> None:
-        self._catalog, self._lock, self._reporter = catalog, lock, reporter
+    def __init__(self, catalog: Catalog, lock: FileLock, reporter: Reporter, run: Run) -> None:
+        self._catalog, self._lock, self._reporter, self._run = catalog, lock, reporter, run
         self._turn = threading.Lock()
         self._fd = -1
         self.losses = 0
@@ -56,12 +60,23 @@ class Place:
                 self._reporter.report("lock_renewed", directory=str(self._catalog.directory))
                 return
             self._remember()
-            self.losses += 1
             self._reporter.report(
                 "directory_lost",
                 directory=str(self._catalog.directory),
                 moved_to=None if where is None else str(where),
             )
+            self._make_way()
+            self.losses += 1
+
+    def _make_way(self) -> None:
+        """What lies here now and is another run's must neither be overwritten nor win the next
+        recovery."""
+        others = [e for e in self._catalog.scan().entries if e.run_id != self._run.run_id]
+        if others:
+            with self._catalog.lock():
+                label = f"generation_{self._catalog.generation()}"
+                place = self._catalog.archive(others, label)
+            self._reporter.tell("archived", count=len(others), to=str(place))
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -130,7 +145,9 @@ def _user() -> int:
     return os.geteuid() if hasattr(os, "geteuid") else 0
 
 
-def _not_yours(path: Path, directory: Path) -> ResourceError:
+def _not_yours(path: Path, directory: Path) -> Exception:
+    if path.stat().st_uid == _user():  # it has only to allow it
+        return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     return ResourceError(
         _("{path} belongs to {owner}, and {user} may not write it: nothing could be saved there. "
           "Give it to this user (chown -R {user} {directory}), or choose another "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import threading
 import time
 import uuid
 from collections.abc import Mapping, MutableMapping
@@ -83,6 +84,7 @@ class Saver:
         self._configured = configurations(state)
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
         self._looked, self._losses = self.at, 0
+        self._looking = threading.Thread()  # the look that is under way, if it is alive
         self._background = 0.0  # processor time of snapshots when the last one was asked for
         if rng and "rng" in state:
             raise UnsupportedValue(
@@ -146,7 +148,6 @@ class Saver:
 
         try:
             self.snapshots.wait()  # the one before this is complete
-            self._place.secure()
             self._begin_anew()
             self._settle()
             self.run.sequence += 1
@@ -193,17 +194,15 @@ class Saver:
         self._stepped = now, stalled
 
     def look(self) -> None:
-        """Now and then: whether the run directory is still there, and whether training has been
-        unsafe for too long, which is told, and again after a while."""
+        """Now and then: whether the run directory is still there, in a thread of its own, because
+        a network's disk may not answer; and whether training has been unsafe for too long, which
+        is told, and again after a while."""
         now = time.monotonic()
-        if now - self._looked >= _LOOK_EVERY:
+        if now - self._looked >= _LOOK_EVERY and not self._looking.is_alive():
             self._looked = now
-            try:
-                self._place.secure()
-            except (OSError, HoldfastError):
-                if not self.watch.failures:
-                    self.watch.lost()  # the save that is due now says why
-            self._begin_anew()
+            self._looking = threading.Thread(target=self._look, name="holdfast-look", daemon=True)
+            self._looking.start()
+        self._begin_anew()
         due, first = self.watch.escalate(now)
         if due:
             minutes, reason = round(self.watch.unsafe(now) / 60, 1), self.watch.reason
@@ -212,15 +211,28 @@ class Saver:
                 self._reporter.record("unsafe", **fields)
             self._reporter.tell("unsafe", **fields, first=first)
 
+    def _look(self) -> None:
+        try:
+            self._place.secure()
+        except (OSError, HoldfastError):
+            if not self.watch.failures:
+                self.watch.lost()  # the save that is due now says why
+
+    def wait(self) -> None:
+        """Return when nothing is under way any more."""
+        self.snapshots.wait()
+        self.writer.wait()
+        if self._looking.is_alive():
+            self._looking.join()
+
     def _begin_anew(self) -> None:
         """After the run directory was lost: what was safe is not any more."""
         if self._losses == self._place.losses:
             return
         self._losses = self._place.losses
         self.snapshots.leave_memory()  # its name has the inode of the directory in it
-        found = self._catalog.scan().entries
-        self.run.settled = all(entry.run_id == self.run.run_id for entry in found)
-        self.step = found[0].step if found and self.run.settled else 0
+        newest = self._catalog.scan().newest
+        self.step = newest.step if newest is not None else 0
         self.remembered = 0
         if not self.step:
             self.watch.lost()
