@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -310,6 +311,17 @@ def test_a_directory_of_ones_own_that_allows_nothing(open_place: Path) -> None:
         assert error.value.filename == str(run)
 
     assert as_nobody(check) == 0
+
+
+def test_a_file_system_that_became_read_only_is_refused_at_once(
+    small_disk: Callable[..., Path],
+) -> None:
+    disk = small_disk(100 << 20)
+    make_run(disk / "run", 1)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(OSError, match="Read-only") as error:
+        Toy().manager(disk / "run")
+    assert error.value.filename == str(disk / "run")
 
 
 def test_nothing_there_is_nobodys(tmp_path: Path) -> None:

@@ -120,8 +120,9 @@ def check_rights(directory: Path) -> None:
     except PermissionError:
         raise _not_yours(directory, directory) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # these are looked for, with more room
-            raise
+        # How much room there is, or can be made, is looked at before the first step.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, error.strerror, str(directory)) from None
     for path in _in_the_way(directory):
         raise _not_yours(path, directory)
 

@@ -28,10 +28,8 @@ log = logging.getLogger("holdfast")
 # Worth one more try with a new file; a failed fsync is never repeated on the same one, because the
 # kernel may have dropped the dirty pages and would report success (FAULTS.md, 7).
 _TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT}
-_REFUSED = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-}  # no bytes or no inodes left, though there seemed to be room
+# No bytes, or no inodes, though there seemed to be room: somebody was faster, or there is a quota.
+_REFUSED = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True, slots=True)
