@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +26,28 @@ def english() -> Iterator[None]:
         os.environ.pop("LANGUAGE", None)
     else:
         os.environ["LANGUAGE"] = before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Makes file systems of a few megabytes, with the errors of real full ones. Needs root."""
+    mounted: list[Path] = []
+
+    def make(size: int, *, inodes: int = 0) -> Path:
+        """An empty file system of `size` bytes and so many `inodes` (0: enough)."""
+        place = tmp_path / f"disk{len(mounted)}"
+        place.mkdir()
+        options = f"size={size},nr_inodes={inodes}"
+        call = ["mount", "-t", "tmpfs", "-o", options, "holdfast-test", str(place)]
+        try:
+            done = subprocess.run(call, capture_output=True, text=True, check=False)
+        except OSError as error:
+            pytest.skip(f"there is no mount here: {error}")
+        if done.returncode:
+            pytest.skip(f"this user mounts nothing: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield make
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)

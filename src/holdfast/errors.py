@@ -58,7 +58,7 @@ class RunLocked(HoldfastError):
 
 
 class ResourceError(HoldfastError):
-    """Not enough disk or memory for what was asked."""
+    """Not enough disk or memory for what was asked, or no right to write there."""
 
     exit_code = 6
 

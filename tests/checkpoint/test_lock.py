@@ -203,3 +203,36 @@ def test_an_owner_that_cannot_be_read_is_unknown(tmp_path: Path, text: str) -> N
     path.write_bytes(text.encode("latin-1"))
     assert "unknown process" in refused(path)
     holder.leave()
+
+
+def test_a_lock_whose_file_is_gone_is_not_in_place_until_it_is_renewed(tmp_path: Path) -> None:
+    path = tmp_path / ".run.lock"
+    with FileLock(path) as held:
+        assert held.in_place
+        path.rename(tmp_path / "moved")
+        assert not held.in_place
+        path.touch()
+        assert not held.in_place, "another file of that name"
+        before = open_files()
+        held.renew()
+        assert held.held
+        assert held.in_place
+        assert open_files() == before
+        assert in_child(lambda: refused(path)) == 0
+        with FileLock(tmp_path / "moved"):
+            pass
+    with FileLock(path):
+        pass
+
+
+def test_a_lock_that_somebody_else_took_is_not_renewed(tmp_path: Path) -> None:
+    path = tmp_path / ".run.lock"
+    with FileLock(path) as held:
+        path.unlink()
+        holder = Holder(path)
+        with pytest.raises(RunLocked, match=f"process {holder.pid}"):
+            held.renew()
+        assert held.held
+        holder.leave()
+        held.renew()
+        assert held.in_place

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import math
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from holdfast.checkpoint import (
     Catalog,
     EveryMinutes,
     EverySteps,
+    catalog,
     container,
     filesystem,
     guard,
     housekeeping,
     manager,
+    saving,
 )
 from holdfast.checkpoint.manager import CheckpointManager, checkpoint_size, run_lock
 from holdfast.errors import (
@@ -482,3 +486,48 @@ def test_a_damaged_checkpoint_is_not_loaded(tmp_path: Path) -> None:
         load(tmp_path / "latest.pt")
     assert manager.load is load
     assert guard.RESERVE > 0
+
+
+# ------------------------------------------------------------------------------------------- clocks
+
+
+@pytest.mark.parametrize("jump", [-40 * 365, 40 * 365], ids=["back", "forth"])
+def test_a_clock_that_jumps_changes_no_order_and_no_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: int
+) -> None:
+    """A dead battery sets the clock of a machine to 1970; the step says what is newer."""
+    began = datetime.datetime(2030, 1, 1, tzinfo=datetime.timezone.utc)
+    days = [0]
+
+    def now() -> str:
+        return (began + datetime.timedelta(days=days[0])).isoformat(timespec="milliseconds")
+
+    for module in (catalog, saving):
+        monkeypatch.setattr(module, "now", now)
+    toy = Toy()
+    with toy.manager(tmp_path, keep_last=2) as engine:
+        for step in range(1, 6):
+            days[0] = jump if step > 2 else 0
+            toy.step()
+            engine.save(step=step, strict=True)
+        assert [entry.step for entry in engine.list()] == [5, 4]
+    damage(tmp_path / "checkpoint_step_5.pt")
+    with Toy(seed=2).manager(tmp_path) as engine:
+        resumed = engine.resume()
+    assert resumed is not None
+    assert (resumed.step, resumed.steps_lost) == (4, 1)
+    assert resumed.minutes_lost >= 0
+
+
+def test_wall_clocks_decide_nothing_about_when_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, jumps = time.time, iter([0.0, 1e9, -1e9, 0.0] * 10)
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    with Toy().manager(tmp_path, save_when=[EveryMinutes(10)], max_unsafe=1) as engine:
+        engine.resume()
+        for step in range(1, 9):
+            assert engine.after_step(step) is None
+        saved = engine.save(step=9)
+        assert saved is not None
+        assert 0 <= saved.seconds < 60

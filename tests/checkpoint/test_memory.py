@@ -253,10 +253,9 @@ def test_killed_at_twenty_random_moments_it_loses_at_most_one_step(
         counting = Counting()
         with CheckpointManager(tmp_path, counting.state) as manager:
             resumed = manager.resume()
-        assert resumed is not None
-        lost.append(reached - resumed.step)
-        assert torch.equal(counting.weights, torch.full((LARGE,), float(resumed.step)))
-        done = resumed.step
+        done = resumed.step if resumed is not None else 0  # killed in the first step's snapshot
+        lost.append(reached - done)
+        assert torch.equal(counting.weights, torch.full((LARGE,), float(done)))
     print("steps lost", lost, "of", done)
     assert max(lost) <= 1
 

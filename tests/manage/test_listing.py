@@ -161,3 +161,12 @@ def test_a_thousand_checkpoints_are_listed_at_once(tmp_path: Path) -> None:
     seconds = (datetime.datetime.now() - began).total_seconds()
     assert done.stdout.count("checkpoint_step_") == 1000
     assert seconds < 3, "measured: 0.2 s with a warm interpreter; the machine may be busy"
+
+
+def test_no_age_is_negative_where_the_clock_was_set_back(tmp_path: Path) -> None:
+    listing = listing_of(look(make_run(tmp_path / "run")))
+    past = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+    lines = listing.lines(PIPE, past)
+    rows = lines[1 : lines.index("")]
+    assert all(" 0 s " in row for row in rows)
+    assert [row.split()[2] for row in rows] == ["4", "3", "2", "1"]

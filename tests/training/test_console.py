@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pyte
@@ -161,6 +163,76 @@ def test_a_resume_tells_where_from_and_what_was_lost() -> None:
         console.on_event("resumed", {"resumed": resumed})
     assert "Going on from model_epoch_1.pt (epoch 1, step 7)" in said.getvalue()
     assert "40 steps (2.5 minutes)" in said.getvalue()
+
+
+def test_a_checkpoint_from_the_future_is_no_time_ago() -> None:
+    """A battery is empty: the clock says 1970, and the checkpoint 2026."""
+    entry = dataclasses.replace(saved().entry, created="2999-01-01T00:00:00.000+00:00")
+    said = io.StringIO()
+    with Console(stream=said, terminal=False) as console:
+        console.on_event("resumed", {"resumed": Resumed(entry, Path("a.pt"), 1)})
+        console.progress(force=True)
+    assert "durable: step 7, 0 s ago" in said.getvalue()
+
+
+# ------------------------------------------------------------------------------------------ trouble
+
+
+def failed(step: int, *, repeated: bool) -> dict[str, object]:
+    return {"step": step, "reason": "full", "attempts": 1, "repeated": repeated}
+
+
+def test_a_failure_is_said_once_logged_always_and_seen_in_the_bar(tmp_path: Path) -> None:
+    said, log = io.StringIO(), tmp_path / "train.log"
+    with Console(stream=said, terminal=False, log_file=log) as console:
+        console.on_event("durable", {"saved": saved()})
+        console.on_event("failed", failed(8, repeated=False))
+        console.on_event("failed", failed(9, repeated=True))
+        console.status.failing = True
+        console.progress(force=True)
+        console.on_event("recovered", {"step": 10, "failures": 2, "minutes": 3.0})
+        console.status.failing = False
+        console.progress(force=True)
+    lines = said.getvalue().splitlines()
+    assert sum("could not be saved" in line for line in lines) == 1
+    assert "the last durable step is 7. The reason: full" in said.getvalue()
+    assert log.read_text("utf-8").count("could not be saved") == 2
+    assert "saving fails · durable: step 7" in lines[-3]
+    assert "Saving works again: step 10" in lines[-2]
+    assert "saving fails" not in lines[-1]
+
+
+@pytest.mark.parametrize("reason", ["full", ""])
+def test_unsafe_is_loud(reason: str) -> None:
+    said = io.StringIO()
+    with Console(stream=said, terminal=True, quiet=True) as console:
+        fields = {"minutes": 61.4, "step": 7, "reason": reason, "first": True}
+        console.on_event("unsafe", fields)
+    assert "UNSAFE" in said.getvalue()
+    assert "61 minutes" in said.getvalue()
+    assert (reason or "a save is under way") in said.getvalue()
+    assert "\a" in said.getvalue()
+
+
+@pytest.mark.parametrize("moved_to", [None, "/elsewhere"])
+def test_a_lost_directory_is_loud_and_nothing_is_durable_any_more(moved_to: str | None) -> None:
+    said = io.StringIO()
+    with Console(stream=said, terminal=False) as console:
+        console.on_event("durable", {"saved": saved()})
+        console.on_event("directory_lost", {"directory": "run", "moved_to": moved_to})
+        console.progress(force=True)
+    assert (f"renamed to {moved_to}" if moved_to else "was deleted") in said.getvalue()
+    assert "nothing durable yet" in said.getvalue()
+
+
+def test_a_log_whose_directory_is_gone_begins_anew(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "train.log"
+    with Console(stream=io.StringIO(), terminal=False, log_file=log) as console:
+        console.say("before")
+        shutil.rmtree(log.parent)
+        console.reopen_log()
+        console.say("after")
+    assert [line[20:] for line in log.read_text("utf-8").splitlines()] == ["after"]
 
 
 def test_chinese_speaks_chinese() -> None:

@@ -447,6 +447,68 @@ def test_an_end_that_cannot_be_saved_is_no_success_and_goes_on_when_there_is_roo
     assert difference(final_state(finished), final_state(tmp_path / "new")) is None
 
 
+def test_a_run_that_nobody_can_save_any_more_stops_if_so_asked_and_is_told(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from holdfast.checkpoint import filesystem
+
+    original, told = Trainer.after_step, tmp_path / "told"
+
+    def fill_disk(self: Trainer) -> None:
+        if self.progress.step == 5:
+            monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: 0)
+        original(self)
+
+    monkeypatch.setattr(Trainer, "after_step", fill_disk)
+    options = {"temp_every_steps": 4, "max_unsafe": 1e-4, "on_unsafe": "stop",
+               "notify": f"sh -c 'echo $HOLDFAST_EVENT $HOLDFAST_STEP >> {told}'"}  # fmt: skip
+    with pytest.raises(SaveFailed, match="the last durable step is 4") as error:
+        train(config_for(tmp_path / "new", corpus, **options))
+    assert error.value.exit_code == 4
+    assert sorted(told.read_text().splitlines()) == ["crashed 4", "unsafe 4"]
+    events = [e["event"] for e in Catalog(tmp_path / "new").events()]
+    assert "unsafe" in events
+    assert load(tmp_path / "new" / "latest.pt", only="global_step") == 4
+
+
+def test_a_finished_run_is_told_and_the_command_is_in_no_checkpoint(
+    tmp_path: Path, corpus: Path
+) -> None:
+    """A checkpoint is given to others: they must neither read a password there nor run anything."""
+    told = tmp_path / "told"
+    command = f"sh -c 'echo $HOLDFAST_EVENT >> {told}' secret-token"
+    new = tmp_path / "new"
+    train(config_for(new, corpus, notify=command))
+    assert told.read_text() == "finished\n"
+    for path in new.rglob("*"):
+        assert not path.is_file() or b"secret-token" not in path.read_bytes(), path
+    train(config_for(new, corpus, notify=command))
+    assert told.read_text() == "finished\n", "it was finished before"
+
+
+def test_a_run_directory_deleted_while_training_gets_what_a_fresh_one_has(
+    tmp_path: Path, corpus: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from holdfast.checkpoint import saving
+
+    new, original = tmp_path / "new", Trainer.after_step
+
+    def delete(self: Trainer) -> None:
+        if self.progress.step == 3:
+            shutil.rmtree(new)
+        original(self)
+
+    monkeypatch.setattr(Trainer, "after_step", delete)
+    monkeypatch.setattr(saving, "_LOOK_EVERY", 0.0)
+    said = train(config_for(new, corpus))
+    assert said.count("was deleted while training") == 1
+    assert {"config.json", "metrics.jsonl", "training_history.json", "latest.pt"} < {
+        path.name for path in new.iterdir()
+    }
+    assert (new / "tokenizer" / "tokenizer.json").exists()
+    assert difference(final_state(finished), final_state(new)) is None
+
+
 # ------------------------------------------------------------------------------- ends and limits
 
 

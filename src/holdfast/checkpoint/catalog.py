@@ -232,12 +232,15 @@ class Catalog:
     def _announced(self, name: str) -> bool:
         return any(name in event["names"] for event in self.announced())
 
-    def _note(self, event: str, **fields: Any) -> None:
-        """Record what has been done where a full disk must not stop it from being done."""
+    def _note(self, event: str, **fields: Any) -> bool:
+        """Record what has been done where a full disk must not stop it from being done; returns
+        whether there was room for the line."""
         try:
             self.record(event, **fields)
         except OSError as error:
             log.warning("%s: %s", EVENTS, error)
+            return False
+        return True
 
     # -------------------------------------------------------------------------------- changing
 
@@ -287,11 +290,14 @@ class Catalog:
 
     def delete(self, entry: Entry, why: str) -> None:
         """Remove a checkpoint under all names. Whether it may go was decided by retention."""
-        self._note("removed", id=entry.id, step=entry.step, names=list(entry.names), reason=why)
+        fields = {"id": entry.id, "step": entry.step, "names": list(entry.names), "reason": why}
+        noted = self._note("removed", **fields)
         for name in entry.names:
             filesystem.remove(self.directory / name)
         for parent in {(self.directory / name).parent for name in entry.names}:
             filesystem.sync_directory(parent)
+        if not noted:  # the disk was full to the last byte, and now it is not
+            self._note("removed", **fields)
 
     def quarantine(self, names: Iterable[str], reason: str) -> list[str]:
         """Set damaged files aside, with every name of the same inode and the reason beside them."""

@@ -211,6 +211,13 @@ def temporaries(directory: Path) -> Iterator[Path]:
         yield from (p for p in directory.iterdir() if p.name.startswith(".holdfast-"))
 
 
+def try_writing(directory: Path) -> None:
+    """Raise the `OSError` that a new file in `directory` would meet now."""
+    temporary = _temporary(directory / "probe")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _EXTRA_FLAGS, 0o600))
+    temporary.unlink()
+
+
 def free_bytes(directory: Path) -> int:
     """Bytes an unprivileged process may still write on the file system of `directory`."""
     return shutil.disk_usage(directory).free

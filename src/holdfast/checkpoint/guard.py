@@ -91,10 +91,11 @@ class deferred_interrupt:
         self._pending = True
 
 
-def check_space(directory: Path, needed: int) -> None:
-    """Raise `ResourceError` unless `needed` bytes and a reserve are free for `directory`."""
+def check_space(directory: Path, needed: int, *, spare: int = 0) -> None:
+    """Raise `ResourceError` unless `needed` bytes and a reserve are free for `directory`, or would
+    be with the `spare` bytes of what can be let go."""
     free = filesystem.free_bytes(directory)
-    if free < needed + RESERVE:
+    if free + spare < needed + RESERVE:
         raise ResourceError(
             _("The disk of {directory} has {free} MB free; the next checkpoint needs {needed} MB. "
               "Free some space, or lower --keep-last-n.", directory=directory, free=free >> 20,

@@ -53,6 +53,15 @@ class FileLock:
         """Whether this process holds the lock through this object; a forked child does not."""
         return self._fd >= 0 and self._pid == os.getpid()
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the file that is locked is still the one at the path; looked at, not opened."""
+        try:
+            found = self._path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return (found.st_dev, found.st_ino) == self._key
+
     def acquire(self) -> None:
         deadline = time.monotonic() + self._wait
         while not self._try():
@@ -62,6 +71,15 @@ class FileLock:
                       "--checkpoint-dir.", directory=self._path.parent, owner=self._owner())
                 )  # fmt: skip
             time.sleep(0.02)
+
+    def renew(self) -> None:
+        """Take the lock at its path anew, where the file of before is gone from there; the old one
+        falls only then. Raises `RunLocked` where somebody else was faster."""
+        fd, key = self._fd, self._key
+        self.acquire()
+        with _held_guard:
+            _held.discard(key)
+            os.close(fd)
 
     def release(self) -> None:
         if self._fd < 0:

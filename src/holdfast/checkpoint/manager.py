@@ -28,10 +28,11 @@ from holdfast.checkpoint.access import checkpoint_size, load, verify
 from holdfast.checkpoint.catalog import ARCHIVE, Catalog, Entry
 from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.outcome import PendingSave, Resumed, Saved
+from holdfast.checkpoint.place import Place, check_rights
 from holdfast.checkpoint.publisher import Publisher
 from holdfast.checkpoint.reporting import EventHandler, Reporter
 from holdfast.checkpoint.retention import KeepLast, KeepRollingTemps, Policy
-from holdfast.checkpoint.saving import Saver
+from holdfast.checkpoint.saving import RETRY, Saver
 from holdfast.checkpoint.schedule import AnyOf, Moment, SavePolicy
 from holdfast.checkpoint.snapshots import Overlap
 from holdfast.checkpoint.state import plan_restore
@@ -77,12 +78,15 @@ class CheckpointManager:
             process; "auto": as often as it costs at most 1 % of the time; 0: never.
             `after_step` takes them.
         io_limit: bytes a second that are written at most, 0 for no limit.
+        max_unsafe: minutes after which a durable state that is wanted and cannot be made is told
+            as "unsafe", by `after_step`; 0: never.
         on_event: called with (event, fields) in the thread that made the manager, at once or when
             it next calls a method of it.
         lock: the lock of `directory` (`run_lock`), where the caller holds it already.
 
     Raises:
         RunLocked: another process works in `directory`.
+        ResourceError: `directory` belongs to another user.
         UnsupportedValue: `state` holds something that a checkpoint cannot.
         OSError: `directory` cannot be written.
     """
@@ -101,6 +105,7 @@ class CheckpointManager:
         overlap: Overlap = False,
         memory_every: int | Literal["auto"] = 0,
         io_limit: float = 0,
+        max_unsafe: float = 0,
         on_event: EventHandler | None = None,
         lock: FileLock | None = None,
     ) -> None:
@@ -109,8 +114,9 @@ class CheckpointManager:
         self._save_when = AnyOf(save_when)
         self._saver = Saver(
             self.catalog, state, metric=metric, lower_is_better=lower_is_better, rng=rng,
-            reserve=reserve,
+            reserve=reserve, max_unsafe=max_unsafe,
         )  # fmt: skip
+        check_rights(self.catalog.directory)
         filesystem.make_directory(self.catalog.directory)
         self._lock = lock or run_lock(directory)
         if lock is None:
@@ -126,8 +132,13 @@ class CheckpointManager:
             KeepLast("step", keep_last),
             KeepRollingTemps(2),
         ]
-        publisher = Publisher(self.catalog, self._reporter, keep, limit=io_limit)
-        self._saver.start(self._reporter, publisher, overlap=overlap, memory_every=memory_every)
+        self._place = Place(self.catalog, self._lock, self._reporter, self._saver.run)
+        publisher = Publisher(
+            self.catalog, self._reporter, keep, limit=io_limit, secure=self._place.secure
+        )
+        self._saver.start(
+            self._reporter, publisher, self._place, overlap=overlap, memory_every=memory_every
+        )
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -151,6 +162,16 @@ class CheckpointManager:
         return self._saver.writer.memory_step
 
     @property
+    def failing(self) -> bool:
+        """Whether a save has failed since the newest durable state."""
+        return self._saver.watch.failures > 0
+
+    @property
+    def unsafe(self) -> bool:
+        """Whether "unsafe" was told, and nothing has become durable since."""
+        return self._saver.watch.alarmed
+
+    @property
     def stalled(self) -> float:
         """Seconds that training has stood still for saving, ever."""
         return self._saver.snapshots.stalled
@@ -167,15 +188,16 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Return when every save that was asked for is durable, verified and told."""
-        self._saver.snapshots.wait()
-        self._saver.writer.wait()
+        self._saver.wait()
         self._reporter.deliver()
 
     def close(self) -> None:
         """Wait for what is under way and give memory and run directory back."""
         if self._lock.held:  # a forked child has neither threads nor anything to give back
+            self._saver.wait()
             self._saver.snapshots.close()
             self._reporter.deliver()
+        self._place.close()
         self._lock.release()
 
     # ------------------------------------------------------------------------------------ resume
@@ -280,7 +302,12 @@ class CheckpointManager:
         saver.stepped()
         last = max(saver.at, saver.asked_at)  # a full disk is not tried at every step
         moment = Moment(step, time.monotonic(), max(saver.step, saver.asked_step), last)
-        if self._save_when(moment) or (saver.owed and saver.writer.idle):
+        saver.look()
+        due = self._save_when(moment) or (saver.owed and saver.writer.idle)
+        if saver.watch.failures:  # a full disk is not tried at every step, but soon again
+            if saver.writer.idle and saver.watch.retry_due(moment.now):
+                return self.save_async(step=step, epoch=epoch, reason=RETRY)
+        elif due:
             return self.save_async(step=step, epoch=epoch, reason="scheduled")
         if saver.run.settled and not saver.writer.ready:
             self.prepare()

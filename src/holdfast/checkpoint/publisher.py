@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from holdfast.checkpoint import direct, filesystem, guard, housekeeping
+from holdfast.checkpoint import direct, filesystem, guard, housekeeping, space
 from holdfast.checkpoint.catalog import BEST, LATEST, MAIN, Catalog, Entry, name_of
 from holdfast.checkpoint.catalog import summary as entry_of
 from holdfast.checkpoint.layout import Buffer
@@ -28,6 +28,8 @@ log = logging.getLogger("holdfast")
 # Worth one more try with a new file; a failed fsync is never repeated on the same one, because the
 # kernel may have dropped the dirty pages and would report success (FAULTS.md, 7).
 _TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT}
+# No bytes, or no inodes, though there seemed to be room: somebody was faster, or there is a quota.
+_REFUSED = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,12 @@ class Publisher:
         keep: Sequence[Policy] = (),
         *,
         limit: float = 0,
+        secure: Callable[[], None] | None = None,
     ) -> None:
-        """`keep` says what to keep; without any, nothing is removed. `limit`: bytes a second."""
+        """`keep` says what to keep; without any, nothing is removed. `limit`: bytes a second.
+        `secure` sees to it that the run directory is there, and ours, before each write."""
         self._catalog, self._reporter, self._keep = catalog, reporter, keep
-        self._limit = limit
+        self._limit, self._secure = limit, secure
         self._turn = threading.Lock()
 
     def publish(
@@ -77,7 +81,9 @@ class Publisher:
                 try:
                     return self._publish(draft, asked, stall, announced)
                 except (DamagedCheckpoint, OSError) as error:
-                    if attempt == 2 or not is_transient(error):
+                    if attempt == 2 or not (
+                        is_transient(error) or self._made_room(error, draft.size)
+                    ):
                         raise
         raise AssertionError("unreachable")
 
@@ -85,12 +91,16 @@ class Publisher:
         self, draft: Draft, asked: float, stall: float, announced: Callable[[Saved], None]
     ) -> Saved:
         catalog = self._catalog
-        filesystem.make_directory(catalog.directory)  # it may have been moved away under us
+        if self._secure is not None:
+            self._secure()
+        filesystem.make_directory(catalog.directory)
+        if self._keep:
+            self._tell_gone(space.make_room(catalog, draft.size))
+        guard.check_space(catalog.directory, draft.size)
         contents = catalog.scan()
         entry = entry_of(draft.manifest, draft.size)
         name = name_of(entry)
         target = catalog.directory / name
-        guard.check_space(catalog.directory, draft.size)
         filesystem.make_directory(target.parent)
         kept = housekeeping.keep_old(catalog, target)
         try:
@@ -103,11 +113,16 @@ class Publisher:
             raise
         entry = replace(entry, names=(name,))
         is_best = _improves(entry, contents.best)
-        with catalog.lock():
-            catalog.clear_roles(contents)
-            how = {name: "file", **catalog.publish(entry, [LATEST, MAIN])}
-            if is_best:
-                how |= catalog.publish(entry, [BEST])
+        try:
+            with catalog.lock():
+                catalog.clear_roles(contents)
+                how = {name: "file", **catalog.publish(entry, [LATEST, MAIN])}
+                if is_best:
+                    how |= catalog.publish(entry, [BEST])
+        except OSError as error:
+            if error.errno in _REFUSED and kept is None:  # what nobody was told takes no room
+                filesystem.remove(target)
+            raise
         saved = Saved(entry, target, time.monotonic() - asked, how, is_best,
                       contents.best.loss if contents.best else None, stall)  # fmt: skip
         self._reporter.record(
@@ -132,6 +147,19 @@ class Publisher:
         except (OSError, HoldfastError) as error:  # what cannot go now goes after the next save
             log.warning("%s: %s", catalog.directory, error)
         return saved
+
+    def _made_room(self, error: Exception, size: int) -> bool:
+        """Whether old checkpoints could go for one that the disk has refused."""
+        if not self._keep or not isinstance(error, OSError) or error.errno not in _REFUSED:
+            return False
+        gone = space.make_room(self._catalog, size, refused=True)
+        self._tell_gone(gone)
+        return bool(gone)
+
+    def _tell_gone(self, gone: Sequence[Entry]) -> None:
+        if gone:
+            names = [entry.names[0] for entry in gone]
+            self._reporter.tell("room_made", names=names, size=sum(entry.size for entry in gone))
 
 
 def is_transient(error: Exception) -> bool:

@@ -24,6 +24,7 @@ class Reporter:
 
     def __init__(self, catalog: Catalog, on_event: EventHandler | None = None) -> None:
         self._catalog, self._on_event = catalog, on_event
+        self.recording = True  # not while the directory is another process's: its history is too
         self._owner = threading.get_ident()
         self._waiting: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
 
@@ -34,6 +35,8 @@ class Reporter:
 
     def record(self, event: str, **fields: Any) -> None:
         """Write an event into the history."""
+        if not self.recording:
+            return
         try:
             self._catalog.record(event, **fields)
         except OSError as error:  # a full disk: the checkpoint counts, its line in the log does not

@@ -72,7 +72,7 @@ class KeepRollingTemps:
 
 
 def select(candidates: Sequence[Candidate], policies: Sequence[Policy]) -> list[bool]:
-    """Which candidates stay: what any policy keeps, and the floor.
+    """Which candidates stay: what any policy keeps, and the floor. Without policies: the floor.
 
     The floor: the newest, the best, the pinned, and the two newest verified states, of two distinct
     steps. Nothing goes at all before there are two, nor anything newer than the newest verified.

@@ -6,11 +6,14 @@ checkpoint, or a failure that is told. Snapshots and writer do the work in the b
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import threading
 import time
 import uuid
 from collections.abc import Mapping, MutableMapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,16 +22,27 @@ from holdfast.checkpoint import image as images
 from holdfast.checkpoint.catalog import Catalog, now
 from holdfast.checkpoint.describe import environment, plain_metrics, score_of
 from holdfast.checkpoint.outcome import PendingSave, Saved
+from holdfast.checkpoint.place import Place
 from holdfast.checkpoint.publisher import Draft, Publisher, is_transient
 from holdfast.checkpoint.randomness import RandomState
 from holdfast.checkpoint.reporting import Reporter
+from holdfast.checkpoint.safety import Watch
 from holdfast.checkpoint.schedule import MemoryPace
 from holdfast.checkpoint.snapshots import Overlap, Snapshots
 from holdfast.checkpoint.state import configurations
 from holdfast.checkpoint.tree import Tree, normalise
 from holdfast.checkpoint.writer import NoRoom, Writer
-from holdfast.errors import DamagedCheckpoint, HoldfastError, SaveFailed, UnsupportedValue
+from holdfast.errors import (
+    DamagedCheckpoint,
+    HoldfastError,
+    ResourceError,
+    SaveFailed,
+    UnsupportedValue,
+)
 from holdfast.i18n import _
+
+RETRY = "retry"  # the reason of a save that takes the place of one that has failed
+_LOOK_EVERY = 5.0  # seconds between two looks at whether the run directory is still there
 
 
 @dataclass(slots=True)
@@ -54,6 +68,7 @@ class Saver:
         lower_is_better: bool,
         rng: bool,
         reserve: int,
+        max_unsafe: float,
     ) -> None:
         """Raises `UnsupportedValue` where `state` holds something that a checkpoint cannot."""
         self.run = Run()
@@ -62,11 +77,14 @@ class Saver:
         self.asked_step, self.asked_at = 0, -math.inf
         self.remembered = 0  # the step of the last snapshot that was for the memory alone
         self.owed = False  # a save was dropped: the next step that finds room takes its place
+        self.watch = Watch(max_unsafe, self.at)
         self._catalog, self._state = catalog, state
         self._metric, self._lower_is_better = metric, lower_is_better
         self._reserve = reserve
         self._configured = configurations(state)
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
+        self._looked, self._losses = self.at, 0
+        self._looking = threading.Thread()  # the look that is under way, if it is alive
         self._background = 0.0  # processor time of snapshots when the last one was asked for
         if rng and "rng" in state:
             raise UnsupportedValue(
@@ -79,12 +97,13 @@ class Saver:
         self,
         reporter: Reporter,
         publisher: Publisher,
+        place: Place,
         *,
         overlap: Overlap,
         memory_every: int | Literal["auto"],
     ) -> None:
         """From here on there is somebody to tell and a directory to write to."""
-        self._reporter, self._publisher = reporter, publisher
+        self._reporter, self._publisher, self._place = reporter, publisher, place
         self.writer = Writer(publisher, reserve=self._reserve, on_durable=self._on_durable)
         self.snapshots = Snapshots(self.writer, reporter, overlap=overlap, memory=memory_every != 0)
         self._pace = MemoryPace(None if memory_every == "auto" else memory_every)
@@ -100,6 +119,7 @@ class Saver:
         """The state is that of `step` now, of the run as `run` says."""
         self.snapshots.leave_memory()
         self.step, self.at = step, time.monotonic()
+        self.watch.saved(self.at)
         self.asked_step = self.remembered = 0
         self.run.settled = True
 
@@ -120,12 +140,15 @@ class Saver:
         pending = PendingSave(int(step))
         if to_disk:
             self.asked_step, self.asked_at = int(step), asked
+            self.watch.asked(asked)
+        pending.settled.add_done_callback(self._on_settled)
 
         def failed(error: Exception) -> None:
-            self._on_failure(pending, error)
+            self._on_failure(pending, error, again=reason == RETRY)
 
         try:
             self.snapshots.wait()  # the one before this is complete
+            self._begin_anew()
             self._settle()
             self.run.sequence += 1
             where = int(step), None if epoch is None else int(epoch)
@@ -170,6 +193,50 @@ class Saver:
             self._pace.step(max(0.0, now - began - (stalled - before)))
         self._stepped = now, stalled
 
+    def look(self) -> None:
+        """Now and then: whether the run directory is still there, in a thread of its own, because
+        a network's disk may not answer; and whether training has been unsafe for too long, which
+        is told, and again after a while."""
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_EVERY and not self._looking.is_alive():
+            self._looked = now
+            self._looking = threading.Thread(target=self._look, name="holdfast-look", daemon=True)
+            self._looking.start()
+        self._begin_anew()
+        due, first = self.watch.escalate(now)
+        if due:
+            minutes, reason = round(self.watch.unsafe(now) / 60, 1), self.watch.reason
+            fields = {"minutes": minutes, "step": self.step, "reason": reason}
+            if first:
+                self._reporter.record("unsafe", **fields)
+            self._reporter.tell("unsafe", **fields, first=first)
+
+    def _look(self) -> None:
+        try:
+            self._place.secure()
+        except (OSError, HoldfastError):
+            if not self.watch.failures:
+                self.watch.lost()  # the save that is due now says why
+
+    def wait(self) -> None:
+        """Return when nothing is under way any more."""
+        self.snapshots.wait()
+        self.writer.wait()
+        if self._looking.is_alive():
+            self._looking.join()
+
+    def _begin_anew(self) -> None:
+        """After the run directory was lost: what was safe is not any more."""
+        if self._losses == self._place.losses:
+            return
+        self._losses = self._place.losses
+        self.snapshots.leave_memory()  # its name has the inode of the directory in it
+        newest = self._catalog.scan().newest
+        self.step = newest.step if newest is not None else 0
+        self.remembered = 0
+        if not self.step:
+            self.watch.lost()
+
     def remember(self, step: int, epoch: int | None) -> None:
         """Keep a snapshot in memory, if that is wanted and one is due."""
         since = step - max(self.remembered, self.asked_step)
@@ -192,12 +259,29 @@ class Saver:
     def _on_durable(self, saved: Saved) -> None:
         self.step, self.at = saved.entry.step, time.monotonic()
 
-    def _on_failure(self, pending: PendingSave, error: Exception) -> None:
+    def _on_settled(self, promise: Future[Saved | None]) -> None:
+        """Told when a save is over: one that is verified ends what was wrong before it."""
+        saved = None if promise.exception() else promise.result()
+        if saved is None:
+            return
+        step = saved.entry.step
+        failures, seconds = self.watch.saved(time.monotonic(), wanted=self.asked_step > step)
+        if failures:
+            self._reporter.report(
+                "recovered", step=step, failures=failures, minutes=round(seconds / 60, 1)
+            )
+
+    def _on_failure(self, pending: PendingSave, error: Exception, *, again: bool) -> None:
+        """`again`: it was a retry, whose failure is no news while its cause stays the same."""
         why = str(error)
         if not isinstance(error, HoldfastError | OSError):
             why = f"{type(error).__name__}: {error}"
         attempts = 2 if is_transient(error) else 1
-        self._reporter.report("failed", step=pending.step, reason=why, attempts=attempts)
+        news = self.watch.failed(_cause(error), why, time.monotonic())
+        if news or not again:
+            self._reporter.report(
+                "failed", step=pending.step, reason=why, attempts=attempts, repeated=not news
+            )
         failure = SaveFailed(
             _("Step {step} could not be saved: {error}", step=pending.step, error=why)
         )
@@ -249,6 +333,13 @@ class Saver:
         if self.random is not None:
             payload["rng"] = self.random
         return payload
+
+
+def _cause(error: Exception) -> str:
+    """What kind of failure it is; figures in its words may change from one to the next."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return errno.errorcode.get(error.errno, str(error.errno))
+    return "ENOSPC" if isinstance(error, ResourceError) else type(error).__name__
 
 
 def _resolve(pending: PendingSave, outcome: Saved | SaveFailed | None) -> None:

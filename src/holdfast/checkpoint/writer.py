@@ -350,7 +350,8 @@ class Writer:
             self._newest = snapshot
             while self._outlived:
                 self._outlived.pop().discard()
-            self._staging.remove(snapshot)
+            if snapshot in self._staging:  # its way to the disk may have failed already
+                self._staging.remove(snapshot)
             snapshot.complete.set()
             self._change.notify_all()
         if not snapshot.to_disk:

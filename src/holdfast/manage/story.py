@@ -25,6 +25,10 @@ _SENTENCES = {
     "unpinned": N_("step {step} is no longer pinned"),
     "resumed": N_("training went on from step {step}, generation {generation}"),
     "failed": N_("step {step} could not be saved: {reason}"),
+    "recovered": N_("saving worked again at step {step}; failed before it: {failures}"),
+    "unsafe": N_("nothing could be saved for {minutes} minutes; durable was step {step}"),
+    "directory_lost": N_("the run directory was deleted or renamed while training; begun anew"),
+    "lock_renewed": N_("the lock file was removed while training, and made anew"),
     "interrupted": N_("training was interrupted at step {step}"),
     "rescued": N_("step {step} was found in memory and made durable"),
     "finished": N_("training was finished at step {step}"),
@@ -32,6 +36,7 @@ _SENTENCES = {
 _REASONS = {
     "retention": N_("older than what is kept"),
     "clean": N_("holdfast clean"),
+    "space": N_("the disk was nearly full"),
     "signal": N_("a signal"),
 }
 

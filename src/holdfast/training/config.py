@@ -225,6 +225,23 @@ class CheckpointConfig:
         ge=0,
         near=("io_rate", "max_write_speed"),
     )
+    max_unsafe: float = option(
+        60.0,
+        help=N_("raise the alarm when nothing could be saved for so many minutes; 0 for never"),
+        metavar="MINUTES",
+        ge=0,
+    )
+    on_unsafe: Literal["warn", "stop"] = option(
+        "warn", help=N_("what to do then: only say so, or try once more and end the training")
+    )
+    notify: str | None = option(
+        None,
+        help=N_("program to run, with a message as last argument, on a crash, the end, an alarm"),
+        metavar="COMMAND",
+        near=("on_event", "alert", "notification"),
+        of_this_start=True,
+        private=True,
+    )
     resume: str | None = option(
         None,
         help=N_("go on without asking: from the newest intact checkpoint, or from this one"),
@@ -321,3 +338,10 @@ class Config:
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """All values by section, plain and complete, ready for JSON."""
         return {section: asdict(getattr(self, section)) for section in SECTIONS}
+
+    def to_state(self) -> dict[str, dict[str, Any]]:
+        """`to_dict` for a checkpoint, which others may come to read: without what is private."""
+        return {
+            section: {n: v for n, v in values.items() if not OPTIONS[n].meta.private}
+            for section, values in self.to_dict().items()
+        }

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from holdfast.formatting import format_age, format_bytes, format_seconds, parse_time
 from holdfast.i18n import _
+from holdfast.training import trouble
 
 if TYPE_CHECKING:
     from holdfast.checkpoint.manager import Resumed, Saved
@@ -51,6 +52,7 @@ class Status:
     durable_step: int | None = None
     durable_at: float = 0.0  # time.monotonic()
     memory_step: int = 0  # of the newest snapshot that outlives this process; 0: none
+    failing: bool = False  # whether saves fail since the durable step
 
 
 class _Rich(RichConsole):
@@ -81,6 +83,7 @@ class Console:
             soft_wrap=not self.terminal, emoji=False, markup=False,
         )  # fmt: skip
         self._log: TextIO | None = None
+        self._log_path: Path | None = None
         if log_file is not None:
             self.open_log(log_file)
         self._live: Live | None = None
@@ -103,6 +106,17 @@ class Console:
     def warn(self, text: str) -> None:
         """A line that is shown even with `--quiet`."""
         self.say(f"⚠️  {text}", style="yellow", important=True)
+
+    def alarm(self, text: str) -> None:
+        """A line that nobody should miss; on a terminal with its bell."""
+        self.say(f"🚨 {text}", style="bold red", important=True)
+        if self.terminal and not self._dead:
+            with self._survive():
+                self._stream.write("\a")
+
+    def note(self, text: str) -> None:
+        """A line for the log file alone."""
+        self._write_log(text)
 
     def table(self, rows: list[list[str]], *, header: list[str]) -> None:
         """A small table; in a pipe and in the log one line a row."""
@@ -139,7 +153,15 @@ class Console:
     def open_log(self, path: Path) -> None:
         """From now on, write everything that is said to `path` as well."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._log = path.open("a", encoding="utf-8")
+        self._log, self._log_path = path.open("a", encoding="utf-8"), path
+
+    def reopen_log(self) -> None:
+        """Begin the log file anew, where its directory was deleted or renamed. Raises OSError."""
+        if self._log_path is not None:
+            before, self._log = self._log, None
+            if before is not None:
+                before.close()
+            self.open_log(self._log_path)
 
     def _write_log(self, text: str) -> None:
         if self._log is None:
@@ -258,6 +280,8 @@ class Console:
         if s.durable_step is not None:
             age = format_age(time.monotonic() - s.durable_at)
             text = _("durable: step {step}, {age} ago", step=s.durable_step, age=age)
+        if s.failing:
+            text = _("⚠️  saving fails") + " · " + text
         if s.memory_step > (s.durable_step or 0):
             text += " · " + _("in memory: step {step}", step=s.memory_step)
         return text
@@ -270,12 +294,6 @@ class Console:
             self._on_durable(fields["saved"])
         elif event == "resumed":
             self._on_resumed(fields["resumed"])
-        elif event == "failed":
-            self.warn(
-                _("Step {step} could not be saved. Training goes on; the last durable step is "
-                  "{durable}. The reason: {reason}", step=fields["step"], reason=fields["reason"],
-                  durable=self.status.durable_step if self.status.durable_step is not None else "-")
-            )  # fmt: skip
         elif event == "quarantined":
             self.warn(
                 _("{names}: {reason} Moved to quarantine/.", names=", ".join(fields["names"]),
@@ -306,6 +324,8 @@ class Console:
                   "{saved} are used, so that the results stay bit-exact.", saved=fields["saved"],
                   live=fields["live"])
             )  # fmt: skip
+        else:
+            trouble.tell(self, event, fields)
 
     def _on_durable(self, saved: Saved) -> None:
         self.status.durable_step = saved.entry.step

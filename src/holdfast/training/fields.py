@@ -37,6 +37,7 @@ class Meta:
     may_be_empty: bool = False
     count_or: str | None = None
     of_this_start: bool = False
+    private: bool = False
 
 
 def option(default: Any, **meta: Any) -> Any:
@@ -46,7 +47,8 @@ def option(default: Any, **meta: Any) -> Any:
     (other names that mean the same), `short` (a one-letter flag), `const` (the value of the flag
     when nothing follows it), `near` (what people type who mean this option; for suggestions only),
     `may_be_empty` (an empty text is a value), `count_or` (a text option whose values are this word
-    and whole numbers), `of_this_start` (not kept by `save_config`).
+    and whole numbers), `of_this_start` (not kept by `save_config`), `private` (no checkpoint tells
+    it: those are given to others).
     """
     return dataclasses.field(default=default, metadata={_METADATA: Meta(**meta)})
 

@@ -6,9 +6,11 @@ warning here, never the training.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from holdfast.i18n import _
 log = logging.getLogger("holdfast")
 
 METRICS, HISTORY = "metrics.jsonl", "training_history.json"
+_BOARD = "tensorboard"
 
 
 class Records:
@@ -28,6 +31,7 @@ class Records:
     def __init__(self, directory: Path, *, tensorboard: bool, resumed_step: int) -> None:
         """Raises ConfigError where TensorBoard is wanted and not installed."""
         self._directory = directory
+        self._failing: set[str] = set()  # files that could not be written the last time
         self._board: Any = None
         if tensorboard:
             try:
@@ -38,44 +42,56 @@ class Records:
                       "'holdfast[tensorboard]'")
                 ) from error  # fmt: skip
             # purge_step: curves of steps that a crash has undone disappear.
-            self._board = SummaryWriter(
-                str(directory / "tensorboard"), purge_step=resumed_step or None
-            )
+            self._board = SummaryWriter(str(directory / _BOARD), purge_step=resumed_step or None)
 
     def step(self, step: int, **values: float | int | None) -> None:
         """One line of metrics.jsonl for a logging interval."""
         self._append({"event": "step", "step": step, **values})
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(name, value, step)
+        self._draw(step, {n: v for n, v in values.items() if isinstance(v, float)})
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """One line for something that happened: resumed, epoch, evaluation, finished …"""
         self._append({"event": event, "step": step, **values})
-        if self._board is not None:
-            for name in ("val_loss", "train_loss_epoch"):
-                if isinstance(values.get(name), float):
-                    self._board.add_scalar(name, values[name], step)
+        names = ("val_loss", "train_loss_epoch")
+        self._draw(step, {n: values[n] for n in names if isinstance(values.get(n), float)})
 
     def history(self, history: dict[str, list[Any]]) -> None:
         """training_history.json: {"train_loss": [...], "val_loss": [...], "epochs": [...]}."""
-        try:
+        with self._survive(HISTORY):
             filesystem.write_json(self._directory / HISTORY, _finite(history))
-        except OSError as error:
-            log.warning("%s: %s", HISTORY, error)
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        with self._survive(_BOARD):
+            if self._board is not None:
+                self._board.close()
 
     def _append(self, line: dict[str, Any]) -> None:
         text = json.dumps(_finite({"time": now(), **line}), ensure_ascii=False)
+        torn = "\n" if METRICS in self._failing else ""  # a full disk may have taken half a line
+        with (
+            self._survive(METRICS),
+            (self._directory / METRICS).open("a", encoding="utf-8") as file,
+        ):
+            file.write(f"{torn}{text}\n")
+
+    def _draw(self, step: int, values: dict[str, float]) -> None:
+        if self._board is None or _BOARD in self._failing:  # its writer ends with its first error
+            return
+        with self._survive(_BOARD):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    @contextlib.contextmanager
+    def _survive(self, name: str) -> Iterator[None]:
+        """What cannot be written costs a warning, once until it works again."""
         try:
-            with (self._directory / METRICS).open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except OSError as error:
-            log.warning("%s: %s", METRICS, error)
+            yield
+        except Exception as error:  # noqa: BLE001 - TensorBoard raises what its thread met
+            if name not in self._failing:
+                log.warning("%s: %s", name, error)
+            self._failing.add(name)
+        else:
+            self._failing.discard(name)
 
 
 def _finite(value: Any) -> Any:

@@ -19,16 +19,19 @@ import numpy as np
 import torch
 
 from holdfast.checkpoint import guard as guards
+from holdfast.checkpoint import space
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.foreign import load_weights
 from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.manager import CheckpointManager, Resumed, checkpoint_size, run_lock
+from holdfast.checkpoint.place import check_rights
 from holdfast.checkpoint.recovery import rescue
-from holdfast.checkpoint.reporting import Reporter
+from holdfast.checkpoint.reporting import EventHandler, Reporter
 from holdfast.checkpoint.schedule import EveryMinutes, EverySteps, SavePolicy
 from holdfast.checkpoint.state import plan_restore
 from holdfast.errors import (
     CheckpointError,
+    ConfigError,
     DamagedCheckpoint,
     DataError,
     Interrupted,
@@ -41,10 +44,12 @@ from holdfast.training.config import Config
 from holdfast.training.console import Console
 from holdfast.training.continuing import SavedRun, Start
 from holdfast.training.layers import save_config
+from holdfast.training.notify import Notifier
 from holdfast.training.prepare import PreparedData, prepare_data, reopen_data
 from holdfast.training.records import Records
 from holdfast.training.tokenizer import TextTokenizer
 from holdfast.training.trainer import Trainer
+from holdfast.training.trouble import unsafe_words
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "zh_sample.txt"  # what data/ links to
 BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, all of them fp32
@@ -67,7 +72,9 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
     say how to go on. Raises `HoldfastError`s; `Interrupted` after a signal, with the state safe.
     """
     directory = Path(config.checkpoint.checkpoint_dir)
-    with run_lock(directory) as lock:
+    check_rights(directory)
+    notifier = Notifier(config.checkpoint.notify, directory, console.warn)
+    with run_lock(directory) as lock, notifier:
         catalog = Catalog(directory)
         rescue(catalog, Reporter(catalog, console.on_event))
         contents = catalog.scan()
@@ -82,9 +89,10 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
         with guards.SignalGuard() as guard:  # from here on Ctrl-C means: save, then stop
             workshop = prepare(config, start, console, guard)
             _tell_found(contents, start, console)
-            manager = make_manager(workshop, console, lock)
+            manager = make_manager(workshop, console, lock, notifier)
+            notifier.begin(lambda: manager.saved_step)
             try:
-                _train(workshop, manager, start, console, command)
+                _train(workshop, manager, start, console, command, notifier=notifier)
             except KeyboardInterrupt:  # a second Ctrl-C means now: nothing is waited for here
                 raise
             except BaseException:  # whatever ended it: what was being saved is finished first
@@ -128,7 +136,9 @@ def prepare(config: Config, start: Start, console: Console, guard: guards.Signal
     return Workshop(config, data, trainer, _reserve(trainer))
 
 
-def make_manager(workshop: Workshop, console: Console, lock: FileLock) -> CheckpointManager:
+def make_manager(
+    workshop: Workshop, console: Console, lock: FileLock, notifier: Notifier
+) -> CheckpointManager:
     """The checkpoint manager over the trainer's state."""
     options = workshop.config.checkpoint
     when: list[SavePolicy] = []
@@ -145,9 +155,27 @@ def make_manager(workshop: Workshop, console: Console, lock: FileLock) -> Checkp
         overlap=True,  # our own loop changes weights in optimizer.step() and nowhere else
         memory_every="auto" if options.memory_every == "auto" else int(options.memory_every),
         io_limit=options.io_limit * 1e6,
-        on_event=console.on_event,
+        max_unsafe=options.max_unsafe,
+        on_event=_listener(workshop, console, notifier),
         lock=lock,
     )
+
+
+def _listener(workshop: Workshop, console: Console, notifier: Notifier) -> EventHandler:
+    """Who is told what the manager does: the person at the console, and who asked for a call."""
+
+    def on_event(event: str, fields: dict[str, Any]) -> None:
+        console.on_event(event, fields)
+        if event == "unsafe" and fields["first"]:
+            notifier.send(event, unsafe_words(fields))
+        elif event == "directory_lost":
+            try:  # what a new run directory has besides its checkpoints
+                _write_descriptions(workshop, Path(fields["directory"]))
+                console.reopen_log()
+            except (OSError, ConfigError) as error:
+                console.warn(str(error))
+
+    return on_event
 
 
 def _train(
@@ -156,6 +184,8 @@ def _train(
     start: Start,
     console: Console,
     command: str,
+    *,
+    notifier: Notifier,
 ) -> None:
     trainer, config = workshop.trainer, workshop.config
     directory = Path(config.checkpoint.checkpoint_dir)
@@ -174,7 +204,8 @@ def _train(
         _tell_finished(trainer, console, command, before=True)
         return
     _write_descriptions(workshop, directory)
-    guards.check_space(directory, checkpoint_size(trainer.state, reserve=workshop.reserve))
+    needed = checkpoint_size(trainer.state, reserve=workshop.reserve)
+    space.check_room(manager.catalog, needed)
     records = Records(
         directory, tensorboard=config.training.tensorboard, resumed_step=trainer.progress.step
     )
@@ -186,6 +217,7 @@ def _train(
         trainer.train()
         records.event("finished", trainer.progress.step)
         _tell_finished(trainer, console, command, before=False)
+        notifier.send("finished", _finished_words(trainer))
     finally:
         records.close()
 
@@ -333,6 +365,10 @@ def _tell_found(contents: Any, start: Start, console: Console) -> None:
     )  # fmt: skip
 
 
+def _finished_words(trainer: Trainer) -> str:
+    return _("✅ Finished: {step} steps.", step=trainer.progress.step)
+
+
 def _tell_finished(trainer: Trainer, console: Console, command: str, *, before: bool) -> None:
     progress, best = trainer.progress, trainer.state["best_loss"]
     say: Callable[..., None] = console.say
@@ -340,7 +376,7 @@ def _tell_finished(trainer: Trainer, console: Console, command: str, *, before: 
         _("✅ This run is finished: {step} steps, {epochs} epochs.", step=progress.step,
           epochs=progress.epoch - 1)
         if before
-        else _("✅ Finished: {step} steps.", step=progress.step)
+        else _finished_words(trainer)
     )  # fmt: skip
     say(what, important=True)
     if best is not None:

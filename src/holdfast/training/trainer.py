@@ -82,7 +82,7 @@ class Trainer:
             "val_loss": None,
             "history": {"train_loss": [], "val_loss": [], "epochs": []},
             "tokenizer": data.tokenizer.to_state(),
-            "config": config.to_dict(),
+            "config": config.to_state(),
         }
         self._forward = torch.compile(model) if config.model.compile else model
         self.step_seconds = math.nan
@@ -105,6 +105,7 @@ class Trainer:
                 if self.progress.position == self.plan.steps_per_epoch:
                     self.end_epoch()
                 self.stop_if_asked()
+                self.stop_if_unsafe()
             if self.plan.epochs is None or self.progress.position:
                 self.end_run()
             self.check_end_is_durable()
@@ -163,6 +164,7 @@ class Trainer:
         if not self.guard.requested:
             self.manager.after_step(progress.step, epoch=progress.epoch)
         self.console.status.memory_step = self.manager.memory_step
+        self.console.status.failing = self.manager.failing
 
     def end_epoch(self) -> None:
         """Validation, history, checkpoint, and the block that tells of them."""
@@ -219,6 +221,21 @@ class Trainer:
             _("Stopped at step {step}; step {durable} is durable. The same command goes on from "
               "there.", step=self.progress.step, durable=self.manager.saved_step), number
         )  # fmt: skip
+
+    def stop_if_unsafe(self) -> None:
+        """With `--on-unsafe stop`: what nobody can save is not worth computing. Raises SaveFailed
+        where one more attempt fails as well."""
+        if self.config.checkpoint.on_unsafe != "stop" or not self.manager.unsafe:
+            return
+        self._save("temp", {}, reason="unsafe")
+        self.manager.wait()
+        if self.manager.saved_step < self.progress.step:
+            raise SaveFailed(
+                _("Stopped at step {step}, because nothing could be saved any more; the last "
+                  "durable step is {durable}. Mend what keeps it from being saved (see above) and "
+                  "run the same command again: it repeats the steps between.",
+                  step=self.progress.step, durable=self.manager.saved_step)
+            )  # fmt: skip
 
     # ---------------------------------------------------------------------------------- evaluation
 
@@ -402,7 +419,7 @@ class Trainer:
                   "samples are seen again.", before=before, after=progress.position, again=again)
             )  # fmt: skip
         self.state["data"] = now
-        self.state["config"] = self.config.to_dict()
+        self.state["config"] = self.config.to_state()
         self.plan = Plan.of(self.config, self.batches, done=progress)
         if self.plan.epochs is not None:
             # Early stopping is decided anew: the user may have given it more patience.
