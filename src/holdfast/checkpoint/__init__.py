@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from holdfast.checkpoint.outcome import PendingSave as PendingSave
     from holdfast.checkpoint.outcome import Resumed as Resumed
     from holdfast.checkpoint.outcome import Saved as Saved
+    from holdfast.checkpoint.risk import RiskAware as RiskAware
     from holdfast.checkpoint.schedule import AnyOf as AnyOf
     from holdfast.checkpoint.schedule import EveryMinutes as EveryMinutes
     from holdfast.checkpoint.schedule import EverySteps as EverySteps
@@ -32,6 +33,7 @@ _WHERE = {
     "EverySteps": "schedule",
     "PendingSave": "outcome",
     "Resumed": "outcome",
+    "RiskAware": "risk",
     "Saved": "outcome",
     "SignalGuard": "guard",
     "load": "manager",
@@ -47,6 +49,7 @@ __all__ = [
     "EverySteps",
     "PendingSave",
     "Resumed",
+    "RiskAware",
     "Saved",
     "SignalGuard",
     "load",

@@ -277,7 +277,10 @@ class CheckpointManager:
         snapshot in memory as often as `memory_every` says. Tells what has happened meanwhile."""
         self._reporter.deliver()
         saver = self._saver
-        saver.stepped()
+        measured = saver.stepped()
+        choice = self._save_when.learn(measured) if measured is not None else None
+        if choice is not None:
+            self._reporter.tell("interval", choice=choice)
         last = max(saver.at, saver.asked_at)  # a full disk is not tried at every step
         moment = Moment(step, time.monotonic(), max(saver.step, saver.asked_step), last)
         if self._save_when(moment) or (saver.owed and saver.writer.idle):

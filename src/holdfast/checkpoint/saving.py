@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import queue
 import time
 import uuid
 from collections.abc import Mapping, MutableMapping
@@ -22,7 +23,7 @@ from holdfast.checkpoint.outcome import PendingSave, Saved
 from holdfast.checkpoint.publisher import Draft, Publisher, is_transient
 from holdfast.checkpoint.randomness import RandomState
 from holdfast.checkpoint.reporting import Reporter
-from holdfast.checkpoint.schedule import MemoryPace
+from holdfast.checkpoint.schedule import Cost, Measured, MemoryPace
 from holdfast.checkpoint.snapshots import Overlap, Snapshots
 from holdfast.checkpoint.state import configurations
 from holdfast.checkpoint.tree import Tree, normalise
@@ -68,6 +69,8 @@ class Saver:
         self._configured = configurations(state)
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
         self._background = 0.0  # processor time of snapshots when the last one was asked for
+        self._saving = False  # whether anything was on its way to the disk since the last step
+        self._costs: queue.SimpleQueue[Cost] = queue.SimpleQueue()  # of what has become durable
         if rng and "rng" in state:
             raise UnsupportedValue(
                 _("A state has no key 'rng' of its own: the random streams are saved under that "
@@ -119,7 +122,7 @@ class Saver:
         asked = time.monotonic()
         pending = PendingSave(int(step))
         if to_disk:
-            self.asked_step, self.asked_at = int(step), asked
+            self.asked_step, self.asked_at, self._saving = int(step), asked, True
 
         def failed(error: Exception) -> None:
             self._on_failure(pending, error)
@@ -161,14 +164,20 @@ class Saver:
         self.snapshots.stalled += time.monotonic() - asked
         _resolve(pending, saved)
 
-    def stepped(self) -> None:
-        """A step has been done: how long it took decides how often memory is worth its cost."""
-        now = time.monotonic()
-        stalled = self.snapshots.stalled
+    def stepped(self) -> Measured | None:
+        """A step has been done: how long it took decides how often memory is worth its cost.
+
+        Returns what it has taken, for policies that learn; None for the first one.
+        """
+        now, stalled, measured = time.monotonic(), self.snapshots.stalled, None
+        writing = not self.writer.idle
         if self._stepped is not None:
             began, before = self._stepped
             self._pace.step(max(0.0, now - began - (stalled - before)))
-        self._stepped = now, stalled
+            costs = [self._costs.get_nowait() for _each in range(self._costs.qsize())]
+            measured = Measured(now - began, self._saving or writing, costs)
+        self._stepped, self._saving = (now, stalled), writing
+        return measured
 
     def remember(self, step: int, epoch: int | None) -> None:
         """Keep a snapshot in memory, if that is wanted and one is due."""
@@ -191,6 +200,7 @@ class Saver:
 
     def _on_durable(self, saved: Saved) -> None:
         self.step, self.at = saved.entry.step, time.monotonic()
+        self._costs.put(Cost(saved.stall, saved.seconds, saved.entry.size))
 
     def _on_failure(self, pending: PendingSave, error: Exception) -> None:
         why = str(error)

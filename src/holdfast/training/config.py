@@ -205,11 +205,18 @@ class CheckpointConfig:
         metavar="STEPS",
         ge=1,
     )
-    temp_every_minutes: float = option(
-        10.0,
-        help=N_("save a rolling checkpoint within the epoch every so many minutes; 0 for never"),
+    temp_every_minutes: float | None = option(
+        None,
+        help=N_("the same by the clock; 0 for never (chosen by its risk and cost where not given)"),
         metavar="MINUTES",
         ge=0,
+    )
+    write_budget: float = option(
+        200.0,
+        help=N_("GB that checkpoints chosen like that may write a day; 0 for no limit"),
+        metavar="GB",
+        ge=0,
+        near=("daily_writes", "max_writes"),
     )
     memory_every: str = option(
         "auto",

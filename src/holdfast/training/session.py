@@ -25,6 +25,7 @@ from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.manager import CheckpointManager, Resumed, checkpoint_size, run_lock
 from holdfast.checkpoint.recovery import rescue
 from holdfast.checkpoint.reporting import Reporter
+from holdfast.checkpoint.risk import RiskAware
 from holdfast.checkpoint.schedule import EveryMinutes, EverySteps, SavePolicy
 from holdfast.checkpoint.state import plan_restore
 from holdfast.errors import (
@@ -37,7 +38,7 @@ from holdfast.errors import (
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
 from holdfast.training import continuing, models
-from holdfast.training.config import Config
+from holdfast.training.config import CheckpointConfig, Config
 from holdfast.training.console import Console
 from holdfast.training.continuing import SavedRun, Start
 from holdfast.training.layers import save_config
@@ -131,16 +132,11 @@ def prepare(config: Config, start: Start, console: Console, guard: guards.Signal
 def make_manager(workshop: Workshop, console: Console, lock: FileLock) -> CheckpointManager:
     """The checkpoint manager over the trainer's state."""
     options = workshop.config.checkpoint
-    when: list[SavePolicy] = []
-    if options.temp_every_steps:
-        when.append(EverySteps(options.temp_every_steps))
-    if options.temp_every_minutes:
-        when.append(EveryMinutes(options.temp_every_minutes))
     return CheckpointManager(
         options.checkpoint_dir,
         workshop.trainer.state,
         keep_last=options.keep_last_n,
-        save_when=when,
+        save_when=save_policies(options),
         reserve=workshop.reserve,
         overlap=True,  # our own loop changes weights in optimizer.step() and nowhere else
         memory_every="auto" if options.memory_every == "auto" else int(options.memory_every),
@@ -148,6 +144,18 @@ def make_manager(workshop: Workshop, console: Console, lock: FileLock) -> Checkp
         on_event=console.on_event,
         lock=lock,
     )
+
+
+def save_policies(options: CheckpointConfig) -> list[SavePolicy]:
+    """When to save rolling checkpoints: as asked for; by risk and cost where nothing was said."""
+    if options.temp_every_steps is None and options.temp_every_minutes is None:
+        return [RiskAware(write_budget=1e9 * options.write_budget)]
+    when: list[SavePolicy] = []
+    if options.temp_every_steps:
+        when.append(EverySteps(options.temp_every_steps))
+    if options.temp_every_minutes:
+        when.append(EveryMinutes(options.temp_every_minutes))
+    return when
 
 
 def _train(
