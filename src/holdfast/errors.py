@@ -63,6 +63,12 @@ class ResourceError(HoldfastError):
     exit_code = 6
 
 
+class Diverged(HoldfastError):
+    """Training has come to a loss that it cannot learn from."""
+
+    exit_code = 7
+
+
 class Interrupted(HoldfastError):
     """A signal asked us to stop, and the state was saved: 128 + the signal's number."""
 

@@ -69,6 +69,7 @@ class Saver:
         self._configured = configurations(state)
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
         self._background = 0.0  # processor time of snapshots when the last one was asked for
+        self.usual = 0.0  # seconds that the last save took from the wish until it was durable
         self._saving = False  # whether anything was on its way to the disk since the last step
         self._costs: queue.SimpleQueue[Cost] = queue.SimpleQueue()  # of what has become durable
         if rng and "rng" in state:
@@ -99,9 +100,10 @@ class Saver:
         self._open_memory(tree)
         self.writer.prepare(tree)
 
-    def resumed(self, step: int) -> None:
-        """The state is that of `step` now, of the run as `run` says."""
-        self.snapshots.leave_memory()
+    def resumed(self, step: int, *, abandon: bool = False) -> None:
+        """The state is that of `step` now, of the run as `run` says. `abandon`: what this process
+        has kept in memory until now is not to be gone on from."""
+        self.snapshots.leave_memory(abandon=abandon)
         self.step, self.at = step, time.monotonic()
         self.asked_step = self.remembered = 0
         self.run.settled = True
@@ -191,6 +193,13 @@ class Saver:
         self._background += spent
         self._pace.cost(self.snapshots.stalled - stalled + spent / (os.cpu_count() or 1))
 
+    @property
+    def rest(self) -> float:
+        """Seconds until what is on its way to the disk is durable, as far as can be foreseen."""
+        if self.writer.idle:
+            return 0.0
+        return max(0.0, self.usual - (time.monotonic() - self.asked_at))
+
     def _open_memory(self, tree: Tree) -> None:
         self.snapshots.open(
             self._catalog.directory, self.run.run_id, self.run.generation, tree, self._reserve
@@ -200,6 +209,7 @@ class Saver:
 
     def _on_durable(self, saved: Saved) -> None:
         self.step, self.at = saved.entry.step, time.monotonic()
+        self.usual = saved.seconds
         self._costs.put(Cost(saved.stall, saved.seconds, saved.entry.size))
 
     def _on_failure(self, pending: PendingSave, error: Exception) -> None:

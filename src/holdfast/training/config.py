@@ -132,6 +132,11 @@ class TrainingConfig:
         ge=0,
         near=("max_grad_norm", "gradient_clip"),
     )
+    on_nan: Literal["stop", "rollback", "ignore"] = option(
+        "stop",
+        help=N_("when the loss is no number or jumps up: stop, go back and skip the data, or warn"),
+        near=("nan", "on_spike", "detect_anomaly"),
+    )
     seed: int = option(
         42, help=N_("seed of weights, dropout and the order of the data"), ge=0, le=2**32 - 1
     )
@@ -224,6 +229,13 @@ class CheckpointConfig:
         metavar="STEPS|auto",
         count_or="auto",
         near=("memory_steps", "snapshot_every"),
+    )
+    grace: float = option(
+        0.0,
+        help=N_("seconds from a signal until the machine is gone; 0: as long as a save takes"),
+        metavar="SECONDS",
+        ge=0,
+        near=("grace_period", "preemption_time"),
     )
     io_limit: float = option(
         0.0,

@@ -322,7 +322,8 @@ class Console:
         }[choice.bound]
         self.say(
             _("🛡️  Rolling checkpoints every {interval} ({why}). A power cut then costs {loss} "
-              "minutes of work on average; the saves cost {share} of the time and {bytes} of writes a day.",
+              "minutes of work on average; the saves cost {share} of the time and {bytes} of "
+              "writes a day.",
               interval=format_seconds(choice.interval), why=why,
               loss=f"{choice.expected_loss / 60:.1f}",
               share=f"{100 * choice.cost / choice.interval:.2f} %",

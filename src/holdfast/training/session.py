@@ -86,8 +86,11 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
             manager = make_manager(workshop, console, lock)
             try:
                 _train(workshop, manager, start, console, command)
-            except KeyboardInterrupt:  # a second Ctrl-C means now: nothing is waited for here
-                raise
+            except KeyboardInterrupt as error:  # a second Ctrl-C means now: nothing is waited for
+                manager.abandon()
+                raise KeyboardInterrupt(
+                    _("Stopped at once; the last durable step is {step}.", step=manager.saved_step)
+                ) from error
             except BaseException:  # whatever ended it: what was being saved is finished first
                 manager.close()
                 raise
@@ -117,7 +120,9 @@ def prepare(config: Config, start: Start, console: Console, guard: guards.Signal
     data = _data(config, origin, console, guard)
     for note in data.notes:
         console.warn(note)
+    _heed(guard)
     model = _model(config, data, device)
+    _heed(guard)
     if origin is not None:
         continuing.check_model(origin, models.plain_config(model))
     context = models.context_of(model, config.model.context_length)
@@ -144,6 +149,14 @@ def make_manager(workshop: Workshop, console: Console, lock: FileLock) -> Checkp
         on_event=console.on_event,
         lock=lock,
     )
+
+
+def _heed(guard: guards.SignalGuard) -> None:
+    """Between two stages before the first step: a signal ends it here. Raises Interrupted."""
+    if guard.requested is not None:
+        raise Interrupted(
+            _("Stopped before the first step; what was saved before is as it was."), guard.requested
+        )
 
 
 def save_policies(options: CheckpointConfig) -> list[SavePolicy]:
@@ -181,6 +194,7 @@ def _train(
     if trainer.finished:
         _tell_finished(trainer, console, command, before=True)
         return
+    _heed(trainer.guard)
     _write_descriptions(workshop, directory)
     guards.check_space(directory, checkpoint_size(trainer.state, reserve=workshop.reserve))
     records = Records(
