@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from holdfast.errors import DataError
@@ -60,6 +60,7 @@ def tokenizer() -> TextTokenizer:
 
 @given(text=st.text(st.characters(codec="utf-8")))
 def test_every_text_comes_back_as_its_nfc_form(tokenizer: TextTokenizer, text: str) -> None:
+    assume(END_OF_TEXT not in text)  # hypothesis finds it in the source; it is a token of its own
     assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
 
 

@@ -414,7 +414,10 @@ class Writer:
 
     def _write_next(self) -> None:
         with self._change:
-            if not self._queue or self._abandoned:
+            if self._abandoned:
+                self._queue.clear()
+                self._change.notify_all()
+            if not self._queue:
                 return  # it has been dropped
             snapshot = self._writing = self._queue.pop(0)
             self._change.notify_all()

@@ -89,8 +89,9 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
             except KeyboardInterrupt as error:  # a second Ctrl-C means now: nothing is waited for
                 manager.abandon()
                 raise KeyboardInterrupt(
-                    _("Stopped at once; the last durable step is {step}.", step=manager.saved_step)
-                ) from error
+                    _("Stopped at once; the last durable step is {step}.",
+                      step=manager.saved_step or "-")
+                ) from error  # fmt: skip
             except BaseException:  # whatever ended it: what was being saved is finished first
                 manager.close()
                 raise
