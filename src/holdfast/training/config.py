@@ -212,13 +212,15 @@ class CheckpointConfig:
     )
     temp_every_minutes: float | None = option(
         None,
-        help=N_("the same by the clock; 0 for never (chosen by its risk and cost where not given)"),
+        help=N_(
+            "save one every so many minutes; 0 for never (without either, risk and cost decide)"
+        ),
         metavar="MINUTES",
         ge=0,
     )
     write_budget: float = option(
         200.0,
-        help=N_("GB that checkpoints chosen like that may write a day; 0 for no limit"),
+        help=N_("GB a day for rolling checkpoints where risk and cost decide; 0 for no limit"),
         metavar="GB",
         ge=0,
         near=("daily_writes", "max_writes"),

@@ -93,7 +93,7 @@ def recover(trainer: Trainer, error: Diverged) -> None:
     manager.save_snapshot()  # what is in memory is from before `first`, and nearer
     if trainer.config.training.on_nan == "stop":
         raise Diverged(
-            _("{problem} It has not changed the weights; step {durable} is durable. Lower "
+            _("{problem} Training has stopped there; step {durable} is durable. Lower "
               "--learning-rate or look at the data; with --on-nan rollback training leaves this "
               "step's data out and goes on.", problem=error, durable=manager.saved_step)
         ) from error  # fmt: skip
@@ -106,13 +106,13 @@ def recover(trainer: Trainer, error: Diverged) -> None:
     _settle(trainer, places)
     if trainer.setbacks.to[resumed.step] > MOST_ROLLBACKS:
         raise Diverged(
-            _("{problem} Going back to step {back} has not helped {count} times. Lower "
-              "--learning-rate or look at the data.", problem=error, back=resumed.step,
+            _("{problem} Going back to step {back} has been tried {count} times and has not "
+              "helped. Lower --learning-rate or look at the data.", problem=error, back=resumed.step,
               count=MOST_ROLLBACKS)
         ) from error  # fmt: skip
     trainer.records.event("diverged", step, back_to=resumed.step)
     trainer.console.warn(
-        _("{problem} Going back to step {back}; the data of {count} steps is left out.",
+        _("{problem} Going back to step {back}; steps whose data is left out: {count}.",
           problem=error, back=resumed.step, count=len(places))
     )  # fmt: skip
 
