@@ -107,8 +107,8 @@ def recover(trainer: Trainer, error: Diverged) -> None:
     if trainer.setbacks.to[resumed.step] > MOST_ROLLBACKS:
         raise Diverged(
             _("{problem} Going back to step {back} has been tried {count} times and has not "
-              "helped. Lower --learning-rate or look at the data.", problem=error, back=resumed.step,
-              count=MOST_ROLLBACKS)
+              "helped. Lower --learning-rate or look at the data.", problem=error,
+              back=resumed.step, count=MOST_ROLLBACKS)
         ) from error  # fmt: skip
     trainer.records.event("diverged", step, back_to=resumed.step)
     trainer.console.warn(

@@ -88,10 +88,11 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
                 _train(workshop, manager, start, console, command)
             except KeyboardInterrupt as error:  # a second Ctrl-C means now: nothing is waited for
                 manager.abandon()
+                if not manager.saved_step:
+                    raise
                 raise KeyboardInterrupt(
-                    _("Stopped at once; the last durable step is {step}.",
-                      step=manager.saved_step or "-")
-                ) from error  # fmt: skip
+                    _("Stopped at once; the last durable step is {step}.", step=manager.saved_step)
+                ) from error
             except BaseException:  # whatever ended it: what was being saved is finished first
                 manager.close()
                 raise
