@@ -66,7 +66,7 @@ class ResourceError(HoldfastError):
 class Diverged(HoldfastError):
     """Training has come to a loss that it cannot learn from."""
 
-    exit_code = 7
+    exit_code = 8
 
 
 class Interrupted(HoldfastError):
