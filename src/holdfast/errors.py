@@ -69,6 +69,12 @@ class GaveUp(HoldfastError):
     exit_code = 7
 
 
+class Diverged(HoldfastError):
+    """Training has come to a loss that it cannot learn from."""
+
+    exit_code = 8
+
+
 class Interrupted(HoldfastError):
     """A signal asked us to stop, and the state was saved: 128 + the signal's number."""
 

@@ -531,3 +531,44 @@ def test_wall_clocks_decide_nothing_about_when_to_save(
         saved = engine.save(step=9)
         assert saved is not None
         assert 0 <= saved.seconds < 60
+
+
+# ------------------------------------------------------------------------------------ before an end
+
+
+def large() -> dict[str, Any]:
+    """A state whose save takes seconds where a megabyte a second is written."""
+    return {"weights": torch.ones(2 << 20)}
+
+
+def test_the_last_save_waits_for_one_of_the_same_step_and_adds_none(tmp_path: Path) -> None:
+    with Toy().manager(tmp_path) as manager:
+        manager.save_async(step=4)
+        manager.save_last(step=4, reason="signal")
+        assert manager.saved_step == 4
+    assert [event["event"] for event in events(tmp_path)].count("durable") == 1
+
+
+@pytest.mark.parametrize(("within", "durable"), [(1.0, 4), (60.0, 5)])
+def test_where_two_saves_take_too_long_the_one_on_its_way_is_enough(
+    tmp_path: Path, within: float, durable: int
+) -> None:
+    with CheckpointManager(tmp_path, large(), rng=False, io_limit=16e6) as manager:
+        manager.save(step=3)  # half a second: what the next ones are judged by
+        manager._saver.usual = 2.0
+        manager.save_async(step=4)
+        manager.save_last(step=5, reason="signal", within=within)
+        assert manager.saved_step == durable
+
+
+def test_an_abandoned_write_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, large(), rng=False, io_limit=1e6)
+    manager.save_async(step=1)
+    began = time.monotonic()
+    manager.abandon()
+    manager.close()
+    assert time.monotonic() - began < 4
+    assert not list(tmp_path.rglob("*.pt"))
+    with CheckpointManager(tmp_path, large(), rng=False) as manager:
+        assert manager.resume() is None
+        assert manager.save(step=1) is not None

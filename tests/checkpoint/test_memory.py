@@ -414,3 +414,94 @@ def test_too_little_room_turns_it_off_with_one_line(
     assert told.count("memory_off") == 1
     assert not left(tmp_path)
     assert load(saved.path, only="global_step") == 4
+
+
+# ----------------------------------------------------------------- made durable while it is known
+
+
+def test_the_newest_snapshot_is_made_durable_on_request(tmp_path: Path) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path, memory_every=1) as manager:
+        manager.resume()
+        for _step in range(7):
+            toy.step()
+            manager.after_step(toy.now)
+        expected = snapshot(toy.state)
+        toy.model.weight.data.fill_(float("nan"))  # what the live state is worth by now
+        saved = manager.save_snapshot()
+        assert saved is not None
+        assert saved.entry.step == manager.saved_step == 7
+        assert manager.save_snapshot() is None  # nothing to gain
+    assert left(tmp_path) == []
+    assert verify(saved.path) is None
+    again = Toy(seed=9)
+    with again.manager(tmp_path) as manager:
+        manager.resume()
+    assert_same(snapshot(again.state), expected)
+
+
+def test_a_snapshot_that_cannot_be_made_durable_stays_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path, memory_every=1) as manager:
+        manager.resume()
+        toy.step()
+        manager.after_step(toy.now)
+        with monkeypatch.context() as patch:
+            patch.setattr(filesystem, "write_file", _full)
+            assert manager.save_snapshot() is None
+    assert len(left(tmp_path)) == 1
+    with Toy(seed=9).manager(tmp_path) as manager:
+        resumed = manager.resume()
+    assert resumed is not None
+    assert resumed.step == 1
+
+
+def _full(*_arguments: Any, **_keywords: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# ------------------------------------------------------------------------------------- going back
+
+
+def test_going_back_begins_a_generation_and_gives_up_what_is_in_memory(tmp_path: Path) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path, memory_every=1) as manager:
+        manager.resume()
+        for step in range(1, 8):
+            toy.step()
+            if step in (3, 5):
+                manager.save(step=step)
+            manager.after_step(step)
+        resumed = manager.go_back(7, "the loss is nan")
+        assert resumed is not None
+        assert (resumed.step, manager.generation) == (5, 2)
+        assert left(tmp_path) == []
+        toy.step()
+        manager.after_step(toy.now)
+        manager.wait()
+        assert manager.memory_step == 6
+    assert_same(toy.losses, after(6).losses)
+    (event,) = [event for event in events(tmp_path) if event["event"] == "diverged"]
+    assert (event["step"], event["back_to"], event["reason"]) == (7, 5, "the loss is nan")
+    with Toy(seed=9).manager(tmp_path) as manager:  # and the abandoned step 7 never comes back
+        resumed = manager.resume()
+        assert resumed is not None
+        assert (resumed.step, manager.generation) == (6, 2)
+
+
+def test_going_back_passes_over_what_is_damaged_or_too_new(tmp_path: Path) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path, keep_last=0) as manager:
+        manager.resume()
+        for step in range(1, 7):
+            toy.step()
+            manager.save(step=step)
+        damage(manager.catalog.path(manager.list()[2]))  # step 4
+        resumed = manager.go_back(5, "x")
+        assert resumed is not None
+        assert resumed.step == 3
+        assert [entry.step for entry in manager.list()] == [3, 2, 1]
+        assert manager.go_back(1, "x") is None
+        assert (manager.generation, toy.now) == (2, 3)

@@ -97,6 +97,16 @@ def test_an_event_of_a_later_version_is_told_with_all_of_its_fields() -> None:
     assert "\x1b" not in story([{"event": "failed", "step": 1, "reason": "\x1b[2J"}])[0]
 
 
+def test_errors_and_losses_gone_wrong_are_part_of_the_story() -> None:
+    durable = {"event": "durable", "reason": "error", "step": 7, "names": ["latest.pt"], "size": 1}
+    assert is_story(durable)
+    assert "an error ended the training" in describe(durable)
+    diverged = {"event": "diverged", "step": 7, "reason": "the loss is nan", "back_to": 5}
+    assert is_story(diverged)
+    text = describe(diverged)
+    assert text == "step 7 went wrong (the loss is nan); training went back to step 5"
+
+
 def test_csv_has_a_line_an_epoch_and_nothing_for_what_is_not_known(tmp_path: Path) -> None:
     history = history_of(look(make_run(tmp_path / "run", (4.0, None))))
     write_csv(history, tmp_path / "out.csv")

@@ -49,6 +49,22 @@ def test_the_size_is_that_of_every_real_file_to_the_byte(
     assert sizes == {estimate.checkpoint_bytes}
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"temp_every_minutes": "none"}, "rolling checkpoints: every 1 min 00 s"),
+        ({"temp_every_minutes": 0}, "rolling checkpoints: none"),
+        ({"temp_every_minutes": 12}, "rolling checkpoints: every 12 min 00 s"),
+    ],
+    ids=str,
+)
+def test_it_says_how_often_rolling_checkpoints_come(
+    tmp_path: Path, corpus: Path, options: dict[str, Any], says: str
+) -> None:
+    _estimate, said = try_out(tmp_path / "run", corpus, sample_tokens=0, **options)
+    assert says in said
+
+
 def test_it_saves_nothing(tmp_path: Path, corpus: Path) -> None:
     try_out(tmp_path / "a" / "run", corpus)
     assert not (tmp_path / "a").exists()

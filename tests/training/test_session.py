@@ -16,6 +16,8 @@ import torch
 from holdfast import load
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.manager import run_lock
+from holdfast.checkpoint.risk import RiskAware
+from holdfast.checkpoint.schedule import EveryMinutes, EverySteps
 from holdfast.errors import (
     CheckpointError,
     DamagedCheckpoint,
@@ -26,6 +28,7 @@ from holdfast.errors import (
     SaveFailed,
     StateMismatch,
 )
+from holdfast.training.session import save_policies
 from holdfast.training.trainer import Trainer
 from tests.training.runs import (
     Killed,
@@ -117,6 +120,30 @@ def test_the_tokenizer_directory_is_hugging_faces(finished: Path) -> None:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "tokenizer")
     assert tokenizer.decode(tokenizer("今天下雨。")["input_ids"]) == "今天下雨。"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"temp_every_minutes": "none"}, [RiskAware]),
+        ({"temp_every_minutes": 0}, []),
+        ({"temp_every_minutes": 5}, [EveryMinutes]),
+        ({"temp_every_steps": 5, "temp_every_minutes": "none"}, [EverySteps]),
+        ({"temp_every_steps": 5, "temp_every_minutes": 5}, [EverySteps, EveryMinutes]),
+    ],
+    ids=str,
+)
+def test_the_tool_chooses_when_to_save_where_nothing_was_said(
+    corpus: Path, options: dict[str, Any], expected: list[type]
+) -> None:
+    config = config_for(Path("run"), corpus, **options)
+    assert [type(policy) for policy in save_policies(config.checkpoint)] == expected
+
+
+def test_what_it_chose_is_said_with_its_numbers(tmp_path: Path, corpus: Path) -> None:
+    said = train(config_for(tmp_path / "run", corpus, temp_every_minutes="none", write_budget=10))
+    assert said.count("Rolling checkpoints every ") == 1
+    assert "so that no more than --write-budget is written" in said
 
 
 # ------------------------------------------------------------------------------------ going on

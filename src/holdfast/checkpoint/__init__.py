@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from holdfast.checkpoint.outcome import Saved as Saved
     from holdfast.checkpoint.prove import Proof as Proof
     from holdfast.checkpoint.prove import prove_resume as prove_resume
+    from holdfast.checkpoint.risk import RiskAware as RiskAware
     from holdfast.checkpoint.schedule import AnyOf as AnyOf
     from holdfast.checkpoint.schedule import EveryMinutes as EveryMinutes
     from holdfast.checkpoint.schedule import EverySteps as EverySteps
@@ -35,6 +36,7 @@ _WHERE = {
     "PendingSave": "outcome",
     "Proof": "prove",
     "Resumed": "outcome",
+    "RiskAware": "risk",
     "Saved": "outcome",
     "SignalGuard": "guard",
     "load": "manager",
@@ -52,6 +54,7 @@ __all__ = [
     "PendingSave",
     "Proof",
     "Resumed",
+    "RiskAware",
     "Saved",
     "SignalGuard",
     "load",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -31,6 +32,7 @@ class SignalGuard:
 
     def __init__(self, on_request: Callable[[int], None] | None = None) -> None:
         self.requested: int | None = None
+        self.requested_at = 0.0  # time.monotonic()
         self._on_request = on_request
         self._before: dict[int, Any] = {}
         self._owner = 0
@@ -61,6 +63,8 @@ class SignalGuard:
         if self.requested is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         first = self.requested is None
+        if first:
+            self.requested_at = time.monotonic()
         self.requested = number
         if first and self._on_request is not None:
             self._on_request(number)

@@ -14,6 +14,7 @@ a transaction; saving never kills training, and training never waits for the dis
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -37,7 +38,7 @@ from holdfast.checkpoint.schedule import AnyOf, Moment, SavePolicy
 from holdfast.checkpoint.snapshots import Overlap
 from holdfast.checkpoint.state import plan_restore
 from holdfast.checkpoint.transaction import LoadObject
-from holdfast.errors import SaveFailed, StateMismatch
+from holdfast.errors import DamagedCheckpoint, SaveFailed, StateMismatch
 from holdfast.i18n import _
 
 __all__ = [
@@ -203,7 +204,11 @@ class CheckpointManager:
     # ------------------------------------------------------------------------------------ resume
 
     def resume(
-        self, source: str | os.PathLike[str] | None = None, *, strict: bool = True
+        self,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        strict: bool = True,
+        branch: bool = False,
     ) -> Resumed | None:
         """Restore the newest intact checkpoint, or `source`, into the live state.
 
@@ -212,6 +217,8 @@ class CheckpointManager:
                 directory begins a new generation: what is newer is archived first. A file from
                 elsewhere begins a new run whose parent it is.
             strict: whether everything in the live state must be in the checkpoint.
+            branch: begin a new generation even from the newest, since what came after it is not to
+                be gone on from: snapshots in memory of this process are given up.
 
         Returns None where nothing has been saved yet.
 
@@ -246,9 +253,11 @@ class CheckpointManager:
                 transaction.acts.append(housekeeping.ArchiveNewer(self.catalog, found.newer, label))
             with guard.deferred_interrupt():
                 transaction.commit()
-                return self._go_on_from(found, known, asked=source is not None)
+                return self._go_on_from(found, known, asked=source is not None, branch=branch)
 
-    def _go_on_from(self, found: recovery.Found, known: int, *, asked: bool) -> Resumed:
+    def _go_on_from(
+        self, found: recovery.Found, known: int, *, asked: bool, branch: bool
+    ) -> Resumed:
         """Settle identity and names after the state has been restored.
 
         The state is whole now: a full disk costs links and cache here, never the resume.
@@ -267,7 +276,7 @@ class CheckpointManager:
         if found.newer:
             place = self.catalog.directory / ARCHIVE / f"generation_{known}"
             self._reporter.tell("archived", count=len(found.newer), to=str(place))
-        branches = found.newer or found.skipped or steps or not found.here
+        branches = branch or found.newer or found.skipped or steps or not found.here
         run.generation = known + 1 if branches else max(known, 1)
         if found.here:
             run.run_id = entry.run_id
@@ -276,13 +285,31 @@ class CheckpointManager:
         except OSError as error:
             self._reporter.warn(error)
         self.catalog.write_cache()
-        self._saver.resumed(entry.step)
+        self._saver.resumed(entry.step, abandon=branch)
         self._restore_threads(found.manifest)
         self._reporter.record("resumed", id=entry.id, step=entry.step, run_id=self.run_id,
                       generation=self.generation, steps_lost=steps)  # fmt: skip
         resumed = Resumed(entry, found.path, self.generation, found.skipped, steps, minutes)
         self._reporter.tell("resumed", resumed=resumed)
         return resumed
+
+    def go_back(self, before: int, reason: str) -> Resumed | None:
+        """Restore the newest intact checkpoint of this run from before step `before`, in a new
+        generation, since training has gone wrong there. `reason` goes into the history.
+
+        Returns None, and nothing has changed, where there is none. Raises as `resume` does.
+        """
+        self.wait()
+        for entry in self.list():
+            if entry.step >= before or entry.run_id != self.run_id:
+                continue
+            try:
+                resumed = self.resume(self.catalog.path(entry), branch=True)
+            except DamagedCheckpoint:  # set aside now: the one before it has to do
+                continue
+            self._reporter.record("diverged", step=before, reason=reason, back_to=entry.step)
+            return resumed
+        return None
 
     def _restore_threads(self, manifest: Mapping[str, Any]) -> None:
         """The number of threads changes the bits of CPU sums: it belongs to the state."""
@@ -299,7 +326,10 @@ class CheckpointManager:
         snapshot in memory as often as `memory_every` says. Tells what has happened meanwhile."""
         self._reporter.deliver()
         saver = self._saver
-        saver.stepped()
+        measured = saver.stepped()
+        choice = self._save_when.learn(measured) if measured is not None else None
+        if choice is not None:
+            self._reporter.tell("interval", choice=choice)
         last = max(saver.at, saver.asked_at)  # a full disk is not tried at every step
         moment = Moment(step, time.monotonic(), max(saver.step, saver.asked_step), last)
         saver.look()
@@ -373,6 +403,51 @@ class CheckpointManager:
         """
         with guard.deferred_interrupt():
             return self._own().request(step, epoch, metrics, kind, reason, kept=kind != "temp")
+
+    def save_snapshot(self) -> Saved | None:
+        """Make the newest snapshot in memory durable, where the disk has none of that step: for an
+        end at which the live state can no longer be trusted. None where there is nothing to gain,
+        or it failed, which is told.
+
+        Raises:
+            SaveFailed: after `close()`, or in a forked child.
+        """
+        with guard.deferred_interrupt():
+            saver = self._own()
+            self.wait()
+            pending = saver.writer.write_newest()
+            if pending is None or pending.settled.exception() is not None:
+                return None
+            self._reporter.deliver()
+            return pending.durable.result()
+
+    def save_last(
+        self, *, step: int, epoch: int | None = None, reason: str, within: float = math.inf
+    ) -> None:
+        """Save before an end; returns when what can be durable is, in about `within` seconds.
+
+        Where another save is on its way, and by the time that the last one took there would be
+        none left for this step as well, that one is waited for and this step is kept in shared
+        memory alone.
+
+        Raises:
+            SaveFailed: after `close()`, or in a forked child.
+        """
+        saver = self._own()
+        if saver.asked_step == step:  # what is being written already may be this very step
+            self.wait()
+        if self.saved_step == step:
+            return
+        if not saver.writer.idle and saver.rest + saver.usual > within:
+            if saver.snapshots.in_memory:
+                saver.request(step, epoch, None, "temp", "memory", kept=False, to_disk=False)
+            self.wait()
+            return
+        self.save(step=step, epoch=epoch, kind="temp", reason=reason)
+
+    def abandon(self) -> None:
+        """Write nothing more: the process is about to end, with whatever is durable now."""
+        self._saver.writer.abandon()
 
     def prepare(self) -> None:
         """Make the buffers for snapshots in the background, so that the first is as fast as the

@@ -102,11 +102,11 @@ class MemoryTier:
         self._slots += 1
         return slot
 
-    def close(self) -> None:
+    def close(self, *, abandon: bool = False) -> None:
         """Everything goes, unless a snapshot here is newer than what is on the disk: that stays for
-        whoever goes on with the run."""
+        whoever goes on with the run. With `abandon` nobody will."""
         if self._lock.held:  # a forked child holds nothing
-            if self._newest <= self._durable:
+            if abandon or self._newest <= self._durable:
                 _remove(self.directory)
             self._lock.release()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import queue
 import threading
 import time
 import uuid
@@ -27,7 +28,7 @@ from holdfast.checkpoint.publisher import Draft, Publisher, is_transient
 from holdfast.checkpoint.randomness import RandomState
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.checkpoint.safety import Watch
-from holdfast.checkpoint.schedule import MemoryPace
+from holdfast.checkpoint.schedule import Cost, Measured, MemoryPace
 from holdfast.checkpoint.snapshots import Overlap, Snapshots
 from holdfast.checkpoint.state import configurations
 from holdfast.checkpoint.tree import Tree, normalise
@@ -86,6 +87,9 @@ class Saver:
         self._looked, self._losses = self.at, 0
         self._looking = threading.Thread()  # the look that is under way, if it is alive
         self._background = 0.0  # processor time of snapshots when the last one was asked for
+        self.usual = 0.0  # seconds that the last save took from the wish until it was durable
+        self._saving = False  # whether anything was on its way to the disk since the last step
+        self._costs: queue.SimpleQueue[Cost] = queue.SimpleQueue()  # of what has become durable
         if rng and "rng" in state:
             raise UnsupportedValue(
                 _("A state has no key 'rng' of its own: the random streams are saved under that "
@@ -115,9 +119,10 @@ class Saver:
         self._open_memory(tree)
         self.writer.prepare(tree)
 
-    def resumed(self, step: int) -> None:
-        """The state is that of `step` now, of the run as `run` says."""
-        self.snapshots.leave_memory()
+    def resumed(self, step: int, *, abandon: bool = False) -> None:
+        """The state is that of `step` now, of the run as `run` says. `abandon`: what this process
+        has kept in memory until now is not to be gone on from."""
+        self.snapshots.leave_memory(abandon=abandon)
         self.step, self.at = step, time.monotonic()
         self.watch.saved(self.at)
         self.asked_step = self.remembered = 0
@@ -139,7 +144,7 @@ class Saver:
         asked = time.monotonic()
         pending = PendingSave(int(step))
         if to_disk:
-            self.asked_step, self.asked_at = int(step), asked
+            self.asked_step, self.asked_at, self._saving = int(step), asked, True
             self.watch.asked(asked)
         pending.settled.add_done_callback(self._on_settled)
 
@@ -184,14 +189,20 @@ class Saver:
         self.snapshots.stalled += time.monotonic() - asked
         _resolve(pending, saved)
 
-    def stepped(self) -> None:
-        """A step has been done: how long it took decides how often memory is worth its cost."""
-        now = time.monotonic()
-        stalled = self.snapshots.stalled
+    def stepped(self) -> Measured | None:
+        """A step has been done: how long it took decides how often memory is worth its cost.
+
+        Returns what it has taken, for policies that learn; None for the first one.
+        """
+        now, stalled, measured = time.monotonic(), self.snapshots.stalled, None
+        writing = not self.writer.idle
         if self._stepped is not None:
             began, before = self._stepped
             self._pace.step(max(0.0, now - began - (stalled - before)))
-        self._stepped = now, stalled
+            costs = [self._costs.get_nowait() for _each in range(self._costs.qsize())]
+            measured = Measured(now - began, self._saving or writing, costs)
+        self._stepped, self._saving = (now, stalled), writing
+        return measured
 
     def look(self) -> None:
         """Now and then: whether the run directory is still there, in a thread of its own, because
@@ -249,6 +260,13 @@ class Saver:
         self._background += spent
         self._pace.cost(self.snapshots.stalled - stalled + spent / (os.cpu_count() or 1))
 
+    @property
+    def rest(self) -> float:
+        """Seconds until what is on its way to the disk is durable, as far as can be foreseen."""
+        if self.writer.idle:
+            return 0.0
+        return max(0.0, self.usual - (time.monotonic() - self.asked_at))
+
     def _open_memory(self, tree: Tree) -> None:
         self.snapshots.open(
             self._catalog.directory, self.run.run_id, self.run.generation, tree, self._reserve
@@ -258,6 +276,8 @@ class Saver:
 
     def _on_durable(self, saved: Saved) -> None:
         self.step, self.at = saved.entry.step, time.monotonic()
+        self.usual = saved.seconds
+        self._costs.put(Cost(saved.stall, saved.seconds, saved.entry.size))
 
     def _on_settled(self, promise: Future[Saved | None]) -> None:
         """Told when a save is over: one that is verified ends what was wrong before it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +18,52 @@ class Moment:
     last_saved_at: float  # or when a save was last tried in vain
 
 
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one save has taken, in seconds and bytes."""
+
+    stall: float  # that training has stood still for it
+    seconds: float  # from the wish until it was durable
+    size: int  # written
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one step has taken, and what has become durable meanwhile."""
+
+    step: float  # seconds from the step before, standing still for a save included
+    saving: bool  # whether a save was on its way to the disk meanwhile
+    saves: Sequence[Cost] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An interval between saves that a policy has chosen, and why."""
+
+    interval: float  # seconds
+    bound: str  # which consideration has decided: one of the words in risk.py
+    cost: float  # seconds of training that a save is taken to cost
+    expected_loss: float  # seconds of work that a failure destroys on average
+    bytes_per_day: float  # written at this interval
+
+
 class SavePolicy(Protocol):
+    """Says after each step whether to save.
+
+    A policy with a method `learn` as well (`Learner`) is told there what steps and saves have
+    taken: policies look at no clock and no disk of their own.
+    """
+
     def __call__(self, moment: Moment) -> bool: ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A policy that decides by what saving costs."""
+
+    def learn(self, measured: Measured) -> Choice | None:
+        """Take in what a step has taken; called before the policy is asked about that step.
+        Returns what it has chosen where that is news for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +97,12 @@ class AnyOf:
 
     def __call__(self, moment: Moment) -> bool:
         return any(policy(moment) for policy in self.policies)
+
+    def learn(self, measured: Measured) -> Choice | None:
+        """Tell those that want to know; the first news there is."""
+        learners = [policy for policy in self.policies if isinstance(policy, Learner)]
+        choices = [learner.learn(measured) for learner in learners]
+        return next((choice for choice in choices if choice is not None), None)
 
 
 class MemoryPace:

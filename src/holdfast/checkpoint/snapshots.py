@@ -76,13 +76,13 @@ class Snapshots:
         weakref.finalize(self, self._tier.close)
         self._writer.open_tier(self._tier)
 
-    def leave_memory(self) -> None:
+    def leave_memory(self, *, abandon: bool = False) -> None:
         """Another run, or another generation of it, is saved from now on: the next snapshot opens
-        a place of its own."""
+        a place of its own. With `abandon`, nobody will want what is there."""
         self.wait()
         if self._tier is not None:
             self._writer.open_tier(None)
-            self._tier.close()
+            self._tier.close(abandon=abandon)
             self._tier = None
 
     def take(

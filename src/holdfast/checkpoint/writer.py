@@ -61,6 +61,10 @@ class NoRoom(Exception):
     """There is no memory for a copy of the state."""
 
 
+class _Abandoned(Exception):
+    """Nobody waits for this write any more."""
+
+
 class Writer:
     """Takes snapshots and makes those that are wanted durable, in their order, in the background.
 
@@ -93,7 +97,7 @@ class Writer:
         self._helpers = ThreadPoolExecutor(self._copy_threads, "holdfast-copy")
         self._making = threading.Lock()
         self._preparing: threading.Thread | None = None
-        self._closed = False
+        self._closed = self._abandoned = False
         self.background_seconds = 0.0  # processor time of the staging thread, ever
 
     @property
@@ -168,6 +172,22 @@ class Writer:
         if copy.finished:
             _keep(pending.staged)
         return snapshot
+
+    def write_newest(self) -> PendingSave | None:
+        """Make the newest snapshot durable that was for the memory alone; None where the newest
+        one is on the disk, or on its way there, or failed to get there."""
+        with self._change:
+            newest = self._newest
+            if newest is None or newest.to_disk or self._tier is None:
+                return None
+            newest.to_disk, newest.droppable, newest.asked = True, False, time.monotonic()
+        # In the staging thread's turn: it may still be giving this snapshot its checksums.
+        self._submit(self._stager, self._enqueue, newest)
+        return newest.pending
+
+    def abandon(self) -> None:
+        """Let go of what is on its way to the disk: the process wants to end now."""
+        self._abandoned = True
 
     def prepare(self, tree: Tree) -> None:
         """Have slots for such trees ready, their pages touched, before the first is needed."""
@@ -337,9 +357,7 @@ class Writer:
         finally:
             snapshot.tree = None
         if snapshot.to_disk:
-            with self._change:
-                self._queue.append(snapshot)
-            self._submit(self._disk, self._write_next)
+            self._enqueue(snapshot)
         snapshot.copy.settle()
         _keep(snapshot.pending.staged)
         try:
@@ -357,6 +375,11 @@ class Writer:
         if not snapshot.to_disk:
             self._seal(snapshot)
         self.background_seconds += time.thread_time() - began
+
+    def _enqueue(self, snapshot: Snapshot) -> None:
+        with self._change:
+            self._queue.append(snapshot)
+        self._submit(self._disk, self._write_next)
 
     def _describe(self, snapshot: Snapshot) -> Blueprint:
         """Put everything but the tensors into the slot; they may be on their way there."""
@@ -392,12 +415,17 @@ class Writer:
 
     def _write_next(self) -> None:
         with self._change:
+            if self._abandoned:
+                self._queue.clear()
+                self._change.notify_all()
             if not self._queue:
                 return  # it has been dropped
             snapshot = self._writing = self._queue.pop(0)
             self._change.notify_all()
         try:
             self._write(snapshot)
+        except _Abandoned:
+            pass  # there is nobody to tell
         except Exception as error:  # noqa: BLE001 - told as a save that failed, never the end
             self._give_up(snapshot, error)
         finally:
@@ -409,11 +437,17 @@ class Writer:
         blueprint, sealer = snapshot.blueprint, snapshot.sealer
         assert blueprint is not None
         assert sealer is not None
+
+        def ready(end: int) -> None:
+            if self._abandoned:
+                raise _Abandoned
+            sealer.advance(end)
+
         draft = Draft(
             blueprint.manifest,
             blueprint.size,
             [(0, snapshot.slot.buffer[: blueprint.size])],
-            sealer.advance,
+            ready,
         )
 
         def announced(saved: Saved) -> None:

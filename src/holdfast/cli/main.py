@@ -34,7 +34,8 @@ def main(  # noqa: PLR0911 - one return a bad end
     except HoldfastError as error:
         return _fail(str(error), error.exit_code, error, debug)
     except KeyboardInterrupt as error:
-        return _fail(_("Stopped at once; what was durable is intact."), 130, error, debug)
+        message = str(error) or _("Stopped at once; what was durable is intact.")
+        return _fail(message, 130, error, debug)
     except BrokenPipeError:
         _silence_stdout()
         return 141  # 128 + SIGPIPE, as other tools end when `head` has seen enough

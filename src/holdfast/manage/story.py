@@ -12,6 +12,11 @@ from holdfast.manage.table import printable
 # What happens all the time while everything goes well; shown with `--events` only.
 ROUTINE = ("durable", "verified", "removed")
 
+# Why something was made durable at an end that was not planned.
+ENDS = {
+    "signal": N_("; a signal asked the training to stop"),
+    "error": N_("; an error ended the training"),
+}
 _SENTENCES = {
     "began": N_("the run began"),
     "durable": N_("step {step} is durable: {names} ({size})"),
@@ -29,6 +34,7 @@ _SENTENCES = {
     "unsafe": N_("nothing could be saved for {minutes} minutes; durable was step {step}"),
     "directory_lost": N_("the run directory was deleted or renamed while training; begun anew"),
     "lock_renewed": N_("the lock file was removed while training, and made anew"),
+    "diverged": N_("step {step} went wrong ({reason}); training went back to step {back_to}"),
     "interrupted": N_("training was interrupted at step {step}"),
     "rescued": N_("step {step} was found in memory and made durable"),
     "finished": N_("training was finished at step {step}"),
@@ -52,7 +58,7 @@ def story(events: Iterable[Mapping[str, Any]], *, everything: bool = False) -> l
 
 def is_story(event: Mapping[str, Any]) -> bool:
     """Whether a person wants to know; what a later version records counts as such."""
-    return event.get("event") not in ROUTINE or event.get("reason") == "signal"
+    return event.get("event") not in ROUTINE or event.get("reason") in ENDS
 
 
 def describe(event: Mapping[str, Any]) -> str:
@@ -68,8 +74,8 @@ def describe(event: Mapping[str, Any]) -> str:
         return " ".join([kind, *rest])
     if kind == "resumed" and event.get("steps_lost"):
         text += _("; steps lost: {steps}", steps=event["steps_lost"])
-    if kind == "durable" and event.get("reason") == "signal":
-        text += _("; a signal asked the training to stop")
+    if kind == "durable" and event.get("reason") in ENDS:
+        text += _(ENDS[event["reason"]])
     return text
 
 

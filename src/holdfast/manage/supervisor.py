@@ -26,7 +26,7 @@ from typing import Any
 from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.catalog import Catalog, Entry, now
 from holdfast.checkpoint.lock import FileLock
-from holdfast.errors import ConfigError, DataError, GaveUp, Interrupted, RunLocked
+from holdfast.errors import ConfigError, DataError, Diverged, GaveUp, Interrupted, RunLocked
 from holdfast.formatting import format_seconds, parse_time
 from holdfast.i18n import _
 from holdfast.manage.story import describe
@@ -41,9 +41,8 @@ PATIENCE = 60.0  # seconds for the lock of a run, and for what a command leaves 
 LOG = "supervisor.log"
 
 # The same command would end the same way; 126 and 127 are a shell's "cannot run" and "not found".
-FINAL = frozenset(
-    {ConfigError.exit_code, DataError.exit_code, RunLocked.exit_code, GaveUp.exit_code, 126, 127}
-)
+_OURS = (ConfigError, DataError, RunLocked, GaveUp, Diverged)
+FINAL = frozenset({*(error.exit_code for error in _OURS), 126, 127})
 _FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 _ASKING = (*_FORWARDED, "SIGQUIT")  # whoever sends one of these wants an end, not a restart
 ASKED = frozenset(int(getattr(signal, name)) for name in _ASKING if hasattr(signal, name))

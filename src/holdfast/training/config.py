@@ -132,6 +132,11 @@ class TrainingConfig:
         ge=0,
         near=("max_grad_norm", "gradient_clip"),
     )
+    on_nan: Literal["stop", "rollback", "ignore"] = option(
+        "stop",
+        help=N_("when the loss is no number or jumps up: stop, go back and skip the data, or warn"),
+        near=("nan", "on_spike", "detect_anomaly"),
+    )
     seed: int = option(
         42, help=N_("seed of weights, dropout and the order of the data"), ge=0, le=2**32 - 1
     )
@@ -205,11 +210,20 @@ class CheckpointConfig:
         metavar="STEPS",
         ge=1,
     )
-    temp_every_minutes: float = option(
-        10.0,
-        help=N_("save a rolling checkpoint within the epoch every so many minutes; 0 for never"),
+    temp_every_minutes: float | None = option(
+        None,
+        help=N_(
+            "save one every so many minutes; 0 for never (without either, risk and cost decide)"
+        ),
         metavar="MINUTES",
         ge=0,
+    )
+    write_budget: float = option(
+        200.0,
+        help=N_("GB a day for rolling checkpoints where risk and cost decide; 0 for no limit"),
+        metavar="GB",
+        ge=0,
+        near=("daily_writes", "max_writes"),
     )
     memory_every: str = option(
         "auto",
@@ -217,6 +231,13 @@ class CheckpointConfig:
         metavar="STEPS|auto",
         count_or="auto",
         near=("memory_steps", "snapshot_every"),
+    )
+    grace: float = option(
+        0.0,
+        help=N_("seconds from a signal until the machine is gone; 0: as long as a save takes"),
+        metavar="SECONDS",
+        ge=0,
+        near=("grace_period", "preemption_time"),
     )
     io_limit: float = option(
         0.0,

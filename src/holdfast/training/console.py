@@ -24,12 +24,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from holdfast.checkpoint import risk
 from holdfast.formatting import format_age, format_bytes, format_seconds, parse_time
 from holdfast.i18n import _
 from holdfast.training import trouble
 
 if TYPE_CHECKING:
     from holdfast.checkpoint.manager import Resumed, Saved
+    from holdfast.checkpoint.schedule import Choice
 
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 TELL_STALL = 0.5  # seconds of standing still that are worth a word
@@ -314,6 +316,8 @@ class Console:
                 _("No snapshots in shared memory ({reason}): after a kill training goes on from "
                   "the newest checkpoint on the disk.", reason=fields["reason"])
             )  # fmt: skip
+        elif event == "interval":
+            self._on_interval(fields["choice"])
         elif event == "staging_off":
             self.warn(
                 _("Saving makes training wait for the disk: {reason}.", reason=fields["reason"])
@@ -326,6 +330,25 @@ class Console:
             )  # fmt: skip
         else:
             trouble.tell(self, event, fields)
+
+    def _on_interval(self, choice: Choice) -> None:
+        why = {
+            risk.BALANCE: _("where lost work and the cost of saving balance"),
+            risk.TIME_BUDGET: _("so that saving takes no more than 1 % of the time"),
+            risk.WRITES: _("so that no more than --write-budget is written"),
+            risk.WRITE_TIME: _("a write takes that long"),
+            risk.MOST_OFTEN: _("the shortest there is"),
+            risk.RAREST: _("the longest there is"),
+        }[choice.bound]
+        self.say(
+            _("🛡️  Rolling checkpoints every {interval} ({why}). A power cut then costs {loss} "
+              "minutes of work on average; the saves cost {share} of the time and {bytes} of "
+              "writes a day.",
+              interval=format_seconds(choice.interval), why=why,
+              loss=f"{choice.expected_loss / 60:.1f}",
+              share=f"{100 * choice.cost / choice.interval:.2f} %",
+              bytes=format_bytes(int(choice.bytes_per_day)))
+        )  # fmt: skip
 
     def _on_durable(self, saved: Saved) -> None:
         self.status.durable_step = saved.entry.step

@@ -138,13 +138,21 @@ def content_hash(paths: Iterable[Path], progress: Progress | None = None) -> str
     return combined_hash(files_by_content(paths, progress))
 
 
-def read_documents(paths: Iterable[Path], *, text_field: str = "text") -> list[str]:
+def read_documents(
+    paths: Iterable[Path], *, text_field: str = "text", progress: Progress | None = None
+) -> list[str]:
     """All documents of the files, in the order given, stripped, the empty ones dropped.
+
+    `progress` counts files.
 
     Raises DataError where a file cannot be read or where there is too little text to train on.
     """
     paths = list(paths)
-    documents = [text for path in paths for text in documents_in(path, text_field=text_field)]
+    documents: list[str] = []
+    for done, path in enumerate(paths):
+        if progress:
+            progress(_("Reading the text"), done, len(paths))
+        documents += documents_in(path, text_field=text_field)
     characters = sum(map(len, documents))
     where = str(paths[0]) if len(paths) == 1 else _("These {count} files", count=len(paths))
     if not characters:

@@ -20,6 +20,8 @@ import torch
 from holdfast.checkpoint import filesystem, guard
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.manager import checkpoint_size
+from holdfast.checkpoint.risk import RiskAware
+from holdfast.checkpoint.schedule import Cost, EveryMinutes, EverySteps, Measured
 from holdfast.checkpoint.snapshots import lack_of_shared_memory
 from holdfast.checkpoint.writer import MEMORY_SLOTS
 from holdfast.errors import Interrupted, ResourceError
@@ -27,12 +29,12 @@ from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import N_, _
 from holdfast.training import continuing
 from holdfast.training.batches import validation_batch_count
-from holdfast.training.config import OPTIONS, Config
+from holdfast.training.config import OPTIONS, CheckpointConfig, Config
 from holdfast.training.console import Console
 from holdfast.training.continuing import Start
 from holdfast.training.fields import format_value
 from holdfast.training.records import Records
-from holdfast.training.session import Workshop, prepare
+from holdfast.training.session import Workshop, prepare, save_policies
 from holdfast.training.trainer import EVALUATION_ROWS
 
 WARM_UP_STEPS = 3
@@ -53,6 +55,7 @@ class Estimate:
     total_seconds: float
     peak_memory: int
     checkpoint_bytes: int
+    temp_seconds: float  # between two rolling checkpoints; infinite: there are none
     snapshot_bytes: int  # of memory, for copies of the state
     no_memory_tier: str  # why there will be none though it is asked for; mostly empty
     run_bytes: int
@@ -104,9 +107,8 @@ def _measure(workshop: Workshop, console: Console, signals: guard.SignalGuard) -
     tokens = plan.accumulation * workshop.config.training.batch_size * trainer.context_length
     epochs = plan.epochs or 1
     epoch_steps = plan.steps_per_epoch if plan.epochs else plan.total_steps
-    temps = epoch_steps // options.temp_every_steps if options.temp_every_steps else 0
-    if options.temp_every_minutes:
-        temps += int(epoch_steps * step / (60 * options.temp_every_minutes))
+    interval = _interval(options, step, save, size)
+    temps = int(epoch_steps * step / interval + 1e-6)  # not one less for a rounding
     kept = epoch_steps // options.save_every if options.save_every else 0
     epoch = epoch_steps * step + evaluation + sample + (1 + temps + kept) * save
     return Estimate(
@@ -117,11 +119,29 @@ def _measure(workshop: Workshop, console: Console, signals: guard.SignalGuard) -
         total_seconds=epoch * epochs,
         peak_memory=peak_memory(trainer.device),
         checkpoint_bytes=size,
+        temp_seconds=interval,
         snapshot_bytes=size * (MEMORY_SLOTS if tier else 1),
         no_memory_tier=lack,
         run_bytes=size * _copies(workshop, temps, kept),
         free_bytes=filesystem.free_bytes(place),
     )
+
+
+def _interval(options: CheckpointConfig, step: float, save: float, size: int) -> float:
+    """Seconds from one rolling checkpoint to the next; infinite where there are none.
+
+    The policy that chooses for itself is told what is known of a save before there was one.
+    """
+    intervals = [math.inf]
+    for policy in save_policies(options):
+        if isinstance(policy, EverySteps):
+            intervals.append(policy.steps * step)
+        elif isinstance(policy, EveryMinutes):
+            intervals.append(60 * policy.minutes)
+        elif isinstance(policy, RiskAware):
+            policy.learn(Measured(step, saving=False, saves=[Cost(0.0, save, size)]))
+            intervals.append(policy.choice.interval)
+    return min(intervals)
 
 
 def _time_steps(workshop: Workshop, signals: guard.SignalGuard) -> float:
@@ -214,6 +234,7 @@ def _print(workshop: Workshop, estimate: Estimate, console: Console) -> None:
         (_("one checkpoint"), _("{size} ({bytes} bytes)",
                                 size=format_bytes(estimate.checkpoint_bytes),
                                 bytes=f"{estimate.checkpoint_bytes:,}")),
+        (_("rolling checkpoints"), _rolling(estimate)),
         (_("memory for snapshots"), _snapshots(estimate)),
         (_("disk for the run"), _("at most {size}; free: {free}",
                                   size=format_bytes(estimate.run_bytes),
@@ -226,6 +247,12 @@ def _print(workshop: Workshop, estimate: Estimate, console: Console) -> None:
     for name, value in lines:
         say(f"  {name}: {value}", important=True)
     say(_("Dry run: nothing was saved."), important=True)
+
+
+def _rolling(estimate: Estimate) -> str:
+    if math.isinf(estimate.temp_seconds):
+        return _("none")
+    return _("every {time}", time=format_seconds(estimate.temp_seconds))
 
 
 def _snapshots(estimate: Estimate) -> str:

@@ -43,6 +43,8 @@ def sample_text(
             output = model(input_ids=given, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             logits = output.logits[0, -1].float().cpu() / temperature
+            if logits.isnan().any():
+                break  # the weights are ruined: there is nothing to draw from
             if not may_end:
                 logits[tokenizer.eos_id] = -torch.inf
             best = torch.topk(logits, min(top_k, logits.numel()))

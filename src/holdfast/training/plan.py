@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,9 +24,10 @@ class Progress:
     smoothed: float = math.nan
     stale: int = 0  # evaluations since the best one
     stopped_early: bool = False
+    left_out: list[list[int]] = field(default_factory=list)  # [epoch, position] that lie ahead
 
     def state_dict(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

@@ -181,10 +181,10 @@ class _Job:
     def texts(self) -> tuple[list[str], list[str]]:
         """(training, validation) documents, read once."""
         if self.splits is None:
-            if self.progress:
-                self.progress(_("Reading the text"), 0, 1)
-            documents = corpus.read_documents(self.paths, text_field=self.text_field)
-            if corpus.content_hash(self.paths) != self.content:
+            documents = corpus.read_documents(
+                self.paths, text_field=self.text_field, progress=self.progress
+            )
+            if corpus.content_hash(self.paths, self.progress) != self.content:
                 # Or the tokens of one text would be cached under the hash of another.
                 raise DataError(
                     _("The data changed while it was read. Try again when nobody writes to it.")

@@ -27,6 +27,7 @@ from holdfast.checkpoint.manager import CheckpointManager, Resumed, checkpoint_s
 from holdfast.checkpoint.place import check_rights
 from holdfast.checkpoint.recovery import rescue
 from holdfast.checkpoint.reporting import EventHandler, Reporter
+from holdfast.checkpoint.risk import RiskAware
 from holdfast.checkpoint.schedule import EveryMinutes, EverySteps, SavePolicy
 from holdfast.checkpoint.state import plan_restore
 from holdfast.errors import (
@@ -40,7 +41,7 @@ from holdfast.errors import (
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
 from holdfast.training import continuing, models
-from holdfast.training.config import Config
+from holdfast.training.config import CheckpointConfig, Config
 from holdfast.training.console import Console
 from holdfast.training.continuing import SavedRun, Start
 from holdfast.training.layers import save_config
@@ -93,8 +94,13 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
             notifier.begin(lambda: manager.saved_step)
             try:
                 _train(workshop, manager, start, console, command, notifier=notifier)
-            except KeyboardInterrupt:  # a second Ctrl-C means now: nothing is waited for here
-                raise
+            except KeyboardInterrupt as error:  # a second Ctrl-C means now: nothing is waited for
+                manager.abandon()
+                if not manager.saved_step:
+                    raise
+                raise KeyboardInterrupt(
+                    _("Stopped at once; the last durable step is {step}.", step=manager.saved_step)
+                ) from error
             except BaseException:  # whatever ended it: what was being saved is finished first
                 manager.close()
                 raise
@@ -124,7 +130,9 @@ def prepare(config: Config, start: Start, console: Console, guard: guards.Signal
     data = _data(config, origin, console, guard)
     for note in data.notes:
         console.warn(note)
+    _heed(guard)
     model = _model(config, data, device)
+    _heed(guard)
     if origin is not None:
         continuing.check_model(origin, models.plain_config(model))
     context = models.context_of(model, config.model.context_length)
@@ -141,16 +149,11 @@ def make_manager(
 ) -> CheckpointManager:
     """The checkpoint manager over the trainer's state."""
     options = workshop.config.checkpoint
-    when: list[SavePolicy] = []
-    if options.temp_every_steps:
-        when.append(EverySteps(options.temp_every_steps))
-    if options.temp_every_minutes:
-        when.append(EveryMinutes(options.temp_every_minutes))
     return CheckpointManager(
         options.checkpoint_dir,
         workshop.trainer.state,
         keep_last=options.keep_last_n,
-        save_when=when,
+        save_when=save_policies(options),
         reserve=workshop.reserve,
         overlap=True,  # our own loop changes weights in optimizer.step() and nowhere else
         memory_every="auto" if options.memory_every == "auto" else int(options.memory_every),
@@ -178,6 +181,26 @@ def _listener(workshop: Workshop, console: Console, notifier: Notifier) -> Event
     return on_event
 
 
+def _heed(guard: guards.SignalGuard) -> None:
+    """Between two stages before the first step: a signal ends it here. Raises Interrupted."""
+    if guard.requested is not None:
+        raise Interrupted(
+            _("Stopped before the first step; what was saved before is as it was."), guard.requested
+        )
+
+
+def save_policies(options: CheckpointConfig) -> list[SavePolicy]:
+    """When to save rolling checkpoints: as asked for; by risk and cost where nothing was said."""
+    if options.temp_every_steps is None and options.temp_every_minutes is None:
+        return [RiskAware(write_budget=1e9 * options.write_budget)]
+    when: list[SavePolicy] = []
+    if options.temp_every_steps:
+        when.append(EverySteps(options.temp_every_steps))
+    if options.temp_every_minutes:
+        when.append(EveryMinutes(options.temp_every_minutes))
+    return when
+
+
 def _train(
     workshop: Workshop,
     manager: CheckpointManager,
@@ -203,6 +226,7 @@ def _train(
     if trainer.finished:
         _tell_finished(trainer, console, command, before=True)
         return
+    _heed(trainer.guard)
     _write_descriptions(workshop, directory)
     needed = checkpoint_size(trainer.state, reserve=workshop.reserve)
     space.check_room(manager.catalog, needed)

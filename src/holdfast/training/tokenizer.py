@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ END_OF_TEXT = "<|endoftext|>"  # its id is 0: BOS, EOS, separator of documents a
 # with 3 to 5; with 2 half of all rows are seen twice or less.
 MIN_FREQUENCY = 4
 
+_LISTEN_EVERY = 0.1  # seconds between two looks at the progress of a training
 _CHUNK = 1_000_000  # characters encoded at a time: what an Encoding holds is many times its text
 
 _FILES = (
@@ -182,7 +185,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_fed(documents, progress), trainer)
+    _train(tokenizer, trainer, documents, progress)
     size = tokenizer.get_vocab_size()
     notes = [shrink_note(size, vocab_size)] if size < vocab_size else []
     eos_id = tokenizer.token_to_id(END_OF_TEXT)
@@ -199,14 +202,42 @@ def shrink_note(size: int, wanted: int) -> str:
     )
 
 
-def _fed(documents: Sequence[str], progress: Progress | None) -> Iterator[list[str]]:
+def _train(
+    tokenizer: Any, trainer: Any, documents: Sequence[str], progress: Progress | None
+) -> None:
+    """Train in a thread of its own: the library merges for minutes in one call, and a signal that
+    comes meanwhile must be heard here, where `progress` may end the work."""
     label, done, total = _("Training the tokenizer"), 0, sum(map(len, documents))
-    for start in range(0, len(documents), 1000):
-        batch = list(documents[start : start + 1000])
-        yield batch
-        done += sum(map(len, batch))
+    stopped = False
+
+    def fed() -> Iterator[list[str]]:
+        nonlocal done
+        for start in range(0, len(documents), 1000):
+            if stopped:
+                raise InterruptedError
+            batch = list(documents[start : start + 1000])
+            yield batch
+            done += sum(map(len, batch))
+
+    outcome: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(tokenizer.train_from_iterator(fed(), trainer))
+        except BaseException as error:  # noqa: BLE001 - raised below
+            outcome.set_exception(error)
+
+    # A daemon: what nobody waits for any more must not keep the process from ending.
+    threading.Thread(target=work, name="holdfast-tokenizer", daemon=True).start()
+    try:
+        while wait([outcome], _LISTEN_EVERY).not_done:
+            if progress:
+                progress(label, min(done, total - 1), total)
         if progress:
-            progress(label, done, total)
+            progress(label, total, total)
+    finally:
+        stopped = True
+    outcome.result()
 
 
 def _config_files() -> dict[str, str]:

@@ -17,12 +17,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from holdfast.checkpoint.guard import SignalGuard
 from holdfast.checkpoint.manager import CheckpointManager
-from holdfast.errors import Interrupted, SaveFailed
+from holdfast.errors import Diverged, Interrupted, SaveFailed
 from holdfast.i18n import _
+from holdfast.training import ending
 from holdfast.training.batches import IGNORED, Batches, bits_per_byte, validation_batches
 from holdfast.training.config import Config
 from holdfast.training.console import Console
 from holdfast.training.generate import sample_text
+from holdfast.training.health import LossWatch
 from holdfast.training.models import next_token_loss, parameter_groups, plain_config
 from holdfast.training.plan import Plan, Progress, learning_rate_factor
 from holdfast.training.prepare import PreparedData
@@ -86,6 +88,9 @@ class Trainer:
         }
         self._forward = torch.compile(model) if config.model.compile else model
         self.step_seconds = math.nan
+        self.whole = True  # between two steps: the live state is that of one step
+        self.watch = LossWatch()
+        self.setbacks = ending.Setbacks()
 
     def bind(self, manager: CheckpointManager, records: Records) -> None:
         """Say where to save and what to write; `resume()` of the manager comes after this."""
@@ -99,18 +104,33 @@ class Trainer:
         self.console.start_bar()
         try:
             while not self.finished:
-                if self.progress.position < self.plan.steps_per_epoch:
-                    self.one_step()
-                    self.after_step()
-                if self.progress.position == self.plan.steps_per_epoch:
-                    self.end_epoch()
-                self.stop_if_asked()
-                self.stop_if_unsafe()
+                try:
+                    self._go_on()
+                except Diverged as error:
+                    ending.recover(self, error)
             if self.plan.epochs is None or self.progress.position:
                 self.end_run()
             self.check_end_is_durable()
+        except (Interrupted, Diverged, SaveFailed):  # what could be saved is saved
+            raise
+        except Exception:
+            ending.keep(self)
+            raise
         finally:
             self.console.stop_bar()
+
+    def _go_on(self) -> None:
+        progress = self.progress
+        if progress.position < self.plan.steps_per_epoch:
+            if [progress.epoch, progress.position] in progress.left_out:
+                ending.leave_out(self)
+            else:
+                self.one_step()
+            self.after_step()
+        if progress.position == self.plan.steps_per_epoch:
+            self.end_epoch()
+        self.stop_if_asked()
+        self.stop_if_unsafe()
 
     @property
     def finished(self) -> bool:
@@ -122,8 +142,13 @@ class Trainer:
         return self.progress.epoch > self.plan.epochs
 
     def one_step(self) -> None:
-        """One optimizer update: `accumulation` micro-batches, clipped, scheduled."""
+        """One optimizer update: `accumulation` micro-batches, clipped, scheduled.
+
+        Raises Diverged, with the weights as they were, where the loss or the gradient is not to be
+        learned from.
+        """
         progress, began = self.progress, time.perf_counter()
+        self.whole = False
         accumulation = self.plan.accumulation
         losses = []
         for micro in range(accumulation):
@@ -134,14 +159,16 @@ class Trainer:
             (loss / accumulation).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             progress.tokens += inputs.numel()
-        if self.config.training.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip)
+        mean, norm = torch.stack(losses).mean(), self._clip()
+        if norm is not None:  # looked at before the step: it would ruin the weights
+            self._check(mean.item(), norm.item())
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.position += 1
-        self._account(torch.stack(losses).mean().item(), time.perf_counter() - began)
+        self._account(mean.item(), time.perf_counter() - began)
+        self.whole = True
 
     def after_step(self) -> None:
         """Evaluate and save where this step is one of those; at most one checkpoint."""
@@ -161,7 +188,8 @@ class Trainer:
             self._save("step", metrics, reason="save_every")
         elif improved:
             self._save("best", metrics, reason="best")
-        if not self.guard.requested:
+        # A loss that is high may turn out to be one to go back behind: nothing rolls on meanwhile.
+        if not self.guard.requested and not self.watch.suspects:
             self.manager.after_step(progress.step, epoch=progress.epoch)
         self.console.status.memory_step = self.manager.memory_step
         self.console.status.failing = self.manager.failing
@@ -177,9 +205,11 @@ class Trainer:
         if self.guard.requested:
             return  # evaluated again after the resume, which lands here
         metrics = {"train_loss": mean, **metrics}
+        self.whole = False  # or the epoch would be in the history twice
         improved = self._note(metrics)
         self._remember(epoch, metrics)
         self._begin_epoch()
+        self.whole = True
         self._tell_epoch(epoch, metrics)
         self.console.say(_("💾 Saving the checkpoint..."))
         if self.config.checkpoint.save_every_epoch:
@@ -210,17 +240,8 @@ class Trainer:
 
     def stop_if_asked(self) -> None:
         """After a signal: make this step durable and leave. Raises Interrupted."""
-        number = self.guard.requested
-        if number is None:
-            return
-        self.manager.wait()  # what is being written already may be this very step
-        if self.manager.saved_step != self.progress.step:
-            self._save("temp", {}, reason="signal")
-            self.manager.wait()
-        raise Interrupted(
-            _("Stopped at step {step}; step {durable} is durable. The same command goes on from "
-              "there.", step=self.progress.step, durable=self.manager.saved_step), number
-        )  # fmt: skip
+        if self.guard.requested is not None:
+            ending.stop(self, self.guard.requested)
 
     def stop_if_unsafe(self) -> None:
         """With `--on-unsafe stop`: what nobody can save is not worth computing. Raises SaveFailed
@@ -286,6 +307,23 @@ class Trainer:
         with torch.autocast(self.device.type, self.precision, enabled=not wide):
             logits = self._forward(input_ids=inputs).logits
             return next_token_loss(logits, targets)
+
+    def _clip(self) -> torch.Tensor | None:
+        """Clip the gradient; its norm before that, where somebody wants to look at it."""
+        limit, watched = self.config.training.grad_clip, self.config.training.on_nan != "ignore"
+        parameters = list(self.model.parameters())
+        if limit:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        elif watched:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return norm if watched else None
+
+    def _check(self, loss: float, norm: float) -> None:
+        progress = self.progress
+        problem = self.watch.problem(loss, norm, (progress.epoch, progress.position))
+        if problem:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise Diverged(_("Step {step}: {problem}.", step=progress.step + 1, problem=problem))
 
     def _account(self, loss: float, seconds: float) -> None:
         progress, status = self.progress, self.console.status
@@ -407,12 +445,14 @@ class Trainer:
                   epoch=progress.epoch)
             )  # fmt: skip
             progress.position, progress.loss_sum = 0, 0.0
+            progress.left_out.clear()
         rows = saved_data["samples_per_step"]
         if same and rows != now["samples_per_step"] and progress.position:
             samples = progress.position * rows
             before, mean = progress.position, progress.loss_sum / progress.position
             progress.position = min(samples // now["samples_per_step"], self.plan.steps_per_epoch)
             progress.loss_sum = mean * progress.position
+            progress.left_out.clear()  # positions that mean other data now
             again = samples - progress.position * now["samples_per_step"]
             notes.append(
                 _("Other batch size: step {before} of the epoch becomes step {after}; {again} "
