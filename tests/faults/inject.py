@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import enum
 import errno
+import faulthandler
 import functools
 import hashlib
 import json
@@ -29,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).with_name("shim.c")
-_SECONDS = 120  # after which a forked process is hung, and that is a failure of the run
+_SECONDS = 90  # after which a forked process is hung, and that is a failure of the run
+HUNG = "hung"
 
 
 class How(enum.IntEnum):
@@ -167,6 +169,8 @@ def run(
         errors.seek(0)
         text = errors.read().decode("utf-8", "replace")
         calls = list(read_log(log_path))
+    if said[-1:] == [HUNG]:
+        raise TimeoutError(f"a process under test hangs; it has said {said[:-1]}\n{text}")
     return Outcome(os.waitstatus_to_exitcode(status), said, calls, text)
 
 
@@ -215,6 +219,7 @@ def _child(
     try:
         os.dup2(errors, 2)
         os.dup2(errors, 1)
+        faulthandler.dump_traceback_later(_SECONDS - 5, file=errors)  # where every thread stands
 
         def say(line: str) -> None:
             os.write(there, f"{line}\n".encode())
@@ -258,7 +263,8 @@ def _listen(pid: int, there: int, here: int, strike: Strike | None) -> list[str]
             continue
         if not readable:
             os.kill(pid, signal.SIGKILL)
-            raise TimeoutError(f"a process under test hangs; it has said {said}")
+            said.append(HUNG)
+            return said
         piece = os.read(there, 65536)
         if not piece:
             return said
