@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import platform
 import sys
@@ -12,7 +13,7 @@ from collections import deque
 import pytest
 
 from holdfast.checkpoint import parallel
-from holdfast.checkpoint.parallel import together, yield_the_disk
+from holdfast.checkpoint.parallel import Helper, together, yield_the_disk
 
 
 def test_all_threads_take_part_and_all_work_is_done() -> None:
@@ -32,8 +33,10 @@ def test_all_threads_take_part_and_all_work_is_done() -> None:
 
 def test_the_first_exception_is_raised_when_the_others_have_ended() -> None:
     ended = []
+    begun = threading.Barrier(3)
 
     def work() -> None:
+        begun.wait(20)
         if threading.current_thread() is threading.main_thread():
             raise OSError("mine")
         time.sleep(0.1)
@@ -47,16 +50,32 @@ def test_the_first_exception_is_raised_when_the_others_have_ended() -> None:
 def test_a_system_without_more_threads_has_the_work_done_by_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(_thread: threading.Thread) -> None:
+    def refuse(*_args: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
     calls: list[int] = []
     together(lambda: calls.append(1), 4)
     assert calls == [1]
 
 
-def test_an_interrupt_stops_the_others_first() -> None:
+def test_nobody_waits_for_a_thread_that_died_before_its_first_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where memory has run out: the system gave a thread, and Python had nothing left for it."""
+    monkeypatch.setattr(_thread, "start_new_thread", lambda *_args: 1)
+    calls: list[int] = []
+    together(lambda: calls.append(1), 4)
+    assert calls == [1]
+    helper = Helper(lambda: calls.append(2))
+    assert not helper.busy
+    assert not helper.wait(0.01)
+    helper.finish()
+    helper._run()
+    assert calls == [1], "what was finished before it had begun does nothing any more"
+
+
+def test_an_interrupt_stops_the_others_first(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = threading.Event()
 
     def work() -> None:
@@ -64,18 +83,16 @@ def test_an_interrupt_stops_the_others_first() -> None:
             return
         assert stop.wait(20)
 
-    class Interrupted(threading.Thread):
-        def join(self, timeout: float | None = None) -> None:
-            if not stop.is_set():
-                raise KeyboardInterrupt
-            super().join(timeout)
+    finish = Helper.finish
 
-    real, threading.Thread = threading.Thread, Interrupted  # type: ignore[misc]
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            together(work, 3, stop=stop.set)
-    finally:
-        threading.Thread = real  # type: ignore[misc]
+    def interrupted(helper: Helper) -> None:
+        if not stop.is_set():
+            raise KeyboardInterrupt
+        finish(helper)
+
+    monkeypatch.setattr(Helper, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        together(work, 3, stop=stop.set)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a system call of Linux")
@@ -85,7 +102,10 @@ def test_threads_inherit_the_low_priority_of_the_disk_thread() -> None:
     get = parallel._IOPRIO_SET[platform.machine()] + 1
     found: list[int] = []
 
+    both = threading.Barrier(2)
+
     def look() -> None:
+        both.wait(20)
         found.append(ctypes.CDLL(None).syscall(get, 1, 0))
 
     def gentle() -> None:
@@ -96,5 +116,5 @@ def test_threads_inherit_the_low_priority_of_the_disk_thread() -> None:
     thread.start()
     thread.join()
     assert found == [2 << 13 | 7] * 2
-    look()
+    found.append(ctypes.CDLL(None).syscall(get, 1, 0))
     assert found[-1] != found[0], "the training thread keeps its own"

@@ -63,7 +63,15 @@ def setting(text: str, name: str) -> str:
 def test_what_systemd_is_told() -> None:
     unit = service().unit()
     assert setting(unit, "WorkingDirectory") == "/srv/my run"
-    assert setting(unit, "RestartPreventExitStatus").split() == ["2", "3", "5", "7", "8", "126", "127"]
+    assert setting(unit, "RestartPreventExitStatus").split() == [
+        "2",
+        "3",
+        "5",
+        "7",
+        "8",
+        "126",
+        "127",
+    ]
     assert {"130", "143"} <= set(setting(unit, "SuccessExitStatus").split())
     assert setting(unit, "KillMode") == "mixed"
     assert setting(unit, "KillSignal") == "SIGTERM"

@@ -1,11 +1,13 @@
 """Several threads at one piece of work, for as long as it takes; and threads that step back.
 
-Plain threads, not an executor: those refuse new work once the main thread has ended, and a save
-that is under way then is still to be finished.
+Not an executor's: those refuse new work once the main thread has ended, and a save that is under
+way then is still to be finished. Not `threading.Thread` either: whoever calls its `start` waits
+until the thread has begun, for ever where that dies of a lack of memory before its first line.
 """
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import platform
 import sys
@@ -25,14 +27,56 @@ def yield_the_disk() -> bool:
     return int(ctypes.CDLL(None).syscall(number, _THIS_THREAD, 0, _BEST_EFFORT | _LOWEST)) == 0
 
 
+class Helper:
+    """`work()` in a thread of its own, which nobody has to wait for before it has begun.
+
+    Raises `RuntimeError` or `MemoryError` where the system gives no thread.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._change = threading.Condition()
+        self._begun = self._over = False
+        _thread.start_new_thread(self._run, ())
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has begun and is not done."""
+        return self._begun and not self._over
+
+    def finish(self) -> None:
+        """Return when it is done; what has not begun by now never does."""
+        with self._change:
+            self._over = self._over or not self._begun
+            self._change.wait_for(lambda: self._over)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is done within `seconds`."""
+        with self._change:
+            return self._change.wait_for(lambda: self._over, seconds)
+
+    def _run(self) -> None:
+        with self._change:
+            if self._over:
+                return
+            self._begun = True
+        try:
+            self._work()
+        finally:
+            with self._change:
+                self._over = True
+                self._change.notify_all()
+
+
 def together(
     work: Callable[[], None], count: int, *, stop: Callable[[], None] = lambda: None
 ) -> None:
-    """Call `work` in `count` threads at once, the caller's among them; return when all are done.
+    """Call `work` in up to `count` threads at once, the caller's among them; return when all are
+    done.
 
     The first exception is raised when the others have ended; an interrupt of the caller calls
-    `stop` first, so that they do. Fewer threads do where the system gives no more: `work` must take
-    its share from a common store.
+    `stop` first, so that they do. Fewer threads do where the system gives no more, or where the
+    caller is done before they have begun: `work` must take its share from a common store.
     """
     errors: list[BaseException] = []
 
@@ -42,22 +86,20 @@ def together(
         except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
             errors.append(error)
 
-    threads: list[threading.Thread] = []
-    for _thread in range(count - 1):
-        thread = threading.Thread(target=guarded, name="holdfast-together")
+    helpers: list[Helper] = []
+    for _number in range(count - 1):
         try:
-            thread.start()
-        except RuntimeError:  # no more threads, or the interpreter is ending
+            helpers.append(Helper(guarded))
+        except (RuntimeError, MemoryError):  # no more threads, or the interpreter is ending
             break
-        threads.append(thread)
     guarded()
     try:
-        for thread in threads:
-            thread.join()
+        for helper in helpers:
+            helper.finish()
     except BaseException:  # an interrupt: nobody may work on what the caller gives up
         stop()
-        for thread in threads:
-            thread.join()
+        for helper in helpers:
+            helper.finish()
         raise
     if errors:
         raise errors[0]

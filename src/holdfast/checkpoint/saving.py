@@ -6,11 +6,11 @@ checkpoint, or a failure that is told. Snapshots and writer do the work in the b
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
 import queue
-import threading
 import time
 import uuid
 from collections.abc import Mapping, MutableMapping
@@ -23,6 +23,7 @@ from holdfast.checkpoint import image as images
 from holdfast.checkpoint.catalog import Catalog, now
 from holdfast.checkpoint.describe import environment, plain_metrics, score_of
 from holdfast.checkpoint.outcome import PendingSave, Saved
+from holdfast.checkpoint.parallel import Helper
 from holdfast.checkpoint.place import Place
 from holdfast.checkpoint.publisher import Draft, Publisher, is_transient
 from holdfast.checkpoint.randomness import RandomState
@@ -85,7 +86,7 @@ class Saver:
         self._configured = configurations(state)
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
         self._looked, self._losses = self.at, 0
-        self._looking = threading.Thread()  # the look that is under way, if it is alive
+        self._looking: Helper | None = None  # the look that was begun last
         self._background = 0.0  # processor time of snapshots when the last one was asked for
         self.usual = 0.0  # seconds that the last save took from the wish until it was durable
         self._saving = False  # whether anything was on its way to the disk since the last step
@@ -209,10 +210,11 @@ class Saver:
         a network's disk may not answer; and whether training has been unsafe for too long, which
         is told, and again after a while."""
         now = time.monotonic()
-        if now - self._looked >= _LOOK_EVERY and not self._looking.is_alive():
+        looking = self._looking is not None and self._looking.busy
+        if now - self._looked >= _LOOK_EVERY and not looking:
             self._looked = now
-            self._looking = threading.Thread(target=self._look, name="holdfast-look", daemon=True)
-            self._looking.start()
+            with contextlib.suppress(RuntimeError, MemoryError):  # then at the next time
+                self._looking = Helper(self._look)
         self._begin_anew()
         due, first = self.watch.escalate(now)
         if due:
@@ -233,8 +235,8 @@ class Saver:
         """Return when nothing is under way any more."""
         self.snapshots.wait()
         self.writer.wait()
-        if self._looking.is_alive():
-            self._looking.join()
+        if self._looking is not None:
+            self._looking.finish()
 
     def _begin_anew(self) -> None:
         """After the run directory was lost: what was safe is not any more."""

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from holdfast.checkpoint import codec, memory
 from holdfast.checkpoint.image import Blueprint, Sealer, design
 from holdfast.checkpoint.layout import PAGE, Record, plan
 from holdfast.checkpoint.outcome import PendingSave, Saved
-from holdfast.checkpoint.parallel import yield_the_disk
+from holdfast.checkpoint.parallel import Helper, yield_the_disk
 from holdfast.checkpoint.publisher import Draft, Publisher
 from holdfast.checkpoint.slot import Slot, available_memory
 from holdfast.checkpoint.staging import Copy, capacity_for
@@ -95,10 +96,23 @@ class Writer:
         self._disk = ThreadPoolExecutor(1, "holdfast-disk", initializer=yield_the_disk)
         self._copy_threads = min(4, os.cpu_count() or 1)
         self._helpers = ThreadPoolExecutor(self._copy_threads, "holdfast-copy")
+        self._begin_threads()
         self._making = threading.Lock()
-        self._preparing: threading.Thread | None = None
+        self._preparing: Helper | None = None
         self._closed = self._abandoned = False
         self.background_seconds = 0.0  # processor time of the staging thread, ever
+
+    def _begin_threads(self) -> None:
+        """Now, while there is memory for them: a pool that begins a thread in the middle of a
+        save waits for ever where that dies of the lack of it (see parallel.py)."""
+        there = threading.Barrier(self._copy_threads)
+        for pool, count in (
+            (self._stager, 1),
+            (self._disk, 1),
+            (self._helpers, self._copy_threads),
+        ):
+            for _thread in range(count):
+                pool.submit(there.wait if pool is self._helpers else int)
 
     @property
     def idle(self) -> bool:
@@ -194,10 +208,8 @@ class Writer:
         if self._preparing is None:
             records = self.records(tree)
             sizes = capacity_for(tree, records, self._values), records[-1].end if records else 0
-            self._preparing = threading.Thread(
-                target=self._prefault, args=sizes, name="holdfast-prefault", daemon=True
-            )
-            self._preparing.start()
+            with contextlib.suppress(RuntimeError, MemoryError):  # the first save touches them
+                self._preparing = Helper(partial(self._prefault, *sizes))
 
     def _prefault(self, capacity: int, tensors: int) -> None:
         wanted = 1 if self._tier is None else MEMORY_SLOTS
@@ -222,7 +234,7 @@ class Writer:
         self.wait()
         self._closed = True
         if self._preparing is not None:
-            self._preparing.join()
+            self._preparing.finish()
         for pool in (self._stager, self._disk, self._helpers):
             pool.shutdown()
         self._close_slots()

@@ -15,13 +15,14 @@ import shlex
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from holdfast.checkpoint.parallel import Helper
 from holdfast.errors import ConfigError, HoldfastError, Interrupted
 from holdfast.i18n import _
 
@@ -40,7 +41,7 @@ class Notifier:
         self._words = split(command)
         self._directory, self._warn = directory, warn
         self._durable: Callable[[], int] | None = None
-        self._running: list[threading.Thread] = []
+        self._running: list[Helper] = []
         self._failures: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def begin(self, durable: Callable[[], int]) -> None:
@@ -65,12 +66,10 @@ class Notifier:
             "HOLDFAST_STEP": str(self._durable()),
             "HOLDFAST_DIR": str(self._directory.absolute()),
         }
-        thread = threading.Thread(
-            target=self._run, args=([*self._words, message], environment),
-            name="holdfast-notify", daemon=True,
-        )  # fmt: skip
-        thread.start()
-        self._running.append(thread)
+        try:
+            self._running.append(Helper(partial(self._run, [*self._words, message], environment)))
+        except (RuntimeError, MemoryError) as error:
+            self._failures.put(str(error))
 
     def __enter__(self) -> Notifier:
         return self
@@ -91,8 +90,8 @@ class Notifier:
 
     def _finish(self) -> None:
         deadline = time.monotonic() + TIMEOUT + 1
-        for thread in self._running:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        for call in self._running:
+            call.wait(max(0.0, deadline - time.monotonic()))
         self._say_failures()
 
     def _run(self, words: list[str], environment: dict[str, str]) -> None:
