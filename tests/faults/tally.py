@@ -28,6 +28,7 @@ class Tally:
     human: int = 0
     repeated: int = 0  # the most steps that had to be done again
     seconds: float = 0.0
+    notes: str = ""  # what a reader of the row should know
     skipped: str = ""  # why there is nothing in this row
     examples: list[str] = field(default_factory=list)  # of what went wrong, for a person
     _seen: set[str] = field(default_factory=set, repr=False)
@@ -113,7 +114,8 @@ def table(rows: list[Tally]) -> str:
         values = [row.points, row.states, row.recovered, row.lost, row.wrong, row.human,
                   row.repeated]  # fmt: skip
         counts = ["–"] * len(values) if row.skipped else [f"{value:,}" for value in values]
-        name = row.saver + (f" ({row.skipped})" if row.skipped else "")
+        said = row.skipped or row.notes
+        name = row.saver + (f" ({said})" if said else "")
         lines.append([row.fault, name, *counts])
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     out = []

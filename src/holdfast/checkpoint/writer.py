@@ -35,6 +35,7 @@ log = logging.getLogger("holdfast")
 
 MEMORY_SLOTS = 3  # one being written, one complete, one being filled: two would cost a second step
 PRIVATE_SLOTS = 2  # one being written; the newest waits in the other, made when it is first needed
+_THREAD_SECONDS = 30.0  # a thread that has not begun by then never will
 _HEADROOM = 256 << 20  # bytes of memory that stay free for everybody else
 
 
@@ -105,6 +106,8 @@ class Writer:
     def _begin_threads(self) -> None:
         """Now, while there is memory for them: a pool that begins a thread in the middle of a
         save waits for ever where that dies of the lack of it (see parallel.py)."""
+        if not Helper(int).wait(_THREAD_SECONDS):
+            raise MemoryError
         there = threading.Barrier(self._copy_threads)
         for pool, count in (
             (self._stager, 1),
