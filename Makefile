@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 SERVE_PORT ?= 8000
 
 .DEFAULT_GOAL := help
-.PHONY: help install train-chinese test test-all lint i18n bench serve clean
+.PHONY: help install train-chinese test test-all faults lint i18n bench serve clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,11 +40,15 @@ install: $(VENV)/.train  ## make .venv with everything that training needs
 train-chinese: install  ## train a small Chinese model on data/zh_sample.txt; again: go on
 	$(BIN)/python train_chinese.py --preset quick $(ARGS)
 
-test: $(VENV)/.dev lint  ## the test suite (about 6 minutes on 2 cores)
+test: $(VENV)/.dev lint  ## the test suite (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(VENV)/.dev lint  ## the same with the slow tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+faults: $(VENV)/.dev  ## the whole matrix of faults, peers beside us (about half an hour); best as root
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m tests.faults --out benchmarks/results $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and the type checker
 	$(BIN)/ruff check .

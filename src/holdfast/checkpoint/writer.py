@@ -106,7 +106,7 @@ class Writer:
     def _begin_threads(self) -> None:
         """Now, while there is memory for them: a pool that begins a thread in the middle of a
         save waits for ever where that dies of the lack of it (see parallel.py)."""
-        if not Helper(int).wait(_THREAD_SECONDS):
+        if not Helper(lambda: None).wait(_THREAD_SECONDS):
             raise MemoryError
         there = threading.Barrier(self._copy_threads)
         for pool, count in (
