@@ -12,11 +12,27 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from holdfast.checkpoint import CheckpointManager as CheckpointManager
+    from holdfast.checkpoint import EveryEpoch as EveryEpoch
+    from holdfast.checkpoint import EveryMinutes as EveryMinutes
+    from holdfast.checkpoint import EverySteps as EverySteps
+    from holdfast.checkpoint import OnBest as OnBest
+    from holdfast.checkpoint import RiskAware as RiskAware
     from holdfast.checkpoint import load as load
     from holdfast.checkpoint import prove_resume as prove_resume
     from holdfast.checkpoint import verify as verify
 
-__all__ = ["CheckpointManager", "__version__", "load", "prove_resume", "verify"]
+__all__ = [
+    "CheckpointManager",
+    "EveryEpoch",
+    "EveryMinutes",
+    "EverySteps",
+    "OnBest",
+    "RiskAware",
+    "__version__",
+    "load",
+    "prove_resume",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> object:

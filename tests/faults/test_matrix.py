@@ -4,14 +4,13 @@ process of its own, because the shim has to be there from the start of one."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.faults import inject
 
 SEED = 20261121  # the same points in every run of the tests; `make faults` takes others
 ROOT = Path(__file__).parents[2]
@@ -32,21 +31,37 @@ GROUPS = [
 ]
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("words", GROUPS, ids=lambda words: words[0])
-def test_nothing_that_was_announced_is_lost(words: list[str]) -> None:
+def made(words: list[str], **environment: str) -> dict[str, Any]:
+    """The report of the rows that contain one of `words`."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults", "--quick", "--json", "--jobs", "1", "--seed",
          str(SEED), "--rows", *words],
-        capture_output=True, text=True, cwd=ROOT, env=inject.environment(), check=False,
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, check=False,
     )  # fmt: skip
     assert done.stdout, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("words", GROUPS, ids=lambda words: words[0])
+def test_nothing_that_was_announced_is_lost(words: list[str]) -> None:
+    report = made(words)
     assert report["problems"] == []
     assert report["rows"], "no row has such a name"
     skipped = [row["skipped"] for row in report["rows"] if row["skipped"]]
     if len(skipped) == len(report["rows"]):
         pytest.skip(skipped[0])
+
+
+def test_without_a_compiler_pythons_own_calls_are_the_seam() -> None:
+    report = made(["a lying write: holdfast", "killed at a call: torch.save over"],
+                  HOLDFAST_FAULTS="seam")  # fmt: skip
+    assert report["problems"] == []
+    ours, mutant, by_hand = sorted(report["rows"], key=lambda row: row["saver"])
+    assert ours["points"] == ours["recovered"] > 0
+    assert mutant["recovered"] < mutant["points"]
+    assert "compiler" in by_hand["skipped"]
 
 
 def test_every_row_of_the_short_form_is_in_a_group() -> None:

@@ -23,16 +23,20 @@ if TYPE_CHECKING:
     from holdfast.checkpoint.prove import prove_resume as prove_resume
     from holdfast.checkpoint.risk import RiskAware as RiskAware
     from holdfast.checkpoint.schedule import AnyOf as AnyOf
+    from holdfast.checkpoint.schedule import EveryEpoch as EveryEpoch
     from holdfast.checkpoint.schedule import EveryMinutes as EveryMinutes
     from holdfast.checkpoint.schedule import EverySteps as EverySteps
+    from holdfast.checkpoint.schedule import OnBest as OnBest
 
 _WHERE = {
     "AnyOf": "schedule",
     "Catalog": "catalog",
     "CheckpointManager": "manager",
     "Entry": "catalog",
+    "EveryEpoch": "schedule",
     "EveryMinutes": "schedule",
     "EverySteps": "schedule",
+    "OnBest": "schedule",
     "PendingSave": "outcome",
     "Proof": "prove",
     "Resumed": "outcome",
@@ -49,8 +53,10 @@ __all__ = [
     "Catalog",
     "CheckpointManager",
     "Entry",
+    "EveryEpoch",
     "EveryMinutes",
     "EverySteps",
+    "OnBest",
     "PendingSave",
     "Proof",
     "Resumed",

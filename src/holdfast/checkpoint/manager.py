@@ -285,7 +285,8 @@ class CheckpointManager:
         except OSError as error:
             self._reporter.warn(error)
         self.catalog.write_cache()
-        self._saver.resumed(entry.step, abandon=branch)
+        best = contents.best.loss if contents.best is not None else None
+        self._saver.resumed(entry, best, abandon=branch)
         self._restore_threads(found.manifest)
         self._reporter.record("resumed", id=entry.id, step=entry.step, run_id=self.run_id,
                       generation=self.generation, steps_lost=steps)  # fmt: skip
@@ -321,9 +322,19 @@ class CheckpointManager:
 
     # -------------------------------------------------------------------------------------- save
 
-    def after_step(self, step: int, *, epoch: int | None = None) -> PendingSave | None:
-        """Call it after each step: saves a temporary checkpoint if `save_when` says so, and keeps a
-        snapshot in memory as often as `memory_every` says. Tells what has happened meanwhile."""
+    def after_step(
+        self,
+        step: int,
+        *,
+        epoch: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> PendingSave | None:
+        """Call it after each step: saves if `save_when` says so, and keeps a snapshot in memory as
+        often as `memory_every` says. Tells what has happened meanwhile.
+
+        Where `metrics` are the best there have been the checkpoint is one to keep, else a temporary
+        one that may be dropped for a newer one.
+        """
         self._reporter.deliver()
         saver = self._saver
         measured = saver.stepped()
@@ -331,14 +342,19 @@ class CheckpointManager:
         if choice is not None:
             self._reporter.tell("interval", choice=choice)
         last = max(saver.at, saver.asked_at)  # a full disk is not tried at every step
-        moment = Moment(step, time.monotonic(), max(saver.step, saver.asked_step), last)
+        improved = saver.improves(metrics)
+        moment = Moment(
+            step, time.monotonic(), max(saver.step, saver.asked_step), last,
+            epoch, saver.epoch_of_last_save(epoch), improved,
+        )  # fmt: skip
         saver.look()
         due = self._save_when(moment) or (saver.owed and saver.writer.idle)
         if saver.watch.failures:  # a full disk is not tried at every step, but soon again
             if saver.writer.idle and saver.watch.retry_due(moment.now):
                 return self.save_async(step=step, epoch=epoch, reason=RETRY)
         elif due:
-            return self.save_async(step=step, epoch=epoch, reason="scheduled")
+            return self.save_async(step=step, epoch=epoch, metrics=metrics, reason="scheduled",
+                                   kind="best" if improved else "temp")  # fmt: skip
         if saver.run.settled and not saver.writer.ready:
             self.prepare()
         saver.remember(step, epoch)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from holdfast.checkpoint import codec, filesystem
 from holdfast.checkpoint import image as images
-from holdfast.checkpoint.catalog import Catalog, now
+from holdfast.checkpoint.catalog import Catalog, Entry, now
 from holdfast.checkpoint.describe import environment, plain_metrics, score_of
 from holdfast.checkpoint.outcome import PendingSave, Saved
 from holdfast.checkpoint.parallel import Helper
@@ -77,6 +77,8 @@ class Saver:
         self.random = RandomState() if rng else None
         self.step, self.at = 0, time.monotonic()  # of the newest durable checkpoint
         self.asked_step, self.asked_at = 0, -math.inf
+        self._epoch: int | None = None  # in which was last saved, or the first one that was seen
+        self._best: float | None = None  # score, lower is better, of all that was asked for
         self.remembered = 0  # the step of the last snapshot that was for the memory alone
         self.owed = False  # a save was dropped: the next step that finds room takes its place
         self.watch = Watch(max_unsafe, self.at)
@@ -120,9 +122,11 @@ class Saver:
         self._open_memory(tree)
         self.writer.prepare(tree)
 
-    def resumed(self, step: int, *, abandon: bool = False) -> None:
-        """The state is that of `step` now, of the run as `run` says. `abandon`: what this process
-        has kept in memory until now is not to be gone on from."""
+    def resumed(self, entry: Entry, best: float | None, *, abandon: bool = False) -> None:
+        """The state is that of `entry` now, of the run as `run` says; `best` is the lowest loss
+        there is. `abandon`: what this process has kept in memory until now is not to be gone on
+        from."""
+        step, self._epoch, self._best = entry.step, entry.epoch, best
         self.snapshots.leave_memory(abandon=abandon)
         self.step, self.at = step, time.monotonic()
         self.watch.saved(self.at)
@@ -146,6 +150,9 @@ class Saver:
         pending = PendingSave(int(step))
         if to_disk:
             self.asked_step, self.asked_at, self._saving = int(step), asked, True
+            self._epoch = self._epoch if epoch is None else int(epoch)
+            if self.improves(metrics):
+                self._best = self._loss(metrics)
             self.watch.asked(asked)
         pending.settled.add_done_callback(self._on_settled)
 
@@ -204,6 +211,23 @@ class Saver:
             measured = Measured(now - began, self._saving or writing, costs)
         self._stepped, self._saving = (now, stalled), writing
         return measured
+
+    def improves(self, metrics: Mapping[str, float] | None) -> bool:
+        """Whether `metrics` are better than all that was saved or asked for before."""
+        loss = self._loss(metrics)
+        return loss is not None and (self._best is None or loss < self._best)
+
+    def _loss(self, metrics: Mapping[str, float] | None) -> float | None:
+        lower = self._lower_is_better
+        score = score_of(plain_metrics(metrics), self._metric, lower_is_better=lower)
+        value: float | None = score["value"]
+        return value if value is None or lower else -value
+
+    def epoch_of_last_save(self, now: int | None) -> int | None:
+        """In which epoch was last saved; the present one where nothing was."""
+        if self._epoch is None:
+            self._epoch = now
+        return self._epoch
 
     def look(self) -> None:
         """Now and then: whether the run directory is still there, in a thread of its own, because

@@ -16,6 +16,9 @@ class Moment:
     now: float
     last_saved_step: int
     last_saved_at: float  # or when a save was last tried in vain
+    epoch: int | None = None
+    last_saved_epoch: int | None = None  # in which was last saved, or the first one that was seen
+    improved: bool = False  # whether this step's metrics are the best there have been
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,25 @@ class EveryMinutes:
             moment.step > moment.last_saved_step
             and moment.now - moment.last_saved_at >= 60 * self.minutes
         )
+
+
+@dataclass(frozen=True, slots=True)
+class EveryEpoch:
+    """Once an epoch: after its first step, where nothing has been saved in it yet. The first epoch
+    that is seen does not count: what it began from is there already."""
+
+    def __call__(self, moment: Moment) -> bool:
+        if moment.epoch is None or moment.last_saved_epoch is None:
+            return False
+        return moment.epoch > moment.last_saved_epoch
+
+
+@dataclass(frozen=True, slots=True)
+class OnBest:
+    """When the metrics of a step are better than all before them."""
+
+    def __call__(self, moment: Moment) -> bool:
+        return moment.improved
 
 
 @dataclass(frozen=True, slots=True)
