@@ -31,6 +31,7 @@ from holdfast.errors import (
 from holdfast.training.session import save_policies
 from holdfast.training.trainer import Trainer
 from tests.training.runs import (
+    HARD,
     Killed,
     config_for,
     difference,
@@ -674,3 +675,15 @@ def test_other_forms_of_the_same_text_give_the_same_tokens(
         return text.partition("documents, ")[2].partition(")")[0]
 
     assert tokens(said) == tokens(expected)
+
+
+def test_the_sample_text_is_found_from_everywhere_also_by_the_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no data/ here
+    flags = {name: str(value) for name, value in HARD.items() if name != "epochs"}
+    flags |= {"cache_dir": "cache", "checkpoint_dir": "run"}
+    train(resolve(flags={**flags, "num_steps": "1"}))
+    said = train(resolve(flags={**flags, "num_steps": "2"}))
+    assert "from checkpoint_step_1.pt" in said
+    assert "is gone" not in said

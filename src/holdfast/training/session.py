@@ -41,7 +41,7 @@ from holdfast.errors import (
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
 from holdfast.training import continuing, models
-from holdfast.training.config import CheckpointConfig, Config
+from holdfast.training.config import OPTIONS, CheckpointConfig, Config
 from holdfast.training.console import Console
 from holdfast.training.continuing import SavedRun, Start
 from holdfast.training.layers import save_config
@@ -261,7 +261,10 @@ def _data(
     """The data in the tokens of the run, or of the model, that it goes on from."""
     data = config.data
     source = Path(data.data_file)
-    if config.sources["data_file"] == "default" and not source.exists():
+    unasked = data.data_file == OPTIONS["data_file"].default and (
+        config.sources["data_file"] in ("default", "run")
+    )
+    if unasked and not source.exists():
         source = SAMPLE  # installed with pip, or called from elsewhere
     tokenizer, vocabulary = None, 0
     if origin is not None:
