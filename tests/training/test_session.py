@@ -28,6 +28,7 @@ from holdfast.errors import (
     SaveFailed,
     StateMismatch,
 )
+from holdfast.training.presets import resolve
 from holdfast.training.session import save_policies
 from holdfast.training.trainer import Trainer
 from tests.training.runs import (
