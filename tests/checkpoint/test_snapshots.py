@@ -366,6 +366,34 @@ def test_a_failure_in_the_background_is_told_at_the_next_step(
         assert manager.save(step=3, strict=True) is not None
 
 
+def test_a_slot_whose_copy_is_under_way_is_nobodys_though_the_disk_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given to the next snapshot, the end of this one's copy would mark that one as whole."""
+    copied, settle = threading.Event(), staging.Copy.settle
+
+    def late(copy: staging.Copy) -> None:
+        assert copied.wait(20)
+        settle(copy)
+
+    def full(*_args: Any, **_keywords: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    toy = Toy()
+    with toy.manager(tmp_path) as manager:
+        monkeypatch.setattr(staging.Copy, "settle", late)
+        with monkeypatch.context() as patch:
+            patch.setattr(filesystem, "write_file", full)
+            pending = manager.save_async(step=1)
+            assert isinstance(pending.durable.exception(20), SaveFailed)
+        writer = manager._saver.writer
+        assert [snapshot.pending for snapshot in writer._staging] == [pending]
+        assert not writer.idle
+        copied.set()
+        assert manager.save(step=2, strict=True) is not None
+        assert writer._staging == []
+
+
 def test_a_process_that_ends_without_closing_has_written_what_it_was_asked(
     tmp_path: Path,
 ) -> None:

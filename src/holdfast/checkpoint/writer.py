@@ -367,7 +367,10 @@ class Writer:
             blueprint = self._describe(snapshot)
         except Exception as error:  # noqa: BLE001 - told as a save that failed, never the end
             snapshot.copy.settle()
-            self._give_up(snapshot, error)
+            try:
+                snapshot.failed(error)
+            finally:
+                self._staged(snapshot)
             return
         finally:
             snapshot.tree = None
@@ -383,10 +386,7 @@ class Writer:
             self._newest = snapshot
             while self._outlived:
                 self._outlived.pop().discard()
-            if snapshot in self._staging:  # its way to the disk may have failed already
-                self._staging.remove(snapshot)
-            snapshot.complete.set()
-            self._change.notify_all()
+        self._staged(snapshot)
         if not snapshot.to_disk:
             self._seal(snapshot)
         self.background_seconds += time.thread_time() - began
@@ -442,7 +442,7 @@ class Writer:
         except _Abandoned:
             pass  # there is nobody to tell
         except Exception as error:  # noqa: BLE001 - told as a save that failed, never the end
-            self._give_up(snapshot, error)
+            snapshot.failed(error)
         finally:
             with self._change:
                 self._writing = None
@@ -478,13 +478,13 @@ class Writer:
             self._tier.on_disk(saved.entry.order)  # verified: not before may the memory forget it
         snapshot.pending.settled.set_result(saved)
 
-    def _give_up(self, snapshot: Snapshot, error: Exception) -> None:
+    def _staged(self, snapshot: Snapshot) -> None:
+        """The staging thread is done with a snapshot and its slot. Nobody else says so: the disk,
+        which follows the copy, may have failed long before."""
         with self._change:
-            if snapshot in self._staging:
-                self._staging.remove(snapshot)
+            self._staging.remove(snapshot)
             snapshot.complete.set()
             self._change.notify_all()
-        snapshot.failed(error)
 
 
 def _keep(promise: Future[None]) -> None:
