@@ -44,9 +44,10 @@ class Helper:
         """Whether it has begun and is not done."""
         return self._begun and not self._over
 
-    def finish(self) -> None:
-        """Return when it is done; what has not begun by now never does."""
+    def finish(self, patience: float = 0.0) -> None:
+        """Return when it is done; what has not begun within `patience` seconds never does."""
         with self._change:
+            self._change.wait_for(lambda: self._begun, patience)
             self._over = self._over or not self._begun
             self._change.wait_for(lambda: self._over)
 
@@ -60,6 +61,7 @@ class Helper:
             if self._over:
                 return
             self._begun = True
+            self._change.notify_all()
         try:
             self._work()
         finally:

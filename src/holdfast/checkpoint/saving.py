@@ -45,6 +45,7 @@ from holdfast.i18n import _
 
 RETRY = "retry"  # the reason of a save that takes the place of one that has failed
 _LOOK_EVERY = 5.0  # seconds between two looks at whether the run directory is still there
+_BEGINS_WITHIN = 5.0  # seconds; a thread that has not by then has died of a lack of memory
 
 
 @dataclass(slots=True)
@@ -260,7 +261,7 @@ class Saver:
         self.snapshots.wait()
         self.writer.wait()
         if self._looking is not None:
-            self._looking.finish()
+            self._looking.finish(_BEGINS_WITHIN)
 
     def _begin_anew(self) -> None:
         """After the run directory was lost: what was safe is not any more."""
