@@ -123,11 +123,15 @@ def recover(
 
 
 def clean_calls(saver: type[Saver]) -> list[str]:
-    """The names of the write-side calls that a cycle makes when nothing goes wrong."""
+    """The names of the write-side calls that a cycle makes when nothing goes wrong.
+
+    Raises RuntimeError where it does not recover from that either: then the harness is wrong.
+    """
     with scratch() as directory:
         outcome = save_under(saver, directory, Fault(How.COUNT))
-    if outcome.status or announced(outcome) != STEPS:
-        raise RuntimeError(f"{saver.name}: the clean cycle failed: {outcome}")
+        verdict = recover(saver, directory, STEPS)
+    if outcome.status or announced(outcome) != STEPS or verdict.problem:
+        raise RuntimeError(f"{saver.name}: the clean cycle failed: {outcome} {verdict}")
     return ["write" if "write" in call.name else call.name for call in outcome.log]
 
 

@@ -49,7 +49,9 @@ class Dcp(_Library):
         import torch.distributed.checkpoint as dcp
 
         self.start()
-        found = sorted(self.directory.iterdir(), key=lambda path: int(path.name.split("_")[1]))
+        # A save that was never finished has no .metadata: that is written last.
+        whole = [path for path in self.directory.iterdir() if (path / ".metadata").exists()]
+        found = sorted(whole, key=lambda path: int(path.name.split("_")[1]))
         if not found:
             return 0
         training, state = self.training, self._state()
@@ -136,9 +138,10 @@ class Transformers(_Library):
             disable_tqdm=True, save_steps=1, max_steps=10,
         )  # fmt: skip
         schedule = torch.optim.lr_scheduler.LambdaLR(training.optimizer, lambda _step: 1.0)
-        self.trainer = transformers.Trainer(
-            model=training.model, args=arguments, optimizers=(training.optimizer, schedule)
-        )
+        with torch.random.fork_rng():  # it seeds the global stream
+            self.trainer = transformers.Trainer(
+                model=training.model, args=arguments, optimizers=(training.optimizer, schedule)
+            )
 
     def save(self, step: int, announce: Announce) -> None:
         self.trainer.state.global_step = step
