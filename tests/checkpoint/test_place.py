@@ -197,6 +197,7 @@ def test_snapshots_in_memory_belong_to_the_new_directory(tmp_path: Path) -> None
     with toy.manager(run, memory_every=1) as manager:
         manager.resume()
         manager.after_step(1)
+        manager.wait()  # or its look would find the lock gone and make it anew under rmtree
         shutil.rmtree(run)
         for step in (2, 3, 4):
             manager.after_step(step)
