@@ -66,6 +66,15 @@ def exhaust_memory(_pid: int) -> None:
             (place / limit).write_text((place / usage).read_text())
 
 
+def _remove(place: Path) -> None:
+    """Take the group away; for a moment after its last process has ended it is busy."""
+    for _attempt in range(100):
+        with contextlib.suppress(OSError):
+            place.rmdir()
+            return
+        time.sleep(0.1)
+
+
 def _lift() -> None:
     """For the next life: no limit. A group that is busy yet is left as it is."""
     place = group()
@@ -114,7 +123,7 @@ def random_kills(kills: int, *, seed: int) -> Tally:
         made = group()
         tally.notes = "" if made is not None else "without the kernel's out-of-memory killer"
         if made is not None:
-            made.rmdir()
+            _remove(made)
     tally.seconds = time.monotonic() - began
     return tally
 
