@@ -149,7 +149,7 @@ class _Forgetful(Peer):
         return lambda: None
 
     def load(self, target: Path) -> None:
-        raise NotImplementedError  # nothing here reads it back
+        raise AssertionError("nothing here reads it back")
 
 
 def test_files_and_directories_of_a_peer_that_does_not_sync_are_synced_in_its_time(

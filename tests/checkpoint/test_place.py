@@ -326,4 +326,5 @@ def test_a_file_system_that_became_read_only_is_refused_at_once(
 
 
 def test_nothing_there_is_nobodys(tmp_path: Path) -> None:
-    check_rights(tmp_path / "new")
+    check_rights(tmp_path / "new")  # raises where it may not be used
+    assert not (tmp_path / "new").exists(), "a look makes nothing"

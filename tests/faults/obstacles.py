@@ -54,10 +54,6 @@ class Disk(ABC):
     def mount(self, place: Path, target: Path) -> None:
         """Make it and mount it."""
 
-    def again(self, place: Path, target: Path) -> None:
-        """Mount it anew, as after a reboot."""
-        raise NotImplementedError
-
 
 class Tmpfs(Disk):
     name = "tmpfs"
@@ -78,6 +74,7 @@ class Ext4(Disk):
         _run("mount", "-o", "loop", image, target)
 
     def again(self, place: Path, target: Path) -> None:
+        """Mount it anew, as after a reboot."""
         _run("umount", target)
         _run("mount", "-o", "loop", place / "image", target)
 

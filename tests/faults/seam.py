@@ -26,74 +26,93 @@ def arm(fault: Fault, directory: Path, log_fd: int) -> None:
     """Wrap the calls of this process from now on; `fault` and log as in `inject`."""
     from tests.faults.inject import How
 
-    turn, root, plain = threading.Lock(), str(directory), os.write
-    state = {"seen": 0, "fired": 0}
-    supported = {How.COUNT, How.KILL, How.KILL_HALF, How.FAIL, How.FAIL_FROM, How.SHORT, How.LIE}
-    if fault.how not in supported:
-        raise NotImplementedError(f"{fault.how.name} needs a C compiler")
+    if fault.how is How.RECORD:
+        raise NotImplementedError("recording a cycle needs a C compiler")
+    seam = _Seam(fault, str(directory), log_fd)
+    for name in _ON_FD:
+        if hasattr(os, name):
+            seam.wrap(name, _of_fd)
+    for name, position in _ON_PATH.items():
+        seam.wrap(name, lambda *args, at=position: _absolute(args[at]))
+    seam.wrap("open", lambda path, *_rest: _absolute(path), counts=_creates)
 
-    def note(name: str, path: str, other: str) -> None:
-        line = f"{state['seen']}\t{threading.get_native_id()}\t{name}\t0\t0\t0\t{path}\t{other}\n"
-        plain(log_fd, line.encode())
 
-    def enter(name: str, path: str) -> bool:
-        """Count; whether something is to be done at this call."""
-        with turn:
-            state["seen"] += 1
-            now = state["seen"] == fault.nth
-            now = now or (fault.how is How.FAIL_FROM and state["seen"] >= fault.nth)
-            writing = name in _WRITES
-            if fault.how is How.COUNT:
-                note(name, path, "")
-            if not now or not (writing or fault.how in (How.KILL, How.FAIL, How.FAIL_FROM)):
-                return False
-            if not state["fired"]:
-                note(name, path, "fired")
-            state["fired"] += 1
-            if fault.how is How.KILL:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return fault.how is not How.COUNT
+class _Seam:
+    """Counts the calls below a directory, over all threads, and does to one what the fault says."""
 
-    def wrap(name: str, where: Callable[..., str]) -> None:
+    def __init__(self, fault: Fault, root: str, log_fd: int) -> None:
+        self._fault, self._root, self._log_fd = fault, root, log_fd
+        self._turn, self._plain_write = threading.Lock(), os.write
+        self._seen = self._fired = 0
+
+    def wrap(
+        self,
+        name: str,
+        where: Callable[..., str],
+        counts: Callable[..., bool] = lambda *_args: True,
+    ) -> None:
+        """Put ourselves before `os.name`, whose arguments say `where` it acts."""
         real = getattr(os, name)
 
         def call(*args: Any, **keywords: Any) -> Any:
             path = where(*args)
-            if not (path == root or path.startswith(root + "/")) or not enter(name, path):
+            below = path == self._root or path.startswith(self._root + "/")
+            if not (below and counts(*args) and self._struck(name, path)):
                 return real(*args, **keywords)
-            if fault.how in (How.FAIL, How.FAIL_FROM):
-                raise OSError(fault.error, os.strerror(fault.error), path)
-            fd, data, *rest = args
-            changed = bytearray(data)
-            if fault.how is How.LIE:
-                changed[len(changed) // 2] ^= 1
-                return real(fd, changed, *rest)
-            done = real(fd, changed[: len(changed) // 2], *rest)
-            if fault.how is How.KILL_HALF:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return done
+            return self._strike(real, path, *args)
 
         setattr(os, name, call)
 
-    def of_fd(fd: Any, *_rest: Any) -> str:
-        return str(Path(f"/proc/self/fd/{fd}").readlink()) if isinstance(fd, int) else str(fd)
+    def _struck(self, name: str, path: str) -> bool:
+        """Count a call; whether this is the one. A process to be killed is gone here."""
+        from tests.faults.inject import How
 
-    for name in _ON_FD:
-        if hasattr(os, name):
-            wrap(name, of_fd)
-    for name, position in _ON_PATH.items():
-        wrap(name, lambda *args, at=position: str(Path(os.fsdecode(args[at])).absolute()))
-    _wrap_open(fault, root, enter)
+        how = self._fault.how
+        with self._turn:
+            self._seen += 1
+            if how is How.COUNT:
+                self._note(name, path, "")
+                return False
+            behind = how is How.FAIL_FROM and self._seen > self._fault.nth
+            fits = name in _WRITES or how in (How.KILL, How.FAIL, How.FAIL_FROM)
+            if not fits or not (behind or self._seen == self._fault.nth):
+                return False
+            if not self._fired:
+                self._note(name, path, "fired")
+            self._fired += 1
+            if how is How.KILL:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return True
+
+    def _strike(self, real: Callable[..., Any], path: str, *args: Any) -> Any:
+        """The call as the fault has it."""
+        from tests.faults.inject import How
+
+        how = self._fault.how
+        if how in (How.FAIL, How.FAIL_FROM):
+            raise OSError(self._fault.error, os.strerror(self._fault.error), path)
+        fd, data, *rest = args
+        changed = bytearray(data)
+        if how is How.LIE:
+            changed[len(changed) // 2] ^= 1
+            return real(fd, changed, *rest)
+        done = real(fd, changed[: len(changed) // 2], *rest)
+        if how is How.KILL_HALF:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    def _note(self, name: str, path: str, other: str) -> None:
+        line = f"{self._seen}\t{threading.get_native_id()}\t{name}\t0\t0\t0\t{path}\t{other}\n"
+        self._plain_write(self._log_fd, line.encode())
 
 
-def _wrap_open(fault: Fault, root: str, enter: Callable[[str, str], bool]) -> None:
-    real = os.open
+def _of_fd(fd: Any, *_rest: Any) -> str:
+    return str(Path(f"/proc/self/fd/{fd}").readlink()) if isinstance(fd, int) else str(fd)
 
-    def opened(path: Any, flags: int, *args: Any, **keywords: Any) -> int:
-        full = str(Path(os.fsdecode(path)).absolute())
-        creates = flags & (os.O_CREAT | os.O_TRUNC)
-        if creates and full.startswith(root + "/") and enter("open", full):
-            raise OSError(fault.error, os.strerror(fault.error), full)
-        return real(path, flags, *args, **keywords)
 
-    os.open = opened  # type: ignore[assignment]
+def _absolute(path: Any) -> str:
+    return str(Path(os.fsdecode(path)).absolute())
+
+
+def _creates(_path: Any, flags: int, *_rest: Any) -> bool:
+    return bool(flags & (os.O_CREAT | os.O_TRUNC))

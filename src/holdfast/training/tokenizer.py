@@ -224,7 +224,7 @@ def _train(
     def work() -> None:
         try:
             outcome.set_result(tokenizer.train_from_iterator(fed(), trainer))
-        except BaseException as error:  # noqa: BLE001 - raised below
+        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
             outcome.set_exception(error)
 
     # A daemon: what nobody waits for any more must not keep the process from ending.

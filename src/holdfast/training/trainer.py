@@ -113,7 +113,7 @@ class Trainer:
             self.check_end_is_durable()
         except (Interrupted, Diverged, SaveFailed):  # what could be saved is saved
             raise
-        except Exception:
+        except Exception:  # whatever it is, the newest state that can be trusted is kept first
             ending.keep(self)
             raise
         finally:
