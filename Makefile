@@ -28,7 +28,7 @@ $(VENV)/.checked:
 # torch alone first: the pinned build satisfies everything that comes after it.
 $(VENV)/.train: $(VENV)/.checked pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,desk,web]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train

@@ -7,7 +7,9 @@ run, then the model, then the state, and only then training.
 from __future__ import annotations
 
 import json
+import os
 import random
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -235,6 +237,7 @@ def _train(
     )
     try:
         trainer.bind(manager, records)
+        records.event("started", trainer.progress.step, **_facts(trainer))
         if resumed is not None:
             records.event("resumed", resumed.step, generation=resumed.generation)
         trainer.begin_clock()
@@ -378,6 +381,24 @@ def _introduce(trainer: Trainer, console: Console) -> None:
           steps=f"{plan.total_steps:,}", per_epoch=f"{plan.steps_per_epoch:,}",
           batch=config.training.batch_size, accumulation=plan.accumulation)
     )  # fmt: skip
+
+
+def _facts(trainer: Trainer) -> dict[str, Any]:
+    """What somebody who watches the run wants to know of it from its start on."""
+    plan = trainer.plan
+    return {
+        "total_steps": plan.total_steps,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "epochs": plan.epochs,
+        "model": trainer.config.model.model,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "context_length": trainer.context_length,
+        "device": trainer.device.type,
+        "precision": str(trainer.precision).removeprefix("torch."),
+        "tokens": len(trainer.data.train),
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+    }
 
 
 def _tell_found(contents: Any, start: Start, console: Console) -> None:

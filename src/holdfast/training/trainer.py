@@ -347,7 +347,8 @@ class Trainer:
             self.records.step(
                 progress.step, epoch=progress.epoch, loss=loss, smoothed_loss=progress.smoothed,
                 learning_rate=rate, tokens_per_second=status.tokens_per_second,
-                durable_step=status.durable_step,
+                durable_step=status.durable_step, memory_step=status.memory_step or None,
+                gpu_bytes=_gpu_bytes(self.device),
             )  # fmt: skip
         if not math.isfinite(loss):
             self.console.warn(_("The loss of step {step} is {loss}.", step=progress.step,
@@ -412,7 +413,9 @@ class Trainer:
                   perplexity=f"{metrics['perplexity']:.2f}",
                   bits=f"{metrics['bits_per_byte']:.3f}"))  # fmt: skip
         if self.config.training.sample_tokens:
-            say(_("  ✍️  Sample: {text}", text=_one_line(self.sample())))
+            text = _one_line(self.sample())
+            self.records.event("sample", self.progress.step, epoch=epoch, text=text)
+            say(_("  ✍️  Sample: {text}", text=text))
 
     _epoch_began = time.monotonic()
 
@@ -491,6 +494,11 @@ class Trainer:
             "seed": self.config.training.seed,
             "samples_per_step": self.config.training.batch_size * self.plan.accumulation,
         }
+
+
+def _gpu_bytes(device: torch.device) -> int | None:
+    """Bytes of the GPU's memory that this process has taken; None on a CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else None
 
 
 def _one_line(text: str) -> str:
