@@ -27,7 +27,7 @@ from holdfast.checkpoint.writer import MEMORY_SLOTS
 from holdfast.errors import Interrupted, ResourceError
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import N_, _
-from holdfast.training import continuing
+from holdfast.training import continuing, telling
 from holdfast.training.batches import validation_batch_count
 from holdfast.training.config import OPTIONS, CheckpointConfig, Config
 from holdfast.training.console import Console
@@ -95,7 +95,7 @@ def _measure(workshop: Workshop, console: Console, signals: guard.SignalGuard) -
     evaluation = (time.perf_counter() - began) * batches / timed
     began = time.perf_counter()
     if workshop.config.training.sample_tokens:
-        trainer.sample()
+        telling.sample(trainer)
     sample = time.perf_counter() - began
     size = checkpoint_size(trainer.state, reserve=workshop.reserve)
     lack = lack_of_shared_memory(MEMORY_SLOTS * size) if options.memory_every != "0" else ""

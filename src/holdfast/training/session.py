@@ -240,7 +240,7 @@ def _train(
         records.event("started", trainer.progress.step, **_facts(trainer))
         if resumed is not None:
             records.event("resumed", resumed.step, generation=resumed.generation)
-        trainer.begin_clock()
+        trainer.epoch_began = time.monotonic()
         trainer.train()
         records.event("finished", trainer.progress.step)
         _tell_finished(trainer, console, command, before=False)

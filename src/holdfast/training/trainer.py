@@ -19,11 +19,10 @@ from holdfast.checkpoint.guard import SignalGuard
 from holdfast.checkpoint.manager import CheckpointManager
 from holdfast.errors import Diverged, Interrupted, SaveFailed
 from holdfast.i18n import _
-from holdfast.training import ending
+from holdfast.training import ending, telling
 from holdfast.training.batches import IGNORED, Batches, bits_per_byte, validation_batches
 from holdfast.training.config import Config
 from holdfast.training.console import Console
-from holdfast.training.generate import sample_text
 from holdfast.training.health import LossWatch
 from holdfast.training.models import next_token_loss, parameter_groups, plain_config
 from holdfast.training.plan import Plan, Progress, learning_rate_factor
@@ -88,6 +87,7 @@ class Trainer:
         }
         self._forward = torch.compile(model) if config.model.compile else model
         self.step_seconds = math.nan
+        self.epoch_began = time.monotonic()  # when the work of this epoch began in this process
         self.whole = True  # between two steps: the live state is that of one step
         self.watch = LossWatch()
         self.setbacks = ending.Setbacks()
@@ -183,7 +183,7 @@ class Trainer:
             metrics = self.evaluate()
             improved = self._note(metrics)
             if metrics:
-                self.console.say(_evaluation_line(progress.step, metrics))
+                self.console.say(telling.evaluation_line(progress.step, metrics))
         if _every(checkpoint.save_every, progress.step):
             self._save("step", metrics, reason="save_every")
         elif improved:
@@ -210,7 +210,7 @@ class Trainer:
         self._remember(epoch, metrics)
         self._begin_epoch()
         self.whole = True
-        self._tell_epoch(epoch, metrics)
+        telling.tell_epoch(self, epoch, metrics)
         self.console.say(_("💾 Saving the checkpoint..."))
         if self.config.checkpoint.save_every_epoch:
             self._save("epoch", metrics, reason="epoch", epoch=epoch)
@@ -223,7 +223,7 @@ class Trainer:
         self._note(metrics)
         metrics = {"train_loss": self.progress.smoothed, **metrics}
         self._remember(self.progress.epoch, metrics)
-        self._tell_epoch(self.progress.epoch, metrics)
+        telling.tell_epoch(self, self.progress.epoch, metrics)
         self._save("step", metrics, reason="end")
         self.stop_if_asked()
 
@@ -287,16 +287,6 @@ class Trainer:
         perplexity = math.exp(loss) if loss < 700 else math.inf
         per_byte = bits_per_byte(nats, stream.text_bytes)
         return {"val_loss": loss, "perplexity": perplexity, "bits_per_byte": per_byte}
-
-    def sample(self) -> str:
-        """A short text as the model continues the prompt now; its own generator, so that the run
-        stays the same with and without it."""
-        training = self.config.training
-        return sample_text(
-            self.model, self.data.tokenizer, training.sample_prompt, training.sample_tokens,
-            context_length=self.context_length, seed=training.seed + self.progress.step,
-            may_end=False, stop=lambda: self.guard.requested is not None,
-        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------- details
 
@@ -396,33 +386,6 @@ class Trainer:
         self.progress.position = 0
         self.progress.loss_sum = 0.0
 
-    def _tell_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
-        seconds = time.monotonic() - self._epoch_began
-        self._epoch_began = time.monotonic()
-        say = self.console.say
-        say()
-        total = f"/{self.plan.epochs}" if self.plan.epochs else ""
-        say(_("📊 Epoch {epoch} results", epoch=f"{epoch}{total}"), style="bold", important=True)
-        say(_("  ⏱️  Time: {seconds} s ({minutes} min)", seconds=f"{seconds:.1f}",
-              minutes=f"{seconds / 60:.1f}"))  # fmt: skip
-        say(_("  📉 Training loss: {loss}", loss=f"{metrics['train_loss']:.4f}"), important=True)
-        if "val_loss" in metrics:
-            say(_("  📊 Validation loss: {loss}", loss=f"{metrics['val_loss']:.4f}"),
-                important=True)  # fmt: skip
-            say(_("  🔢 Perplexity: {perplexity} · bits per byte: {bits}",
-                  perplexity=f"{metrics['perplexity']:.2f}",
-                  bits=f"{metrics['bits_per_byte']:.3f}"))  # fmt: skip
-        if self.config.training.sample_tokens:
-            text = _one_line(self.sample())
-            self.records.event("sample", self.progress.step, epoch=epoch, text=text)
-            say(_("  ✍️  Sample: {text}", text=text))
-
-    _epoch_began = time.monotonic()
-
-    def begin_clock(self) -> None:
-        """The time of the first epoch counts from here."""
-        self._epoch_began = time.monotonic()
-
     def _save(
         self, kind: str, metrics: dict[str, float], *, reason: str, epoch: int | None = None
     ) -> None:
@@ -501,15 +464,5 @@ def _gpu_bytes(device: torch.device) -> int | None:
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else None
 
 
-def _one_line(text: str) -> str:
-    """A sample in one line, without the broken characters of a model that cannot spell yet."""
-    return " ".join(text.replace("\ufffd", "").split())
-
-
 def _every(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
-
-
-def _evaluation_line(step: int, metrics: dict[str, float]) -> str:
-    return _("📊 Step {step}: validation loss {loss}, bits per byte {bits}", step=step,
-             loss=f"{metrics['val_loss']:.4f}", bits=f"{metrics['bits_per_byte']:.3f}")  # fmt: skip
