@@ -18,7 +18,7 @@ from holdfast.checkpoint import filesystem, memory
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.manager import CheckpointManager
 from holdfast.errors import Diverged, Interrupted
-from holdfast.training import ending
+from holdfast.training import ending, telling
 from holdfast.training.trainer import Trainer
 from tests.support import fail_with
 from tests.training.runs import config_for, difference, final_state, train, write_corpus
@@ -295,7 +295,7 @@ def test_an_error_in_the_sample_after_an_epoch_does_not_count_it_twice(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "sample", lambda _self: 1 / 0)
+        patch.setattr(telling, "sample", lambda _trainer: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config_for(run, corpus, epochs=1))
     assert "finished" in train(config_for(run, corpus, epochs=1))
