@@ -340,6 +340,36 @@ def die(*_args: Any, **_kwargs: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+# The calls of the engine to the disk, in holdfast.checkpoint.filesystem.
+SEAM = ("_allocate", "_write_all", "sync_file", "sync_directory", "_rename", "_link", "remove",
+        "append_line")  # fmt: skip
+
+
+def killed_at(moment: int, work: Callable[[], None]) -> bool:
+    """Run `work` in a process that dies before its `moment`-th call to the disk; whether it did."""
+
+    def run() -> None:
+        calls = 0
+
+        def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == moment:
+                    die()
+                return real(*args, **kwargs)
+
+            return call
+
+        for name in SEAM:
+            setattr(filesystem, name, dying(getattr(filesystem, name)))
+        work()
+
+    status = in_child(run)
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
 _HIDE = """
 import sys
 

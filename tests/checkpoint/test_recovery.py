@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,9 @@ from tests.support import (
     craft,
     cut,
     damage,
-    die,
     events,
     identity,
-    in_child,
+    killed_at,
     make_run,
     snapshot,
     tree_of,
@@ -406,34 +404,6 @@ def test_a_history_of_strange_times_loses_no_run(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------- killed at every moment
-
-SEAM = ("_allocate", "_write_all", "sync_file", "sync_directory", "_rename", "_link", "remove",
-        "append_line")  # fmt: skip
-
-
-def killed_at(moment: int, work: Callable[[], None]) -> bool:
-    """Run `work` in a process that dies before its `moment`-th call to the disk; whether it did."""
-
-    def run() -> None:
-        calls = 0
-
-        def dying(real: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls == moment:
-                    die()
-                return real(*args, **kwargs)
-
-            return call
-
-        for name in SEAM:
-            setattr(filesystem, name, dying(getattr(filesystem, name)))
-        work()
-
-    status = in_child(run)
-    assert status in (0, -signal.SIGKILL)
-    return status != 0
 
 
 @pytest.mark.parametrize(

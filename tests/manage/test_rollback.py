@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import signal
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,17 @@ from holdfast.checkpoint.catalog import ROLES
 from holdfast.errors import CheckpointError, DamagedCheckpoint, HoldfastError, RunLocked
 from holdfast.manage.rollback import execute, plan, run_lock
 from tests.manage.runs import copy_without_links, flip, make_run, names_in
-from tests.support import Toy, after, assert_same, damage, die, events, in_child, snapshot
+from tests.support import (
+    Toy,
+    after,
+    assert_same,
+    damage,
+    die,
+    events,
+    in_child,
+    killed_at,
+    snapshot,
+)
 from tests.support import make_run as make_toy_run
 
 
@@ -228,45 +237,6 @@ def test_a_line_of_nonsense_in_the_history_moves_nothing(
 
 
 # ------------------------------------------------------------------------- killed at every moment
-
-
-@pytest.fixture
-def fast_path(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory, where there is one: the sweeps sync thousands of files."""
-    shared = Path("/dev/shm")
-    if not os.access(shared, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=shared) as directory:
-        yield Path(directory)
-
-
-SEAM = ("sync_file", "sync_directory", "_rename", "_link", "remove", "append_line")
-
-
-def killed_at(moment: int, work: Callable[[], None]) -> bool:
-    """Run `work` in a process that dies before its `moment`-th call to the disk; whether it did."""
-
-    def run() -> None:
-        calls = 0
-
-        def dying(real: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls == moment:
-                    die()
-                return real(*args, **kwargs)
-
-            return call
-
-        for name in SEAM:
-            setattr(filesystem, name, dying(getattr(filesystem, name)))
-        work()
-
-    status = in_child(run)
-    assert status in (0, -signal.SIGKILL)
-    return status != 0
 
 
 @pytest.mark.parametrize("wanted", ["2", "archive/generation_1/checkpoint_step_4.pt"])
