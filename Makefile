@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 SERVE_PORT ?= 8000
 
 .DEFAULT_GOAL := help
-.PHONY: help install train-chinese test test-all faults lint i18n bench serve clean
+.PHONY: help install train-chinese test test-all browser faults lint i18n bench serve clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ test: $(VENV)/.dev lint  ## the test suite (about 10 minutes on 2 cores)
 
 test-all: $(VENV)/.dev lint  ## the same with the slow tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+browser:  ## a browser for the tests of the pages, which are skipped without one (Debian, Ubuntu; as root)
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-noto-cjk; }
 
 faults: $(VENV)/.dev  ## the whole matrix of faults, peers beside us (about half an hour); best as root
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
