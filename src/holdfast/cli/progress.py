@@ -44,8 +44,9 @@ class ProgressLine:
 
 def line(progress: Progress, width: int) -> str:
     """`progress` in less than `width` cells: which file, a bar, bytes, bytes a second, the rest."""
-    text = printable(_("checking {number}/{of}: {name}", number=progress.number, of=progress.of,
-                       name=progress.path.name))  # fmt: skip
+    text = progress.what or _("checking {number}/{of}: {name}", number=progress.number,
+                              of=progress.of, name=progress.path.name)  # fmt: skip
+    text = printable(text)
     share = progress.done / progress.total if progress.total else 0.0
     numbers = [
         f"{share:4.0%}",
