@@ -51,7 +51,7 @@ def _layers(drift: Drift, screen: Screen) -> list[str]:
     columns = [
         Column(_("layer")), Column(_("relative"), right=True), Column(_("cosine"), right=True),
         Column(_("changed"), right=True, hide=1), Column(_("largest"), right=True),
-        Column(_("NaN/Inf"), right=True, hide=2), Column(_("where the largest is"), hide=3),
+        Column("NaN/Inf", right=True, hide=2), Column(_("where the largest is"), hide=3),
     ]  # fmt: skip
     if not any((*total.nan, *total.inf)):
         rows = [[*row[:5], *row[6:]] for row in rows]
