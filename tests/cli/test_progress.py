@@ -38,6 +38,7 @@ def test_it_fits_on_one_line(name: str) -> None:
 def test_nothing_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     bar = ProgressLine()
     bar.show(HALF)
+    bar.note("loading")
     bar.clear()
     assert capsys.readouterr().err == ""
 

@@ -143,32 +143,11 @@ def _ask_models(
     subjects: Sequence[compare.Subject], given: argparse.Namespace, screen: Screen
 ) -> dict[str, Any]:
     """Load one model after the other and ask it what was asked for; prints and returns it."""
-    from holdfast.training import side_by_side
-    from holdfast.training.inference import load_for_inference
-    from holdfast.training.models import tune_allocator
-
-    tune_allocator()
-    documents = side_by_side.read_text(given.evaluate) if given.evaluate else []
-    continued: dict[str, Continuation] = {}
-    measured: dict[str, Evaluation] = {}
-    for number, subject in enumerate(subjects, 1):
-        loaded = load_for_inference(subject.path)
-        if given.prompt is not None:
-            continued[subject.label] = side_by_side.continue_text(
-                loaded, given.prompt, tokens=given.tokens, seed=given.seed,
-                temperature=given.temperature,
-            )  # fmt: skip
-        if given.evaluate:
-            if number == 1 and given.max_tokens is not None:
-                documents = side_by_side.shorten(documents, loaded.tokenizer, given.max_tokens)
-            bar = ProgressLine()
-            try:
-                measured[subject.label] = side_by_side.evaluate(
-                    loaded, documents, _shower(bar, (number, len(subjects)), subject)
-                )
-            finally:
-                bar.clear()
-        del loaded  # before the next one is read: one model in memory at a time
+    bar = ProgressLine()
+    try:
+        continued, measured = _ask_each(subjects, given, bar)
+    finally:
+        bar.clear()
     document: dict[str, Any] = {}
     if continued:
         document["continuations"] = {
@@ -188,6 +167,37 @@ def _ask_models(
         if measured:
             _print(["", *_evaluations(given.evaluate, measured, screen)])
     return document
+
+
+def _ask_each(
+    subjects: Sequence[compare.Subject], given: argparse.Namespace, bar: ProgressLine
+) -> tuple[dict[str, Continuation], dict[str, Evaluation]]:
+    bar.note(_("loading {label}: {name}", label=subjects[0].label, name=subjects[0].path.name))
+    from holdfast.training import side_by_side
+    from holdfast.training.inference import load_for_inference
+    from holdfast.training.models import tune_allocator
+
+    tune_allocator()
+    documents = side_by_side.read_text(given.evaluate) if given.evaluate else []
+    continued: dict[str, Continuation] = {}
+    measured: dict[str, Evaluation] = {}
+    for number, subject in enumerate(subjects, 1):
+        label, name = subject.label, subject.path.name
+        bar.note(_("loading {label}: {name}", label=label, name=name))
+        loaded = load_for_inference(subject.path)
+        if given.prompt is not None:
+            bar.note(_("continuing the prompt with {label}: {name}", label=label, name=name))
+            continued[label] = side_by_side.continue_text(
+                loaded, given.prompt, tokens=given.tokens, seed=given.seed,
+                temperature=given.temperature,
+            )  # fmt: skip
+        if given.evaluate:
+            if number == 1 and given.max_tokens is not None:
+                documents = side_by_side.shorten(documents, loaded.tokenizer, given.max_tokens)
+            show = _shower(bar, (number, len(subjects)), subject)
+            measured[label] = side_by_side.evaluate(loaded, documents, show)
+        del loaded  # before the next one is read: one model in memory at a time
+    return continued, measured
 
 
 def _shower(

@@ -31,6 +31,13 @@ class ProgressLine:
             self._shown = progress.number, now
             self._write("\r\x1b[K" + line(progress, _width()))
 
+    def note(self, text: str) -> None:
+        """Say what is being done, where nobody knows how long it takes."""
+        text, width = printable(text), _width()
+        self._write(
+            "\r\x1b[K" + (set_cell_size(text, width - 1) if cell_len(text) >= width else text)
+        )
+
     def clear(self) -> None:
         """Make room for another line; the next `show` paints again."""
         self._shown = (0, 0.0)

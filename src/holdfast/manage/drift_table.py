@@ -88,7 +88,10 @@ def _short(value: float | None) -> str:
 def _share(part: int, whole: int) -> str:
     if part in (0, whole):
         return f"{1 if part else 0:.0%}"
-    return f"{part / whole:.1%}" if part / whole >= 0.001 else "<0.1%"
+    share = part / whole
+    if share > 0.999:
+        return ">99.9%"
+    return f"{share:.1%}" if share >= 0.001 else "<0.1%"
 
 
 def _form(tensor: Tensor) -> str:

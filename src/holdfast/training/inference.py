@@ -68,7 +68,7 @@ def load_for_inference(
     CUDA, MPS or CPU, as training chooses), `dtype` what its weights are cast to (None: as saved).
 
     Raises HoldfastError where there is none, ForeignCheckpoint where it does not say what its model
-    or its tokenizer is, DamagedCheckpoint, StateMismatch's parent where weights do not fit.
+    or its tokenizer is, DamagedCheckpoint, CheckpointError where the weights do not fit the model.
     """
     path, entry = find_checkpoint(source)
     try:
