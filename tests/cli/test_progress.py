@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,5 +38,11 @@ def test_it_fits_on_one_line(name: str) -> None:
 def test_nothing_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     bar = ProgressLine()
     bar.show(HALF)
+    bar.note("loading")
     bar.clear()
     assert capsys.readouterr().err == ""
+
+
+def test_another_work_than_checking_says_what_it_is() -> None:
+    text = line(replace(HALF, what="comparing model.pt"), 120)
+    assert text.startswith("comparing model.pt  █") and "1.5 s left" in text

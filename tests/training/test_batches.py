@@ -18,6 +18,7 @@ from holdfast.training.batches import (
     bits_per_byte,
     derive_key,
     permute,
+    streamed_batches,
     unigram_bits_per_byte,
     validation_batch_count,
     validation_batches,
@@ -190,6 +191,19 @@ def test_validation_predicts_every_token_exactly_once_from_the_one_before(
     assert targets[:length].tolist() == list(range(1, length + 1))
     assert bool((targets[length:] == IGNORED).all()) and bool((inputs[length:] == 0).all())
     assert inputs[:length].tolist() == list(range(length)), "0 is the end-of-text token"
+
+
+@given(st.lists(st.integers(0, 60), max_size=6), st.integers(1, 20), st.integers(1, 5))
+def test_tokens_that_come_in_pieces_give_the_same_batches(
+    lengths: list[int], context: int, batch: int
+) -> None:
+    data = stream(range(1, sum(lengths) + 1))
+    pieces = np.split(data.tokens, np.cumsum(lengths))
+    found = list(streamed_batches(pieces, 0, context, batch))
+    wanted = list(validation_batches(data, context, batch))
+    assert len(found) == len(wanted)
+    for x, y in zip(found, wanted, strict=True):
+        assert torch.equal(x[0], y[0]) and torch.equal(x[1], y[1])
 
 
 def test_bits_per_byte_of_an_even_guess_is_its_entropy() -> None:

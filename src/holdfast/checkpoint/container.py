@@ -20,7 +20,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from holdfast.checkpoint.layout import (
     COMMENT_SIZE,
     MANIFEST,
     PADDING_ID,
+    PAGE,
     Record,
     local_header,
     place,
@@ -125,6 +126,39 @@ class Reader:
         self._run([self._payload(record, memoryview(buffer))])
         return bytes(buffer)
 
+    def stream(
+        self, record: Record, buffer: memoryview, *, past_cache: bool = False
+    ) -> Iterator[memoryview]:
+        """The payload of `record` in pieces of `len(buffer)` bytes (whole pages), the last one
+        shorter; each lies in `buffer` until the next is asked for.
+
+        Verified by xxh3-128 on the way: `DamagedCheckpoint` comes in place of the last piece, so
+        what was made of the others is not to be used then. `past_cache` reads from the device,
+        into a buffer of `reading.own_pages` without a copy between.
+        """
+        assert len(buffer) % PAGE == 0, len(buffer)
+        xxh3 = xxhash.xxh3_128()
+        for start in range(record.offset, record.end, len(buffer)):
+            size = min(len(buffer), record.end - start)
+            target = buffer[: -(-size // PAGE) * PAGE] if past_cache else buffer[:size]
+            got = self._file.read(start, target, past_cache=past_cache)
+            if got < size:
+                raise self._damaged(_("it ends at byte {offset}", offset=start + got))
+            xxh3.update(buffer[:size])
+            if start + size == record.end and xxh3.hexdigest() != record.xxh3:
+                raise self._damaged(_("the content of record {name} has changed", name=record.name))
+            yield buffer[:size]
+
+    def read_part(self, record: Record, start: int, size: int) -> bytearray:
+        """`size` bytes of a payload from its byte `start` on, of a record that `verify_record` has
+        checked: this does not."""
+        assert 0 <= start <= start + size <= record.size, (record, start, size)
+        return self._pread(record.offset + start, size)
+
+    def is_mostly_cached(self) -> bool:
+        """Whether most of the file is in the page cache, so that it is best read from there."""
+        return self._file.is_mostly_cached(reading.sample_pages(self.size))
+
     def forget_cached(self) -> None:
         """Ask the kernel to drop the file's pages, so that the next read comes from the device."""
         self._file.forget_cached()
@@ -145,7 +179,7 @@ class Reader:
         offset, size, digest = int(found[1]), int(found[2]), found[3].decode()
         if size > min(self.size, MAX_MANIFEST) or offset + size > self.size:
             raise self._damaged(_("its manifest lies outside the file"))
-        text = self._pread(offset, size)
+        text = bytes(self._pread(offset, size))
         crc32, xxh3 = checksums(text)
         if xxh3 != digest:
             raise self._damaged(_("its manifest has changed"))
@@ -269,12 +303,12 @@ class Reader:
             check(memoryview(b""))
         return reading.Part(record.offset, record.end, check, buffer)
 
-    def _pread(self, offset: int, size: int, *, short: bool = False) -> bytes:
+    def _pread(self, offset: int, size: int, *, short: bool = False) -> bytearray:
         buffer = bytearray(size)
         got = self._file.read(offset, memoryview(buffer))
         if got != size and not short:
             raise self._damaged(_("it ends at byte {offset}", offset=offset + got))
-        return bytes(buffer[:got])
+        return buffer[:got] if got < size else buffer
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line of the desk: list, history, compare, clean, verify; cli/states.py has the rest.
+"""The command line of the desk: list, history, clean, verify; compare.py and states.py have more.
 
 Arguments, questions and printing; what is found and decided lives in holdfast.manage. No torch.
 How a command ends when it fails, is interrupted or loses its reader is cli/main.py's business.
@@ -23,7 +23,7 @@ from holdfast.cli.progress import ProgressLine
 from holdfast.errors import CheckpointError, ConfigError, HoldfastError
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import LANGUAGES, N_, _
-from holdfast.manage import clean, compare, history, leftovers, listing, verify
+from holdfast.manage import clean, history, leftovers, listing, verify
 from holdfast.manage.rundir import DAMAGED, look
 from holdfast.manage.table import Screen, printable
 from holdfast.manage.values import json_ready
@@ -88,29 +88,6 @@ def run_history(argv: Sequence[str], prog: str) -> int:
         _print_json(found.to_json())
     else:
         _print(found.lines(Screen.of(sys.stdout), everything=given.events))
-    return 0
-
-
-def run_compare(argv: Sequence[str], prog: str) -> int:
-    """`holdfast compare`: 0."""
-    parser = _parser(
-        prog,
-        _("Compare checkpoints: metrics and which is better, configuration, environment."),
-        _("Examples:\n  {prog} runs/a runs/b\n"
-          "  {prog} runs/a/model_epoch_1.pt runs/a", prog=prog),
-    )  # fmt: skip
-    parser.add_argument("sources", nargs="+", metavar="FILE|DIR",
-                        help=_("checkpoints; a directory stands for its best one"))  # fmt: skip
-    given = parser.parse_args(argv)
-    if len(given.sources) < 2:
-        raise ConfigError(
-            _("one checkpoint cannot be compared: name two or more; see {prog} --help", prog=prog)
-        )
-    found = compare.compare(given.sources)
-    if given.json:
-        _print_json(found.to_json())
-    else:
-        _print(found.lines(Screen.of(sys.stdout)))
     return 0
 
 
@@ -274,7 +251,6 @@ def _verdict_line(verdict: verify.Verdict) -> str:
 COMMANDS: dict[str, tuple[str, _Work]] = {
     "list": (N_("show the checkpoints of a run"), run_list),
     "history": (N_("show the epochs of a run and what happened to it"), run_history),
-    "compare": (N_("compare checkpoints or runs"), run_compare),
     "clean": (N_("remove checkpoints that are no longer needed"), run_clean),
     "verify": (N_("check every byte of the checkpoints"), run_verify),
 }

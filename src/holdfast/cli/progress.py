@@ -31,6 +31,13 @@ class ProgressLine:
             self._shown = progress.number, now
             self._write("\r\x1b[K" + line(progress, _width()))
 
+    def note(self, text: str) -> None:
+        """Say what is being done, where nobody knows how long it takes."""
+        text, width = printable(text), _width()
+        self._write(
+            "\r\x1b[K" + (set_cell_size(text, width - 1) if cell_len(text) >= width else text)
+        )
+
     def clear(self) -> None:
         """Make room for another line; the next `show` paints again."""
         self._shown = (0, 0.0)
@@ -44,8 +51,9 @@ class ProgressLine:
 
 def line(progress: Progress, width: int) -> str:
     """`progress` in less than `width` cells: which file, a bar, bytes, bytes a second, the rest."""
-    text = printable(_("checking {number}/{of}: {name}", number=progress.number, of=progress.of,
-                       name=progress.path.name))  # fmt: skip
+    text = progress.what or _("checking {number}/{of}: {name}", number=progress.number,
+                              of=progress.of, name=progress.path.name)  # fmt: skip
+    text = printable(text)
     share = progress.done / progress.total if progress.total else 0.0
     numbers = [
         f"{share:4.0%}",

@@ -7,7 +7,7 @@ have seen. Where the tokens come from is not known here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -136,15 +136,38 @@ def validation_batches(
     """
     size = batch_size * context_length
     for start in range(0, len(stream), size):
-        targets = np.full(size, IGNORED, dtype=np.int64)
+        before = stream.tokens[start - 1] if start else stream.eos_id
         part = stream.tokens[start : start + size]
-        targets[: len(part)] = part
-        inputs = np.full(size, stream.eos_id, dtype=np.int64)
-        inputs[1 : len(part)] = part[:-1]
-        if start:
-            inputs[0] = stream.tokens[start - 1]
-        shape = (batch_size, context_length)
-        yield torch.from_numpy(inputs.reshape(shape)), torch.from_numpy(targets.reshape(shape))
+        yield _filled_up(part, int(before), stream.eos_id, (batch_size, context_length))
+
+
+def streamed_batches(
+    pieces: Iterable[npt.NDArray[Any]], eos_id: int, context_length: int, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What `validation_batches` gives for the tokens of `pieces` in a row, none of them kept."""
+    size, before, waiting = batch_size * context_length, eos_id, np.empty(0, dtype=np.int64)
+    for piece in pieces:
+        waiting = np.concatenate([waiting, piece])
+        whole = len(waiting) // size * size
+        for start in range(0, whole, size):
+            part = waiting[start : start + size]
+            yield _filled_up(part, before, eos_id, (batch_size, context_length))
+            before = int(part[-1])
+        waiting = waiting[whole:]
+    if len(waiting):
+        yield _filled_up(waiting, before, eos_id, (batch_size, context_length))
+
+
+def _filled_up(
+    part: npt.NDArray[Any], before: int, eos_id: int, shape: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens as the targets of one batch, and its inputs; `before` stands in front of them."""
+    targets = np.full(shape[0] * shape[1], IGNORED, dtype=np.int64)
+    targets[: len(part)] = part
+    inputs = np.full(shape[0] * shape[1], eos_id, dtype=np.int64)
+    inputs[1 : len(part)] = part[:-1]
+    inputs[0] = before
+    return torch.from_numpy(inputs.reshape(shape)), torch.from_numpy(targets.reshape(shape))
 
 
 def validation_batch_count(stream: TokenStream, context_length: int, batch_size: int) -> int:

@@ -1,0 +1,307 @@
+"""The command line of comparing: checkpoints by what they record, by their weights, by their words.
+
+Arguments and printing. What is compared lives in holdfast.manage; what needs the model itself in
+holdfast.training, which is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.cells import cell_len, chop_cells
+
+from holdfast.cli.manage import _parser, _print, _print_json
+from holdfast.cli.options import Parser, wrap_cells
+from holdfast.cli.progress import ProgressLine
+from holdfast.errors import ConfigError
+from holdfast.formatting import NOTHING, format_bytes, format_loss, format_seconds
+from holdfast.i18n import N_, _
+from holdfast.manage import compare, drift, drift_table
+from holdfast.manage.table import Column, Screen, printable, render
+from holdfast.manage.verify import Progress
+
+if TYPE_CHECKING:
+    from holdfast.training.side_by_side import Continuation, Evaluation
+
+TOKENS, SEED, TEMPERATURE = 64, 0, 0.8
+_NARROWEST = 36  # cells that a text needs beside another one
+_GAP = 3
+
+_ENDS = {
+    "context": N_("the model can see no more"),
+    "end": N_("it ended the text here"),
+    "nan": N_("its weights are not numbers: nothing can be drawn from them"),
+}
+
+
+def run_compare(argv: Sequence[str], prog: str) -> int:
+    """`holdfast compare`: 0."""
+    given = _compare_parser(prog).parse_args(argv)
+    _check(given, prog)
+    found = compare.compare(given.sources)
+    document, screen = found.to_json(), Screen.of(sys.stdout)
+    if not given.json:
+        _print(found.lines(screen))
+    if given.tensors or given.sections:
+        drifts = _drifts(found.subjects, given, screen)
+        document["drift"] = {one.labels[1]: one.to_json() for one in drifts}
+    if given.prompt is not None or given.evaluate:
+        document |= _ask_models(found.subjects, given, screen)
+    if given.json:
+        _print_json(document)
+    return 0
+
+
+def _compare_parser(prog: str) -> Parser:
+    parser = _parser(
+        prog,
+        _("Compare checkpoints: metrics and which is better, configuration, environment; with "
+          "--tensors how far the weights have moved, with --prompt how each continues a text, "
+          "with --eval how well each predicts one."),
+        _("Examples:\n  {prog} runs/a runs/b\n"
+          "  {prog} runs/a/model_epoch_1.pt runs/a --tensors\n"
+          '  {prog} runs/a runs/b --prompt "今天" --tokens 40\n'
+          "  {prog} runs/a runs/b --eval held_out.txt", prog=prog),
+    )  # fmt: skip
+    parser.add_argument("sources", nargs="+", metavar="FILE|DIR",
+                        help=_("checkpoints; a directory stands for its best one"))  # fmt: skip
+    parser.add_argument("--tensors", action="store_true",
+                        help=_("how far each layer is from that of the first"))  # fmt: skip
+    parser.add_argument(
+        "--sections", metavar="NAME,…",
+        help=_("whose tensors: parts of the state, as in model,optimizer, or all (default: model)"),
+    )  # fmt: skip
+    parser.add_argument("--prompt", metavar="TEXT", help=_("let each model continue this text"))
+    for flag, kind, default, text in (
+        ("--tokens", int, TOKENS, _("tokens to continue with (default: {value})", value=TOKENS)),
+        ("--seed", int, SEED, _("seed of the draw, the same for all (default: {value})",
+                                value=SEED)),
+        ("--temperature", float, TEMPERATURE,
+         _("0 for the likeliest token always (default: {value})", value=TEMPERATURE)),
+    ):  # fmt: skip
+        metavar = "N" if kind is int else "T"
+        parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=text)
+    parser.add_argument(
+        "--eval", dest="evaluate", metavar="FILE",
+        help=_("measure each model on this text (.txt, .jsonl, .parquet)"),
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N",
+        help=_("use the beginning of the text only: N tokens of the first model's tokenizer"),
+    )  # fmt: skip
+    return parser
+
+
+def _check(given: argparse.Namespace, prog: str) -> None:
+    """Raise ConfigError over what cannot be meant, before anything is read."""
+    if len(given.sources) < 2:
+        raise ConfigError(
+            _("one checkpoint cannot be compared: name two or more; see {prog} --help", prog=prog)
+        )
+    for flag, value, least in (
+        ("--tokens", given.tokens, 1),
+        ("--max-tokens", given.max_tokens, 1),
+        ("--temperature", given.temperature, 0),
+    ):
+        if value is not None and not least <= value < float("inf"):
+            raise ConfigError(_("{flag} {value}: expected at least {least}; see {prog} --help",
+                                flag=flag, value=value, least=least, prog=prog))  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- weights
+
+
+def _drifts(
+    subjects: Sequence[compare.Subject], given: argparse.Namespace, screen: Screen
+) -> list[drift.Drift]:
+    """The drift of each from the first, printed as it becomes known."""
+    wanted = [name.strip() for name in (given.sections or "").split(",") if name.strip()]
+    first, *others = ((subject.label, subject.path) for subject in subjects)
+    found = []
+    for number, other in enumerate(others, 1):
+        bar = ProgressLine()
+        try:
+            one = drift.drift(first, other, wanted=wanted, show=bar.show,
+                              file=(number, len(others)))  # fmt: skip
+        finally:
+            bar.clear()
+        found.append(one)
+        if not given.json:
+            _print(["", *drift_table.lines(one, screen)])
+    return found
+
+
+# ---------------------------------------------------------------------------------------- models
+
+
+def _ask_models(
+    subjects: Sequence[compare.Subject], given: argparse.Namespace, screen: Screen
+) -> dict[str, Any]:
+    """Load one model after the other and ask it what was asked for; prints and returns it."""
+    bar = ProgressLine()
+    try:
+        continued, measured = _ask_each(subjects, given, bar)
+    finally:
+        bar.clear()
+    document: dict[str, Any] = {}
+    if continued:
+        document["continuations"] = {
+            "prompt": given.prompt, "tokens": given.tokens, "seed": given.seed,
+            "temperature": given.temperature,
+            "texts": {label: one.to_json() for label, one in continued.items()},
+        }  # fmt: skip
+    if measured:
+        comparable = _comparable(measured)
+        document["evaluation"] = {
+            "file": given.evaluate, "same_tokenizer": comparable, "better": _best(measured),
+            "measured": {label: one.to_json() for label, one in measured.items()},
+        }  # fmt: skip
+    if not given.json:
+        if continued:
+            _print(["", *_texts(subjects, given.prompt, continued, screen)])
+        if measured:
+            _print(["", *_evaluations(given.evaluate, measured, screen)])
+    return document
+
+
+def _ask_each(
+    subjects: Sequence[compare.Subject], given: argparse.Namespace, bar: ProgressLine
+) -> tuple[dict[str, Continuation], dict[str, Evaluation]]:
+    bar.note(_("loading {label}: {name}", label=subjects[0].label, name=subjects[0].path.name))
+    from holdfast.training import side_by_side
+    from holdfast.training.inference import load_for_inference
+    from holdfast.training.models import tune_allocator
+
+    tune_allocator()
+    documents = side_by_side.read_text(given.evaluate) if given.evaluate else []
+    continued: dict[str, Continuation] = {}
+    measured: dict[str, Evaluation] = {}
+    for number, subject in enumerate(subjects, 1):
+        label, name = subject.label, subject.path.name
+        bar.note(_("loading {label}: {name}", label=label, name=name))
+        loaded = load_for_inference(subject.path)
+        if given.prompt is not None:
+            bar.note(_("continuing the prompt with {label}: {name}", label=label, name=name))
+            continued[label] = side_by_side.continue_text(
+                loaded, given.prompt, tokens=given.tokens, seed=given.seed,
+                temperature=given.temperature,
+            )  # fmt: skip
+        if given.evaluate:
+            if number == 1 and given.max_tokens is not None:
+                documents = side_by_side.shorten(documents, loaded.tokenizer, given.max_tokens)
+            show = _shower(bar, (number, len(subjects)), subject)
+            measured[label] = side_by_side.evaluate(loaded, documents, show)
+        del loaded  # before the next one is read: one model in memory at a time
+    return continued, measured
+
+
+def _shower(
+    bar: ProgressLine, file: tuple[int, int], subject: compare.Subject
+) -> Callable[[int, int], None]:
+    began = time.monotonic()
+    what = _("measuring {label}: {name}", label=subject.label, name=subject.path.name)
+
+    def show(done: int, total: int) -> None:
+        bar.show(Progress(*file, Path(subject.path), done, total, time.monotonic() - began, what))
+
+    return show
+
+
+# ----------------------------------------------------------------------------------------- texts
+
+
+def _texts(
+    subjects: Sequence[compare.Subject],
+    prompt: str,
+    continued: Mapping[str, Continuation],
+    screen: Screen,
+) -> list[str]:
+    """The texts beside each other where the screen is wide enough, else one below the other."""
+    title = screen.bold(printable(_("Continuations of “{prompt}”", prompt=prompt)))
+    width = _column(screen, len(continued))
+    blocks = [
+        [screen.bold(subject.label) if width is None else subject.label,
+         *_told(continued[subject.label], width or screen.width)]
+        for subject in subjects
+    ]  # fmt: skip
+    if width is None:
+        return [title, *(line for block in blocks for line in block)]
+    rows = []
+    for i in range(max(map(len, blocks))):
+        cells = [block[i] if i < len(block) else "" for block in blocks]
+        padded = (cell + " " * (width - cell_len(cell)) for cell in cells)
+        rows.append((" " * _GAP).join(padded).rstrip())
+    return [title, screen.bold(rows[0]), *rows[1:]]
+
+
+def _column(screen: Screen, count: int) -> int | None:
+    """The cells of one of `count` columns; None where they do not fit, and in a pipe."""
+    if screen.width is None:
+        return None
+    width = (screen.width - _GAP * (count - 1)) // count
+    return width if width >= _NARROWEST else None
+
+
+def _told(continuation: Continuation, width: int | None) -> list[str]:
+    lines = [printable(line) for line in continuation.text.split("\n")]
+    if width is not None:
+        lines = [part for line in lines for part in _wrapped(line, width - 1)]
+    if continuation.ended in _ENDS:
+        lines.append(f"[{_(_ENDS[continuation.ended])}]")
+    return lines
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return [part for line in wrap_cells(text, width) for part in chop_cells(line, width) or [""]]
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+def _comparable(measured: Mapping[str, Evaluation]) -> bool:
+    """Whether a token is the same thing to all of them."""
+    return len({one.tokenizer for one in measured.values()}) == 1
+
+
+def _best(measured: Mapping[str, Evaluation]) -> str | None:
+    """Who needs the fewest bits a byte; None where that is nobody alone."""
+    bits = {label: one.bits_per_byte for label, one in measured.items()}
+    known = {label: value for label, value in bits.items() if value == value}  # noqa: PLR0124 - NaN
+    least = [label for label, value in known.items() if value == min(known.values())]
+    return least[0] if len(least) == 1 else None
+
+
+def _evaluations(source: str, measured: Mapping[str, Evaluation], screen: Screen) -> list[str]:
+    one = next(iter(measured.values()))
+    size = format_bytes(one.text_bytes)
+    best, per_token = _best(measured), _comparable(measured)
+    rows = [
+        [_("bits per byte"), *(format_loss(m.bits_per_byte) for m in measured.values()),
+         best or NOTHING],
+        [_("loss (nats per token)"), *(format_loss(m.loss) for m in measured.values()),
+         best if best and per_token else NOTHING],
+        [_("perplexity"), *(format_loss(m.perplexity) for m in measured.values()),
+         best if best and per_token else NOTHING],
+        [_("tokens"), *(f"{m.tokens:,}" for m in measured.values()), ""],
+        [_("context"), *(f"{m.context_length:,}" for m in measured.values()), ""],
+        [_("precision"), *(m.precision for m in measured.values()), ""],
+        [_("speed"), *(f"{format_bytes(round(m.speed))}/s" for m in measured.values()), ""],
+        [_("time"), *(format_seconds(m.seconds) for m in measured.values()), ""],
+    ]  # fmt: skip
+    columns = [Column(""), *(Column(label, right=True) for label in measured), Column(_("better"))]
+    title = screen.bold(printable(_("Measured on {file} ({size} of text)", file=source, size=size)))
+    lines = [title, *render(columns, rows, screen)]
+    if not per_token:
+        lines.append(_("The tokenizers differ: only bits per byte can be compared, what counts "
+                       "tokens cannot."))  # fmt: skip
+    return lines
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
+    "compare": (N_("compare checkpoints or runs"), run_compare),
+}

@@ -1,0 +1,331 @@
+"""How far the weights of one checkpoint are from those of another, by tensor and by layer.
+
+What is compared with what and what comes out; the bytes come from tensors.py, the numbers from
+sums.py. The form of `--json` is `Drift.to_json`. No torch in this room.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.container import Reader
+from holdfast.checkpoint.parallel import together
+from holdfast.errors import HoldfastError
+from holdfast.i18n import _
+from holdfast.manage.sums import Sums
+from holdfast.manage.tensors import Side, Tensor, Worker, tensors_of
+from holdfast.manage.verify import Progress
+
+MODEL, ALL = "model", "all"
+_UNASKED = ("rng",)  # the state of random generators is no numbers that drift
+_THREADS = 4  # some wait for the disk while others add
+
+Show = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDrift:
+    """One tensor that both have, in one shape."""
+
+    a: Tensor
+    b: Tensor
+    sums: Sums
+    index: list[int] | None  # of the largest change; None where nothing changed
+    same_as: str | None = None  # the name under which this pair was seen before (tied weights)
+
+    @property
+    def layer(self) -> str:
+        return layer_of(self.a.name)
+
+    def to_json(self, labels: Sequence[str]) -> dict[str, Any]:
+        a, b = labels
+        dtypes = {a: self.a.kind.name, b: self.b.kind.name}
+        largest = None
+        if self.index is not None:
+            values = dict(zip(labels, self.sums.values, strict=True))
+            largest = {"change": self.sums.largest, "index": self.index, "values": values}
+        return {
+            "section": self.a.section,
+            "name": self.a.name,
+            "layer": self.layer,
+            "shape": list(self.a.shape),
+            "dtypes": dtypes,
+            **_numbers(self.sums, labels),
+            "largest": largest,
+            "same_as": self.same_as,
+        }
+
+
+@dataclass(slots=True)
+class LayerDrift:
+    """What the tensors of one layer come to together; `tensors` without those that are tied to one
+    that was seen before."""
+
+    section: str
+    name: str
+    sums: Sums = field(default_factory=Sums)
+    tensors: list[TensorDrift] = field(default_factory=list)
+
+    @property
+    def most(self) -> TensorDrift | None:
+        """The tensor with the largest change; None where nothing changed."""
+        changed = [tensor for tensor in self.tensors if tensor.index is not None]
+        return max(changed, key=lambda tensor: tensor.sums.largest, default=None)
+
+    def to_json(self, labels: Sequence[str]) -> dict[str, Any]:
+        most = self.most
+        largest = None
+        if most is not None:
+            largest = {"change": most.sums.largest, "tensor": most.a.name, "index": most.index}
+        return {
+            "section": self.section,
+            "name": self.name,
+            "tensors": len(self.tensors),
+            **_numbers(self.sums, labels),
+            "largest": largest,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Unlike:
+    """A tensor that both have and that cannot be subtracted: of other shape, or of odd dtypes."""
+
+    a: Tensor
+    b: Tensor
+
+    def to_json(self, labels: Sequence[str]) -> dict[str, Any]:
+        sides = zip(labels, (self.a, self.b), strict=True)
+        return {
+            "section": self.a.section,
+            "name": self.a.name,
+            **{label: {"shape": list(t.shape), "dtype": t.kind.name} for label, t in sides},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """All that is to be said of two checkpoints, `labels[1]` against `labels[0]`."""
+
+    labels: tuple[str, str]
+    sections: list[str]
+    tensors: list[TensorDrift]
+    unlike: list[Unlike]
+    only: dict[str, list[Tensor]]  # label → tensors that the other one lacks
+
+    @property
+    def layers(self) -> list[LayerDrift]:
+        """The layers, the most changed first; among equals in the order of the state. One that
+        has nothing but the tensors of another is none of its own."""
+        found: dict[tuple[str, str], LayerDrift] = {}
+        for tensor in self.tensors:
+            if tensor.same_as is None:
+                key = tensor.a.section, tensor.layer
+                layer = found.setdefault(key, LayerDrift(*key))
+                layer.tensors.append(tensor)
+                layer.sums.join(tensor.sums)
+        return sorted(found.values(), key=lambda layer: -_change(layer.sums))
+
+    @property
+    def total(self) -> Sums:
+        """All compared tensors as one; tied ones once."""
+        total = Sums()
+        for tensor in self.tensors:
+            if tensor.same_as is None:
+                total.join(tensor.sums)
+        return total
+
+    @property
+    def tied(self) -> list[TensorDrift]:
+        """The tensors that are another one in both checkpoints."""
+        return [tensor for tensor in self.tensors if tensor.same_as is not None]
+
+    @property
+    def identical(self) -> bool:
+        """Whether both have the same tensors with the same bits."""
+        same = all(t.sums.changed == 0 and t.a.kind == t.b.kind for t in self.tensors)
+        return same and not self.unlike and not any(self.only.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented form."""
+        return {
+            "identical": self.identical,
+            "sections": self.sections,
+            "total": _numbers(self.total, self.labels),
+            "layers": [layer.to_json(self.labels) for layer in self.layers],
+            "tensors": [tensor.to_json(self.labels) for tensor in self.tensors],
+            "unlike": [unlike.to_json(self.labels) for unlike in self.unlike],
+            "only_in": {
+                label: [
+                    {"section": t.section, "name": t.name, "shape": list(t.shape),
+                     "dtype": t.kind.name}
+                    for t in tensors
+                ]
+                for label, tensors in self.only.items()
+            },
+        }  # fmt: skip
+
+
+def _numbers(sums: Sums, labels: Sequence[str]) -> dict[str, Any]:
+    norms = [math.sqrt(square) if sums.numeric else None for square in (sums.aa, sums.bb)]
+    return {
+        "elements": sums.elements,
+        "changed": sums.changed,
+        "relative": sums.relative,
+        "cosine": sums.cosine,
+        "norms": dict(zip(labels, norms, strict=True)),
+        "difference_norm": math.sqrt(sums.dd) if sums.numeric else None,
+        "nan": dict(zip(labels, sums.nan, strict=True)),
+        "inf": dict(zip(labels, sums.inf, strict=True)),
+    }
+
+
+def _change(sums: Sums) -> float:
+    """What layers are sorted by: numbers that are no numbers come before everything."""
+    if any(sums.nan) or any(sums.inf):
+        return math.inf
+    return -1.0 if sums.relative is None else sums.relative
+
+
+def layer_of(name: str) -> str:
+    """The layer a tensor belongs to: its name up to the first number ("model.layers.3"), or
+    without its last part where it has none ("model.norm")."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[: i + 1])
+    return ".".join(parts[:-1]) or name
+
+
+# ------------------------------------------------------------------------------------- comparing
+
+
+def drift(
+    first: tuple[str, Path], second: tuple[str, Path], *, wanted: Sequence[str] = (),
+    show: Show = lambda _progress: None, file: tuple[int, int] = (1, 1),
+) -> Drift:  # fmt: skip
+    """Compare the tensors of two checkpoints, each given as (label, path).
+
+    `wanted` names sections (top-level keys of the state) or `ALL`; nothing: the model, or all where
+    a checkpoint has no such section. `show` is told the progress of `file`, (number, of). Only what
+    both have in one shape is read, and all of that is verified.
+
+    Raises HoldfastError where there is no such section, DamagedCheckpoint, ForeignCheckpoint.
+    """
+    labels = first[0], second[0]
+    with Reader(first[1]) as a, Reader(second[1]) as b:
+        for reader in (a, b):
+            reader.check_structure()
+        states = tensors_of(a), tensors_of(b)
+        sections = _sections(states, wanted)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        unlike: list[Unlike] = []
+        only: dict[str, list[Tensor]] = {label: [] for label in labels}
+        for section in sections:
+            mine, theirs = (state.get(section, {}) for state in states)
+            for name, tensor in mine.items():
+                other = theirs.get(name)
+                if other is None:
+                    only[labels[0]].append(tensor)
+                elif _comparable(tensor, other):
+                    pairs.append((tensor, other))
+                else:
+                    unlike.append(Unlike(tensor, other))
+            only[labels[1]] += [t for name, t in theirs.items() if name not in mine]
+        measured = _Job((Side(a), Side(b)), pairs, second[1], show, file).run()
+    return Drift(labels, sections, measured, unlike, only)
+
+
+def _sections(states: Iterable[Mapping[str, Any]], wanted: Sequence[str]) -> list[str]:
+    known = list(dict.fromkeys(section for state in states for section in state))
+    usual = [section for section in known if section not in _UNASKED]
+    if not wanted:
+        return [MODEL] if all(MODEL in state for state in states) else usual
+    strange = [name for name in wanted if name not in known and name != ALL]
+    if strange:
+        raise HoldfastError(
+            _("There are no tensors in a section {name}; these have some: {known}.",
+              name=", ".join(strange), known=", ".join(known) or "-")
+        )  # fmt: skip
+    return usual if ALL in wanted else [section for section in known if section in wanted]
+
+
+def _comparable(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.kind.parts != b.kind.parts:
+        return False
+    return a.kind == b.kind or (a.kind.numeric and b.kind.numeric)
+
+
+class _Job:
+    """The pairs that are to be measured, and the workers that take one after the other."""
+
+    def __init__(
+        self, sides: tuple[Side, Side], pairs: list[tuple[Tensor, Tensor]], path: Path, show: Show,
+        file: tuple[int, int],
+    ) -> None:  # fmt: skip
+        self._sides, self._pairs, self._path = sides, pairs, path
+        self._show, self._file = show, file
+        self._names: dict[Any, str] = {}  # of pairs that are not aliases, by their places
+        self._results: dict[Any, tuple[Sums, list[int] | None]] = {}
+        for a, b in pairs:
+            self._names.setdefault((a.place, b.place), a.name)
+        first = {(a.place, b.place): (a, b) for a, b in reversed(pairs)}
+        # In the order of the file: a disk that turns reads on.
+        self._waiting = deque(sorted(first.values(), key=lambda pair: pair[0].record.offset))
+        self._total = sum(a.nbytes + b.nbytes for a, b in self._waiting)
+        self._done, self._began = 0, time.monotonic()
+        self._stopped = False
+        self._telling = threading.Lock()
+
+    def run(self) -> list[TensorDrift]:
+        if self._waiting:
+            together(self._work, min(_THREADS, len(self._waiting)), stop=self._stop)
+        found, seen = [], set()
+        for a, b in self._pairs:
+            key = a.place, b.place
+            sums, index = self._results[key]
+            same_as = self._names[key] if key in seen else None
+            seen.add(key)
+            found.append(TensorDrift(a, b, sums, index, same_as))
+        return found
+
+    def _work(self) -> None:
+        widest = max(tensor.kind.itemsize for pair in self._pairs for tensor in pair)
+        worker = Worker(widest)
+        try:
+            while not self._stopped:
+                try:
+                    pair = self._waiting.popleft()
+                except IndexError:
+                    return
+                result = worker.compare(self._sides, pair, self._taken)
+                self._results[pair[0].place, pair[1].place] = result
+        except _Stopped:
+            return
+        except BaseException:  # the others have no reason to go on
+            self._stop()
+            raise
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+    def _taken(self, count: int) -> None:
+        if self._stopped:
+            raise _Stopped
+        with self._telling:
+            self._done += count
+            self._show(
+                Progress(*self._file, self._path, self._done, self._total,
+                         time.monotonic() - self._began,
+                         _("comparing {name}", name=self._path.name))
+            )  # fmt: skip
+
+
+class _Stopped(Exception):
+    """Another worker has failed, or somebody has interrupted this."""
