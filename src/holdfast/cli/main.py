@@ -85,6 +85,7 @@ def _dispatch(words: list[str], prog: str) -> int:
 
 
 def _commands() -> dict[str, tuple[str, Command]]:
+    from holdfast.cli.clean import COMMANDS as CLEANING
     from holdfast.cli.doctor import COMMANDS as DOCTOR
     from holdfast.cli.manage import COMMANDS
     from holdfast.cli.protect import COMMANDS as PROTECTION
@@ -94,6 +95,7 @@ def _commands() -> dict[str, tuple[str, Command]]:
         "train": (_(_TRAIN_HELP), _train),
         **PROTECTION,
         **COMMANDS,
+        **CLEANING,
         **STATES,
         **DOCTOR,
         "bench": (_(_BENCH_HELP), _bench),
