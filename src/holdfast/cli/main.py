@@ -88,6 +88,7 @@ def _commands() -> dict[str, tuple[str, Command]]:
     from holdfast.cli.clean import COMMANDS as CLEANING
     from holdfast.cli.doctor import COMMANDS as DOCTOR
     from holdfast.cli.manage import COMMANDS
+    from holdfast.cli.pack import COMMANDS as PACKING
     from holdfast.cli.protect import COMMANDS as PROTECTION
     from holdfast.cli.states import COMMANDS as STATES
 
@@ -97,6 +98,7 @@ def _commands() -> dict[str, tuple[str, Command]]:
         **COMMANDS,
         **CLEANING,
         **STATES,
+        **PACKING,
         **DOCTOR,
         "bench": (_(_BENCH_HELP), _bench),
     }
