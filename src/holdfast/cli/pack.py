@@ -128,8 +128,8 @@ def _unpack(given: argparse.Namespace) -> int:
     if given.json:
         _print_json({**found.to_json(), "directory": str(target)})
         return 0
-    lines = [_("✓ {directory}: {summary}. Every checksum was right, every checkpoint was read back.",
-               directory=target, summary=found.summary())]  # fmt: skip
+    lines = [_("✓ {directory}: {summary}. Every checksum was right, and every checkpoint was read "
+               "back.", directory=target, summary=found.summary())]  # fmt: skip
     if (target / "config.json").is_file():  # our own trainer's; a stranger's loop has its own way
         command = f"holdfast train --checkpoint-dir {shlex.quote(str(target))}"
         lines.append(_("To go on: {command}", command=command))

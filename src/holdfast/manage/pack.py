@@ -168,8 +168,7 @@ def pack(
             except DamagedCheckpoint as error:
                 if broken.data is None:  # what was written, not what was read
                     raise
-                damaged = True
-                run.drop(broken.data, str(error))
+                damaged |= not run.drop(broken.data, str(error))
                 if run.newest is None:
                     raise
 
@@ -256,7 +255,7 @@ class Meter:
 
     def __init__(self, files: int, total: int, show: Show | None) -> None:
         self._of, self._total, self._show = files, total, show
-        self._began, self._done, self._number = time.monotonic(), 0, 0
+        self._began, self.done, self._number = time.monotonic(), 0, 0
         self._path = Path()
 
     def file(self, path: Path) -> None:
@@ -266,11 +265,11 @@ class Meter:
 
     def count(self, more: int) -> None:
         """So many bytes more."""
-        self._done += more
+        self.done += more
         if self._show is not None:
             seconds = time.monotonic() - self._began
             self._show(
-                Progress(self._number, self._of, self._path, self._done, self._total, seconds)
+                Progress(self._number, self._of, self._path, self.done, self._total, seconds)
             )
 
 

@@ -267,10 +267,11 @@ class PackedRun:
             self._source.allowed = _HEADERS + CHUNK
             try:
                 chunk = content.read(min(left, CHUNK))
-            except (tarfile.TarError, EOFError) as error:
-                raise self._damaged(self._expected) from error
+            except (tarfile.TarError, EOFError):
+                chunk = b""
             if not chunk:
-                raise self._damaged(self._expected, _("it ends in {name}", name=self._expected))
+                why = _("it ends, or cannot be read, in {name}", name=self._expected)
+                raise self._damaged(self._expected, why)
             xxh3.update(chunk)
             left -= len(chunk)
             count(len(chunk))

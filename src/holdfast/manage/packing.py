@@ -90,12 +90,14 @@ class Held:
             None if newest is None else newest.epoch, tuple(items),
         )  # fmt: skip
 
-    def drop(self, data: Data, why: str) -> None:
-        """Do without a copy that is damaged; without the file, where it was the only one."""
+    def drop(self, data: Data, why: str) -> bool:
+        """Do without a copy that is damaged; without the file, where it was the only one. Returns
+        whether there is another one."""
         os.close(data.copies.pop(0))
         if not data.copies:
             self.data.remove(data)
             self.left_out.append((data.names[0], why))
+        return bool(data.copies)
 
     def close(self) -> None:
         for data in self.data:

@@ -121,9 +121,11 @@ class _Sink:
     def finish(self) -> None:
         """Read the checkpoints back from the device, and make all names durable."""
         for path in self._checkpoints:
+            before = self.meter.done
             self.meter.file(path)
             with contextlib.suppress(ForeignCheckpoint), Reader(path) as reader:
                 reader.verify(progress=self.meter.count)
+            self.meter.count(before + path.stat().st_size - self.meter.done)  # the headers
         Catalog(self._place).write_cache()
         for folder, _folders, _names in os.walk(self._place):
             filesystem.sync_directory(Path(folder))
