@@ -159,6 +159,22 @@ def test_a_training_goes_on_meanwhile_and_what_it_prunes_is_packed(
     assert load(tmp_path / "out" / "run" / "model_epoch_2.pt")["epoch"] == 2
 
 
+def test_what_was_written_since_the_scan_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new file gets its name before the engine takes the lock to link it."""
+    run = make_run(tmp_path / "run")
+    files = packing._files
+
+    def written(*given: Any, **more: Any) -> Any:
+        make_run(tmp_path / "other", (1.0, 1.0, 1.0, 1.0, 0.5))
+        os.link(tmp_path / "other" / "model_epoch_5.pt", run / "model_epoch_5.pt")
+        return files(*given, **more)
+
+    monkeypatch.setattr(packing, "_files", written)
+    assert pack(run, tmp_path / "a.tar").contents.step == 500
+
+
 def test_a_lock_that_is_held_is_an_error_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

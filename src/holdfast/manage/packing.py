@@ -20,11 +20,26 @@ import xxhash
 
 from holdfast import __version__
 from holdfast.checkpoint import memory
-from holdfast.checkpoint.catalog import ARCHIVE, METADATA, QUARANTINE, TEMP, Catalog, Entry, now
+from holdfast.checkpoint.catalog import (
+    ARCHIVE,
+    METADATA,
+    QUARANTINE,
+    TEMP,
+    Catalog,
+    Entry,
+    now,
+    summary,
+)
 from holdfast.checkpoint.container import Reader, read_manifest
 from holdfast.checkpoint.layout import Record
 from holdfast.checkpoint.place import LOCKS
-from holdfast.errors import CheckpointError, DamagedCheckpoint, HoldfastError, ResourceError
+from holdfast.errors import (
+    CheckpointError,
+    DamagedCheckpoint,
+    ForeignCheckpoint,
+    HoldfastError,
+    ResourceError,
+)
 from holdfast.i18n import _
 from holdfast.manage.locking import catalogue_lock
 from holdfast.manage.packed import MANIFEST, SUMS, Contents, Item, is_sane
@@ -238,6 +253,8 @@ def _take(
         known.copies.append(fd)
         known.names.append(name)
     else:
+        if entry is None and manifest is not None and name.partition("/")[0] != ARCHIVE:
+            entry = _entry(manifest, status.st_size)  # written since the scan: that takes no lock
         step = (manifest or {}).get("identity", {}).get("step")
         known = Data([name], status.st_size, int(status.st_mtime), [fd], entry,
                      step if type(step) is int else None)  # fmt: skip
@@ -255,6 +272,13 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     except CheckpointError:
         return None
     return manifest if isinstance(manifest.get("identity"), dict) else None
+
+
+def _entry(manifest: Mapping[str, Any], size: int) -> Entry | None:
+    try:
+        return summary(manifest, size)
+    except ForeignCheckpoint:
+        return None
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
