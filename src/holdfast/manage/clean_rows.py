@@ -254,7 +254,7 @@ def _archived(run: RunDirectory) -> list[Row]:
             else "only_archived"
         )  # fmt: skip
         rows.append(replace(row, step=step, stays=reason != "archived", reason=reason))
-    return rows
+    return sorted(rows, key=lambda row: (-(row.step or 0), row.names))
 
 
 def _identity(path: Path) -> tuple[str | None, int | None]:
