@@ -42,13 +42,15 @@ _REASONS = {
     "two_verified": N_("one of the two newest that are verified"),
     "too_few_verified": N_("nothing goes before two checkpoints are verified"),
     "unverified": N_("newer than the newest that is verified"),
+    "older": N_("older than the last {count}"),
+    "not_kept": N_("no rule keeps it"),
     "temp": N_("temporary"),
     "no_longer_best": N_("no longer the best"),
     "unfinished": N_("unfinished; goes unless a training runs"),
     "damaged": N_("damaged, set aside"),
     "only_damaged": N_("damaged, but nothing here is verified yet"),
-    "archived": N_("set aside; goes unless a training runs"),
-    "only_archived": N_("set aside, but nothing here is verified yet"),
+    "archived": N_("in the archive"),
+    "only_archived": N_("in the archive, but nothing here is verified yet"),
     "rolled_back_to": N_("a roll-back that was begun needs it"),
     "came": N_("came meanwhile"),
     "training": N_("a training runs here"),
@@ -69,16 +71,7 @@ class Wish:
 
     def why(self, reason: str) -> str:
         """A reason of `Row`, in words."""
-        if reason in ("older", "not_kept"):
-            words = [
-                (self.keep, _("older than the last {count}")),
-                (self.keep_best, _("not among the best {best}")),
-                (self.every, _("no multiple of {every}")),
-            ]
-            text = _(", ").join(word for given, word in words if given)
-        else:
-            text = _(_REASONS[reason])
-        return text.format(count=self.keep, best=self.keep_best, every=self.every)
+        return _(_REASONS[reason]).format(count=self.keep, best=self.keep_best, every=self.every)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +83,7 @@ class Row:
     step: int | None
     size: int
     stays: bool
-    reason: str  # a key of `_REASONS`, "older" or "not_kept"
+    reason: str  # a key of `_REASONS`
 
     @property
     def needs_rest(self) -> bool:

@@ -102,11 +102,12 @@ class Packed:
         contents = self.contents
         text = _("{files} files ({size}), {checkpoints} of them checkpoints", files=contents.files,
                  checkpoints=contents.checkpoints, size=format_bytes(contents.size))  # fmt: skip
-        if contents.step is not None:
-            text += _("; the newest is step {step}", step=contents.step)
-        if contents.epoch is not None:
-            text += _(" (epoch {epoch})", epoch=contents.epoch)
-        return text
+        if contents.step is None:
+            return text
+        if contents.epoch is None:
+            return text + _("; the newest is step {step}", step=contents.step)
+        return text + _("; the newest is step {step} (epoch {epoch})", step=contents.step,
+                        epoch=contents.epoch)  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- packing
