@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -446,6 +447,16 @@ def test_a_lock_that_is_held_is_waited_for_and_then_named(
             execute(shown)
     assert names_in(run) == before
     assert len(execute(shown).going) == 2
+
+
+def test_ctrl_c_while_it_waits_for_the_lock_does_not_wait(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (1.0, 4.0, 5.0, 3.0, 3.5))
+    shown, before = plan(run, Wish(1)), names_in(run)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with Catalog(run).lock(), pytest.raises(KeyboardInterrupt, match="0 of 2 removed"):
+        execute(shown)
+    assert time.monotonic() - began < 10 and names_in(run) == before
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(

@@ -124,8 +124,8 @@ def execute(shown: Plan) -> Plan:
     while True:
         try:
             with (
-                guard.deferred_interrupt(),
                 catalogue_lock(catalog),
+                guard.deferred_interrupt(),
                 _writers_dead(shown) as dead,
             ):
                 now = plan(shown.directory, shown.wish)
@@ -134,16 +134,15 @@ def execute(shown: Plan) -> Plan:
                 for row, size in _remove(catalog, going):
                     gone.append(row)
                     freed += size
+            if not {row.key for row in going} - {row.key for row in gone}:
+                stays = [row for row in rows if row.stays]
+                return replace(now, rows=[*gone, *stays], freed=freed)
+            time.sleep(_PAUSE)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 _("Stopped: {count} of {all} removed, {size} came back; the others are as they "
                   "were.", count=len(gone), all=len(agreed), size=format_bytes(freed))
             ) from None  # fmt: skip
-        left = {row.key for row in going} - {row.key for row in gone}
-        if not left:
-            rows = [*gone, *(row for row in rows if row.stays)]
-            return replace(now, rows=rows, freed=freed)
-        time.sleep(_PAUSE)
 
 
 def _agreed(row: Row, agreed: Collection[str], dead: bool) -> Row:
