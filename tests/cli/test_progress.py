@@ -20,6 +20,10 @@ def test_a_wide_terminal_gets_all_of_it() -> None:
     )  # fmt: skip
 
 
+def test_it_says_what_is_being_done() -> None:
+    assert line(HALF, 60, "packing it").startswith("packing it  █")
+
+
 def test_before_the_first_bytes_nobody_knows_how_long() -> None:
     text = line(Progress(1, 5, Path("a.pt"), 0, 3 << 30, 0.0), 100)
     assert "left" not in text and "0 B/s" in text
