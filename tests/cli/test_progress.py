@@ -21,7 +21,7 @@ def test_a_wide_terminal_gets_all_of_it() -> None:
 
 
 def test_it_says_what_is_being_done() -> None:
-    assert line(HALF, 60, "packing it").startswith("packing it  █")
+    assert line(HALF, 100, "packing it").startswith("packing it  █")
 
 
 def test_before_the_first_bytes_nobody_knows_how_long() -> None:
