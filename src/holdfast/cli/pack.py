@@ -1,6 +1,7 @@
 """The command line of packed runs: pack, unpack.
 
-Arguments, progress and printing; the work is done in holdfast.manage. No torch.
+Arguments, progress and printing; the work is done in holdfast.manage, which is imported when it is
+asked for: every command waits for the imports of this module. No torch.
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from holdfast.cli.manage import _DIRECTORY, _parser, _print, _print_json
 from holdfast.cli.progress import ProgressLine
 from holdfast.errors import CheckpointError, ConfigError, Interrupted
 from holdfast.formatting import format_bytes
 from holdfast.i18n import N_, _
-from holdfast.manage import pack, unpack
 from holdfast.manage.table import Screen, printable
 from holdfast.manage.verify import Progress
+
+if TYPE_CHECKING:
+    from holdfast.manage.pack import Packed
 
 
 def run_pack(argv: Sequence[str], prog: str) -> int:
     """`holdfast pack`: 0; 4 where a damaged checkpoint was left out."""
+    from holdfast.manage import pack
+
     parser = _parser(
         prog,
         _("Write a run into one file, links kept and every file with its checksum. Works while the "
@@ -61,13 +67,15 @@ def run_pack(argv: Sequence[str], prog: str) -> int:
 
 def _pack_arguments(given: argparse.Namespace) -> argparse.Namespace:
     """`pack a.tar` means the usual run directory, as `pack` alone does."""
+    from holdfast.manage import pack
+
     named = given.directory.endswith(pack.SUFFIXES) and not Path(given.directory).is_dir()
     if named and given.file is None:
         given.directory, given.file = _DIRECTORY, given.directory
     return given
 
 
-def _told(packed: pack.Packed, directory: str) -> Iterator[str]:
+def _told(packed: Packed, directory: str) -> Iterator[str]:
     yield _("✓ {path} ({size}): {summary}. Every checksum was read back.",
             path=packed.path, size=format_bytes(packed.size), summary=packed.summary())  # fmt: skip
     for name, why in packed.left_out:
@@ -80,6 +88,8 @@ def _told(packed: pack.Packed, directory: str) -> Iterator[str]:
 
 def run_unpack(argv: Sequence[str], prog: str) -> int:
     """`holdfast unpack`: 0; 4 where the archive is damaged, or no packed run."""
+    from holdfast.manage import unpack
+
     parser = _parser(
         prog,
         _("Make a run directory of a packed run. Every checksum is compared and every checkpoint "
@@ -110,6 +120,8 @@ def run_unpack(argv: Sequence[str], prog: str) -> int:
 
 
 def _check(given: argparse.Namespace) -> int:
+    from holdfast.manage import unpack
+
     bar = ProgressLine(_reading)
     with _ending(bar, _("Stopped.")):
         found = unpack.checked(given.file, bar.show)
@@ -122,6 +134,8 @@ def _check(given: argparse.Namespace) -> int:
 
 
 def _unpack(given: argparse.Namespace) -> int:
+    from holdfast.manage import unpack
+
     bar = ProgressLine(_unpacking)
     with _ending(bar, _("Stopped: nothing was unpacked.")):
         target, found = unpack.unpack(given.file, given.directory, bar.show)
