@@ -23,6 +23,7 @@ from holdfast.checkpoint.filesystem import (
     move,
     publish,
     remove,
+    replacing,
     same_data,
     sync_directory,
     temporaries,
@@ -70,6 +71,39 @@ def test_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write_file(path, [(0, b"")], 0)
     assert path.read_bytes() == b""
+
+
+def test_a_file_of_any_length_has_its_name_when_it_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, calls = put(tmp_path / "a.tar", b"old"), []
+    for name in ("sync_file", "_rename", "sync_directory"):
+        original = getattr(filesystem, name)
+
+        def noted(*given: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
+            calls.append(name)
+            return original(*given)
+
+        monkeypatch.setattr(filesystem, name, noted)
+    with replacing(target) as file:
+        file.write(b"new, and ")
+        file.write(b"longer")
+        assert target.read_bytes() == b"old" and calls == []
+        file.seek(0)
+        assert file.read() == b"new, and longer", "it can be read back before it has its name"
+    assert target.read_bytes() == b"new, and longer" and names(tmp_path) == ["a.tar"]
+    assert calls == ["sync_file", "_rename", "sync_directory"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+def test_where_that_fails_the_old_one_stays_and_no_other(
+    tmp_path: Path, error: BaseException
+) -> None:
+    target = put(tmp_path / "a.tar", b"old")
+    with pytest.raises(type(error)), replacing(target) as file:
+        file.write(b"half")
+        raise error
+    assert target.read_bytes() == b"old" and names(tmp_path) == ["a.tar"]
 
 
 SEAMS = ["posix_fallocate", "pwrite", "fchmod", "fsync"]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from holdfast.checkpoint.retention import (
     Candidate,
     KeepBest,
+    KeepEvery,
     KeepLast,
     KeepRollingTemps,
     Policy,
@@ -37,6 +38,7 @@ def directories(draw: st.DrawFn) -> list[Candidate]:
             Candidate(
                 str(sequence), order, draw(st.sampled_from(KINDS)), draw(LOSSES),
                 verified=draw(st.booleans()), pinned=draw(st.integers(0, 9)) == 0,
+                epoch=draw(st.one_of(st.none(), st.integers(0, 6))),
             )
         )  # fmt: skip
     return draw(st.permutations(made))
@@ -48,6 +50,7 @@ def policies(draw: st.DrawFn) -> list[Policy]:
         KeepLast(draw(st.sampled_from(KINDS)), draw(st.integers(0, 3))),
         KeepBest(draw(st.integers(0, 2))),
         KeepRollingTemps(draw(st.integers(0, 2))),
+        KeepEvery(draw(st.integers(1, 3))),
     ]
     return draw(st.lists(st.sampled_from(some), max_size=3))
 
@@ -108,6 +111,17 @@ def test_the_best_is_the_lowest_finite_loss_and_the_earlier_of_two() -> None:
     assert KeepBest()(found) == [False, False, True, False, False, False, False]
     assert KeepBest(2)(found) == [False, False, True, True, False, False, False]
     assert KeepBest(0)(found) == [False] * 7
+
+
+def test_every_counts_epochs_by_their_number_and_steps_by_theirs() -> None:
+    epochs = [replace(candidate(100 * n), epoch=n) for n in range(1, 7)]
+    assert KeepEvery(3)(epochs) == [False, False, True] * 2
+    assert KeepEvery(100)(epochs) == [False] * 6, "their steps do not count"
+    steps = [replace(candidate(n, "step"), epoch=3) for n in (50, 75, 100)]
+    assert KeepEvery(50)(steps) == [True, False, True]
+    others = [replace(candidate(3, kind), epoch=3) for kind in ("temp", "best")]
+    assert KeepEvery(3)([*others, candidate(3)]) == [False] * 3, "and an epoch without a number"
+    assert KeepEvery(1)([*epochs, *steps]) == [True] * 9
 
 
 def test_temps_roll_in_pairs_until_something_lasting_is_verified() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from holdfast import i18n
 from holdfast.checkpoint.lock import FileLock
-from holdfast.cli import compare, manage, states
+from holdfast.cli import clean, compare, manage, states
 from holdfast.cli.main import main
 from holdfast.errors import ConfigError
 from tests.manage.runs import (
@@ -31,7 +31,7 @@ from tests.manage.runs import (
     names_in,
 )
 
-COMMANDS = {**manage.COMMANDS, **compare.COMMANDS, **states.COMMANDS}
+COMMANDS = {**manage.COMMANDS, **compare.COMMANDS, **clean.COMMANDS, **states.COMMANDS}
 PROGRAM = [sys.executable, "-c", "import sys; from holdfast.cli.main import main; sys.exit(main())"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,10 @@ def test_a_wide_terminal_gets_all_of_it() -> None:
         "checking 2/5: model_epoch_3.pt  " + "█" * 15 + "░" * 15
         + "   50%  1.50 GiB/3.00 GiB  1.00 GiB/s  1.5 s left"
     )  # fmt: skip
+
+
+def test_it_says_what_is_being_done() -> None:
+    assert line(HALF, 100, "packing it").startswith("packing it  █")
 
 
 def test_before_the_first_bytes_nobody_knows_how_long() -> None:
@@ -41,8 +44,3 @@ def test_nothing_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     bar.note("loading")
     bar.clear()
     assert capsys.readouterr().err == ""
-
-
-def test_another_work_than_checking_says_what_it_is() -> None:
-    text = line(replace(HALF, what="comparing model.pt"), 120)
-    assert text.startswith("comparing model.pt  █") and "1.5 s left" in text

@@ -64,7 +64,8 @@ class Entry:
         return (self.generation, self.step, self.sequence)
 
     def candidate(self) -> Candidate:
-        return Candidate(self.id, self.order, self.kind, self.loss, self.verified, self.pinned)
+        marks = self.verified, self.pinned
+        return Candidate(self.id, self.order, self.kind, self.loss, *marks, epoch=self.epoch)
 
 
 @dataclass(frozen=True, slots=True)

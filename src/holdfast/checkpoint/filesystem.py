@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from holdfast.checkpoint import direct
 from holdfast.checkpoint.layout import Buffer
@@ -132,6 +132,26 @@ def _write_image(fd: int, image: memoryview, ready: direct.Ready | None, limit: 
     if disabled("direct") or not direct.switch_on(fd):
         _say_once("No direct writes here: checkpoints pass through the page cache.")
     direct.write_blocks(fd, image, _write_all, ready=ready, limit=limit)
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """A new file to write and to read, of any length, which becomes `target` durably when the block
+    ends; where the block fails it is gone, and `target` as it was. `OSError` as it comes."""
+    temporary = _temporary(target)
+    try:
+        with open(
+            temporary, "x+b", opener=lambda name, flags: os.open(name, flags | _EXTRA_FLAGS, 0o644)
+        ) as file:
+            yield file
+            file.flush()
+            sync_file(file.fileno())
+        _rename(temporary, target)
+    except BaseException:  # an interrupt, too, leaves nothing half-written
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_directory(target.parent)
 
 
 def write_json(target: Path, value: Any) -> None:

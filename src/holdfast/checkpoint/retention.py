@@ -22,6 +22,7 @@ class Candidate:
     loss: float | None = None
     verified: bool = False
     pinned: bool = False
+    epoch: int | None = None
 
 
 class Policy(Protocol):
@@ -54,6 +55,18 @@ class KeepBest:
         )
         chosen = {c.id for c in ranked[: self.count]}
         return [c.id in chosen for c in candidates]
+
+
+@dataclass(frozen=True, slots=True)
+class KeepEvery:
+    """Those whose number, the one in their name, is a multiple of `interval`: the epoch of epoch
+    checkpoints, the step of step checkpoints. Other kinds have no such number."""
+
+    interval: int
+
+    def __call__(self, candidates: Sequence[Candidate]) -> list[bool]:
+        numbers = [{"epoch": c.epoch, "step": c.order[1]}.get(c.kind) for c in candidates]
+        return [number is not None and number % self.interval == 0 for number in numbers]
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ def _drifts(
     first, *others = ((subject.label, subject.path) for subject in subjects)
     found = []
     for number, other in enumerate(others, 1):
-        bar = ProgressLine()
+        bar = ProgressLine(_comparing)
         try:
             one = drift.drift(first, other, wanted=wanted, show=bar.show,
                               file=(number, len(others)))  # fmt: skip
@@ -194,22 +194,25 @@ def _ask_each(
         if given.evaluate:
             if number == 1 and given.max_tokens is not None:
                 documents = side_by_side.shorten(documents, loaded.tokenizer, given.max_tokens)
-            show = _shower(bar, (number, len(subjects)), subject)
+            show = _shower((number, len(subjects)), subject)
             measured[label] = side_by_side.evaluate(loaded, documents, show)
         del loaded  # before the next one is read: one model in memory at a time
     return continued, measured
 
 
-def _shower(
-    bar: ProgressLine, file: tuple[int, int], subject: compare.Subject
-) -> Callable[[int, int], None]:
+def _shower(file: tuple[int, int], subject: compare.Subject) -> Callable[[int, int], None]:
     began = time.monotonic()
     what = _("measuring {label}: {name}", label=subject.label, name=subject.path.name)
+    bar = ProgressLine(lambda _progress: what)
 
     def show(done: int, total: int) -> None:
-        bar.show(Progress(*file, Path(subject.path), done, total, time.monotonic() - began, what))
+        bar.show(Progress(*file, Path(subject.path), done, total, time.monotonic() - began))
 
     return show
+
+
+def _comparing(progress: Progress) -> str:
+    return _("comparing {name}", name=progress.path.name)
 
 
 # ----------------------------------------------------------------------------------------- texts

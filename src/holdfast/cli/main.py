@@ -85,9 +85,11 @@ def _dispatch(words: list[str], prog: str) -> int:
 
 
 def _commands() -> dict[str, tuple[str, Command]]:
+    from holdfast.cli.clean import COMMANDS as CLEANING
     from holdfast.cli.compare import COMMANDS as COMPARING
     from holdfast.cli.doctor import COMMANDS as DOCTOR
     from holdfast.cli.manage import COMMANDS
+    from holdfast.cli.pack import COMMANDS as PACKING
     from holdfast.cli.protect import COMMANDS as PROTECTION
     from holdfast.cli.states import COMMANDS as STATES
 
@@ -96,7 +98,9 @@ def _commands() -> dict[str, tuple[str, Command]]:
         **PROTECTION,
         **COMMANDS,
         **COMPARING,
+        **CLEANING,
         **STATES,
+        **PACKING,
         **DOCTOR,
         "bench": (_(_BENCH_HELP), _bench),
     }

@@ -1,4 +1,4 @@
-"""The command line of the desk: list, history, clean, verify; compare.py and states.py have more.
+"""The command line of the desk: list, history, verify; its siblings have the rest.
 
 Arguments, questions and printing; what is found and decided lives in holdfast.manage. No torch.
 How a command ends when it fails, is interrupted or loses its reader is cli/main.py's business.
@@ -6,10 +6,8 @@ How a command ends when it fails, is interrupted or loses its reader is cli/main
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-import shlex
 import shutil
 import sys
 import time
@@ -23,14 +21,13 @@ from holdfast.cli.progress import ProgressLine
 from holdfast.errors import CheckpointError, ConfigError, HoldfastError
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import LANGUAGES, N_, _
-from holdfast.manage import clean, history, leftovers, listing, verify
+from holdfast.manage import history, listing, verify
 from holdfast.manage.rundir import DAMAGED, look
 from holdfast.manage.table import Screen, printable
 from holdfast.manage.values import json_ready
 from holdfast.training.config import OPTIONS
 
 _DIRECTORY = str(OPTIONS["checkpoint_dir"].default)
-_KEEP = int(OPTIONS["keep_last_n"].default)
 
 _Work = Callable[[Sequence[str], str], int]
 
@@ -89,93 +86,6 @@ def run_history(argv: Sequence[str], prog: str) -> int:
     else:
         _print(found.lines(Screen.of(sys.stdout), everything=given.events))
     return 0
-
-
-def run_clean(argv: Sequence[str], prog: str) -> int:
-    """`holdfast clean`: 0; 1 where the user said no; an error without a terminal or --yes."""
-    given = _clean_parser(prog).parse_args(argv)
-    if given.memory:
-        return _clean_memory(given, prog)
-    if given.keep is not None and given.keep < 0:
-        raise ConfigError(_("--keep {value}: expected a number that is not negative; see {prog} "
-                            "--help", value=given.keep, prog=prog))  # fmt: skip
-    if given.keep is None and not given.temp and not given.quarantine:
-        given.keep = _KEEP
-    if given.json and not (given.yes or given.dry_run):
-        raise ConfigError(_("{prog} --json asks no questions: add --yes or --dry-run", prog=prog))
-    shown = clean.plan(given.directory, clean.Wish(given.keep, given.temp, given.quarantine))
-    if given.json:
-        done = clean.execute(shown) if shown.going and not given.dry_run else shown
-        _print_json(done.to_json(done=not given.dry_run))
-        return 0
-    _print(shown.lines(Screen.of(sys.stdout)))
-    if shown.unverified:
-        check = f"{prog.rpartition(' ')[0]} verify {shlex.quote(given.directory)}".lstrip()
-        _print([_("No checkpoint goes before two are verified. This verifies them: {command}",
-                  command=check)])  # fmt: skip
-    if given.dry_run or not shown.going:
-        return 0
-    if not given.yes and not _confirmed(prog):
-        _print([_("Nothing was removed.")])
-        return 1
-    done = clean.execute(shown)
-    _print([_("Removed: {count}, {size} came back.", count=len(done.going),
-              size=format_bytes(done.freed))])  # fmt: skip
-    agreed = {row.key for row in shown.going}
-    _print(_("{name} stays: {reason}", name=row.names[0], reason=done.why(row))
-           for row in done.rows if row.stays and row.key in agreed)  # fmt: skip
-    return 0
-
-
-def _clean_memory(given: argparse.Namespace, prog: str) -> int:
-    """`holdfast clean --memory`: what it shows and asks, as for a run directory."""
-    if given.keep is not None or given.temp or given.quarantine:
-        raise ConfigError(_("{prog} --memory stands alone: it looks at no run directory",
-                            prog=prog))  # fmt: skip
-    if given.json and not (given.yes or given.dry_run):
-        raise ConfigError(_("{prog} --json asks no questions: add --yes or --dry-run", prog=prog))
-    shown = leftovers.plan()
-    if given.json:
-        done = shown if given.dry_run else leftovers.execute(shown)
-        _print_json(done.to_json(done=not given.dry_run))
-        return 0
-    _print(shown.lines(Screen.of(sys.stdout)))
-    if given.dry_run or not shown.going:
-        return 0
-    if not given.yes and not _confirmed(prog):
-        _print([_("Nothing was removed.")])
-        return 1
-    done = leftovers.execute(shown)
-    _print([_("Removed: {count}, {size} came back.", count=len(done.going),
-              size=format_bytes(done.freed))])  # fmt: skip
-    return 0
-
-
-def _clean_parser(prog: str) -> Parser:
-    parser = _parser(
-        prog,
-        _("Remove checkpoints that are no longer needed. Shows first what goes, what stays and "
-          "why, then asks. The best, the newest and two verified ones always stay."),
-        _("Examples:\n  {prog} --keep 3 --dry-run\n  {prog} runs/a --keep 1 --temp --yes\n"
-          "  {prog} --quarantine\n  {prog} --memory", prog=prog),
-    )  # fmt: skip
-    _add_directory(parser)
-    keep_help = _(
-        "keep the last N epoch and the last N step checkpoints, 0 for all "
-        "(default: {value}, where neither --temp nor --quarantine is given)",
-        value=_KEEP,
-    )
-    parser.add_argument("--keep", type=int, metavar="N", help=keep_help)
-    for flag, text in (
-        ("--temp", _("remove temporary checkpoints and files that were never finished")),
-        ("--quarantine", _("remove damaged files that were set aside")),
-        ("--memory", _("give back what killed trainings have left in shared memory, of any run")),
-        ("--dry-run", _("show what would go, and remove nothing")),
-        ("--yes", _("do not ask")),
-    ):
-        short = {"--yes": ["-y"]}.get(flag, [])
-        parser.add_argument(*short, flag, action="store_true", help=text)
-    return parser
 
 
 def run_verify(argv: Sequence[str], prog: str) -> int:
@@ -251,7 +161,6 @@ def _verdict_line(verdict: verify.Verdict) -> str:
 COMMANDS: dict[str, tuple[str, _Work]] = {
     "list": (N_("show the checkpoints of a run"), run_list),
     "history": (N_("show the epochs of a run and what happened to it"), run_history),
-    "clean": (N_("remove checkpoints that are no longer needed"), run_clean),
     "verify": (N_("check every byte of the checkpoints"), run_verify),
 }
 
@@ -276,13 +185,6 @@ def _parser(prog: str, description: str, examples: str, *, scripts: bool = True)
 def _add_directory(parser: Parser) -> None:
     parser.add_argument("directory", nargs="?", default=_DIRECTORY, metavar="DIR",
                         help=_("run directory (default: {value})", value=_DIRECTORY))  # fmt: skip
-
-
-def _confirmed(prog: str) -> bool:
-    """Ask whether to remove what was shown."""
-    without = _("{prog} removes nothing without being told: add --yes, there is no terminal to "
-                "ask on", prog=prog)  # fmt: skip
-    return _agreed(_("Remove them? [y/N] "), without)
 
 
 def _agreed(question: str, without: str) -> bool:

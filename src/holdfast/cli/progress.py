@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 
 from rich.cells import cell_len, set_cell_size
 
@@ -20,7 +21,9 @@ _WIDEST, _NARROWEST = 30, 6  # cells of the bar; where there is room for less th
 class ProgressLine:
     """The last line of a terminal (stderr), painted over again and again."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: Callable[[Progress], str] | None = None) -> None:
+        """`what` says what is being done with which file; without it, that it is checked."""
+        self._what = what or _checking
         self._active = sys.stderr.isatty()
         self._shown: tuple[int, float] = (0, 0.0)  # number of the file, and when
 
@@ -29,7 +32,7 @@ class ProgressLine:
         now = time.monotonic()
         if self._active and (number != progress.number or now - when >= _EVERY):
             self._shown = progress.number, now
-            self._write("\r\x1b[K" + line(progress, _width()))
+            self._write("\r\x1b[K" + line(progress, _width(), self._what(progress)))
 
     def note(self, text: str) -> None:
         """Say what is being done, where nobody knows how long it takes."""
@@ -49,11 +52,14 @@ class ProgressLine:
             sys.stderr.flush()
 
 
-def line(progress: Progress, width: int) -> str:
+def _checking(progress: Progress) -> str:
+    return _("checking {number}/{of}: {name}", number=progress.number, of=progress.of,
+             name=progress.path.name)  # fmt: skip
+
+
+def line(progress: Progress, width: int, what: str = "") -> str:
     """`progress` in less than `width` cells: which file, a bar, bytes, bytes a second, the rest."""
-    text = progress.what or _("checking {number}/{of}: {name}", number=progress.number,
-                              of=progress.of, name=progress.path.name)  # fmt: skip
-    text = printable(text)
+    text = printable(what or _checking(progress))
     share = progress.done / progress.total if progress.total else 0.0
     numbers = [
         f"{share:4.0%}",

@@ -322,8 +322,7 @@ class _Job:
             self._done += count
             self._show(
                 Progress(*self._file, self._path, self._done, self._total,
-                         time.monotonic() - self._began,
-                         _("comparing {name}", name=self._path.name))
+                         time.monotonic() - self._began)
             )  # fmt: skip
 
 

@@ -107,12 +107,12 @@ def set_aside(directory: Path, place: str) -> list[Path]:
 
 
 def disk_use(paths: Iterable[Path]) -> int:
-    """Bytes that `paths` occupy, links to the same data counted once."""
+    """Bytes that `paths` occupy as `du` counts them, links to the same data counted once."""
     sizes: dict[tuple[int, int], int] = {}
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             stat = path.lstat()
-            sizes[stat.st_dev, stat.st_ino] = stat.st_size
+            sizes[stat.st_dev, stat.st_ino] = occupied(stat)
     return sum(sizes.values())
 
 
@@ -124,9 +124,15 @@ def reclaimable(paths: Iterable[Path]) -> int:
         with contextlib.suppress(FileNotFoundError):
             stat = path.lstat()
             key = (stat.st_dev, stat.st_ino)
-            sizes[key] = stat.st_size
+            sizes[key] = occupied(stat)
             links[key] = links.get(key, stat.st_nlink) - 1
     return sum(size for key, size in sizes.items() if links[key] <= 0)
+
+
+def occupied(stat: os.stat_result) -> int:
+    """Bytes on the disk: whole blocks, or less than the file has where the file system compresses.
+    Its length where the system does not tell."""
+    return getattr(stat, "st_blocks", 0) * 512 or stat.st_size
 
 
 def _files_in(place: Path) -> Iterator[Path]:

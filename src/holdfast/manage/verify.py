@@ -33,7 +33,7 @@ _TICK = 0.1  # seconds between two looks at how far it has come
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a long reading has come: a check, or whatever `what` says."""
+    """How far a long reading of files has come."""
 
     number: int  # of the file that is waited for, from 1
     of: int
@@ -41,7 +41,6 @@ class Progress:
     done: int  # bytes, of all files
     total: int
     seconds: float
-    what: str = ""  # in the user's language; "": the file is being checked
 
     @property
     def speed(self) -> float:

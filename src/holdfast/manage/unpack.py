@@ -1,0 +1,136 @@
+"""`holdfast unpack`: a run directory from a packed run, or a look into it.
+
+The directory is complete, durable and read back from the device before it has its name. What the
+archive says is not believed before it is checked (manage/packed.py). No torch in this room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from holdfast.checkpoint import filesystem, guard
+from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.container import Reader
+from holdfast.errors import ForeignCheckpoint, HoldfastError
+from holdfast.i18n import _
+from holdfast.manage.pack import Meter, Packed, Show, check_room
+from holdfast.manage.packed import Chunks, Contents, Item, PackedRun, check
+
+
+def contents_of(path: str | os.PathLike[str]) -> Packed:
+    """What is in a packed run, as its first member says; nothing more is read."""
+    with PackedRun(path) as packed:
+        return Packed(packed.path, packed.path.stat().st_size, packed.contents)
+
+
+def checked(path: str | os.PathLike[str], show: Show | None = None) -> Packed:
+    """`contents_of`, after every checksum was right; `DamagedCheckpoint` where one is not."""
+    found = contents_of(path)
+    meter = Meter(1, found.contents.size, show)
+    meter.file(found.path)
+    check(path, meter.count)
+    return found
+
+
+def unpack(
+    path: str | os.PathLike[str], directory: str | None = None, show: Show | None = None
+) -> tuple[Path, Packed]:
+    """Make a run directory of a packed run, and return where: `directory`, or here by the name of
+    the run.
+
+    Extracts beside the target, checks every checksum, reads the checkpoints back from the device,
+    and only then gives the directory its name. Raises HoldfastError and its children where that
+    cannot be done, `OSError` as it comes; nothing is left behind then.
+    """
+    with PackedRun(path) as packed:
+        found = Packed(packed.path, packed.path.stat().st_size, packed.contents)
+        target = Path(directory) if directory is not None else Path(packed.contents.top)
+        _check_target(target)
+        filesystem.make_directory(target.absolute().parent)
+        check_room(target, packed.contents.size + guard.RESERVE)
+        with _beside(target) as place:
+            sink = _Sink(place, _meter(packed.contents, show))
+            packed.read(sink, sink.meter.count)
+            sink.finish()
+            with contextlib.suppress(OSError):
+                target.rmdir()  # it is empty; Windows renames onto nothing
+            place.rename(target)
+        filesystem.sync_directory(target.absolute().parent)
+    return target, found
+
+
+def _meter(contents: Contents, show: Show | None) -> Meter:
+    """Checkpoints are counted when they are written and when they are read back."""
+    again = sum(i.size for i in contents.items if i.step is not None and i.link is None)
+    return Meter(contents.files + contents.checkpoints, contents.size + again, show)
+
+
+def _check_target(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise HoldfastError(_("{path} exists and is no directory: name another.", path=target))
+    if target.is_dir() and any(target.iterdir()):
+        raise HoldfastError(_("{path} exists and is not empty: name a directory that is not "
+                              "there yet.", path=target))  # fmt: skip
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A new directory on the same file system, gone at the end unless it was renamed."""
+    place = target.absolute().with_name(f".unpacking-{os.getpid()}-{time.monotonic_ns():x}")
+    place.mkdir()
+    try:
+        yield place
+    finally:
+        with guard.deferred_interrupt():
+            shutil.rmtree(place, ignore_errors=True)
+
+
+class _Sink:
+    """Writes what it is given under `place`; nothing there is believed before `finish`."""
+
+    def __init__(self, place: Path, meter: Meter) -> None:
+        self._place, self.meter = place, meter
+        self._checkpoints: list[Path] = []
+
+    def file(self, item: Item, chunks: Chunks) -> None:
+        path = self._path(item)
+        self.meter.file(path)
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
+        fd = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o644)
+        with os.fdopen(fd, "wb", buffering=0) as file:
+            for chunk in chunks:
+                view = memoryview(chunk)
+                while view:
+                    view = view[file.write(view) :]
+            filesystem.sync_file(fd)
+        os.utime(path, (item.mtime, item.mtime))
+        if item.name.endswith(".pt"):
+            path.chmod(filesystem.READ_ONLY)
+        if item.step is not None:
+            self._checkpoints.append(path)
+
+    def link(self, item: Item) -> None:
+        assert item.link is not None
+        filesystem.publish(self._place / item.link, self._path(item))
+
+    def finish(self) -> None:
+        """Read the checkpoints back from the device, and make all names durable."""
+        for path in self._checkpoints:
+            before = self.meter.done
+            self.meter.file(path)
+            with contextlib.suppress(ForeignCheckpoint), Reader(path) as reader:
+                reader.verify(progress=self.meter.count)
+            self.meter.count(before + path.stat().st_size - self.meter.done)  # the headers
+        Catalog(self._place).write_cache()
+        for folder, _folders, _names in os.walk(self._place):
+            filesystem.sync_directory(Path(folder))
+
+    def _path(self, item: Item) -> Path:
+        path = self._place / item.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
