@@ -87,6 +87,7 @@ def _dispatch(words: list[str], prog: str) -> int:
 def _commands() -> dict[str, tuple[str, Command]]:
     from holdfast.cli.doctor import COMMANDS as DOCTOR
     from holdfast.cli.manage import COMMANDS
+    from holdfast.cli.monitor import COMMANDS as MONITOR
     from holdfast.cli.protect import COMMANDS as PROTECTION
     from holdfast.cli.states import COMMANDS as STATES
 
@@ -95,6 +96,7 @@ def _commands() -> dict[str, tuple[str, Command]]:
         **PROTECTION,
         **COMMANDS,
         **STATES,
+        **MONITOR,
         **DOCTOR,
         "bench": (_(_BENCH_HELP), _bench),
     }

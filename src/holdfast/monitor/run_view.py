@@ -225,7 +225,7 @@ class RunView:
             return FINISHED
         if not (self.points or self.entries or self.events or self.started):
             return EMPTY
-        return TRAINING if self._unasked and self.silent < self._patience else STOPPED
+        return TRAINING if self._unasked and self.silent < self.patience else STOPPED
 
     @property
     def _unasked(self) -> bool:
@@ -238,7 +238,7 @@ class RunView:
         return self.started.get("host") not in (None, socket.gethostname())
 
     @property
-    def _patience(self) -> float:
+    def patience(self) -> float:
         """Seconds of silence that mean nothing: a slow training writes a line when it can."""
         pair = self.points[-2:]
         between = _seconds(pair[-1].time) - _seconds(pair[0].time) if len(pair) == 2 else 0.0
