@@ -77,7 +77,8 @@ def _once(given: argparse.Namespace) -> int:
 
 
 def _watch(given: argparse.Namespace, prog: str) -> int:
-    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
+    streams = (sys.stdin, sys.stdout, sys.stderr)  # Textual draws on the last
+    if not all(stream.isatty() for stream in streams) or os.environ.get("TERM") == "dumb":
         raise ConfigError(_("{prog} needs a terminal; for a pipe or a script: {prog} --once",
                             prog=prog))  # fmt: skip
     root = Path(given.directory)

@@ -73,21 +73,23 @@ def loss(look: Look, width: int, height: int) -> list[Text]:
     """The legend with the newest values, and the curve under it."""
     if look.snapshot is None or width < 20 or height < 2:
         return []
-    legend = Text()
     colours = (curve.TRAINING, curve.SMOOTHED, curve.VALIDATION)
-    parts = zip(words.losses(look.snapshot), colours, strict=True)
-    for (label, value), colour in parts:
-        part = f"{curve.SYMBOLS[colour]} {label} {value}"
-        gap = _GAP if legend else ""
-        if legend.cell_len + cell_len(gap + part) <= width:
-            legend.append(gap).append(part, f"color({colour})")
+    parts = [
+        Text(f"{curve.SYMBOLS[colour]} {label} {value}", f"color({colour})")
+        for (label, value), colour in zip(words.losses(look.snapshot), colours, strict=True)
+    ]
+    legend = [Text()]
+    for part in parts:
+        if legend[-1] and legend[-1].cell_len + len(_GAP) + part.cell_len > width:
+            legend.append(Text())
+        legend[-1].append(_GAP if legend[-1] else "").append(part)
     best = words.best(look.snapshot)
-    if best and legend.cell_len + cell_len(_GAP + best) <= width:
-        legend.append(_GAP).append(best, LABEL)
-    drawn = curve.draw(look.series, width, height - 1)
+    if best and legend[-1].cell_len + cell_len(_GAP + best) <= width:
+        legend[-1].append(_GAP + best, LABEL)
+    drawn = curve.draw(look.series, width, height - len(legend))
     if not drawn:
-        return [legend, Text(_("no curve yet"), LABEL)]
-    return [legend, *drawn.split("\n")]
+        return [*legend, Text(_("no curve yet"), LABEL)]
+    return [*legend, *drawn.split("\n")]
 
 
 def pairs(found: Sequence[Pair], width: int, styles: Sequence[str] = ()) -> list[Text]:

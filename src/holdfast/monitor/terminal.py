@@ -25,7 +25,7 @@ from holdfast.i18n import _, language, set_language
 from holdfast.monitor import panels
 from holdfast.monitor.watcher import Look, Watcher
 
-_SIDE, _WIDE_SIDE = 38, 48  # cells of the column beside the curve
+_SIDE, _WIDE_SIDE = 36, 48  # cells of the column beside the curve
 _LOSS = 24  # cells without which a curve says nothing
 _FIXED = 4  # lines: one at the head, two of progress, one at the foot
 _BODY, _CHECKPOINTS, _EVENTS = 20, 5, 4  # lines at 80x24, titles included
@@ -33,10 +33,14 @@ _SIGNALS = ("SIGTERM", "SIGHUP")
 
 
 class Panel(Static, can_focus=True):
-    """A part of the screen with a title, that scrolls where it holds more than it shows."""
+    """A part of the screen with a title, that scrolls where it holds more than it shows.
 
-    def __init__(self, id: str) -> None:
+    One that is `whole` is as high as what it holds.
+    """
+
+    def __init__(self, id: str, *, whole: bool = False) -> None:
         super().__init__(id=id)
+        self._whole = whole
         self._lines: list[Text] = []
         self._offset = 0
         self._shown: Text | None = None
@@ -56,7 +60,7 @@ class Panel(Static, can_focus=True):
         self.scroll_by(pages * max(1, self.content_size.height - 1))
 
     def _draw(self) -> None:
-        height = self.content_size.height
+        height = len(self._lines) if self._whole else self.content_size.height
         self._offset = max(0, min(self._offset, len(self._lines) - height))
         below = len(self._lines) - self._offset - height
         more = f"↑{self._offset} ↓{max(0, below)}" if self._offset or below > 0 else ""
@@ -165,7 +169,7 @@ class Monitor(App[int]):
             with Horizontal(id="top"):
                 yield Panel("loss")
                 with Vertical(id="side"):
-                    yield Panel("safety")
+                    yield Panel("safety", whole=True)
                     yield Panel("machine")
             yield Panel("checkpoints")
             yield Panel("events")

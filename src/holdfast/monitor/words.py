@@ -25,6 +25,7 @@ from holdfast.monitor.run_view import EMPTY, FINISHED, STOPPED, TRAINING
 from holdfast.monitor.snapshot import Row, Snapshot
 
 Pair = tuple[str, str]  # a label and its value
+BETWEEN = " · "  # two figures: the same in both languages
 
 _STATES = {
     TRAINING: N_("training"),
@@ -118,7 +119,7 @@ def safety(snapshot: Snapshot) -> list[Pair]:
     return [
         (_("power cut"), _power_cut(snapshot)),
         (_("kill"), _steps(snapshot.safety.memory_steps)),
-        (_("disk failure"), _("all, no remote copy")),
+        (_("disk loss"), _("all, no remote copy")),
         (_("durable"), _durable(snapshot)),
     ]
 
@@ -129,7 +130,7 @@ def _power_cut(snapshot: Snapshot) -> str:
         return _("nothing")
     text = _steps(risk.disk_steps)
     if risk.disk_seconds is not None:
-        text += ", " + format_seconds(risk.disk_seconds)
+        text += BETWEEN + format_seconds(risk.disk_seconds)
     return text
 
 
@@ -187,7 +188,7 @@ def _load(cpu: float | None, used: int | None, total: int | None) -> str:
     parts = [] if cpu is None else [f"CPU {cpu:.0f} %"]
     if used is not None:
         parts.append(_of(used, total))
-    return ", ".join(parts) or NOTHING
+    return BETWEEN.join(parts) or NOTHING
 
 
 def _of(used: int, total: int | None) -> str:
@@ -205,7 +206,7 @@ def _gpu(gpu: Gpu) -> str:
         parts.append(_of(gpu.used, gpu.total))
     if gpu.celsius is not None:
         parts.append(f"{gpu.celsius:.0f} °C")
-    return ", ".join(parts) or NOTHING
+    return BETWEEN.join(parts) or NOTHING
 
 
 def has_figures(machine: Machine) -> bool:
@@ -273,10 +274,10 @@ def lines(snapshot: Snapshot, events: int = 10) -> list[str]:
     losses_ = [f"{label} {value}" for label, value in losses(snapshot)]
     pairs: list[Pair] = [
         (_("run"), str(snapshot.directory)),
-        (_("state"), ", ".join(filter(None, [state(snapshot), snapshot.owner]))),
-        (_("progress"), ", ".join(filter(None, progress))),
-        (_("loss"), ", ".join(filter(None, [*losses_, best(snapshot)]))),
-        (_("speed"), ", ".join(model(snapshot)) or NOTHING),
+        (_("state"), BETWEEN.join(filter(None, [state(snapshot), snapshot.owner]))),
+        (_("progress"), BETWEEN.join(filter(None, progress))),
+        (_("loss"), BETWEEN.join(filter(None, [*losses_, best(snapshot)]))),
+        (_("speed"), BETWEEN.join(model(snapshot)) or NOTHING),
         *((_("lost after {failure}", failure=label), value)
           for label, value in safety(snapshot)[:-1]),
         safety(snapshot)[-1],
