@@ -117,7 +117,7 @@ def draw(series: Series, width: int, height: int) -> Text:
         (series.validation, VALIDATION, SYMBOLS[VALIDATION]),
     ):
         if values:
-            few = _fewer(values, 2 * width) if symbol == "braille" else values
+            few = _fewer(values, 2 * width if symbol == "braille" else width // 4)
             clamped = [min(max(loss, low), high) for _step, loss in few]
             signal = figure.signal(
                 [step for step, _loss in few], clamped, marker=marker(symbol, colour)
