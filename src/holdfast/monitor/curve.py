@@ -91,7 +91,7 @@ def draw(series: Series, width: int, height: int) -> Text:
     shown = series.smoothed + series.validation or series.raw
     if not shown or width < 20 or height < 4:
         return Text()
-    from plotext import figure, marker
+    from plotext import figure, marker, terminal
 
     losses = sorted(loss for _step, loss in shown)
     # A first loss, or a single bad batch, must not press the rest into one line.
@@ -104,6 +104,7 @@ def draw(series: Series, width: int, height: int) -> Text:
     steps = [step for step, _loss in series.raw + shown]
     first, last = min(steps), max(*steps, min(steps) + 1)
 
+    terminal.limit(width=False, height=False)  # a panel has a size of its own
     figure.clear()
     figure.theme("colorless")
     figure.canvas("default")
