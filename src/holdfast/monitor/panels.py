@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 
-from rich.cells import cell_len
+from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
 from holdfast.formatting import wrap_cells
@@ -98,7 +98,7 @@ def pairs(found: Sequence[Pair], width: int, styles: Sequence[str] = ()) -> list
     lines = []
     for i, (label, value) in enumerate(found):
         style = styles[i] if i < len(styles) else ""
-        for j, part in enumerate(wrap_cells(value, max(8, width - column))):
+        for j, part in enumerate(_wrapped(value, max(8, width - column))):
             head = label if j == 0 else ""
             text = Text(head + " " * (column - cell_len(head)), LABEL)
             lines.append(text.append(part, style))
@@ -152,7 +152,7 @@ def events(look: Look, width: int) -> list[Text]:
         worry = is_warning(event)
         head = f"{'!' if worry else ' '} {words.clock(event.get('time'), today)}{_GAP}"
         room = max(16, width - cell_len(head))
-        for i, part in enumerate(wrap_cells(words.sentence(event), room)):
+        for i, part in enumerate(_wrapped(words.sentence(event), room)):
             text = Text(head if i == 0 else " " * cell_len(head), WARNING if worry else LABEL)
             lines.append(text.append(part, WARNING if worry else ""))
     return lines
@@ -218,6 +218,11 @@ def fit(parts: Sequence[str], width: int, gap: str = "") -> str:
             break
         shown.append(part)
     return gap.join(shown)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """`text` in lines of at most `width`; only a word that is longer than a line is broken."""
+    return [piece for line in wrap_cells(text, width) for piece in chop_cells(line, width) or [""]]
 
 
 def _end_of(text: str, width: int) -> str:
