@@ -26,9 +26,7 @@ def evaluation(step: int, loss: float | None) -> Evaluation:
 def test_few_points_are_drawn_as_they_are() -> None:
     found = Curve()
     assert found.update([point(10, 3.0), point(20, 2.0)], [evaluation(20, 2.5)])
-    assert found.series == Series(
-        ((10, 3.0), (20, 2.0)), ((10, 3.0), (20, 2.0)), ((20.0, 2.5),)
-    )
+    assert found.series == Series(((10, 3.0), (20, 2.0)), ((10, 3.0), (20, 2.0)), ((20.0, 2.5),))
 
 
 def test_nothing_new_is_no_new_curve() -> None:

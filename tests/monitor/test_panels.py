@@ -68,7 +68,7 @@ def look(snapshot: Snapshot, directory: Path) -> Look:
     view, curve = RunView(directory), Curve()
     view.refresh()
     curve.update(view.points, view.evaluations)
-    return Look((directory, directory / "other"), 0, snapshot, curve.series)
+    return Look(directory, (directory, directory / "other"), 0, snapshot, curve.series)
 
 
 def plain(lines: list[Text] | Text) -> list[str]:
@@ -172,10 +172,11 @@ def test_the_time_of_an_event_of_another_day_has_its_day() -> None:
 
 
 def test_a_waiting_monitor_says_for_what(tmp_path: Path) -> None:
-    waiting = Look(problem=f"Waiting for a training in {tmp_path}")
+    waiting = Look(tmp_path, problem=f"Waiting for a training in {tmp_path}")
     for shown in every_panel(waiting, 80).values():
         assert all(cell_len(line) <= 80 for line in shown)
-    assert str(tmp_path.name) in panels.progress(waiting, 80)[0].plain
+    assert panels.progress(waiting, 80)[0].plain.startswith("Waiting for a training in")
+    assert f"{tmp_path.name} " in panels.header(waiting, 80).plain
     assert panels.checkpoints(waiting, 80) == []
 
 
@@ -301,7 +302,7 @@ def test_a_loop_of_a_stranger_has_no_metrics_and_is_shown_all_the_same(tmp_path:
         view.refresh()
         found = take(view, Probe())
     assert (found.state, found.step, found.progress, found.last) == ("training", 100, None, None)
-    shown = Look((directory,), 0, found)
+    shown = Look(directory, (directory,), 0, found)
     assert panels.progress(shown, 80)[0].plain == "step 100"
     assert "no curve yet" in plain(panels.loss(shown, 60, 10))
     assert "step 100" in "\n".join(words.lines(found))

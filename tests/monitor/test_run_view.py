@@ -237,7 +237,9 @@ def test_a_quarantined_file_is_a_mark_and_no_checkpoint(tmp_path: Path) -> None:
     view = RunView(directory)
     view.refresh()
     assert view.entries[0].step == 400
-    with Training(directory) as again:  # finds the damage, sets it aside, goes on from the one before
+    with Training(
+        directory
+    ) as again:  # finds the damage, sets it aside, goes on from the one before
         assert again.resumed is not None
         assert again.resumed.step == 300
     view.refresh()

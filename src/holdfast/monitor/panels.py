@@ -37,7 +37,7 @@ def header(look: Look, width: int) -> Text:
         style = ALARM if wrong else _STATE_STYLES.get(snapshot.state, "bold")
         right = Text.assemble((words.state(snapshot), style), _GAP, right)
     number = f"[{look.index + 1}/{len(look.runs)}] " if len(look.runs) > 1 else ""
-    name = printable(str(look.runs[look.index])) if look.runs else "holdfast monitor"
+    name = printable(str(look.runs[look.index] if look.runs else look.root))
     room = width - right.cell_len - len(_GAP) - cell_len(number)
     left = Text(number + _end_of(name, room), "bold")
     return left + " " * max(1, width - left.cell_len - right.cell_len) + right
@@ -48,7 +48,7 @@ def progress(look: Look, width: int) -> list[Text]:
     snapshot = look.snapshot
     if snapshot is None:
         hint = _("start one: holdfast train --checkpoint-dir DIR; q quits")
-        return [Text(_end_of(look.problem, width), WARNING), Text(fit([hint], width), LABEL)]
+        return [Text(_beginning_of(look.problem, width), WARNING), Text(fit([hint], width), LABEL)]
     left = _GAP.join(words.counts(snapshot))
     share = snapshot.progress
     right = _GAP.join(filter(None, [words.percent(share or 0), words.left(snapshot)]))
@@ -62,7 +62,7 @@ def progress(look: Look, width: int) -> list[Text]:
     elif share is not None:
         first = Text(fit([left, right], width, _GAP))
     if look.problem:
-        return [first, Text(_end_of(look.problem, width), ALARM)]
+        return [first, Text(_beginning_of(look.problem, width), ALARM)]
     if snapshot.saving_fails and snapshot.state == TRAINING:
         why = _("saving fails: {reason}", reason=printable(snapshot.saving_fails))
         return [first, Text(_beginning_of(why, width), ALARM)]
@@ -226,7 +226,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _end_of(text: str, width: int) -> str:
-    """The end of a path or a message that is too long: its beginning tells the least."""
+    """The end of a path that is too long: its beginning tells the least."""
     if cell_len(text) <= width:
         return text
     while text and cell_len(text) > max(1, width - 1):

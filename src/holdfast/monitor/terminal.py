@@ -17,6 +17,7 @@ from textual import events
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Horizontal, Vertical
+from textual.css.query import NoMatches
 from textual.message import Message
 from textual.screen import ModalScreen, Screen
 from textual.widgets import Static
@@ -70,6 +71,9 @@ class Panel(Static, can_focus=True):
         if self._shown is None or shown != self._shown:
             self._shown = shown
             self.update(shown)
+
+    def on_resize(self) -> None:
+        self._draw()
 
     def on_mouse_scroll_down(self, _event: events.MouseScrollDown) -> None:
         self.scroll_by(1)
@@ -152,7 +156,7 @@ class Monitor(App[int]):
         super().__init__()
         self.animation_level = "none"
         self._watcher = Watcher(root, interval, self._deliver)
-        self._seen = Look(problem=_("Reading {directory} …", directory=root))
+        self._seen = Look(root, problem=_("Reading {directory} …", directory=root))
         self._large: Panel | None = None
         self._curve: tuple[object, ...] = ()  # what the curve was drawn from
         self._curve_lines: list[Text] = []
@@ -192,9 +196,14 @@ class Monitor(App[int]):
         self._arrange(event.size.width, event.size.height)
         self.call_after_refresh(self._draw)
 
+    def on_unmount(self) -> None:
+        self._watcher.stop()
+
     def on_monitor_looked(self, message: Looked) -> None:
         self._seen = message.look
-        self._draw()
+        with contextlib.suppress(NoMatches):  # the screen is being taken down
+            if self.screen_stack:
+                self._draw()
 
     def _arrange(self, width: int, height: int) -> None:
         """Who gets how much of the screen: at 80x24 everything that matters has its place."""

@@ -35,6 +35,7 @@ class Look:
     what is shown.
     """
 
+    root: Path
     runs: tuple[Path, ...] = ()
     index: int = 0
     snapshot: Snapshot | None = None
@@ -84,9 +85,11 @@ class Watcher(threading.Thread):
                     self._chosen = self._runs[0]
                 chosen = self._chosen
         except OSError as error:
-            return Look(problem=str(error))
+            return Look(self._root, problem=str(error))
         if chosen is None:
-            return Look(problem=_("Waiting for a training in {directory}", directory=self._root))
+            return Look(
+                self._root, problem=_("Waiting for a training in {directory}", directory=self._root)
+            )
         if chosen not in self._runs:
             self._runs = sorted([*self._runs, chosen])
         return self._look_at(chosen, tuple(self._runs), self._runs.index(chosen))
@@ -104,9 +107,10 @@ class Watcher(threading.Thread):
             view.refresh()
         except HoldfastError:
             curve.update([], [])
-            gone = _("{directory} is gone; waiting for a training there", directory=chosen)
-            return Look(runs, index, None, curve.series, gone)
+            gone = _("The directory is gone; waiting for a training in {directory}",
+                     directory=chosen)  # fmt: skip
+            return Look(self._root, runs, index, None, curve.series, gone)
         except OSError as error:  # another look may fare better
-            return Look(runs, index, take(view, self._probe), curve.series, str(error))
+            return Look(self._root, runs, index, take(view, self._probe), curve.series, str(error))
         curve.update(view.points, view.evaluations)
-        return Look(runs, index, take(view, self._probe), curve.series)
+        return Look(self._root, runs, index, take(view, self._probe), curve.series)
