@@ -24,7 +24,7 @@ from holdfast.monitor.words import Pair
 _GAP = "  "
 _NARROWEST_BAR = 8
 _STATE_STYLES = {TRAINING: "bold green", FINISHED: "bold cyan", STOPPED: "bold yellow"}
-LABEL, ALARM, WARNING = "dim", "bold red", "yellow"
+LABEL, ALARM, WARNING = "dim", "bold red", "color(220)"
 
 
 def header(look: Look, width: int) -> Text:
@@ -100,7 +100,7 @@ def pairs(found: Sequence[Pair], width: int, styles: Sequence[str] = ()) -> list
         style = styles[i] if i < len(styles) else ""
         for j, part in enumerate(_wrapped(value, max(8, width - column))):
             head = label if j == 0 else ""
-            text = Text(head + " " * (column - cell_len(head)), LABEL)
+            text = Text().append(head + " " * (column - cell_len(head)), LABEL)
             lines.append(text.append(part, style))
     return lines
 
@@ -153,7 +153,7 @@ def events(look: Look, width: int) -> list[Text]:
         head = f"{'!' if worry else ' '} {words.clock(event.get('time'), today)}{_GAP}"
         room = max(16, width - cell_len(head))
         for i, part in enumerate(_wrapped(words.sentence(event), room)):
-            text = Text(head if i == 0 else " " * cell_len(head), WARNING if worry else LABEL)
+            text = Text().append(head if i == 0 else " " * cell_len(head), LABEL)
             lines.append(text.append(part, WARNING if worry else ""))
     return lines
 
