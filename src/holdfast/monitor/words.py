@@ -61,8 +61,8 @@ def percent(share: float) -> str:
 
 
 def left(snapshot: Snapshot) -> str:
-    """The time to the end of the plan; empty where it is not known."""
-    if snapshot.eta is None:
+    """The time to the end of the plan; empty where it is not known, and for the last save."""
+    if not snapshot.eta:
         return ""
     return _("{time} left", time=format_seconds(snapshot.eta))
 
