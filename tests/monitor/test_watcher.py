@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def watch(root: Path, interval: float = 60.0) -> Watcher:
 @pytest.fixture(autouse=True)
 def search_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watcher, "SEARCH_EVERY", 0.0)
+    monkeypatch.setattr(watcher, "_SEARCH_SHARE", 0)
 
 
 def test_a_directory_that_is_not_there_is_waited_for(tmp_path: Path) -> None:
@@ -124,6 +126,22 @@ def test_a_look_that_failed_halfway_is_made_up_for(
     monkeypatch.setattr(run_view, "look", real)
     assert view.refresh()
     assert len(view.entries) == 4
+
+
+def test_a_large_tree_is_searched_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = []
+
+    def search(root: Path) -> list[Path]:
+        searches.append(root)
+        time.sleep(0.02)
+        return []
+
+    monkeypatch.setattr(watcher, "_SEARCH_SHARE", 100)
+    monkeypatch.setattr(watcher, "runs_in", search)
+    found = watch(tmp_path)
+    for _time in range(20):
+        found.look()
+    assert len(searches) == 1, "two seconds have to pass"
 
 
 def test_the_thread_delivers_wakes_and_ends(tmp_path: Path) -> None:

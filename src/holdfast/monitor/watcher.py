@@ -20,6 +20,7 @@ from holdfast.monitor.run_view import RunView, find_runs
 from holdfast.monitor.snapshot import Snapshot, take
 
 SEARCH_EVERY = 5.0  # seconds between two searches for runs that have begun
+_SEARCH_SHARE = 100  # a search takes at most this part of the time
 
 
 def runs_in(root: Path) -> list[Path]:
@@ -95,9 +96,12 @@ class Watcher(threading.Thread):
         return self._look_at(chosen, tuple(self._runs), self._runs.index(chosen))
 
     def _search(self) -> None:
-        now = time.monotonic()
-        if now >= self._search_at or not self._runs:
-            self._runs, self._search_at = runs_in(self._root), now + SEARCH_EVERY
+        began = time.monotonic()
+        if began >= self._search_at:
+            self._runs = runs_in(self._root)
+            now = time.monotonic()  # a large tree is searched rarely, whatever is found there
+            usual = SEARCH_EVERY if self._runs else 0.0
+            self._search_at = now + max(usual, _SEARCH_SHARE * (now - began))
 
     def _look_at(self, chosen: Path, runs: tuple[Path, ...], index: int) -> Look:
         if chosen not in self._views:
