@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 
 from holdfast.i18n import _
 
@@ -89,3 +90,21 @@ def format_time(text: object) -> str:
     """A time of a manifest or the history as the local one: 2026-03-01 18:05:00 +0800."""
     time = parse_time(text)
     return NOTHING if time is None else time.strftime("%Y-%m-%d %H:%M:%S %z")
+
+
+# A word, a space, or a wide character with the punctuation that may not begin a line.
+_CLOSING = "，。、；：！？）》」』"
+_UNIT = re.compile(rf"\s+|[^\s\u2e80-\uffef]+[{_CLOSING}]*|[\u2e80-\uffef][{_CLOSING}]*")
+
+
+def wrap_cells(text: str, width: int) -> list[str]:
+    """`text` in lines of at most `width` terminal cells; a longer word has a line of its own."""
+    from rich.cells import cell_len
+
+    lines = [""]
+    for unit in _UNIT.findall(" ".join(text.split())):
+        if lines[-1] and cell_len(lines[-1] + unit.rstrip()) > width:
+            lines.append("")
+        if lines[-1] or unit != " ":
+            lines[-1] += unit
+    return [line.rstrip() for line in lines]

@@ -89,6 +89,7 @@ def _commands() -> dict[str, tuple[str, Command]]:
     from holdfast.cli.compare import COMMANDS as COMPARING
     from holdfast.cli.doctor import COMMANDS as DOCTOR
     from holdfast.cli.manage import COMMANDS
+    from holdfast.cli.monitor import COMMANDS as MONITORING
     from holdfast.cli.pack import COMMANDS as PACKING
     from holdfast.cli.protect import COMMANDS as PROTECTION
     from holdfast.cli.states import COMMANDS as STATES
@@ -101,6 +102,7 @@ def _commands() -> dict[str, tuple[str, Command]]:
         **CLEANING,
         **STATES,
         **PACKING,
+        **MONITORING,
         **DOCTOR,
         "bench": (_(_BENCH_HELP), _bench),
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from holdfast.errors import ConfigError
+from holdfast.formatting import wrap_cells as wrap_cells  # noqa: PLC0414 - the commands' too
 from holdfast.i18n import LANGUAGES, N_, _, set_language
 from holdfast.training.config import OPTIONS, SECTION_TITLES, Config
 from holdfast.training.fields import Option, did_you_mean, flag_of, format_value, nearest
@@ -277,21 +278,3 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return wrap_cells(text, width)
-
-
-# A word, a space, or a wide character with the punctuation that may not begin a line.
-_CLOSING = "，。、；：！？）》」』"
-_UNIT = re.compile(rf"\s+|[^\s\u2e80-\uffef]+[{_CLOSING}]*|[\u2e80-\uffef][{_CLOSING}]*")
-
-
-def wrap_cells(text: str, width: int) -> list[str]:
-    """`text` in lines of at most `width` terminal cells; a longer word has a line of its own."""
-    from rich.cells import cell_len
-
-    lines = [""]
-    for unit in _UNIT.findall(" ".join(text.split())):
-        if lines[-1] and cell_len(lines[-1] + unit.rstrip()) > width:
-            lines.append("")
-        if lines[-1] or unit != " ":
-            lines[-1] += unit
-    return [line.rstrip() for line in lines]

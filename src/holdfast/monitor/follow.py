@@ -8,18 +8,23 @@ import os
 from pathlib import Path
 from typing import Any
 
+_HEAD = 64  # bytes at the beginning by which a file is known: its first time, to the millisecond
+_BEGINNING = b'{"time"'  # of every line that holdfast writes; never inside one: quotes are escaped
+
 
 class Follower:
     """Reads what has come to a file of JSON lines since the last look.
 
-    A line that is still being written waits for its end; one that a crash has torn is passed over.
-    A file that was replaced or cut is read anew from its beginning.
+    A line that is still being written waits for its end; one that a crash has torn is passed over,
+    and what was written behind it is read. A file that was replaced or cut is read anew from its
+    beginning, also where the new one has got the inode of the old one.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._position = 0
         self._inode = 0
+        self._head = b""
         self._rest = b""  # the beginning of a line whose end is not there yet
         self.restarted = False  # whether the last look began anew: forget what came before
 
@@ -29,25 +34,34 @@ class Follower:
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
+                head = file.read(_HEAD)
                 if self._position and (
-                    status.st_ino != self._inode or status.st_size < self._position
+                    status.st_ino != self._inode
+                    or status.st_size < self._position
+                    or not head.startswith(self._head)
                 ):
-                    self._position, self._rest, self.restarted = 0, b"", True
-                self._inode = status.st_ino
+                    self._begin_anew()
+                self._inode, self._head = status.st_ino, head
                 file.seek(self._position)
                 data = file.read()
-        except FileNotFoundError:
-            self.restarted = self._position > 0
-            self._position, self._rest = 0, b""
+        except (FileNotFoundError, NotADirectoryError):
+            if self._position:
+                self._begin_anew()
             return []
         self._position += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [line for line in map(_parsed, lines) if line is not None]
 
+    def _begin_anew(self) -> None:
+        self._position, self._head, self._rest, self.restarted = 0, b"", b"", True
+
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(line.decode("utf-8", "surrogatepass"))
-        if isinstance(value, dict):
-            return value
+    """The object that `line` holds, or that follows there on a torn one; None where none does."""
+    for beginning in (0, line.rfind(_BEGINNING)):
+        if beginning >= 0:
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(line[beginning:].decode("utf-8", "surrogatepass"))
+                if isinstance(value, dict):
+                    return value
     return None

@@ -6,22 +6,45 @@ training goes on. `RunView.refresh` reads what has come since the last time. No 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import json
 import math
 import socket
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import filesystem, memory
 from holdfast.checkpoint.catalog import EVENTS, Entry
 from holdfast.checkpoint.lock import FileLock
+from holdfast.errors import HoldfastError
 from holdfast.formatting import parse_time
 from holdfast.manage.rundir import RunDirectory, look, number
+from holdfast.manage.story import is_story
 from holdfast.monitor.follow import Follower
+from holdfast.monitor.forecast import Disk, Plan, forecast
+from holdfast.monitor.measured import Evaluation, Mark, Point, Safety, Sample
 
-METRICS = "metrics.jsonl"
+__all__ = [
+    "EMPTY",
+    "FINISHED",
+    "METRICS",
+    "SILENCE",
+    "STOPPED",
+    "TRAINING",
+    "Disk",
+    "Evaluation",
+    "Mark",
+    "Point",
+    "RunView",
+    "Safety",
+    "Sample",
+    "find_runs",
+]  # fmt: skip
+
+METRICS, CONFIG = "metrics.jsonl", "config.json"
 SILENCE = 120.0  # seconds without a line after which a training elsewhere is taken to have ended
 
 TRAINING, FINISHED, STOPPED, EMPTY = "training", "finished", "stopped", "empty"
@@ -30,96 +53,17 @@ TRAINING, FINISHED, STOPPED, EMPTY = "training", "finished", "stopped", "empty"
 _MARKS = ("resumed", "rolled_back", "quarantined", "damaged", "failed", "diverged", "rescued",
           "finished")  # fmt: skip
 _ENDS = ("signal", "error")  # reasons for which a checkpoint is an interruption
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One logging interval. Losses in nats a token; `time` ISO 8601 with the zone."""
-
-    step: int
-    time: str
-    epoch: int | None
-    loss: float | None
-    smoothed: float | None
-    learning_rate: float | None
-    tokens_per_second: float | None
-    durable_step: int | None
-    memory_step: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """A measured validation loss."""
-
-    step: int
-    time: str
-    val_loss: float | None
-    perplexity: float | None
-    bits_per_byte: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A text of the model at the end of an epoch."""
-
-    step: int
-    epoch: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """Something that happened on the way; `kind` is the name of its event, or "interrupted"."""
-
-    kind: str
-    step: int | None
-    time: str
-    fields: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Safety:
-    """What a failure would cost now; None where nothing is safe, or where it is not known.
-
-    `disk_*` after a power cut, `memory_*` after a kill of the process.
-    """
-
-    step: int  # the newest that is known
-    disk_step: int | None
-    disk_seconds: float | None  # of work since that state was durable
-    memory_step: int | None
-
-    @property
-    def disk_steps(self) -> int:
-        """Steps that a power cut would cost."""
-        return self.step - (self.disk_step or 0)
-
-    @property
-    def memory_steps(self) -> int:
-        """Steps that a kill of the process would cost."""
-        return self.step - max(self.memory_step or 0, self.disk_step or 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """Room for checkpoints. `growth` bytes an hour, over what is kept; 0.0 where it is settled."""
-
-    free: int
-    used: int
-    next_size: int  # of the newest checkpoint: what the next one will take
-    growth: float
-
-    @property
-    def hours_left(self) -> float:
-        """Until it is full; infinite where it does not fill."""
-        return self.free / self.growth if self.growth > 0 else math.inf
+_STARTS = ("began", "resumed")  # events with which a process begins to train
+_RECENT = 20  # logging intervals from which the speed is taken
+_NO_RUNS = ("archive", "quarantine", "temp", "tokenizer", "logs")  # folders of a run directory
 
 
 class RunView:
     """One run directory; call `refresh` before looking at it again. Not for several threads.
 
     `points`, `evaluations` and `samples` hold what counts: steps that a crash or a roll-back has
-    undone are gone from them, as they are from the run.
+    undone are gone from them, as they are from the run. `events` is the whole history, `notices`
+    what of it a person wants to know, both oldest first; `config` what the run was asked to do.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -127,7 +71,8 @@ class RunView:
         self._metrics = Follower(directory / METRICS)
         self._events = Follower(directory / EVENTS)
         self.run: RunDirectory | None = None
-        self._seen: tuple[int, int] = (0, 0)
+        self.config: dict[str, Any] = {}
+        self._seen: tuple[int, int] | None = None  # None: the directory is to be looked at
         self._forget_metrics()
         self._forget_events()
 
@@ -137,16 +82,20 @@ class RunView:
         self.samples: list[Sample] = []
         self.started: dict[str, Any] = {}  # the line of the last start: plan, device, model
         self._own_marks: list[Mark] = []
+        self._own_notices: list[dict[str, Any]] = []
         self._ended = False
         self._last_line = ""
 
     def _forget_events(self) -> None:
         self.events: list[dict[str, Any]] = []
         self._event_marks: list[Mark] = []
+        self._event_notices: list[dict[str, Any]] = []
+        self._settled = False  # whether something lasting has had to go
 
     def refresh(self) -> bool:
         """Read what has come; whether there was anything. Raises HoldfastError where the directory
-        is none, OSError as it comes."""
+        is none (any more: the view is empty then), OSError as it comes; call it again later."""
+        seen = _changed_at(self.directory)
         events, lines = self._events.new(), self._metrics.new()
         restarted = self._events.restarted or self._metrics.restarted
         if self._metrics.restarted:
@@ -157,9 +106,15 @@ class RunView:
             self._take_line(line)
         for event in events:
             self._take_event(event)
-        seen = _changed_at(self.directory)
-        if events or restarted or self.run is None or seen != self._seen:
-            self.run, self._seen = look(self.directory), seen
+        if events or restarted or seen != self._seen:
+            self._seen = None
+            try:
+                self.run = look(self.directory)
+            except HoldfastError:
+                self.run, self.config = None, {}
+                raise
+            self.config = _read_config(self.directory / CONFIG)
+            self._seen = seen  # of before the look: what has changed meanwhile is looked at again
             return True
         return bool(lines)
 
@@ -178,35 +133,50 @@ class RunView:
                     step, time, _integer(line.get("epoch")), number(line.get("loss")),
                     number(line.get("smoothed_loss")), number(line.get("learning_rate")),
                     number(line.get("tokens_per_second")), _integer(line.get("durable_step")),
-                    _integer(line.get("memory_step")),
+                    _integer(line.get("memory_step")), _integer(line.get("gpu_bytes")),
                 )
             )  # fmt: skip
         elif kind == "evaluation":
             values = (number(line.get(n)) for n in ("val_loss", "perplexity", "bits_per_byte"))
             self.evaluations.append(Evaluation(step, time, *values))
         elif kind == "sample":
-            self.samples.append(Sample(step, line.get("epoch") or 0, str(line.get("text") or "")))
+            epoch, text = _integer(line.get("epoch")) or 0, str(line.get("text") or "")
+            self.samples.append(Sample(step, epoch, text, time))
         elif kind == "started":
             self._undo_after(step)
             self.started = dict(line)
         elif kind in ("resumed", "diverged"):
-            self._undo_after(line.get("back_to", step))
-        if kind in ("diverged", "finished"):
+            back_to = _integer(line.get("back_to"))
+            self._undo_after(step if back_to is None else back_to)
+        elif kind == "finished":
             self._own_marks.append(Mark(kind, step, time, dict(line)))
+            self._own_notices.append(dict(line))
 
-    def _undo_after(self, step: int) -> None:
-        """Training goes on from `step`: what was measured after it is of steps made again."""
+    def _undo_after(self, step: int, until: float = math.inf) -> None:
+        """Training goes on from `step`: what was measured after it, and before the time `until`,
+        is of steps made again."""
         for measured in (self.points, self.evaluations, self.samples):
             while measured and measured[-1].step > step:
+                if until < math.inf and _seconds(measured[-1].time) > until:
+                    break
                 measured.pop()
 
     def _take_event(self, event: dict[str, Any]) -> None:
         self.events.append(event)
         kind, step = str(event.get("event")), _integer(event.get("step"))
+        time = str(event.get("time") or "")
+        if kind == "rolled_back" and step is not None:
+            # Training goes on from there with its next start; what it writes then is younger.
+            self._undo_after(step, until=_seconds(time))
+            self._ended = self._ended and _seconds(self._last_line) > _seconds(time)
+        if kind == "removed" and event.get("reason") == "retention" and _lasting(event):
+            self._settled = True
         if kind == "durable" and event.get("reason") in _ENDS:
             kind = "interrupted"
         if kind in _MARKS or kind == "interrupted":
-            self._event_marks.append(Mark(kind, step, str(event.get("time") or ""), event))
+            self._event_marks.append(Mark(kind, step, time, event))
+        if is_story(event):
+            self._event_notices.append(event)
 
     # --------------------------------------------------------------------------------------- asking
 
@@ -214,6 +184,24 @@ class RunView:
     def marks(self) -> list[Mark]:
         """What happened on the way, in the order of time."""
         return sorted(self._event_marks + self._own_marks, key=lambda mark: _seconds(mark.time))
+
+    @property
+    def notices(self) -> list[dict[str, Any]]:
+        """The events that a person wants to know of, in the order of time; `manage.story.describe`
+        has the words for each."""
+        return sorted(
+            self._event_notices + self._own_notices, key=lambda e: _seconds(str(e.get("time")))
+        )
+
+    @property
+    def saving_fails(self) -> str:
+        """Why nothing could be saved the last time it was tried; empty where all is well."""
+        for event in reversed(self.events):
+            if event.get("event") in ("durable", "recovered"):
+                return ""
+            if event.get("event") in ("failed", "unsafe"):
+                return str(event.get("reason") or event.get("event"))
+        return ""
 
     @property
     def entries(self) -> list[Entry]:
@@ -235,19 +223,33 @@ class RunView:
             return TRAINING
         if self._ended:
             return FINISHED
-        if not self.points and not self.entries:
+        if not (self.points or self.entries or self.events or self.started):
             return EMPTY
-        # Somewhere else, on a shared disk: there no lock can be asked.
-        return TRAINING if self._elsewhere and self.silent < SILENCE else STOPPED
+        return TRAINING if self._unasked and self.silent < self.patience else STOPPED
+
+    @property
+    def _unasked(self) -> bool:
+        """Whether no lock can tell that somebody trains: elsewhere, on a shared disk, or here on a
+        system that cannot be asked. How long the run has been silent tells then."""
+        return self._elsewhere or not sys.platform.startswith("linux")
 
     @property
     def _elsewhere(self) -> bool:
         return self.started.get("host") not in (None, socket.gethostname())
 
     @property
+    def patience(self) -> float:
+        """Seconds of silence that mean nothing: a slow training writes a line when it can."""
+        pair = self.points[-2:]
+        between = _seconds(pair[-1].time) - _seconds(pair[0].time) if len(pair) == 2 else 0.0
+        return max(SILENCE, 5 * between)
+
+    @property
     def silent(self) -> float:
-        """Seconds since the last line of the metrics; infinite where there is none."""
-        return _now() - _seconds(self._last_line) if self._last_line else math.inf
+        """Seconds since the last line of metrics or history; infinite where there is none."""
+        times = [self._last_line, *(str(event.get("time")) for event in self.events[-1:])]
+        last = max(map(_seconds, times))
+        return max(0.0, _now() - last) if last else math.inf
 
     @property
     def step(self) -> int:
@@ -261,65 +263,84 @@ class RunView:
         return _integer(self.started.get("total_steps"))
 
     @property
-    def eta(self) -> float | None:
-        """Seconds to the end of the plan at the speed of the last lines, what a save or an
-        evaluation takes included; None where that is not known, or nothing runs."""
-        recent = self.points[-20:]
-        if self.total_steps is None or len(recent) < 2 or self.state != TRAINING:
-            return None
-        began = _seconds(str(self.started.get("time") or ""))
-        recent = [point for point in recent if _seconds(point.time) >= began]
+    def pace(self) -> float | None:
+        """Seconds a step in the last lines of this start, what a save or an evaluation takes
+        included; None where that is not known."""
+        began = self._began()
+        recent = [point for point in self.points[-_RECENT:] if _seconds(point.time) >= began]
         if len(recent) < 2 or recent[-1].step <= recent[0].step:
             return None
         spent = _seconds(recent[-1].time) - _seconds(recent[0].time)
-        left = max(0, self.total_steps - self.step)
-        return left * spent / (recent[-1].step - recent[0].step)
+        return max(0.0, spent) / (recent[-1].step - recent[0].step)
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds to the end of the plan at that pace; None where that is not known, or nothing
+        runs."""
+        pace, total = self.pace, self.total_steps
+        if total is None or pace is None or self.state != TRAINING:
+            return None
+        return max(0, total - self.step) * pace
+
+    def _began(self) -> float:
+        """When the last start of the training was."""
+        times = [str(self.started.get("time") or "")]
+        times += [str(e.get("time")) for e in reversed(self.events) if e.get("event") in _STARTS][
+            :1
+        ]
+        return max(map(_seconds, times))
 
     @property
     def safety(self) -> Safety:
         """What a failure would cost now."""
-        disk = next((e for e in reversed(self.events) if e.get("event") == "durable"), None)
         newest = self.entries[0] if self.entries else None
-        durable_at = _seconds(str(disk["time"])) if disk is not None and "time" in disk else None
+        in_memory = self._memory_step()
+        step = max(self.step, in_memory or 0)
+        # The work of a state ends where it was taken; what a start goes on from may be old.
+        since = max(_seconds(newest.created) if newest is not None else 0.0, self._began())
         now = _now() if self.state == TRAINING else _seconds(self._last_line)
-        known = durable_at is not None and newest is not None
-        return Safety(
-            self.step,
-            newest.step if newest is not None else None,
-            max(0.0, now - durable_at) if known and durable_at is not None else None,
-            self._memory_step(),
-        )
+        spent = max(0.0, now - since) if since and now else None
+        if newest is not None and step <= newest.step:
+            spent = 0.0
+        return Safety(step, newest.step if newest is not None else None, spent, in_memory)
 
     def _memory_step(self) -> int | None:
-        """The newest whole snapshot in shared memory of this machine, else what the run has said
-        last, as long as it runs."""
-        found = [each for each in memory.remains() if each.belongs_to(self.directory)]
-        steps = [left.order[1] for left in map(memory.newest_in, found) if left]
+        """The newest whole snapshot in shared memory of this machine, of the generation that is
+        under way; else what the run has said last, as long as it runs elsewhere."""
+        run = [e for e in reversed(self.events) if "run_id" in e and "generation" in e][:1]
+        steps = []
+        with contextlib.suppress(OSError):  # deleted at this moment: the directory, or a slot
+            for each in memory.remains():
+                left = memory.newest_in(each) if each.belongs_to(self.directory) else None
+                if left is not None and all(
+                    left.identity[name] == event[name]
+                    for event in run for name in ("run_id", "generation")
+                ):  # fmt: skip
+                    steps.append(left.order[1])
         if steps:
             return max(steps)
         return self.points[-1].memory_step if self.points and self._elsewhere else None
 
     @property
     def disk(self) -> Disk:
-        """Room for checkpoints, and when there will be none."""
-        sizes: dict[str, int] = {entry.id: entry.size for entry in self.entries}
-        lasting = [entry for entry in self.entries if entry.kind != "temp"]
-        growth = 0.0
-        removed = any(
-            e.get("event") == "removed" and e.get("reason") == "retention" and _lasting(e)
-            for e in self.events
-        )
-        if len(lasting) > 1 and not removed:  # nothing lasting has had to go: it still grows
-            hours = (_seconds(lasting[0].created) - _seconds(lasting[-1].created)) / 3600
-            growth = sum(entry.size for entry in lasting[:-1]) / hours if hours > 0 else 0.0
-        newest = self.entries[0].size if self.entries else 0
-        return Disk(filesystem.free_bytes(self.directory), sum(sizes.values()), newest, growth)
+        """Room for checkpoints, and when there will be none; nothing grows that does not train.
+        Raises OSError where the directory is gone."""
+        plan = None
+        growing = self.state == TRAINING
+        if growing:
+            left = None if self.total_steps is None else max(0, self.total_steps - self.step)
+            per_epoch = _integer(self.started.get("steps_per_epoch"))
+            plan = Plan.of(self.config, per_epoch, left, self.pace)
+        free = filesystem.free_bytes(self.directory)
+        return forecast(self.entries, free, plan, settled=self._settled or not growing)
 
 
 def find_runs(root: Path, *, depth: int = 3) -> list[Path]:
-    """The run directories at and below `root`, by name; links are not followed."""
+    """The run directories at and below `root`, by name; links are not followed, and what a run has
+    set aside is not one."""
     found = []
-    if (root / EVENTS).exists() or (root / METRICS).exists():
+    is_run = (root / EVENTS).exists() or (root / METRICS).exists()
+    if is_run:
         found.append(root)
     if depth:
         try:
@@ -327,9 +348,17 @@ def find_runs(root: Path, *, depth: int = 3) -> list[Path]:
         except OSError:
             return found
         for path in below:
-            if not path.name.startswith("."):
+            if not path.name.startswith(".") and not (is_run and path.name in _NO_RUNS):
                 found += find_runs(path, depth=depth - 1)
     return found
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        config = json.loads(path.read_text("utf-8"))
+        if isinstance(config, dict):
+            return config
+    return {}
 
 
 def _lasting(event: Mapping[str, Any]) -> bool:

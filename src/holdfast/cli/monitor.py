@@ -1,0 +1,103 @@
+"""The command line of the terminal monitor; what it shows is in holdfast.monitor. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from holdfast.cli.manage import _DIRECTORY, _parser, _print, _print_json
+from holdfast.errors import ConfigError, HoldfastError
+from holdfast.i18n import N_, _
+from holdfast.manage.rundir import look
+
+_MEASURED = 0.2  # seconds over which `--once` measures the load of the CPU
+_SHORTEST = 0.1
+
+
+def run_monitor(argv: Sequence[str], prog: str) -> int:
+    """`holdfast monitor`: 0. With `--once` 0 where training goes on or is finished, 9 where a run
+    has stopped before its end, 10 where one trains and cannot save; of several the highest."""
+    parser = _parser(
+        prog,
+        _("Watch a training: loss, progress, checkpoints, what would be lost now, disk, machine. "
+          "Only reads the run directory, so it works over SSH and never disturbs the training. "
+          "With --once: 0 training or finished, 9 stopped before the end, 10 saving fails."),
+        _("Examples:\n  {prog}\n  {prog} runs --interval 5\n  {prog} runs/a --once\n"
+          "  {prog} runs/a --json", prog=prog),
+    )  # fmt: skip
+    parser.add_argument("directory", nargs="?", default=_DIRECTORY, metavar="DIR",
+                        help=_("run directory, or one that holds several (default: {value})",
+                               value=_DIRECTORY))  # fmt: skip
+    parser.add_argument("--once", action="store_true",
+                        help=_("print one snapshot and exit; --json does so too"))  # fmt: skip
+    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS",
+                        help=_("seconds between two looks (default: {value})",
+                               value="1"))  # fmt: skip
+    given = parser.parse_args(argv)
+    if not _SHORTEST <= given.interval <= 3600:
+        raise ConfigError(_("--interval {value}: expected {low} to {high} seconds",
+                            value=given.interval, low=_SHORTEST, high=3600))  # fmt: skip
+    if given.once or given.json:
+        return _once(given)
+    return _watch(given, prog)
+
+
+def _once(given: argparse.Namespace) -> int:
+    from holdfast.monitor import words
+    from holdfast.monitor.machine import Probe
+    from holdfast.monitor.run_view import RunView
+    from holdfast.monitor.snapshot import take
+    from holdfast.monitor.watcher import runs_in
+
+    root = Path(given.directory)
+    runs = runs_in(root)
+    if not runs:
+        look(root)  # says what is wrong with it
+        raise HoldfastError(_("There is no run in {directory} yet. Name the directory that "
+                              "--checkpoint-dir named for the training.",
+                              directory=root))  # fmt: skip
+    views = [RunView(run) for run in runs]
+    for view in views:
+        view.refresh()
+    probe = Probe()
+    for view in views:  # a process is measured from the first question on
+        take(view, probe)
+    time.sleep(_MEASURED)
+    taken = [take(view, probe) for view in views]
+    if given.json:
+        _print_json({"runs": [snapshot.to_json() for snapshot in taken]})
+    else:
+        for i, snapshot in enumerate(taken):
+            _print([*([""] if i else []), *words.lines(snapshot)])
+    return max(snapshot.exit_status for snapshot in taken)
+
+
+def _watch(given: argparse.Namespace, prog: str) -> int:
+    streams = (sys.stdin, sys.stdout, sys.stderr)  # Textual draws on the last
+    if not all(stream.isatty() for stream in streams) or os.environ.get("TERM") == "dumb":
+        raise ConfigError(_("{prog} needs a terminal; for a pipe or a script: {prog} --once",
+                            prog=prog))  # fmt: skip
+    root = Path(given.directory)
+    if root.exists() and not root.is_dir():
+        look(root)
+    try:
+        import plotext  # noqa: F401 - here, where a missing package can be named
+
+        from holdfast.monitor.terminal import Monitor
+    except ModuleNotFoundError as error:
+        if (error.name or "holdfast").startswith("holdfast"):
+            raise
+        raise ConfigError(
+            _("{prog} needs the package {name}: pip install 'holdfast[desk]'; without it: "
+              "{prog} --once", prog=prog, name=error.name)
+        ) from error  # fmt: skip
+    return Monitor(root, given.interval).run() or 0
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
+    "monitor": (N_("watch a training on one screen"), run_monitor),
+}

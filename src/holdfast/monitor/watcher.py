@@ -1,0 +1,120 @@
+"""Looks at the runs under a directory again and again, in a thread of its own.
+
+A disk that hangs must not take the keyboard with it: whoever shows the runs only gets what was
+seen. The reading itself is RunView's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from holdfast.errors import HoldfastError
+from holdfast.i18n import _
+from holdfast.monitor.curve import Curve, Series
+from holdfast.monitor.machine import Probe
+from holdfast.monitor.run_view import RunView, find_runs
+from holdfast.monitor.snapshot import Snapshot, take
+
+SEARCH_EVERY = 5.0  # seconds between two searches for runs that have begun
+_SEARCH_SHARE = 100  # a search takes at most this part of the time
+
+
+def runs_in(root: Path) -> list[Path]:
+    """The runs at and below `root`; a directory that holds nothing but checkpoints is one too."""
+    return find_runs(root) or ([root] if any(root.glob("*.pt")) else [])
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was seen: the chosen run and its place among `runs`.
+
+    `snapshot` is None where there is nothing to show; `problem` says why, or what is wrong with
+    what is shown.
+    """
+
+    root: Path
+    runs: tuple[Path, ...] = ()
+    index: int = 0
+    snapshot: Snapshot | None = None
+    series: Series = field(default_factory=Series)
+    problem: str = ""
+
+
+class Watcher(threading.Thread):
+    """Hands a `Look` to `deliver` every `interval` seconds, from its own thread."""
+
+    def __init__(self, root: Path, interval: float, deliver: Callable[[Look], object]) -> None:
+        super().__init__(daemon=True, name="watcher")  # a look that hangs does not hold the end up
+        self._root, self._interval, self._deliver = root, interval, deliver
+        self._wake = threading.Event()
+        self._stopped = False
+        self._lock = threading.Lock()
+        self._chosen: Path | None = None
+        self._runs: list[Path] = []
+        self._search_at = 0.0
+        self._views: dict[Path, tuple[RunView, Curve]] = {}
+        self._probe = Probe()
+
+    def choose(self, run: Path) -> None:
+        """Show this one from now on."""
+        with self._lock:
+            self._chosen = run
+        self._wake.set()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._wake.set()
+
+    def run(self) -> None:
+        while not self._stopped:
+            look = self.look()
+            if not self._stopped:
+                self._deliver(look)
+            self._wake.wait(self._interval)
+            self._wake.clear()
+
+    def look(self) -> Look:
+        """Look once; whatever goes wrong is the `problem` of what is returned."""
+        try:
+            self._search()
+            with self._lock:
+                if self._chosen is None and self._runs:
+                    self._chosen = self._runs[0]
+                chosen = self._chosen
+        except OSError as error:
+            return Look(self._root, problem=str(error))
+        if chosen is None:
+            return Look(
+                self._root, problem=_("Waiting for a training in {directory}", directory=self._root)
+            )
+        if chosen not in self._runs:
+            self._runs = sorted([*self._runs, chosen])
+        return self._look_at(chosen, tuple(self._runs), self._runs.index(chosen))
+
+    def _search(self) -> None:
+        began = time.monotonic()
+        if began >= self._search_at:
+            self._runs = runs_in(self._root)
+            now = time.monotonic()  # a large tree is searched rarely, whatever is found there
+            usual = SEARCH_EVERY if self._runs else 0.0
+            self._search_at = now + max(usual, _SEARCH_SHARE * (now - began))
+
+    def _look_at(self, chosen: Path, runs: tuple[Path, ...], index: int) -> Look:
+        if chosen not in self._views:
+            self._views[chosen] = RunView(chosen), Curve()
+        view, curve = self._views[chosen]
+        try:
+            view.refresh()
+        except HoldfastError:
+            curve.update([], [])
+            gone = _("The directory is gone; waiting for a training in {directory}",
+                     directory=chosen)  # fmt: skip
+            return Look(self._root, runs, index, None, curve.series, gone)
+        except OSError as error:  # another look may fare better
+            return Look(self._root, runs, index, take(view, self._probe), curve.series, str(error))
+        curve.update(view.points, view.evaluations)
+        return Look(self._root, runs, index, take(view, self._probe), curve.series)
