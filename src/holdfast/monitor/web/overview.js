@@ -1,0 +1,142 @@
+// The upper part of the page: the list of runs, what is safe now, and the numbers of a run.
+"use strict";
+HF.overview = (function () {
+  const { t, el, svg, isNumber } = HF;
+
+  const badge = (state) => el("span", { class: "badge " + state }, t("state." + state));
+
+  function secondsAtRisk(row) {
+    const { seconds, ticking } = row.risk;
+    if (!isNumber(seconds)) return null;
+    return seconds + (ticking ? Math.max(0, HF.serverNow() - row.risk.as_of) / 1000 : 0);
+  }
+  // Whether a failure now would cost anything; null where that is not known.
+  const atRisk = (row) => (row.state === "training" || row.risk.disk_steps > 0);
+
+  function progress(row, label) {
+    if (!isNumber(row.total_steps) || row.total_steps <= 0) return null;
+    const share = Math.min(1, row.step / row.total_steps);
+    return el("div", { class: "bar", role: "progressbar", "aria-label": label, "aria-valuemin": 0,
+      "aria-valuemax": row.total_steps, "aria-valuenow": row.step },
+      svg("svg", { viewBox: "0 0 100 1", preserveAspectRatio: "none", "aria-hidden": "true" },
+        svg("rect", { class: "done " + row.state, width: (share * 100).toFixed(2), height: 1 })));
+  }
+
+  function progressWords(row) {
+    const words = [];
+    if (isNumber(row.epoch)) words.push(t(row.epochs ? "stat.epoch" : "stat.epoch.only", row));
+    words.push(t(row.total_steps ? "stat.step" : "stat.step.only", { step: HF.count(row.step), total: HF.count(row.total_steps) }));
+    return words.join(" · ");
+  }
+
+  // ------------------------------------------------------------------------------ list of runs
+  function listItem(row, state, act) {
+    const chosen = state.compared.size < 2 && state.selected === row.id;
+    const seconds = secondsAtRisk(row);
+    return el("li", { class: "run" + (chosen ? " chosen" : ""), "data-run": row.id },
+      el("input", { type: "checkbox", checked: state.compared.has(row.id), "aria-label": t("run.compare", { name: row.name }),
+        onchange: (event) => act.tick(row.id, event.target.checked) }),
+      el("button", { type: "button", "aria-current": chosen ? "true" : null, onclick: () => act.select(row.id) },
+        el("span", { class: "line" }, el("span", { class: "name" }, row.name), badge(row.state)),
+        progress(row, row.name),
+        el("span", { class: "line quiet" },
+          el("span", {}, row.best ? t("row.best", { value: HF.loss(row.best.val_loss) }) : progressWords(row)),
+          el("span", { class: "risk" }, atRisk(row) ? t("row.risk", { time: HF.duration(seconds) }) : row.checkpoint_count ? t("row.safe") : ""))));
+  }
+
+  function list(node, state, act) {
+    const second = state.rows.some((row) => row.risk.ticking) ? Math.floor(Date.now() / 1000) : 0;
+    const key = [state.rows, state.problems, state.selected, [...state.compared], second];
+    const focused = document.activeElement && node.contains(document.activeElement)
+      ? [document.activeElement.closest("li") && document.activeElement.closest("li").dataset.run, document.activeElement.tagName] : null;
+    const changed = HF.mount(node, key, () => [
+      el("h2", {}, t("runs")),
+      Object.entries(state.problems).map(([directory, problem]) =>
+        el("p", { class: "warning" }, t("directory.problem", { directory, problem }))),
+      state.rows.length ? el("ul", {}, state.rows.map((row) => listItem(row, state, act)))
+        : el("p", { class: "quiet" }, t("run.none")),
+      state.rows.length > 1 && state.compared.size < 2 ? el("p", { class: "quiet hint" }, t("compare.hint")) : null,
+    ]);
+    if (changed && focused && focused[0]) { // what was drawn anew keeps the keyboard's place
+      const item = [...node.querySelectorAll("li")].find((each) => each.dataset.run === focused[0]);
+      const again = item && item.querySelector(focused[1]);
+      if (again) again.focus({ preventScroll: true });
+    }
+  }
+
+  // ------------------------------------------------------------------------------ what is safe
+  const SHIELD = "M16 2 5 6v9c0 7.200 4.600 12.600 11 15 6.400-2.400 11-7.800 11-15V6z";
+  function shield(level) {
+    const sign = level === "good" ? "m10.500 15.500 4 4 7.500-8" : level === "none" ? "M11 15.500h10" : "M16 9v8m0 4v1";
+    return svg("svg", { class: "shield", viewBox: "0 0 32 32", width: 44, height: 44, "aria-hidden": "true" },
+      svg("path", { d: SHIELD, class: "body" }), svg("path", { d: sign, class: "sign" }));
+  }
+
+  function verdict(run) {
+    const { risk } = run, training = run.state === "training", seconds = secondsAtRisk(run);
+    if (run.damaged) return ["bad", t("safe.damaged", { count: run.damaged })];
+    if (risk.disk_step === null) {
+      if (!run.step) return ["none", t("safe.empty")];
+      return [training && seconds < 1800 ? "none" : "bad", t("safe.nothing") + " " + (isNumber(seconds) ? t("safe.risk", { time: HF.duration(seconds) }) : "")];
+    }
+    if (training) return [seconds > 3600 ? "bad" : seconds > 1800 ? "fair" : "good", t("safe.risk", { time: HF.duration(seconds) })];
+    if (risk.memory_step !== null && risk.memory_step > risk.disk_step) return ["fair", t("safe.memory", { step: HF.count(risk.memory_step) })];
+    if (risk.disk_steps > 0) return ["fair", t("safe.lost", { steps: HF.count(risk.disk_steps), step: HF.count(risk.disk_step) })];
+    return ["good", t("safe.all", { step: HF.count(risk.disk_step) })];
+  }
+
+  function tier(title, main, note) {
+    return el("div", { class: "tier" }, el("dt", {}, title), el("dd", {}, el("strong", {}, main), el("span", { class: "quiet" }, note)));
+  }
+  const lose = (steps, nothing) => (nothing ? t("tier.lose.all") : steps > 0 ? t("tier.lose", { steps: HF.count(steps) }) : t("tier.lose.none"));
+
+  function safety(node, run) {
+    const [level, words] = verdict(run), { risk } = run;
+    const memory = risk.memory_step === null ? t(risk.disk_step === null ? "tier.memory.none" : "tier.disk.step", { step: HF.count(risk.disk_step) })
+      : t("tier.memory.step", { step: HF.count(risk.memory_step) });
+    const saved = risk.disk_step !== null, held = saved || risk.memory_step !== null;
+    HF.mount(node, [level, words, risk.disk_step, risk.memory_step, risk.verified_step, risk.disk_steps, risk.memory_steps, run.step], () =>
+      el("div", { class: "safety " + level },
+        el("div", { class: "verdict" }, shield(level), el("div", {}, el("h2", {}, t("safe.title")), el("p", {}, words))),
+        el("dl", { class: "tiers" },
+          tier(t("tier.process"), lose(risk.memory_steps, !held && run.step > 0), memory),
+          tier(t("tier.power"), lose(risk.disk_steps, !saved && run.step > 0), saved ? t("tier.disk.step", { step: HF.count(risk.disk_step) }) : t("tier.disk.none")),
+          tier(t("tier.verified"), risk.verified_step === null ? t("tier.verified.none") : t("tier.verified.step", { step: HF.count(risk.verified_step) }), t("tier.verified.note")))));
+  }
+
+  // ------------------------------------------------------------------------------- the numbers
+  function stat(title, value, note) {
+    return el("div", { class: "stat" }, el("dt", {}, title), el("dd", {}, el("strong", {}, value), el("span", { class: "quiet" }, note || "")));
+  }
+  function numbers(node, run) {
+    const { best } = run;
+    const bestNote = best ? (isNumber(best.perplexity)
+      ? t("stat.best.perplexity", { step: HF.count(best.step), value: best.perplexity.toFixed(best.perplexity < 100 ? 2 : 0) })
+      : t("stat.best.note", { step: HF.count(best.step) })) : "";
+    const share = run.total_steps ? Math.floor((100 * run.step) / run.total_steps) + " %" : HF.count(run.step);
+    HF.mount(node, [run.step, run.total_steps, run.epoch, run.loss, best, run.tokens_per_second, run.eta, run.state, run.updated], () =>
+      el("dl", { class: "stats" },
+        el("div", { class: "stat wide" }, el("dt", {}, t("stat.progress")),
+          el("dd", {}, el("strong", {}, share), progress(run, t("stat.progress")), el("span", { class: "quiet" }, progressWords(run)))),
+        stat(t("stat.loss"), HF.loss(run.loss), t("stat.loss.note")),
+        stat(t("stat.best"), best ? HF.loss(best.val_loss) : HF.NOTHING, bestNote),
+        stat(t("stat.speed"), HF.count(run.tokens_per_second), t("stat.speed.unit")),
+        run.state === "training" ? stat(t("stat.left"), HF.duration(run.eta), t("stat.left.note"))
+          : stat(t("stat.updated"), HF.moment(run.updated, true), HF.isNumber(run.updated) ? HF.zone(new Date(run.updated)) : "")));
+  }
+
+  function title(node, run) {
+    const { started } = run, facts = [];
+    if (started.model) facts.push(started.model);
+    if (isNumber(started.parameters)) facts.push(t("meta.parameters", { count: HF.count(started.parameters) }));
+    if (isNumber(started.context_length)) facts.push(t("meta.context", { count: HF.count(started.context_length) }));
+    for (const name of ["device", "precision"]) if (started[name]) facts.push(started[name]);
+    HF.mount(node, [run.name, run.state, started, run.path], () => [
+      el("div", { class: "title" }, el("h1", {}, run.name), badge(run.state)),
+      el("p", { class: "quiet facts" }, facts.join(" · ")),
+      run.path ? el("p", { class: "quiet path" }, run.path) : null,
+    ]);
+  }
+
+  return { list, safety, numbers, title };
+})();

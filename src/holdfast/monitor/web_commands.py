@@ -1,0 +1,37 @@
+"""What a page proposes to do with a run: commands to copy. The page itself only reads."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+from holdfast.checkpoint.catalog import BEST
+from holdfast.monitor.run_view import EMPTY, STOPPED, TRAINING, RunView
+
+
+def commands(view: RunView) -> list[dict[str, str]]:
+    """[{"key", "command"}], the most useful first; `key` names the sentence in the page."""
+    state, run = view.state, _quoted(view.directory)
+    found: list[dict[str, str]] = []
+
+    def add(key: str, command: str) -> None:
+        found.append({"key": key, "command": command})
+
+    config = view.directory / "config.json"
+    if state in (STOPPED, EMPTY) and config.exists():
+        add("resume", f"holdfast train --config {_quoted(config)} --checkpoint-dir {run}")
+    if state == TRAINING:
+        add("monitor", f"holdfast monitor {run}")
+    if view.entries:
+        best = view.directory / BEST
+        model = _quoted(best if best.exists() else view.directory / view.entries[0].names[0])
+        add("serve", f"holdfast serve {run}")
+        add("export", f"holdfast export {model} --to hf")
+        add("verify", f"holdfast verify {run}")
+        add("clean", f"holdfast clean {run} --keep 2 --dry-run")
+    add("report", f"holdfast report {run}")
+    return found
+
+
+def _quoted(path: os.PathLike[str]) -> str:
+    return shlex.quote(os.path.abspath(path))  # noqa: PTH100 - links stay as the user made them
