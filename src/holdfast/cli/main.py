@@ -42,8 +42,11 @@ def main(  # noqa: PLR0911 - one return a bad end
     except ModuleNotFoundError as error:
         if (error.name or "holdfast").startswith("holdfast"):
             raise  # ours: a broken installation, which a traceback explains better
-        message = _("This needs the package {name}: pip install 'holdfast[{extra}]'", name=error.name,
-                    extra=_extra_of(error.name or ""))  # fmt: skip
+        message = _(
+            "This needs the package {name}: pip install 'holdfast[{extra}]'",
+            name=error.name,
+            extra=_extra_of(error.name or ""),
+        )
         return _fail(message, ConfigError.exit_code, error, debug)
     except MemoryError as error:
         return _fail(

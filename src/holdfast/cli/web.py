@@ -52,8 +52,9 @@ def run_dashboard(argv: Sequence[str], prog: str) -> int:
                 f"  {address}",
                 _("It only reads. Ctrl-C stops it; trainings go on.")])  # fmt: skip
     if not is_loopback(given.host):
-        print(_("Careful: what goes over the network is not encrypted, the token neither. Safer: "
-                "ssh -L {port}:127.0.0.1:{port} USER@HOST", port=port), file=sys.stderr)  # fmt: skip
+        careful = _("Careful: what goes over the network is not encrypted, the token neither. "
+                    "Safer: ssh -L {port}:127.0.0.1:{port} USER@HOST", port=port)  # fmt: skip
+        print(careful, file=sys.stderr)
     if given.open:
         webbrowser.open(address)
     _serve(app, hub, listener)

@@ -21,7 +21,7 @@ from holdfast.i18n import _
 from holdfast.monitor import web_data
 from holdfast.monitor.guarding import EMPTY_STYLE
 from holdfast.monitor.run_view import EMPTY, RunView
-from holdfast.monitor.web_app import SCRIPTS, WEB, plotting_script
+from holdfast.monitor.web_files import SCRIPTS, WEB, plotting_script
 
 _PRIVATE = ("path", "commands")  # of the machine that made it; nothing to whoever reads it
 

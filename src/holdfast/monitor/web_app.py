@@ -7,13 +7,10 @@ a path. The page's script for plots is plotly's own, from the installed package.
 from __future__ import annotations
 
 import asyncio
-import gzip
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Query, Request
@@ -21,33 +18,16 @@ from fastapi.responses import HTMLResponse, Response, StreamingResponse
 
 from holdfast.monitor import web_data
 from holdfast.monitor.guarding import App, Guard, Hosts
+from holdfast.monitor.web_files import SCRIPTS, TYPES, WEB, packed_script, plotting_script
 from holdfast.monitor.web_hub import Cursor, Hub, whole
 
-WEB = Path(__file__).parent / "web"
-SCRIPTS = ("strings.js", "base.js", "charts.js", "overview.js", "sections.js", "app.js")
 PING_EVERY = 5.0  # seconds: a page that hears nothing for three of them takes the line for dead
 COMPARED = 8  # runs at once: as many as there are colours
-_TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8",
-          ".svg": "image/svg+xml"}  # fmt: skip
 REFUSAL = (
     "This page belongs to the person who started it. Open the address that `holdfast dashboard` "
     "printed in the terminal; it ends with a token, which is a new one after every start.",
     "请打开终端里 holdfast dashboard 打印出的网址。网址末尾带有令牌，每次启动都会更换。",
 )
-
-
-@lru_cache(maxsize=1)
-def plotting_script() -> tuple[str, bytes]:
-    """Plotly's script as it lies in the installed package: its version, and its bytes."""
-    import plotly
-
-    path = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
-    return str(plotly.__version__), path.read_bytes()
-
-
-@lru_cache(maxsize=1)
-def _packed_script() -> bytes:
-    return gzip.compress(plotting_script()[1], 6, mtime=0)
 
 
 def create_app(hub: Hub, *, lang: str | None = None) -> FastAPI:
@@ -95,18 +75,18 @@ def _add_page(app: FastAPI, lang: str | None) -> None:
         packed = "gzip" in request.headers.get("accept-encoding", "")
         if packed:
             headers["content-encoding"] = "gzip"
-        body = _packed_script() if packed else plotting_script()[1]
-        return Response(body, media_type=_TYPES[".js"], headers=headers)
+        body = packed_script() if packed else plotting_script()[1]
+        return Response(body, media_type=TYPES[".js"], headers=headers)
 
     @app.get("/static/{name}")
     def static(name: str) -> Response:
-        known = {p.name: p for p in WEB.iterdir() if p.suffix in _TYPES}
+        known = {p.name: p for p in WEB.iterdir() if p.suffix in TYPES}
         if name not in known:
             raise HTTPException(404)
         # Asked for anew each time: a newer version of the package must not meet old scripts.
         headers = {"cache-control": "no-cache"}
         return Response(
-            known[name].read_bytes(), media_type=_TYPES[known[name].suffix], headers=headers
+            known[name].read_bytes(), media_type=TYPES[known[name].suffix], headers=headers
         )
 
 

@@ -40,6 +40,10 @@ def checkpoint_rows(view: RunView) -> tuple[list[dict[str, Any]], int]:
     return shown, max(0, len(gone) - GONE_SHOWN)
 
 
+def _order(row: dict[str, Any]) -> tuple[int, int, int]:
+    return row["generation"] or 0, row["step"], row["time"] or 0
+
+
 def _from_history(view: RunView) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     by_name: dict[str, str] = {}
@@ -88,7 +92,7 @@ def _of_event(event: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def _of_entry(entry: Entry, best: Entry | None, newest: Entry | None) -> dict[str, Any]:
-    row = {
+    return {
         "id": entry.id,
         "step": entry.step,
         "epoch": entry.epoch,
@@ -105,7 +109,6 @@ def _of_entry(entry: Entry, best: Entry | None, newest: Entry | None) -> dict[st
         "newest": newest is not None and newest.id == entry.id,
         "val_loss": number(entry.metrics.get("val_loss")),
     }
-    return row
 
 
 def _milliseconds(text: object) -> int | None:

@@ -6,7 +6,7 @@ import os
 import shlex
 
 from holdfast.checkpoint.catalog import BEST
-from holdfast.monitor.run_view import EMPTY, STOPPED, TRAINING, RunView
+from holdfast.monitor.run_view import STOPPED, TRAINING, RunView
 
 
 def commands(view: RunView) -> list[dict[str, str]]:
@@ -17,9 +17,8 @@ def commands(view: RunView) -> list[dict[str, str]]:
     def add(key: str, command: str) -> None:
         found.append({"key": key, "command": command})
 
-    config = view.directory / "config.json"
-    if state in (STOPPED, EMPTY) and config.exists():
-        add("resume", f"holdfast train --config {_quoted(config)} --checkpoint-dir {run}")
+    if state == STOPPED and (view.directory / "config.json").exists():  # else another's loop
+        add("resume", f"holdfast train --checkpoint-dir {run} --resume")
     if state == TRAINING:
         add("monitor", f"holdfast monitor {run}")
     if view.entries:

@@ -22,7 +22,8 @@ from holdfast.monitor.run_view import Point, RunView, find_runs
 
 LOOK_EVERY = 1.0  # seconds
 SEARCH_EVERY = 3.0  # seconds between two searches for new runs
-_PATIENCE = 1.0  # seconds a round waits for a directory that is slow
+FIRST_PATIENCE = 3.0  # seconds that the first look waits for directories that are slow
+_PATIENCE = 1.0  # and every later one
 _STEADY = 15.0  # seconds after which a picture is drawn anew without news: the disk, the minutes
 _THREADS = 3  # of a directory
 
@@ -128,7 +129,7 @@ class Hub:
     async def fresh(self) -> None:
         """Look now, unless a page that watches has it looked at anyway."""
         if self._task is None or self._task.done():
-            await self._look(patience=5.0)
+            await self._look(patience=FIRST_PATIENCE)
 
     # ----------------------------------------------------------------------------------- watching
 
@@ -140,7 +141,7 @@ class Hub:
         self._watchers.add(event)
         try:
             if self._task is None or self._task.done():
-                await self._look(patience=5.0)
+                await self._look(patience=FIRST_PATIENCE)
                 if self._task is None or self._task.done():
                     self._task = asyncio.create_task(self._keep_looking())
             yield event

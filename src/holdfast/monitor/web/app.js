@@ -18,7 +18,7 @@
   const charts = { loss: el("div", { class: "plot tall" }), lr: el("div", { class: "plot" }), speed: el("div", { class: "plot" }) };
 
   function frame() {
-    const curves = el("section", { class: "card" }, slot("curvesHead", "div", { class: "head" }), charts.loss,
+    const curves = el("section", { class: "card" }, slot("curvesHead", "div", { class: "head" }), slot("lossHead", "h3"), charts.loss,
       el("div", { class: "pair" }, el("div", {}, slot("lrHead", "h3"), charts.lr), el("div", {}, slot("speedHead", "h3"), charts.speed)));
     const single = slot("single", "div", { class: "stack" });
     single.append(slot("safety", "section"), slot("numbers", "section", { class: "card" }));
@@ -58,9 +58,10 @@
 
   function curvesHead() {
     const set = (name) => (value) => { state[name] = value; HF.remember(name, value); render(); };
-    HF.mount(slots.curvesHead, [state.axis, state.scale, comparing()], () => [el("h2", {}, t("chart.loss")), el("div", { class: "choices" },
+    HF.mount(slots.curvesHead, [state.axis, state.scale, comparing()], () => [el("h2", {}, t("chart.title")), el("div", { class: "choices" },
       HF.choice("axis", t("chart.axis"), [["step", t("chart.axis.step")], ["time", t("chart.axis.time")]], state.axis, set("axis")),
       HF.choice("scale", t("chart.scale"), [["linear", t("chart.scale.linear")], ["log", t("chart.scale.log")]], state.scale, set("scale")))]);
+    HF.mount(slots.lossHead, 0, () => [document.createTextNode(t("chart.loss"))]);
     HF.mount(slots.lrHead, 0, () => [document.createTextNode(t("chart.lr"))]);
     HF.mount(slots.speedHead, 0, () => [document.createTextNode(t("chart.speed"))]);
   }
@@ -92,7 +93,8 @@
       HF.mount(slots.title, [[...state.compared], runs.map((run) => run.name)], () => [
         el("div", { class: "title" }, el("h1", {}, t("compare.title")),
           el("button", { type: "button", class: "link", onclick: () => { state.compared.clear(); chosen(); } }, t("compare.close"))),
-        el("ul", { class: "series" }, runs.map((run, i) => el("li", {}, HF.charts.swatch(i), run.name)))]);
+        el("ul", { class: "series" }, runs.map((run, i) => el("li", {}, HF.charts.swatch(i), run.name))),
+        el("p", { class: "quiet" }, t("compare.lines"))]);
       HF.sections.comparison(slots.comparison, state.comparison);
     } else {
       renderOne(runs[0]);
@@ -226,7 +228,7 @@
   function takeRun(run) {
     state.runs[run.id] = { ...run, received: Date.now() };
     render();
-    refetch(run);
+    refetch();
   }
   function takeMore(run) {
     const old = state.runs[run.id];
@@ -235,13 +237,14 @@
     for (const name of Object.keys(run.curves)) curves[name] = old.curves[name].concat(run.curves[name]);
     state.runs[run.id] = { ...run, curves, received: Date.now() };
     render();
-    refetch(run);
+    refetch();
   }
   let fetched = 0;
   function refetch() {
     if (Date.now() - fetched < 2000) return;
     fetched = Date.now();
-    if (document.getElementById("log").open) fetchLog();
+    if (comparing()) fetchComparison();
+    else if (document.getElementById("log").open) fetchLog();
   }
 
   // -------------------------------------------------------------------------------------- begin

@@ -47,7 +47,7 @@ HF.charts = (function () {
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 } },
       xaxis: { ...axis, title: { ...axis.title, text: xTitle }, hoverformat: options.time ? ".1f" : ",d" },
       yaxis: { ...axis, title: { ...axis.title, text: narrow ? "" : yTitle }, type: options.type || "linear",
-        exponentformat: "e", tickformat: options.tickformat || "", rangemode: options.zero ? "tozero" : "normal" },
+        exponentformat: "e", minexponent: 4, tickformat: options.tickformat || "", rangemode: options.zero ? "tozero" : "normal" },
       uirevision: options.revision, shapes: options.shapes || [], dragmode: narrow ? false : "zoom",
     };
   }
@@ -88,19 +88,25 @@ HF.charts = (function () {
     }
     return found;
   }
+  // One sign a step, whatever happened there: an interruption and the resumption lie on each other.
   function marksOf(run, x) {
-    const placed = run.marks.filter((mark) => isNumber(mark.step) && heightAt(run, mark.step) !== null);
+    const steps = new Map();
+    for (const mark of run.marks) {
+      if (!isNumber(mark.step) || heightAt(run, mark.step) === null) continue;
+      steps.set(mark.step, [...(steps.get(mark.step) || []), mark]);
+    }
+    const placed = [...steps.values()], at = ([mark]) => x.of(run, mark.step, mark.time);
     return {
       trace: {
-        x: placed.map((mark) => x.of(run, mark.step, mark.time)), y: placed.map((mark) => heightAt(run, mark.step)),
-        text: placed.map((mark) => plain(sentence(mark))), hovertemplate: "%{text}<extra></extra>",
+        x: placed.map(at), y: placed.map(([mark]) => heightAt(run, mark.step)),
+        text: placed.map((marks) => marks.map((mark) => plain(sentence(mark))).join("<br>")), hovertemplate: "%{text}<extra></extra>",
         type: "scatter", mode: "markers", name: plain(t("chart.events")), cliponaxis: false,
-        marker: { symbol: placed.map((mark) => MARK_SYMBOLS[mark.kind] || "circle"), size: 11, color: HF.colour("surface"), line: { width: 2, color: HF.colour("text") } },
+        marker: { symbol: placed.map(([mark]) => MARK_SYMBOLS[mark.kind] || "circle"), size: 11, color: HF.colour("surface"), line: { width: 2, color: HF.colour("text") } },
       },
-      shapes: placed.map((mark) => {
-        const at = x.of(run, mark.step, mark.time);
-        return { type: "line", xref: "x", yref: "paper", x0: at, x1: at, y0: 0, y1: 1, layer: "below", line: { color: HF.colour("muted"), width: 1, dash: "dot" } };
-      }),
+      shapes: placed.map((marks) => ({
+        type: "line", xref: "x", yref: "paper", x0: at(marks), x1: at(marks), y0: 0, y1: 1, layer: "below",
+        line: { color: HF.colour("muted"), width: 1, dash: "dot" },
+      })),
     };
   }
 
@@ -138,7 +144,7 @@ HF.charts = (function () {
     draw(nodes.loss, [noise, smooth, valid, marks.trace],
       layout(x.title, t("chart.loss"), of(360, { legend: true, type: view.scale, shapes: marks.shapes })), t("chart.loss"));
     draw(nodes.lr, [curve(run, x, "learning_rate", { name: t("chart.lr"), line: { color: paint(2), width: 2 } })],
-      layout(x.title, t("chart.lr"), of(210, { zero: true, tickformat: ".1e" })), t("chart.lr"));
+      layout(x.title, t("chart.lr"), of(210, { zero: true })), t("chart.lr"));
     draw(nodes.speed, [curve(run, x, "tokens_per_second", { name: t("chart.speed"), line: { color: paint(3), width: 1.5 } })],
       layout(x.title, t("chart.speed"), of(210, { zero: true, tickformat: "~s" })), t("chart.speed"));
   }
@@ -154,8 +160,8 @@ HF.charts = (function () {
     }));
     const of = (height, more) => ({ height, time, revision, ...more });
     draw(nodes.loss, [...each("smoothed"), ...valid],
-      layout(x.title, t("chart.loss"), of(400, { legend: true, type: view.scale })), t("chart.loss"));
-    draw(nodes.lr, each("learning_rate"), layout(x.title, t("chart.lr"), of(210, { zero: true, tickformat: ".1e" })), t("chart.lr"));
+      layout(x.title, t("chart.loss"), of(380, { type: view.scale })), t("chart.loss"));
+    draw(nodes.lr, each("learning_rate"), layout(x.title, t("chart.lr"), of(210, { zero: true })), t("chart.lr"));
     draw(nodes.speed, each("tokens_per_second", { line: undefined }).map((trace, i) => ({ ...trace, line: line(i, 1.5) })),
       layout(x.title, t("chart.speed"), of(210, { zero: true, tickformat: "~s" })), t("chart.speed"));
   }

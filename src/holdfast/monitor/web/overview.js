@@ -30,38 +30,46 @@ HF.overview = (function () {
   }
 
   // ------------------------------------------------------------------------------ list of runs
-  function listItem(row, state, act) {
+  // The elements of a run stay the same while its words change: a click or the keyboard that is
+  // about to reach one must not find it gone.
+  function listItem(row, act) {
+    return el("li", { class: "run" },
+      el("input", { type: "checkbox", onchange: (event) => act.tick(row.id, event.target.checked) }),
+      el("button", { type: "button", onclick: () => act.select(row.id) }));
+  }
+  function updateItem(item, row, state) {
     const chosen = state.compared.size < 2 && state.selected === row.id;
-    const seconds = secondsAtRisk(row);
-    return el("li", { class: "run" + (chosen ? " chosen" : ""), "data-run": row.id },
-      el("input", { type: "checkbox", checked: state.compared.has(row.id), "aria-label": t("run.compare", { name: row.name }),
-        onchange: (event) => act.tick(row.id, event.target.checked) }),
-      el("button", { type: "button", "aria-current": chosen ? "true" : null, onclick: () => act.select(row.id) },
-        el("span", { class: "line" }, el("span", { class: "name" }, row.name), badge(row.state)),
-        progress(row, row.name),
-        el("span", { class: "line quiet" },
-          el("span", {}, row.best ? t("row.best", { value: HF.loss(row.best.val_loss) }) : progressWords(row)),
-          el("span", { class: "risk" }, atRisk(row) ? t("row.risk", { time: HF.duration(seconds) }) : row.checkpoint_count ? t("row.safe") : ""))));
+    const [box, button] = item.children, seconds = secondsAtRisk(row);
+    const risk = atRisk(row) ? t("row.risk", { time: HF.duration(seconds) }) : row.checkpoint_count ? t("row.safe") : "";
+    item.classList.toggle("chosen", chosen);
+    box.checked = state.compared.has(row.id);
+    box.setAttribute("aria-label", t("run.compare", { name: row.name }));
+    if (chosen) button.setAttribute("aria-current", "true");
+    else button.removeAttribute("aria-current");
+    HF.mount(button, [row.name, row.state, row.step, row.total_steps, row.best, row.epoch, risk], () => [
+      el("span", { class: "line" }, el("span", { class: "name" }, row.name), badge(row.state)),
+      progress(row, row.name),
+      el("span", { class: "line quiet" },
+        el("span", {}, row.best ? t("row.best", { value: HF.loss(row.best.val_loss) }) : progressWords(row)),
+        el("span", { class: "risk" }, risk))]);
   }
 
+  const items = new Map();
   function list(node, state, act) {
-    const second = state.rows.some((row) => row.risk.ticking) ? Math.floor(Date.now() / 1000) : 0;
-    const key = [state.rows, state.problems, state.selected, [...state.compared], second];
-    const focused = document.activeElement && node.contains(document.activeElement)
-      ? [document.activeElement.closest("li") && document.activeElement.closest("li").dataset.run, document.activeElement.tagName] : null;
-    const changed = HF.mount(node, key, () => [
-      el("h2", {}, t("runs")),
-      Object.entries(state.problems).map(([directory, problem]) =>
-        el("p", { class: "warning" }, t("directory.problem", { directory, problem }))),
-      state.rows.length ? el("ul", {}, state.rows.map((row) => listItem(row, state, act)))
-        : el("p", { class: "quiet" }, t("run.none")),
-      state.rows.length > 1 && state.compared.size < 2 ? el("p", { class: "quiet hint" }, t("compare.hint")) : null,
-    ]);
-    if (changed && focused && focused[0]) { // what was drawn anew keeps the keyboard's place
-      const item = [...node.querySelectorAll("li")].find((each) => each.dataset.run === focused[0]);
-      const again = item && item.querySelector(focused[1]);
-      if (again) again.focus({ preventScroll: true });
-    }
+    if (!node.firstChild) node.append(el("h2"), el("div"), el("ul"), el("p", { class: "quiet hint" }));
+    const [title, problems, rows, hint] = node.children;
+    title.textContent = t("runs");
+    HF.mount(problems, state.problems, () => Object.entries(state.problems).map(([directory, problem]) =>
+      el("p", { class: "warning" }, t("directory.problem", { directory, problem }))));
+    const ids = state.rows.map((row) => row.id);
+    for (const id of [...items.keys()]) if (!ids.includes(id)) { items.get(id).remove(); items.delete(id); }
+    state.rows.forEach((row, i) => {
+      if (!items.has(row.id)) items.set(row.id, listItem(row, act));
+      const item = items.get(row.id);
+      if (rows.children[i] !== item) rows.insertBefore(item, rows.children[i] || null);
+      updateItem(item, row, state);
+    });
+    hint.textContent = !ids.length ? t("run.none") : ids.length > 1 && state.compared.size < 2 ? t("compare.hint") : "";
   }
 
   // ------------------------------------------------------------------------------ what is safe
@@ -108,6 +116,8 @@ HF.overview = (function () {
   function stat(title, value, note) {
     return el("div", { class: "stat" }, el("dt", {}, title), el("dd", {}, el("strong", {}, value), el("span", { class: "quiet" }, note || "")));
   }
+  // The date and the zone of a moment, without its clock.
+  const day = (time) => (isNumber(time) ? HF.moment(time).replace(/ \S+ /, " ") : "");
   function numbers(node, run) {
     const { best } = run;
     const bestNote = best ? (isNumber(best.perplexity)
@@ -122,7 +132,7 @@ HF.overview = (function () {
         stat(t("stat.best"), best ? HF.loss(best.val_loss) : HF.NOTHING, bestNote),
         stat(t("stat.speed"), HF.count(run.tokens_per_second), t("stat.speed.unit")),
         run.state === "training" ? stat(t("stat.left"), HF.duration(run.eta), t("stat.left.note"))
-          : stat(t("stat.updated"), HF.moment(run.updated, true), HF.isNumber(run.updated) ? HF.zone(new Date(run.updated)) : "")));
+          : stat(t("stat.updated"), HF.isNumber(run.updated) ? HF.moment(run.updated, true).slice(6) : HF.NOTHING, day(run.updated))));
   }
 
   function title(node, run) {

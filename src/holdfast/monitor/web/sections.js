@@ -89,12 +89,13 @@ HF.sections = (function () {
   function disk(node, run) {
     const d = run.disk, row = (name, value) => el("div", {}, el("dt", {}, t(name)), el("dd", {}, value));
     const files = (count) => t("disk.files", { count });
-    HF.mount(node, d, () => [el("h2", {}, t("disk.title")),
+    const growing = run.state === "training"; // a run that has ended fills nothing any more
+    HF.mount(node, [d, growing], () => [el("h2", {}, t("disk.title")),
       d.next_size && d.free < d.next_size ? el("p", { class: "warning" }, t("disk.tight")) : null,
       el("dl", { class: "pairs" },
         row("disk.used", HF.bytes(d.used)), row("disk.next", d.next_size ? HF.bytes(d.next_size) : HF.NOTHING), row("disk.free", HF.bytes(d.free)),
-        row("disk.growth", d.growth > 0 ? t("disk.growth.value", { size: HF.bytes(Math.round(d.growth)) }) : t("disk.steady")),
-        row("disk.full", d.hours_left === null ? t("disk.never") : HF.duration(d.hours_left * 3600)),
+        growing ? row("disk.growth", d.growth > 0 ? t("disk.growth.value", { size: HF.bytes(Math.round(d.growth)) }) : t("disk.steady")) : null,
+        growing ? row("disk.full", d.hours_left === null ? t("disk.never") : HF.duration(d.hours_left * 3600)) : null,
         d.quarantine ? row("disk.quarantine", files(d.quarantine)) : null, d.archive ? row("disk.archive", files(d.archive)) : null)]);
   }
 
@@ -122,8 +123,7 @@ HF.sections = (function () {
   }
 
   // ---------------------------------------------------------------------------------- comparison
-  const shown = (value) => (value === undefined ? HF.NOTHING : value === null ? "null" : typeof value === "number" && !Number.isInteger(value) ? HF.loss(value)
-    : typeof value === "object" ? JSON.stringify(value) : String(value));
+  const shown = (value) => (value === undefined ? HF.NOTHING : value === null ? "null" : typeof value === "object" ? JSON.stringify(value) : String(value));
 
   function differences(title, found, runs) {
     const columns = [{ title: t("compare.name") }, ...runs.map((run) => ({ title: run.name }))];
