@@ -220,7 +220,9 @@ def test_a_directory_that_hangs_holds_up_nobody(
         stream = Stream(server, run_id(tmp_path / "good" / "a"))
         assert stream.until("run")["step"] == 100
         assert time.monotonic() - began < 5
-        release.set()
+        looking = [thread for thread in threading.enumerate() if thread.name == "look"]
+        assert looking and all(thread.daemon for thread in looking), "it would hold up Ctrl-C"
+    release.set()
 
 
 @pytest.mark.usefixtures("quick")

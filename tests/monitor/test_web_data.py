@@ -153,5 +153,29 @@ def test_every_word_of_the_page_is_there_in_both_languages() -> None:
         assert f'"{key}"' in code or made + '"' in code or made in code, f"{key} is not used"
 
 
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_text_has_the_contrast_of_wcag_aa_in_both_themes() -> None:
+    """4.5 to 1 for text, 3 to 1 for lines and signs (WCAG 2.1, 1.4.3 and 1.4.11)."""
+    light, dark = re.findall(
+        r"^:root[^{]*\{([^}]*--bg[^}]*)\}", (WEB / "style.css").read_text(), re.M
+    )
+    for theme in (light, dark):
+        of = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", theme))
+        pairs = [("text", "bg"), ("text", "surface"), ("muted", "bg"), ("muted", "surface"),
+                 ("accent", "surface"), ("muted", "none-soft"), ("bad", "surface")]  # fmt: skip
+        pairs += [(name, f"{name}-soft") for name in ("accent", "good", "fair", "bad")]
+        pairs += [("muted", f"{name}-soft") for name in ("good", "fair", "bad")]
+        lines = [(f"series-{i}", "surface") for i in range(8)] + [("fill", "surface")]
+        for least, group in ((4.5, pairs), (3.0, lines)):
+            for front, back in group:
+                a, b = sorted((_luminance(of[front]), _luminance(of[back])), reverse=True)
+                assert (a + 0.05) / (b + 0.05) >= least, (front, back, (a + 0.05) / (b + 0.05))
+
+
 def _holes(text: str) -> list[str]:
     return [part.split("}")[0] for part in text.split("{")[1:]]

@@ -109,13 +109,14 @@ def _add_data(app: FastAPI, hub: Hub) -> None:
     @app.get("/api/runs/{identity}/log")
     async def log(identity: str) -> Response:
         feed = await _feed(hub, identity)
-        return _json(await asyncio.to_thread(web_data.log_tail, feed.directory))
+        return _json(await hub.read([feed], web_data.log_tail, feed.directory))
 
     @app.get("/api/compare")
     async def compare(run: list[str] = Query(default=[])) -> Response:  # noqa: B008 - FastAPI's way
         await hub.fresh()
-        feeds = [(f.id, f.name, f.directory) for f in hub.chosen(run[:COMPARED])]
-        return _json(await asyncio.to_thread(web_data.comparison, feeds))
+        feeds = hub.chosen(run[:COMPARED])
+        asked = [(feed.id, feed.name, feed.directory) for feed in feeds]
+        return _json(await hub.read(feeds, web_data.comparison, asked))
 
     @app.get("/api/stream")
     async def stream(run: list[str] = Query(default=[])) -> StreamingResponse:  # noqa: B008

@@ -23,9 +23,9 @@ def commands(view: RunView) -> list[dict[str, str]]:
         add("monitor", f"holdfast monitor {run}")
     if view.entries:
         best = view.directory / BEST
-        model = _quoted(best if best.exists() else view.directory / view.entries[0].names[0])
         add("serve", f"holdfast serve {run}")
-        add("export", f"holdfast export {model} --to hf")
+        if best.exists():
+            add("export", f"holdfast export {_quoted(best)} --to hf")
         add("verify", f"holdfast verify {run}")
         add("clean", f"holdfast clean {run} --keep 2 --dry-run")
     add("report", f"holdfast report {run}")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,52 @@ class Picture:
     row: dict[str, Any]
     detail: dict[str, Any]
     points: tuple[Point, ...]
+
+
+class Workers:
+    """A few threads that do what may hang. An executor would be waited for when the program ends;
+    a thread that is stuck in a dead disk must not keep Ctrl-C from ending it."""
+
+    def __init__(self, count: int) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._free = count  # threads that have not been started yet
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        """Let a thread do `work`; call it from the loop that awaits the result."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+
+        def tell(result: Any, error: BaseException | None) -> None:
+            if future.done():  # nobody waits any more
+                return
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        def run() -> None:
+            result, error = None, None
+            try:
+                result = work(*args)
+            except BaseException as met:  # noqa: BLE001 - it is raised where it is awaited
+                error = met
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(tell, result, error)
+
+        if self._free:
+            self._free -= 1
+            threading.Thread(target=self._loop, name="look", daemon=True).start()
+        self._work.put(run)
+        return future
+
+    def close(self) -> None:
+        """The threads end when they have done what they are at."""
+        for _i in range(_THREADS):
+            self._work.put(None)
+
+    def _loop(self) -> None:
+        while (run := self._work.get()) is not None:
+            run()
 
 
 class Feed:
@@ -92,7 +138,7 @@ class Hub:
         self.feeds: dict[str, Feed] = {}
         self.closing = False
         self.problems: dict[str, str] = {}  # directories that could not be searched
-        self._pools = {root: ThreadPoolExecutor(_THREADS, "look") for root in self.roots}
+        self._workers = {root: Workers(_THREADS) for root in self.roots}
         self._busy: dict[object, asyncio.Future[None]] = {}
         self._searched = -SEARCH_EVERY
         self._watchers: set[asyncio.Event] = set()
@@ -108,8 +154,8 @@ class Hub:
     def shut(self) -> None:
         """Give the threads back; one that hangs in a dead directory is left to itself."""
         self.close()
-        for pool in self._pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
+        for workers in self._workers.values():
+            workers.close()
 
     # ------------------------------------------------------------------------------------- asking
 
@@ -125,6 +171,11 @@ class Hub:
     def chosen(self, identities: Iterable[str]) -> list[Feed]:
         """The feeds of these ids; an id that is none of ours is left out."""
         return [self.feeds[each] for each in dict.fromkeys(identities) if each in self.feeds]
+
+    async def read(self, feeds: Sequence[Feed], work: Callable[..., Any], *args: Any) -> Any:
+        """Let the threads of the first of `feeds` do something that touches the disk."""
+        root = self._root_of(feeds[0]) if feeds else self.roots[0]
+        return await self._workers[root].submit(work, *args)
 
     async def fresh(self) -> None:
         """Look now, unless a page that watches has it looked at anyway."""
@@ -172,8 +223,7 @@ class Hub:
 
     def _begin(self, key: object, root: Path, work: Any, *args: Any) -> None:
         if key not in self._busy or self._busy[key].done():
-            loop = asyncio.get_running_loop()
-            self._busy[key] = loop.run_in_executor(self._pools[root], work, *args)
+            self._busy[key] = self._workers[root].submit(work, *args)
 
     async def _settle(self, patience: float) -> None:
         waiting = {future for future in self._busy.values() if not future.done()}

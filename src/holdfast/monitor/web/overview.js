@@ -10,8 +10,6 @@ HF.overview = (function () {
     if (!isNumber(seconds)) return null;
     return seconds + (ticking ? Math.max(0, HF.serverNow() - row.risk.as_of) / 1000 : 0);
   }
-  // Whether a failure now would cost anything; null where that is not known.
-  const atRisk = (row) => (row.state === "training" || row.risk.disk_steps > 0);
 
   function progress(row, label) {
     if (!isNumber(row.total_steps) || row.total_steps <= 0) return null;
@@ -40,7 +38,8 @@ HF.overview = (function () {
   function updateItem(item, row, state) {
     const chosen = state.compared.size < 2 && state.selected === row.id;
     const [box, button] = item.children, seconds = secondsAtRisk(row);
-    const risk = atRisk(row) ? t("row.risk", { time: HF.duration(seconds) }) : row.checkpoint_count ? t("row.safe") : "";
+    const risk = row.state === "training" ? t("row.risk", { time: HF.duration(seconds) })
+      : row.risk.disk_steps > 0 ? t("row.lost", { steps: HF.count(row.risk.disk_steps) }) : row.checkpoint_count ? t("row.safe") : "";
     item.classList.toggle("chosen", chosen);
     box.checked = state.compared.has(row.id);
     box.setAttribute("aria-label", t("run.compare", { name: row.name }));
@@ -96,19 +95,23 @@ HF.overview = (function () {
   function tier(title, main, note) {
     return el("div", { class: "tier" }, el("dt", {}, title), el("dd", {}, el("strong", {}, main), el("span", { class: "quiet" }, note)));
   }
-  const lose = (steps, nothing) => (nothing ? t("tier.lose.all") : steps > 0 ? t("tier.lose", { steps: HF.count(steps) }) : t("tier.lose.none"));
+  function lose(run, steps, nothing) {
+    if (nothing) return t("tier.lose.all");
+    if (steps > 0) return t("tier.lose", { steps: HF.count(steps) });
+    return t(run.state === "training" ? "tier.lose.now" : "tier.lose.none");
+  }
 
   function safety(node, run) {
     const [level, words] = verdict(run), { risk } = run;
     const memory = risk.memory_step === null ? t(risk.disk_step === null ? "tier.memory.none" : "tier.disk.step", { step: HF.count(risk.disk_step) })
       : t("tier.memory.step", { step: HF.count(risk.memory_step) });
     const saved = risk.disk_step !== null, held = saved || risk.memory_step !== null;
-    HF.mount(node, [level, words, risk.disk_step, risk.memory_step, risk.verified_step, risk.disk_steps, risk.memory_steps, run.step], () =>
+    HF.mount(node, [level, words, risk.disk_step, risk.memory_step, risk.verified_step, risk.disk_steps, risk.memory_steps, run.step, run.state], () =>
       el("div", { class: "safety " + level },
         el("div", { class: "verdict" }, shield(level), el("div", {}, el("h2", {}, t("safe.title")), el("p", {}, words))),
         el("dl", { class: "tiers" },
-          tier(t("tier.process"), lose(risk.memory_steps, !held && run.step > 0), memory),
-          tier(t("tier.power"), lose(risk.disk_steps, !saved && run.step > 0), saved ? t("tier.disk.step", { step: HF.count(risk.disk_step) }) : t("tier.disk.none")),
+          tier(t("tier.process"), lose(run, risk.memory_steps, !held && run.step > 0), memory),
+          tier(t("tier.power"), lose(run, risk.disk_steps, !saved && run.step > 0), saved ? t("tier.disk.step", { step: HF.count(risk.disk_step) }) : t("tier.disk.none")),
           tier(t("tier.verified"), risk.verified_step === null ? t("tier.verified.none") : t("tier.verified.step", { step: HF.count(risk.verified_step) }), t("tier.verified.note")))));
   }
 

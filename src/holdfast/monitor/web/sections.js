@@ -48,7 +48,7 @@ HF.sections = (function () {
 
   function pointRow(point) {
     const state = stateOf(point), roles = ["best", "newest", "pinned"].filter((role) => point[role]);
-    const why = point.fate !== "kept" && point.why ? " · " + word("why.", point.why) : "";
+    const why = point.fate !== "kept" && HF.known("why." + point.why) ? " · " + t("why." + point.why) : "";
     return {
       class: point.fate === "kept" ? "" : "gone",
       cells: [HF.count(point.step), el("span", { class: "file" }, point.names[0] || HF.NOTHING, " ", roles.map((role) => el("span", { class: "tag " + role }, t("points." + role)))),
