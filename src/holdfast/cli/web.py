@@ -65,8 +65,8 @@ def run_report(argv: Sequence[str], prog: str) -> int:
     """`holdfast report`: 0."""
     parser = _parser(
         prog,
-        _("Save a run as one HTML file: curves, checkpoints, samples, what happened, the end of the "
-          "log. It needs no server and no network."),
+        _("Save a run as one HTML file: curves, checkpoints, samples, what happened, the end of "
+          "the log. It needs no server and no network."),
         _("Examples:\n  {prog} runs/a\n  {prog} runs/a --out a.html --lang zh", prog=prog),
     )  # fmt: skip
     parser.add_argument("directory", nargs="?", default=_DIRECTORY, metavar="RUN",

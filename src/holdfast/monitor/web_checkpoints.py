@@ -71,14 +71,14 @@ def _of_event(event: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     return {
         "id": str(event.get("id")),
         "step": event["step"],
-        "epoch": event.get("epoch"),
-        "generation": event.get("generation"),
+        "epoch": _integer(event.get("epoch")),
+        "generation": _integer(event.get("generation")),
         "kind": str(event.get("kind") or ""),
         "reason": str(event.get("reason") or ""),
-        "size": event.get("size"),
+        "size": _integer(event.get("size")),
         "time": _milliseconds(event.get("time")),
-        "seconds": event.get("seconds"),
-        "stall": event.get("stall"),
+        "seconds": number(event.get("seconds")),
+        "stall": number(event.get("stall")),
         "names": names,
         "verified": False,
         "damaged": False,
@@ -109,6 +109,11 @@ def _of_entry(entry: Entry, best: Entry | None, newest: Entry | None) -> dict[st
         "newest": newest is not None and newest.id == entry.id,
         "val_loss": number(entry.metrics.get("val_loss")),
     }
+
+
+def _integer(value: object) -> int | None:
+    """Anybody may have written the history: only a number is a number."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _milliseconds(text: object) -> int | None:
