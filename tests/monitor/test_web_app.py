@@ -141,11 +141,14 @@ class Stream:
         finally:
             self.ended.set()
 
+    def until_row(self, check: Any) -> None:
+        self.until("runs rows", lambda data: any(map(check, data["runs"])))
+
     def until(self, wanted: str, check: Any = lambda _data: True, *, after: int = 0) -> Any:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             for kind, data in self.events[after:]:
-                if kind == wanted and check(data):
+                if kind in wanted.split() and check(data):
                     return data
             time.sleep(0.02)
         raise AssertionError(f"{wanted} did not come; {[kind for kind, _d in self.events]}")
@@ -166,7 +169,7 @@ def test_the_stream_tells_of_new_runs_new_points_and_points_taken_back(tmp_path:
         assert stream.until("runs")["runs"] == []
         with LiveRun(tmp_path / "new") as run:
             run.steps(50)
-            stream.until("runs", lambda data: any(r["step"] == 50 for r in data["runs"]))
+            stream.until_row(lambda row: row["step"] == 50)
             first = stream.until("run")
             seen = len(first["curves"]["step"])
             run.finish_epoch(3.0)
@@ -184,7 +187,7 @@ def test_the_stream_tells_of_new_runs_new_points_and_points_taken_back(tmp_path:
             run.steps(10, loss=1.0)
             again = stream.until("run", after=count)
             assert again["curves"]["step"][-1] in (100, 110)
-        stream.until("runs", lambda data: any(r["state"] != "training" for r in data["runs"]))
+        stream.until_row(lambda row: row["state"] != "training")
 
 
 @pytest.mark.usefixtures("quick")
@@ -250,6 +253,8 @@ def test_thousands_of_new_points_are_sent_thinned(tmp_path: Path) -> None:
         for step in range(110, 60_110, 10):
             file.write(json.dumps({"event": "step", "step": step, "loss": 1.0}) + "\n")
     feed.look()
-    (_rows, (kind, data)) = cursor.news()
+    ((rows, changed), (kind, data)) = cursor.news()
+    assert rows == "rows" and [row["step"] for row in changed["runs"]] == [60_100]
+    assert cursor.news() == []
     assert kind == "run" and len(data["curves"]["step"]) <= 2000
     assert data["curves"]["step"][-1] == 60_100

@@ -261,23 +261,33 @@ class Cursor:
         self._hub, self._wanted = hub, list(wanted)
         self._told: dict[str, tuple[int, int, int]] = {}  # picture, era, points
         self._sent: dict[str, int] = {}  # points since the page has had all of a run, thinned
-        self._rows: Any = None
+        self._rows: list[dict[str, Any]] | None = None
+        self._problems: dict[str, str] = {}
 
     def news(self) -> list[tuple[str, dict[str, Any]]]:
-        """Events for the page: "runs" (all rows), "run" (one, whole), "more" (one, what has come).
+        """Events for the page: "runs" (all rows), "rows" (those that have changed, where they are
+        the same runs in the same order), "run" (one, whole), "more" (one, what has come).
 
         "more" has everything but the curves anew, and the points since the last one.
         """
-        found: list[tuple[str, dict[str, Any]]] = []
-        state = (self._hub.rows(), dict(self._hub.problems))
-        if state != self._rows:
-            self._rows = state
-            found.append(("runs", {"runs": state[0], "problems": state[1]}))
+        found = self._news_of_rows(self._hub.rows(), dict(self._hub.problems))
         for feed in self._hub.chosen(self._wanted):
             picture = feed.picture
             if picture is not None:
                 found += self._news_of(feed.id, picture)
         return found
+
+    def _news_of_rows(
+        self, rows: list[dict[str, Any]], problems: dict[str, str]
+    ) -> list[tuple[str, dict[str, Any]]]:
+        before, told = self._rows or [], self._rows is not None
+        same = [row["id"] for row in rows] == [row["id"] for row in before]
+        moved = not told or not same or problems != self._problems
+        self._rows, self._problems = rows, problems
+        if moved:
+            return [("runs", {"runs": rows, "problems": problems})]
+        changed = [row for row, old in zip(rows, before, strict=True) if row != old]
+        return [("rows", {"runs": changed})] if changed else []
 
     def _news_of(self, identity: str, picture: Picture) -> list[tuple[str, dict[str, Any]]]:
         number, era, count = self._told.get(identity, (0, -1, 0))

@@ -180,6 +180,10 @@
     });
     on("ping", ({ now }) => HF.setClock(now));
     on("runs", takeRows);
+    on("rows", ({ runs }) => {
+      state.rows = state.rows.map((row) => runs.find((each) => each.id === row.id) || row);
+      render();
+    });
     on("run", takeRun);
     on("more", takeMore);
     here.onerror = () => { if (line === here) lost(); };
