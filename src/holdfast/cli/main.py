@@ -42,7 +42,11 @@ def main(  # noqa: PLR0911 - one return a bad end
     except ModuleNotFoundError as error:
         if (error.name or "holdfast").startswith("holdfast"):
             raise  # ours: a broken installation, which a traceback explains better
-        message = _("This needs the package {name}: pip install 'holdfast[train]'", name=error.name)
+        message = _(
+            "This needs the package {name}: pip install 'holdfast[{extra}]'",
+            name=error.name,
+            extra=_extra_of(error.name or ""),
+        )
         return _fail(message, ConfigError.exit_code, error, debug)
     except MemoryError as error:
         return _fail(
@@ -93,6 +97,7 @@ def _commands() -> dict[str, tuple[str, Command]]:
     from holdfast.cli.pack import COMMANDS as PACKING
     from holdfast.cli.protect import COMMANDS as PROTECTION
     from holdfast.cli.states import COMMANDS as STATES
+    from holdfast.cli.web import COMMANDS as WEB
 
     return {
         "train": (_(_TRAIN_HELP), _train),
@@ -103,6 +108,7 @@ def _commands() -> dict[str, tuple[str, Command]]:
         **STATES,
         **PACKING,
         **MONITORING,
+        **WEB,
         **DOCTOR,
         "bench": (_(_BENCH_HELP), _bench),
     }
@@ -137,6 +143,12 @@ def _bench(argv: Sequence[str], prog: str) -> int:
 
 
 # ------------------------------------------------------------------------------------- bad ends
+
+_EXTRAS = {"fastapi": "web", "uvicorn": "web", "plotly": "web"}  # what is not for training
+
+
+def _extra_of(package: str) -> str:
+    return _EXTRAS.get(package.partition(".")[0], "train")
 
 
 def _fail(message: str, status: int, error: BaseException, debug: bool) -> int:

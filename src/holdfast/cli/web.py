@@ -1,0 +1,199 @@
+"""The command line of the pages: dashboard (a server to look at runs) and report (a file).
+
+Arguments, the socket and printing; what is shown lives in holdfast.monitor. No torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import re
+import socket
+import sys
+import webbrowser
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from holdfast.cli.manage import _DIRECTORY, _parser, _print, _print_json
+from holdfast.errors import ConfigError, HoldfastError
+from holdfast.formatting import format_bytes
+from holdfast.i18n import N_, _, language
+from holdfast.manage.rundir import look
+from holdfast.manage.table import printable
+
+if TYPE_CHECKING:
+    from holdfast.monitor.web_hub import Hub
+
+HOST, PORT = "127.0.0.1", 8765
+_TRIED = 20  # ports after the default one, before any that is free is taken
+
+
+def run_dashboard(argv: Sequence[str], prog: str) -> int:
+    """`holdfast dashboard`: serves until it is told to stop; 0 after Ctrl-C."""
+    given = _dashboard_parser(prog).parse_args(argv)
+    roots = [Path(each) for each in given.directories or [_DIRECTORY]]
+    _check_roots(roots)
+    from holdfast.monitor.guarding import is_loopback, new_token
+    from holdfast.monitor.web_app import create_app, guarded
+    from holdfast.monitor.web_hub import Hub
+
+    listener = _listen(given.host, given.port)
+    port, token = int(listener.getsockname()[1]), new_token()
+    address = f"http://{_shown_host(given.host)}:{port}/?token={token}"
+    hub = Hub(roots)
+    app = guarded(create_app(hub, lang=given.lang), host=given.host, port=port, token=token)
+    if given.json:
+        _print_json({"url": address, "host": given.host, "port": port, "token": token})
+    else:
+        places = ", ".join(map(str, roots))
+        _print([printable(_("Showing the runs under {places}. Open:", places=places)),
+                f"  {address}",
+                _("It only reads. Ctrl-C stops it; trainings go on.")])  # fmt: skip
+    if not is_loopback(given.host):
+        careful = _("Careful: what goes over the network is not encrypted, the token neither. "
+                    "Safer: ssh -L {port}:127.0.0.1:{port} USER@HOST", port=port)  # fmt: skip
+        print(careful, file=sys.stderr)
+    if given.open:
+        webbrowser.open(address)
+    _serve(app, hub, listener)
+    return 0
+
+
+def run_report(argv: Sequence[str], prog: str) -> int:
+    """`holdfast report`: 0."""
+    parser = _parser(
+        prog,
+        _("Save a run as one HTML file: curves, checkpoints, samples, what happened, the end of "
+          "the log. It needs no server and no network."),
+        _("Examples:\n  {prog} runs/a\n  {prog} runs/a --out a.html --lang zh", prog=prog),
+    )  # fmt: skip
+    parser.add_argument("directory", nargs="?", default=_DIRECTORY, metavar="RUN",
+                        help=_("run directory (default: {value})", value=_DIRECTORY))  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE.html",
+                        help=_("where to write it (default: report-NAME.html, here)"))  # fmt: skip
+    given = parser.parse_args(argv)
+    directory = Path(given.directory)
+    look(directory)  # says what is wrong with it
+    from holdfast.monitor.report import write_report
+
+    out = given.out or Path(f"report-{_file_name(directory)}.html")
+    if out.is_dir():
+        raise ConfigError(_("--out {path}: a directory; name a file", path=out))
+    if not out.parent.is_dir():
+        raise ConfigError(_("--out {path}: there is no directory {directory}", path=out,
+                            directory=out.parent))  # fmt: skip
+    size = write_report(directory, out, lang=language())
+    if given.json:
+        _print_json({"file": str(out), "bytes": size})
+    else:
+        _print([printable(_("Written: {path} ({size}). Open it in a browser.", path=out,
+                            size=format_bytes(size)))])  # fmt: skip
+    return 0
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
+    "dashboard": (N_("show runs in a browser, live"), run_dashboard),
+    "report": (N_("save a run as one HTML file"), run_report),
+}
+
+
+# ------------------------------------------------------------------------------------ arguments
+
+
+def _dashboard_parser(prog: str) -> argparse.ArgumentParser:
+    parser = _parser(
+        prog,
+        _("Show all runs under some directories in a browser: what is safe, live curves, "
+          "checkpoints, comparison. It only reads, and only whoever has the printed address gets "
+          "in."),
+        _("Examples:\n  {prog}\n  {prog} runs other/runs --open\n"
+          "  ssh -L 8765:127.0.0.1:8765 HOST   then, there: {prog} runs", prog=prog),
+    )  # fmt: skip
+    parser.add_argument("directories", nargs="*", metavar="DIR",
+                        help=_("run directories, or directories above them (default: {value})",
+                               value=_DIRECTORY))  # fmt: skip
+    parser.add_argument("--port", type=int, metavar="N",
+                        help=_("port (default: {value}, or a free one where that is taken)",
+                               value=PORT))  # fmt: skip
+    parser.add_argument("--host", default=HOST, metavar="ADDRESS",
+                        help=_("address to listen at (default: {value}, this machine alone)",
+                               value=HOST))  # fmt: skip
+    parser.add_argument("--open", action="store_true", help=_("open the browser"))
+    return parser
+
+
+def _check_roots(roots: Sequence[Path]) -> None:
+    missing = [root for root in roots if not root.is_dir()]
+    if missing:
+        raise HoldfastError(
+            "\n".join(
+                _("There is no directory {directory}. Name directories with runs, or make it: a "
+                  "training that starts in it will appear.", directory=root)
+                for root in missing
+            )
+        )  # fmt: skip
+
+
+def _file_name(directory: Path) -> str:
+    return re.sub(r"[^\w.-]+", "-", directory.resolve().name) or "run"
+
+
+# ------------------------------------------------------------------------------------- the server
+
+
+def _listen(host: str, port: int | None) -> socket.socket:
+    """A socket at `host`; at another port than the default where that is taken and none was asked
+    for. Raises ConfigError."""
+    if port is not None and not 0 <= port <= 65535:
+        raise ConfigError(_("--port {port}: expected a number from 0 to 65535", port=port))
+    wanted = [port] if port is not None else [PORT + i for i in range(_TRIED)] + [0]
+    try:
+        family, kind, proto, _name, where = socket.getaddrinfo(
+            host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(_("--host {host}: {reason}", host=host, reason=error)) from error
+    for each in wanted:
+        listener = socket.socket(family, kind, proto)
+        if sys.platform != "win32":  # there it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((where[0], each, *where[2:]))
+            listener.listen(128)
+        except OSError as error:
+            listener.close()
+            if error.errno == errno.EADDRINUSE and port is None:
+                continue
+            raise ConfigError(
+                _("{host}:{port} cannot be used: {reason}. Choose another --port.", host=host,
+                  port=each, reason=error.strerror or error)
+            ) from error  # fmt: skip
+        return listener
+    raise ConfigError(_("{host} has no free port", host=host))
+
+
+def _shown_host(host: str) -> str:
+    if host in ("0.0.0.0", "::", ""):
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
+
+
+def _serve(app: Any, hub: Hub, listener: socket.socket) -> None:
+    """Serve until a signal; open streams end at once, so that Ctrl-C does."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            hub.close()
+            super().handle_exit(sig, frame)
+
+    config = uvicorn.Config(
+        app, log_level="error", access_log=False, server_header=False, date_header=False,
+        timeout_graceful_shutdown=1, lifespan="on",
+    )  # fmt: skip
+    try:
+        Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:  # the way in which it is meant to end
+        print(file=sys.stderr)

@@ -1,0 +1,163 @@
+"""The dashboard: a FastAPI application that shows runs and changes nothing.
+
+Every answer stands behind the guard (a token, our own names). Runs are asked for by an id, never by
+a path. The page's script for plots is plotly's own, from the installed package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
+
+from holdfast.monitor import web_data
+from holdfast.monitor.guarding import App, Guard, Hosts
+from holdfast.monitor.web_files import SCRIPTS, TYPES, WEB, packed_script, plotting_script
+from holdfast.monitor.web_hub import Cursor, Hub, whole
+
+PING_EVERY = 5.0  # seconds: a page that hears nothing for three of them takes the line for dead
+COMPARED = 8  # runs at once: as many as there are colours
+REFUSAL = (
+    "This page belongs to the person who started it. Open the address that `holdfast dashboard` "
+    "printed in the terminal; it ends with a token, which is a new one after every start.",
+    "请打开终端里 holdfast dashboard 打印出的网址。网址末尾带有令牌，每次启动都会更换。",
+)
+
+
+def create_app(hub: Hub, *, lang: str | None = None) -> FastAPI:
+    """The application over `hub`; `lang` is the language of the page where its reader has chosen
+    none. It asks nobody who they are: put `guarded` around it."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        hub.shut()
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    _add_page(app, lang)
+    _add_data(app, hub)
+    return app
+
+
+def guarded(app: App, *, host: str, port: int, token: str) -> Guard:
+    """`app` for whoever has the token. The cookie bears the port: on one machine all ports share
+    their cookies, and two dashboards must not turn each other out."""
+    return Guard(app, hosts=Hosts(host), token=token, cookie=f"holdfast-{port}", refusal=REFUSAL)
+
+
+# ------------------------------------------------------------------------------------- the page
+
+
+def _add_page(app: FastAPI, lang: str | None) -> None:
+    @app.get("/")
+    def page() -> HTMLResponse:
+        text = (WEB / "index.html").read_text("utf-8")
+        scripts = "".join(f'<script defer src="static/{name}"></script>\n' for name in SCRIPTS)
+        filled = {"LANG": lang or "", "PLOTLY": plotting_script()[0], "SCRIPTS": scripts}
+        for name, value in filled.items():
+            text = text.replace(f"@{name}@", value)
+        return HTMLResponse(text)
+
+    @app.get("/static/plotly-{version}.js")
+    def plotly(version: str, request: Request) -> Response:
+        if version != plotting_script()[0]:
+            raise HTTPException(404)
+        headers = {
+            "cache-control": "private, max-age=31536000, immutable",
+            "vary": "accept-encoding",
+        }
+        packed = "gzip" in request.headers.get("accept-encoding", "")
+        if packed:
+            headers["content-encoding"] = "gzip"
+        body = packed_script() if packed else plotting_script()[1]
+        return Response(body, media_type=TYPES[".js"], headers=headers)
+
+    @app.get("/static/{name}")
+    def static(name: str) -> Response:
+        known = {p.name: p for p in WEB.iterdir() if p.suffix in TYPES}
+        if name not in known:
+            raise HTTPException(404)
+        # Asked for anew each time: a newer version of the package must not meet old scripts.
+        headers = {"cache-control": "no-cache"}
+        return Response(
+            known[name].read_bytes(), media_type=TYPES[known[name].suffix], headers=headers
+        )
+
+
+# ------------------------------------------------------------------------------------- the data
+
+
+def _add_data(app: FastAPI, hub: Hub) -> None:
+    @app.get("/api/runs")
+    async def runs() -> Response:
+        await hub.fresh()
+        return _json({"runs": hub.rows(), "problems": hub.problems})
+
+    @app.get("/api/runs/{identity}")
+    async def run(identity: str) -> Response:
+        picture = (await _feed(hub, identity)).picture
+        if picture is None:
+            raise HTTPException(503, "not read yet")
+        return _json(await asyncio.to_thread(whole, picture))
+
+    @app.get("/api/runs/{identity}/log")
+    async def log(identity: str) -> Response:
+        feed = await _feed(hub, identity)
+        return _json(await hub.read([feed], web_data.log_tail, feed.directory))
+
+    @app.get("/api/compare")
+    async def compare(run: list[str] = Query(default=[])) -> Response:  # noqa: B008 - FastAPI's way
+        await hub.fresh()
+        feeds = hub.chosen(run[:COMPARED])
+        asked = [(feed.id, feed.name, feed.directory) for feed in feeds]
+        return _json(await hub.read(feeds, web_data.comparison, asked))
+
+    @app.get("/api/stream")
+    async def stream(run: list[str] = Query(default=[])) -> StreamingResponse:  # noqa: B008
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(
+            _events(hub, run[:COMPARED]), media_type="text/event-stream", headers=headers
+        )
+
+
+async def _feed(hub: Hub, identity: str) -> Any:
+    await hub.fresh()
+    found = hub.chosen([identity])
+    if not found:
+        raise HTTPException(404, "no such run")
+    return found[0]
+
+
+async def _events(hub: Hub, wanted: Sequence[str]) -> AsyncIterator[bytes]:
+    """What happens, until the page goes. A page that comes back begins with everything anew, so a
+    line that was cut can lose nothing; `Last-Event-ID` is not needed for it."""
+    cursor = Cursor(hub, wanted)
+    yield b"retry: 1000\n\n"
+    async with hub.watching() as event:
+        while not hub.closing:
+            event.clear()
+            for kind, data in await asyncio.to_thread(cursor.news):
+                yield _event(kind, data)
+            yield _event("ping", {"now": round(time.time() * 1000)})
+            try:
+                await asyncio.wait_for(event.wait(), PING_EVERY)
+            except asyncio.TimeoutError:
+                continue
+
+
+def _event(kind: str, data: Any) -> bytes:
+    return f"event: {kind}\ndata: {_dumps(data)}\n\n".encode()
+
+
+def _dumps(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _json(data: Any) -> Response:
+    return Response(_dumps(data), media_type="application/json")

@@ -1,0 +1,121 @@
+"""The checkpoints of a run as a timeline: those that are there, and those that were, and why.
+
+From the catalogue and the history together; what is gone is known from its events alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from holdfast.checkpoint.catalog import Entry
+from holdfast.formatting import parse_time
+from holdfast.manage.rundir import DAMAGED, number
+from holdfast.monitor.run_view import RunView
+
+KEPT, REMOVED, QUARANTINED, ARCHIVED = "kept", "removed", "quarantined", "archived"
+GONE_SHOWN = 200  # of those that are gone, the newest
+
+
+def checkpoint_rows(view: RunView) -> tuple[list[dict[str, Any]], int]:
+    """One row a checkpoint, newest first, and how many older ones that are gone were left out."""
+    rows = _from_history(view)
+    best = view.run.contents.best if view.run is not None else None
+    newest = view.entries[0] if view.entries else None
+    for entry in view.entries:
+        row = rows.pop(entry.id, {})  # moves to the end: the catalogue's order is the truth
+        rows[entry.id] = {**row, **_of_entry(entry, best, newest), "fate": KEPT, "why": None}
+    if view.run is not None:
+        damaged = {name for name, _why in view.run.contents.damaged}
+        for row in rows.values():
+            lies_damaged = row["fate"] == REMOVED and not damaged.isdisjoint(row["names"])
+            row["fate"] = DAMAGED if lies_damaged else row["fate"]
+            row["damaged"] = lies_damaged or row["id"] in view.run.distrusted
+    there = [row for row in rows.values() if row["fate"] == KEPT]
+    gone = [row for row in rows.values() if row["fate"] != KEPT]
+    shown = there + gone[-GONE_SHOWN:]
+    shown.sort(
+        key=lambda row: (row["generation"] or 0, row["step"], row["time"] or 0), reverse=True
+    )
+    return shown, max(0, len(gone) - GONE_SHOWN)
+
+
+def _order(row: dict[str, Any]) -> tuple[int, int, int]:
+    return row["generation"] or 0, row["step"], row["time"] or 0
+
+
+def _from_history(view: RunView) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    by_name: dict[str, str] = {}
+    for event in view.events:
+        kind, id_ = event.get("event"), str(event.get("id"))
+        names = [str(name) for name in event.get("names") or []]
+        if kind == "durable" and isinstance(event.get("step"), int):
+            rows.pop(id_, None)
+            rows[id_] = _of_event(event, names)
+            by_name |= dict.fromkeys(names, id_)
+        elif kind == "verified" and id_ in rows:
+            rows[id_]["verified"] = True
+        elif kind in (REMOVED, QUARANTINED, ARCHIVED):
+            meant = [id_] if id_ in rows else [by_name[n] for n in names if n in by_name]
+            for each in meant:
+                reason = event.get("reason")
+                rows[each] |= {"fate": kind, "why": None if reason is None else str(reason)}
+    for row in rows.values():
+        if row["fate"] == KEPT:  # of a history that does not say where it went
+            row["fate"] = REMOVED
+    return rows
+
+
+def _of_event(event: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    return {
+        "id": str(event.get("id")),
+        "step": event["step"],
+        "epoch": _integer(event.get("epoch")),
+        "generation": _integer(event.get("generation")),
+        "kind": str(event.get("kind") or ""),
+        "reason": str(event.get("reason") or ""),
+        "size": _integer(event.get("size")),
+        "time": _milliseconds(event.get("time")),
+        "seconds": number(event.get("seconds")),
+        "stall": number(event.get("stall")),
+        "names": names,
+        "verified": False,
+        "damaged": False,
+        "pinned": False,
+        "best": False,
+        "newest": False,
+        "val_loss": None,
+        "fate": KEPT,
+        "why": None,
+    }
+
+
+def _of_entry(entry: Entry, best: Entry | None, newest: Entry | None) -> dict[str, Any]:
+    return {
+        "id": entry.id,
+        "step": entry.step,
+        "epoch": entry.epoch,
+        "generation": entry.generation,
+        "kind": entry.kind,
+        "reason": entry.reason,
+        "size": entry.size,
+        "time": _milliseconds(entry.created),
+        "names": list(entry.names),
+        "verified": entry.verified,
+        "damaged": False,
+        "pinned": entry.pinned,
+        "best": best is not None and best.id == entry.id,
+        "newest": newest is not None and newest.id == entry.id,
+        "val_loss": number(entry.metrics.get("val_loss")),
+    }
+
+
+def _integer(value: object) -> int | None:
+    """Anybody may have written the history: only a number is a number."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _milliseconds(text: object) -> int | None:
+    time = parse_time(text)
+    return None if time is None else round(time.timestamp() * 1000)

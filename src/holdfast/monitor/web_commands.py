@@ -1,0 +1,36 @@
+"""What a page proposes to do with a run: commands to copy. The page itself only reads."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+from holdfast.checkpoint.catalog import BEST
+from holdfast.monitor.run_view import STOPPED, TRAINING, RunView
+
+
+def commands(view: RunView) -> list[dict[str, str]]:
+    """[{"key", "command"}], the most useful first; `key` names the sentence in the page."""
+    state, run = view.state, _quoted(view.directory)
+    found: list[dict[str, str]] = []
+
+    def add(key: str, command: str) -> None:
+        found.append({"key": key, "command": command})
+
+    if state == STOPPED and (view.directory / "config.json").exists():  # else another's loop
+        add("resume", f"holdfast train --checkpoint-dir {run} --resume")
+    if state == TRAINING:
+        add("monitor", f"holdfast monitor {run}")
+    if view.entries:
+        best = view.directory / BEST
+        add("serve", f"holdfast serve {run}")
+        if best.exists():
+            add("export", f"holdfast export {_quoted(best)} --to hf")
+        add("verify", f"holdfast verify {run}")
+        add("clean", f"holdfast clean {run} --keep 2 --dry-run")
+    add("report", f"holdfast report {run}")
+    return found
+
+
+def _quoted(path: os.PathLike[str]) -> str:
+    return shlex.quote(os.path.abspath(path))  # noqa: PTH100 - links stay as the user made them

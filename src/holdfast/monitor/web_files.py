@@ -1,0 +1,28 @@
+"""The files that a page is made of: ours beside this module, and plotly's from its package."""
+
+from __future__ import annotations
+
+import gzip
+from functools import lru_cache
+from pathlib import Path
+
+WEB = Path(__file__).parent / "web"
+# In the order in which they must run; theme.js stands before them all, in the head.
+SCRIPTS = ("strings.js", "base.js", "charts.js", "overview.js", "sections.js", "app.js")
+_SCRIPT = "text/javascript; charset=utf-8"
+TYPES = {".js": _SCRIPT, ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
+
+
+@lru_cache(maxsize=1)
+def plotting_script() -> tuple[str, bytes]:
+    """Plotly's script as it lies in the installed package: its version, and its bytes."""
+    import plotly
+
+    path = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+    return str(plotly.__version__), path.read_bytes()
+
+
+@lru_cache(maxsize=1)
+def packed_script() -> bytes:
+    """The same, compressed once for all pages."""
+    return gzip.compress(plotting_script()[1], 6, mtime=0)

@@ -1,0 +1,260 @@
+"""The dashboard as a server: what it answers, what it refuses, what its stream tells and when."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from holdfast.monitor import web_hub
+from holdfast.monitor.web_app import create_app, guarded
+from holdfast.monitor.web_data import run_id
+from holdfast.monitor.web_files import plotting_script
+from holdfast.monitor.web_hub import Hub
+from tests.monitor.web_runs import TOKEN, LiveRun, Server, finished_run, serving
+
+LOCAL = "http://127.0.0.1:8765"
+
+
+def client_of(*roots: Path) -> TestClient:
+    app = guarded(create_app(Hub(roots)), host="127.0.0.1", port=8765, token=TOKEN)
+    return TestClient(app, base_url=LOCAL, headers={"authorization": f"Bearer {TOKEN}"})
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    root = tmp_path / "runs"
+    finished_run(root / "a")
+    finished_run(root / "deep" / "b", (5.0,))
+    return root
+
+
+def test_all_runs_below_the_directories_are_listed_and_shown_by_their_ids(runs: Path) -> None:
+    with client_of(runs) as client:
+        rows = client.get("/api/runs").json()["runs"]
+        assert {row["name"]: row["state"] for row in rows} == {
+            "a": "finished",
+            "deep/b": "finished",
+        }
+        row = next(row for row in rows if row["name"] == "a")
+        assert row["best"]["val_loss"] == 2.0 and row["risk"]["seconds"] == 0.0
+        run = client.get(f"/api/runs/{row['id']}").json()
+        assert run["curves"]["step"] == list(range(10, 310, 10))
+        assert [sample["epoch"] for sample in run["samples"]] == [1, 2, 3]
+        assert len(run["checkpoints"]) == 3 and run["disk"]["free"] > 0
+
+
+def test_a_directory_that_is_itself_a_run_and_one_that_is_empty(tmp_path: Path) -> None:
+    run, empty = finished_run(tmp_path / "run"), tmp_path / "empty"
+    empty.mkdir()
+    with client_of(run, empty) as client:
+        answer = client.get("/api/runs").json()
+    assert [row["name"] for row in answer["runs"]] == ["run"] and answer["problems"] == {}
+
+
+def test_nothing_outside_the_directories_is_read(runs: Path, tmp_path: Path) -> None:
+    outside = finished_run(tmp_path / "outside")
+    (runs / "link").symlink_to(outside)
+    with client_of(runs) as client:
+        names = {row["name"] for row in client.get("/api/runs").json()["runs"]}
+        assert names == {"a", "deep/b"}
+        for path in (run_id(outside), str(outside), "..%2f..%2foutside", "../outside", "a", "%00"):
+            assert client.get(f"/api/runs/{path}").status_code == 404, path
+            assert client.get(f"/api/runs/{path}/log").status_code == 404, path
+        assert client.get("/api/compare", params={"run": [str(outside)]}).json()["runs"] == []
+        for name in ("..%2fweb_app.py", "index.html", "../web_app.py", "x.js"):
+            assert client.get(f"/static/{name}").status_code == 404, name
+
+
+def test_nothing_is_answered_without_the_token(runs: Path) -> None:
+    with client_of(runs) as client:
+        del client.headers["authorization"]
+        for path in ("/", "/api/runs", "/static/app.js", "/api/stream", "/docs", "/openapi.json"):
+            answer = client.get(path)
+            assert answer.status_code == 401, path
+            assert "holdfast dashboard" in answer.text and "终端" in answer.text
+        page = client.get("/", params={"token": TOKEN})
+        assert page.status_code == 200 and "static/app.js" in page.text
+        assert client.get("/api/runs").status_code == 200  # by the cookie, from now on
+        assert client.post("/api/runs").status_code == 405
+        assert client.get("/docs").status_code == 404
+
+
+def test_the_plotting_script_comes_from_the_installed_package_packed_and_kept(runs: Path) -> None:
+    version, script = plotting_script()
+    with client_of(runs) as client:
+        assert f"plotly-{version}.js" in client.get("/").text
+        answer = client.get(f"/static/plotly-{version}.js", headers={"accept-encoding": "gzip"})
+        assert answer.content == script
+        assert answer.headers["content-encoding"] == "gzip"
+        assert int(answer.headers["content-length"]) < len(script) / 2
+        assert "immutable" in answer.headers["cache-control"]
+        plain = client.get(f"/static/plotly-{version}.js", headers={"accept-encoding": "identity"})
+        assert plain.content == script and "content-encoding" not in plain.headers
+        assert client.get("/static/plotly-0.js").status_code == 404
+    assert gzip.decompress(gzip.compress(script[:9])) == script[:9]
+
+
+def test_the_log_and_the_comparison(runs: Path) -> None:
+    (runs / "a" / "logs").mkdir()
+    (runs / "a" / "logs" / "x.log").write_text("hello\n")
+    with client_of(runs) as client:
+        ids = {row["name"]: row["id"] for row in client.get("/api/runs").json()["runs"]}
+        assert client.get(f"/api/runs/{ids['a']}/log").json()["text"] == "hello\n"
+        found = client.get("/api/compare", params={"run": [ids["a"], ids["deep/b"]]}).json()
+        assert found["metrics"]["val_loss"]["better"] == found["runs"][0]["label"] == "A"
+
+
+# -------------------------------------------------------------------------------------- the stream
+
+
+class Stream:
+    """Reads the events of a stream in a thread; `until` waits for one."""
+
+    def __init__(self, server: Server, *ids: str) -> None:
+        self.events: list[tuple[str, Any]] = []
+        self._server, self._ids = server, ids
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+        self.ended = threading.Event()
+
+    def _read(self) -> None:
+        url = f"http://127.0.0.1:{self._server.port}/api/stream"
+        headers = {"authorization": f"Bearer {TOKEN}"}
+        try:
+            with httpx.stream("GET", url, params={"run": list(self._ids)}, headers=headers,
+                              timeout=20) as answer:  # fmt: skip
+                kind = ""
+                for line in answer.iter_lines():
+                    if line.startswith("event: "):
+                        kind = line.removeprefix("event: ")
+                    elif line.startswith("data: "):
+                        self.events.append((kind, json.loads(line.removeprefix("data: "))))
+        finally:
+            self.ended.set()
+
+    def until_row(self, check: Any) -> None:
+        self.until("runs rows", lambda data: any(map(check, data["runs"])))
+
+    def until(self, wanted: str, check: Any = lambda _data: True, *, after: int = 0) -> Any:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            for kind, data in self.events[after:]:
+                if kind in wanted.split() and check(data):
+                    return data
+            time.sleep(0.02)
+        raise AssertionError(f"{wanted} did not come; {[kind for kind, _d in self.events]}")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(web_hub, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(web_hub, "SEARCH_EVERY", 0.1)
+    yield
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_stream_tells_of_new_runs_new_points_and_points_taken_back(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        identity = run_id(tmp_path / "new")
+        stream = Stream(server, identity)
+        assert stream.until("runs")["runs"] == []
+        with LiveRun(tmp_path / "new") as run:
+            run.steps(50)
+            stream.until_row(lambda row: row["step"] == 50)
+            first = stream.until("run")
+            seen = len(first["curves"]["step"])
+            run.finish_epoch(3.0)
+            stream.until("more", lambda data: data["step"] == 100 and data["checkpoint_count"] == 1)
+            steps = list(first["curves"]["step"])
+            for kind, data in stream.events:
+                steps += data["curves"]["step"] if kind == "more" else []
+            assert steps == list(range(10, 110, 10))
+            assert seen <= 5
+            run.steps(50)
+            stream.until("more", lambda data: data["step"] == 150)
+            count = len(stream.events)
+            run.records.event("resumed", 100)  # a crash has undone what came after step 100
+            run.step = 100
+            run.steps(10, loss=1.0)
+            again = stream.until("run", after=count)
+            assert again["curves"]["step"][-1] in (100, 110)
+        stream.until_row(lambda row: row["state"] != "training")
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_look_serves_all_pages_and_nobody_looks_when_all_have_gone(tmp_path: Path) -> None:
+    finished_run(tmp_path / "a", (3.0,))
+    with serving(tmp_path) as server:
+        streams = [Stream(server, run_id(tmp_path / "a")) for _i in range(3)]
+        assert [stream.until("run")["step"] for stream in streams] == [100] * 3
+        assert len(server.hub.feeds) == 1 and len(server.hub._watchers) == 3
+        server.hub.close()  # what Ctrl-C does first: the streams end by themselves
+        for stream in streams:
+            assert stream.ended.wait(5)
+        assert not server.hub._watchers
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_directory_that_hangs_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished_run(tmp_path / "good" / "a", (3.0,))
+    (tmp_path / "bad").mkdir()
+    release, real = threading.Event(), web_hub.find_runs
+
+    def find(root: Path) -> list[Path]:
+        if root.name == "bad":
+            release.wait(30)
+        return real(root)
+
+    monkeypatch.setattr(web_hub, "find_runs", find)
+    monkeypatch.setattr(web_hub, "FIRST_PATIENCE", 0.2)
+    with serving(tmp_path / "good", tmp_path / "bad") as server:
+        began = time.monotonic()
+        stream = Stream(server, run_id(tmp_path / "good" / "a"))
+        assert stream.until("run")["step"] == 100
+        assert time.monotonic() - began < 5
+        looking = [thread for thread in threading.enumerate() if thread.name == "look"]
+        assert looking and all(thread.daemon for thread in looking), "it would hold up Ctrl-C"
+    release.set()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_is_deleted_disappears_and_a_lost_directory_is_named(tmp_path: Path) -> None:
+    import shutil
+
+    root = tmp_path / "runs"
+    finished_run(root / "a", (3.0,))
+    with serving(root) as server:
+        stream = Stream(server)
+        stream.until("runs", lambda data: len(data["runs"]) == 1)
+        shutil.rmtree(root)
+        stream.until("runs", lambda data: not data["runs"] and str(root) in data["problems"])
+
+
+def test_thousands_of_new_points_are_sent_thinned(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "a", (3.0,))
+    feed = web_hub.Feed(tmp_path, run)
+    hub = Hub([tmp_path])
+    hub.feeds[feed.id] = feed
+    feed.look()
+    cursor = web_hub.Cursor(hub, [feed.id])
+    assert [kind for kind, _data in cursor.news()] == ["runs", "run"]
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in range(110, 60_110, 10):
+            file.write(json.dumps({"event": "step", "step": step, "loss": 1.0}) + "\n")
+    feed.look()
+    ((rows, changed), (kind, data)) = cursor.news()
+    assert rows == "rows" and [row["step"] for row in changed["runs"]] == [60_100]
+    assert cursor.news() == []
+    assert kind == "run" and len(data["curves"]["step"]) <= 2000
+    assert data["curves"]["step"][-1] == 60_100
