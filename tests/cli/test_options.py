@@ -19,7 +19,6 @@ from rich.cells import cell_len
 
 from holdfast import i18n
 from holdfast.cli.options import (
-    ARGPARSE_WORDS,
     Parser,
     TrainCommand,
     build_train_parser,
@@ -27,6 +26,7 @@ from holdfast.cli.options import (
     parse_train,
     wrap_cells,
 )
+from holdfast.cli.parsing import ARGPARSE_WORDS
 from holdfast.errors import ConfigError
 from holdfast.training.config import OPTIONS
 

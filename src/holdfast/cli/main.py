@@ -10,14 +10,34 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from holdfast import __version__
-from holdfast.cli.options import language_of
+from holdfast.cli.parsing import language_of
 from holdfast.errors import ConfigError, HoldfastError
 from holdfast.i18n import N_, _, detect_language, set_language
 
 Command = Callable[[Sequence[str], str], int]
 
+# The modules of this room and the commands that each brings, in the order of `--help`. A module is
+# imported when one of its commands is called: no command waits for another.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "protect": ("run", "service"),
+    "list": ("list",),
+    "show": ("show",),
+    "history": ("history",),
+    "manage": ("compare", "clean", "verify"),
+    "states": ("rollback", "pin"),
+    "doctor": ("doctor",),
+    "completion": ("completion",),
+}
+# Which extra brings what a command may find missing; the trainer's where it is not named here.
+_EXTRAS = {
+    "desk": ("textual", "plotext", "matplotlib", "shtab"),
+    "web": ("plotly", "fastapi", "uvicorn"),
+    "serve": ("prometheus_client",),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+}
 _TRAIN_HELP = N_("train a language model from a text file")
 _BENCH_HELP = N_("measure saving and loading on this disk, beside other tools")
 
@@ -42,7 +62,7 @@ def main(  # noqa: PLR0911 - one return a bad end
     except ModuleNotFoundError as error:
         if (error.name or "holdfast").startswith("holdfast"):
             raise  # ours: a broken installation, which a traceback explains better
-        message = _("This needs the package {name}: pip install 'holdfast[train]'", name=error.name)
+        message = _missing(error.name or "")
         return _fail(message, ConfigError.exit_code, error, debug)
     except MemoryError as error:
         return _fail(
@@ -62,9 +82,8 @@ def train_main(
 
 
 def _dispatch(words: list[str], prog: str) -> int:
-    commands = _commands()
     if not words or words[0] in ("-h", "--help"):
-        print(_usage(prog, commands))
+        print(_usage(prog))
         return 0 if words else 2
     if words[0] == "--version":
         print(f"holdfast {__version__}")
@@ -73,35 +92,37 @@ def _dispatch(words: list[str], prog: str) -> int:
     if name == "--debug" or (name.startswith("--lang")):
         skip = 2 if name == "--lang" else 1
         return _dispatch([*words[skip:], *words[:skip]], prog) if len(words) > skip else 2
-    if name not in commands:
-        from holdfast.training.fields import did_you_mean, nearest
-
-        raise ConfigError(
-            _("{prog} has no command {name}{hint}; see {prog} --help", prog=prog, name=name,
-              hint=did_you_mean(nearest(name, commands)))
-        )  # fmt: skip
     called = prog if prog.endswith(".py") and name == "train" else f"{prog} {name}"
-    return commands[name][1](rest, called)
+    return command_of(name, prog)(rest, called)
 
 
-def _commands() -> dict[str, tuple[str, Command]]:
-    from holdfast.cli.doctor import COMMANDS as DOCTOR
-    from holdfast.cli.manage import COMMANDS
-    from holdfast.cli.protect import COMMANDS as PROTECTION
-    from holdfast.cli.states import COMMANDS as STATES
+def command_of(name: str, prog: str) -> Command:
+    """What runs the command `name`; raises ConfigError, with what was perhaps meant."""
+    if name in _OWN:
+        return _OWN[name][1]
+    for room, names in ROOMS.items():
+        if name in names:
+            command: Command = import_module(f"holdfast.cli.{room}").COMMANDS[name][1]
+            return command
+    from holdfast.training.fields import did_you_mean, nearest
 
-    return {
-        "train": (_(_TRAIN_HELP), _train),
-        **PROTECTION,
-        **COMMANDS,
-        **STATES,
-        **DOCTOR,
-        "bench": (_(_BENCH_HELP), _bench),
-    }
+    known = [*_OWN, *(one for names in ROOMS.values() for one in names)]
+    raise ConfigError(
+        _("{prog} has no command {name}{hint}; see {prog} --help", prog=prog, name=name,
+          hint=did_you_mean(nearest(name, known)))
+    )  # fmt: skip
 
 
-def _usage(prog: str, commands: dict[str, tuple[str, Command]]) -> str:
-    rows = "\n".join(f"  {name:<10} {_(text)}" for name, (text, _run) in commands.items())
+def commands() -> dict[str, tuple[str, Command]]:
+    """Every command by its name: what it is for, and what runs it. Imports all of them."""
+    found = {"train": _OWN["train"]}
+    for room in ROOMS:
+        found |= import_module(f"holdfast.cli.{room}").COMMANDS
+    return {**found, **_OWN}
+
+
+def _usage(prog: str) -> str:
+    rows = "\n".join(f"  {name:<10} {_(text)}" for name, (text, _run) in commands().items())
     return _(
         "Holdfast: train a model and never lose a step.\n"
         "\n"
@@ -128,7 +149,20 @@ def _bench(argv: Sequence[str], prog: str) -> int:
     return run_bench(argv, prog)
 
 
+_OWN: dict[str, tuple[str, Command]] = {
+    "train": (_TRAIN_HELP, _train),
+    "bench": (_BENCH_HELP, _bench),
+}
+
+
 # ------------------------------------------------------------------------------------- bad ends
+
+
+def _missing(package: str) -> str:
+    top = package.partition(".")[0]
+    extra = next((extra for extra, names in _EXTRAS.items() if top in names), "train")
+    return _("This needs the package {name}: pip install 'holdfast[{extra}]'", name=top,
+             extra=extra)  # fmt: skip
 
 
 def _fail(message: str, status: int, error: BaseException, debug: bool) -> int:

@@ -1,4 +1,4 @@
-"""The command line of the desk: list, history, compare, clean, verify; cli/states.py has the rest.
+"""The command line of the desk: compare, clean, verify; modules beside this one have the rest.
 
 Arguments, questions and printing; what is found and decided lives in holdfast.manage. No torch.
 How a command ends when it fails, is interrupted or loses its reader is cli/main.py's business.
@@ -7,88 +7,32 @@ How a command ends when it fails, is interrupted or loses its reader is cli/main
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from pathlib import Path
-from typing import Any
 
-from holdfast.cli.options import Parser, wrap_cells
+from holdfast.cli import common
+from holdfast.cli.options import Parser
 from holdfast.cli.progress import ProgressLine
-from holdfast.errors import CheckpointError, ConfigError, HoldfastError
+from holdfast.errors import CheckpointError, ConfigError
 from holdfast.formatting import format_bytes, format_seconds
-from holdfast.i18n import LANGUAGES, N_, _
-from holdfast.manage import clean, compare, history, leftovers, listing, verify
-from holdfast.manage.rundir import DAMAGED, look
+from holdfast.i18n import N_, _
+from holdfast.manage import clean, compare, leftovers, verify
+from holdfast.manage.rundir import DAMAGED
 from holdfast.manage.table import Screen, printable
-from holdfast.manage.values import json_ready
 from holdfast.training.config import OPTIONS
 
-_DIRECTORY = str(OPTIONS["checkpoint_dir"].default)
+_DIRECTORY = common.DIRECTORY
+_parser, _add_directory, _agreed = common.parser, common.add_directory, common.agreed
+_print, _print_json = common.show, common.show_json
 _KEEP = int(OPTIONS["keep_last_n"].default)
 
 _Work = Callable[[Sequence[str], str], int]
 
 
 # ------------------------------------------------------------------------------------- commands
-
-
-def run_list(argv: Sequence[str], prog: str) -> int:
-    """`holdfast list`: 0, or an error that names the directories that are not there."""
-    parser = _parser(
-        prog,
-        _("Show the checkpoints of run directories: losses, sizes, ages, which is best."),
-        _("Examples:\n  {prog}\n  {prog} runs/a runs/b --sort loss\n  {prog} --json", prog=prog),
-    )
-    parser.add_argument("directories", nargs="*", default=[_DIRECTORY], metavar="DIR",
-                        help=_("run directories (default: {value})", value=_DIRECTORY))  # fmt: skip
-    parser.add_argument("--sort", choices=list(listing.SORTS), metavar="|".join(listing.SORTS),
-                        help=_("order of the rows (default: newest first)"))  # fmt: skip
-    given = parser.parse_args(argv)
-    found, problems = [], []
-    for directory in given.directories:
-        try:
-            found.append(listing.listing_of(look(directory), given.sort))
-        except HoldfastError as error:
-            problems.append(str(error))
-    if given.json:
-        _print_json({"directories": [one.to_json() for one in found]})
-    else:
-        screen = Screen.of(sys.stdout)
-        for i, one in enumerate(found):
-            title = [screen.bold(printable(f"{one.run.directory}:"))]
-            several = [*([""] if i else []), *title] if len(given.directories) > 1 else []
-            _print([*several, *one.lines(screen)])
-    if problems:
-        raise HoldfastError("\n".join(problems))
-    return 0
-
-
-def run_history(argv: Sequence[str], prog: str) -> int:
-    """`holdfast history`: 0."""
-    parser = _parser(
-        prog,
-        _("Show the epochs of a run and what happened to it: interruptions, resumes, damage."),
-        _("Examples:\n  {prog}\n  {prog} runs/a --events\n  {prog} --csv losses.csv", prog=prog),
-    )
-    _add_directory(parser)
-    parser.add_argument("--csv", type=Path, metavar="FILE",
-                        help=_("also write the table of epochs to this file"))  # fmt: skip
-    parser.add_argument("--events", action="store_true", help=_("show every event"))
-    given = parser.parse_args(argv)
-    found = history.history_of(look(given.directory))
-    if given.csv is not None:
-        history.write_csv(found, given.csv)
-    if given.json:
-        _print_json(found.to_json())
-    else:
-        _print(found.lines(Screen.of(sys.stdout), everything=given.events))
-    return 0
 
 
 def run_compare(argv: Sequence[str], prog: str) -> int:
@@ -272,8 +216,6 @@ def _verdict_line(verdict: verify.Verdict) -> str:
 
 
 COMMANDS: dict[str, tuple[str, _Work]] = {
-    "list": (N_("show the checkpoints of a run"), run_list),
-    "history": (N_("show the epochs of a run and what happened to it"), run_history),
     "compare": (N_("compare checkpoints or runs"), run_compare),
     "clean": (N_("remove checkpoints that are no longer needed"), run_clean),
     "verify": (N_("check every byte of the checkpoints"), run_verify),
@@ -283,52 +225,8 @@ COMMANDS: dict[str, tuple[str, _Work]] = {
 # ---------------------------------------------------------------------------------- what is shared
 
 
-def _parser(prog: str, description: str, examples: str, *, scripts: bool = True) -> Parser:
-    width = min(shutil.get_terminal_size().columns, 100) - 2
-    description = "\n".join(wrap_cells(description, width))  # argparse leaves it as it is
-    parser = Parser(prog=prog, description=description.replace("%", "%%"),
-                    epilog=examples.replace("%", "%%"), add_help=False)  # fmt: skip
-    parser.add_argument("-h", "--help", action="help", help=_("show this help and exit"))
-    if scripts:
-        parser.add_argument("--json", action="store_true", help=_("print JSON for scripts"))
-    lang_help = _("language of all messages (the system's own where not given)")
-    parser.add_argument("--lang", choices=LANGUAGES, metavar="|".join(LANGUAGES), help=lang_help)
-    parser.add_argument("--debug", action="store_true", help=_("show the traceback of an error"))
-    return parser
-
-
-def _add_directory(parser: Parser) -> None:
-    parser.add_argument("directory", nargs="?", default=_DIRECTORY, metavar="DIR",
-                        help=_("run directory (default: {value})", value=_DIRECTORY))  # fmt: skip
-
-
 def _confirmed(prog: str) -> bool:
     """Ask whether to remove what was shown."""
     without = _("{prog} removes nothing without being told: add --yes, there is no terminal to "
                 "ask on", prog=prog)  # fmt: skip
     return _agreed(_("Remove them? [y/N] "), without)
-
-
-def _agreed(question: str, without: str) -> bool:
-    """Ask; the answer of somebody who only presses Enter, or has gone, is no. Raises ConfigError
-    that says `without` where there is no terminal."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ConfigError(without)
-    sys.stdout.write(question)
-    sys.stdout.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes", "是")
-
-
-def _print(lines: Iterable[str]) -> None:
-    """Write lines to stdout at once: a reader that has gone is noticed here, by the one place that
-    deals with it (cli/main.py), and not when the interpreter exits."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII pipe gets \u2b50, no traceback
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
-
-
-def _print_json(value: Any) -> None:
-    """One document; a number that is not finite is "nan", "inf" or "-inf", as in a manifest."""
-    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    _print([json.dumps(json_ready(value), ensure_ascii=not utf8, indent=2, allow_nan=False)])
