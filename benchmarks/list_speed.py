@@ -76,6 +76,7 @@ def main() -> None:
                 "fastest_s": round(min(times), 3),
                 "slowest_s": round(max(times), 3),
             }
+        Catalog(directory).write_cache()
         found["promise_s"] = PROMISE
         print(json.dumps(found, indent=2))
 

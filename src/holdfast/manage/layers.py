@@ -137,14 +137,14 @@ def _kind(name: str, value: object) -> str:
 def rows_of(tensors: Sequence[Tensor], most: int = ROWS) -> list[Row]:
     """At most `most` rows (where the names allow it) for the layers of a model.
 
-    Layers that differ in their number alone share a row; where that is not enough, what has the
-    same beginning does too, the shortest that is needed.
+    Layers that differ in their number alone share a row; where that is not enough, those of several
+    shapes do too, then what has the same beginning, as much of it as possible.
     """
     names = [tuple(tensor.name.replace("/", ".").split(".")) for tensor in tensors]
-    depth = max(map(len, names), default=0)
     rows = _grouped(tensors, names, None)
-    while len(rows) > most and depth > 1:
-        depth -= 1
+    for depth in range(max(map(len, names), default=0), 0, -1):
+        if len(rows) <= most:
+            break
         rows = _grouped(tensors, names, depth)
     return rows
 

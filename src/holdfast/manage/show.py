@@ -6,6 +6,7 @@ never unpickles. No torch in this room.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Mapping
@@ -241,7 +242,8 @@ def commands_for(shown: Shown) -> list[tuple[str, str]]:
     elif directory and not shown.is_newest:
         found.append((_("go back to it; nothing is removed"), f"holdfast rollback {file}"))
     if not generates:
-        loading = f'python -c "import holdfast; state = holdfast.load({str(shown.path)!r})"'
+        code = f"import holdfast; state = holdfast.load({json.dumps(str(shown.path))})"
+        loading = f"python -c {shlex.quote(code)}"
         found.append((_("load it in a program of your own"), loading))
     found.append((_("check every byte"), f"holdfast verify {file}"))
     if shown.run is not None and not shown.is_best:

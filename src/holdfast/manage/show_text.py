@@ -85,7 +85,7 @@ def _facts(shown: Shown, inside: Inside, screen: Screen) -> list[str]:
                      + _("({age} ago)", age=age)),
         (_("names"), ", ".join(entry.names) or shown.path.name),
         (_("marks"), _marks(shown, inside)),
-        (_("size"), f"{format_bytes(shown.size)} ({shown.size} B)"),
+        (_("size"), _size(shown.size)),
         (_("run"), _("{run}, generation {generation}", run=entry.run_id,
                      generation=entry.generation)),
         (_("id"), entry.id),
@@ -229,6 +229,11 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) if shape else _("one number")
 
 
+def _size(size: int) -> str:
+    """In a unit that is read at a glance, and exactly."""
+    return format_bytes(size) if size < 1024 else f"{format_bytes(size)} ({size} B)"
+
+
 def _count(count: int) -> str:
     return f"{count:,}"
 
@@ -237,7 +242,7 @@ def _count(count: int) -> str:
 
 
 def _without_manifest(shown: Shown) -> list[str]:
-    size = f"{format_bytes(shown.size)} ({shown.size} B)"
+    size = _size(shown.size)
     if shown.state == DAMAGED:
         whole = [record for record in shown.records if record.whole]
         told = _("its manifest cannot be read; of the records in front {whole} of {count} are "
