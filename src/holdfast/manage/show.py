@@ -254,12 +254,16 @@ def commands_for(shown: Shown) -> list[tuple[str, str]]:
     if not shown.inside.entry.pinned and directory:
         found.append((_("keep it for good"), f"holdfast pin {file}"))
     if generates:
+        prompt = shlex.quote(_prompt(shown.inside))
         found += [
-            (_("let it write"), f"holdfast generate {_PROMPT} --checkpoint {file}"),
+            (_("let it write"), f"holdfast generate {prompt} --checkpoint {file}"),
             (_("serve it"), f"holdfast serve {file}"),
             (_("export it for other tools"), f"holdfast export {file} --to hf"),
         ]
     return found
 
 
-_PROMPT = "今天"
+def _prompt(inside: Inside) -> str:
+    """What the training itself had continued, as an example; else any word."""
+    said = flatten(inside.config).get("training.sample_prompt")
+    return said if isinstance(said, str) and said.strip() else "..."

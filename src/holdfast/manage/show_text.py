@@ -81,8 +81,8 @@ def _facts(shown: Shown, inside: Inside, screen: Screen) -> list[str]:
     facts = [
         (_("state"), _health(shown, inside)),
         (_("where"), where),
-        (_("saved"), f"{_reason(entry.kind, entry.reason)}, {format_time(entry.created)} "
-                     + _("({age} ago)", age=age)),
+        (_("saved"), f"{format_time(entry.created)} " + _("({age} ago)", age=age)
+                     + f" · {_reason(entry.kind, entry.reason)}"),
         (_("names"), ", ".join(entry.names) or shown.path.name),
         (_("marks"), _marks(shown, inside)),
         (_("size"), _size(shown.size)),
