@@ -17,7 +17,8 @@ import pytest
 
 from holdfast import i18n
 from holdfast.checkpoint.lock import FileLock
-from holdfast.cli import clean, compare, manage, states
+from holdfast.cli import clean, compare, history, show, states, verify
+from holdfast.cli import list as listing
 from holdfast.cli.main import main
 from holdfast.errors import ConfigError
 from tests.manage.runs import (
@@ -31,7 +32,10 @@ from tests.manage.runs import (
     names_in,
 )
 
-COMMANDS = {**manage.COMMANDS, **compare.COMMANDS, **clean.COMMANDS, **states.COMMANDS}
+COMMANDS = {
+    **listing.COMMANDS, **show.COMMANDS, **history.COMMANDS, **compare.COMMANDS, **clean.COMMANDS,
+    **verify.COMMANDS, **states.COMMANDS,
+}  # fmt: skip
 PROGRAM = [sys.executable, "-c", "import sys; from holdfast.cli.main import main; sys.exit(main())"]
 
 
@@ -57,7 +61,10 @@ def test_no_command_imports_torch_and_all_end_with_zero(run: Path, tmp_path: Pat
     other = make_run(tmp_path / "other", (3.0,))
     for argv in (
         ["list", run, other],
+        ["show", run],
+        ["show", run / "best_model.pt", "--tensors"],
         ["history", run, "--csv", tmp_path / "out.csv"],
+        ["history", run, other, "--plot", "--events"],
         ["compare", run, other],
         ["verify", run],
         ["verify", run, "--all", "--jobs", "1"],
@@ -73,7 +80,8 @@ def test_no_command_imports_torch_and_all_end_with_zero(run: Path, tmp_path: Pat
 
 def test_answers_come_in_a_moment(run: Path) -> None:
     """0.3 s is the promise (measured: 0.12 to 0.15 s); a machine under tests gets three times."""
-    for argv in (["list", run], ["history", run], ["compare", run, run], ["clean", run, "--help"]):
+    for argv in (["list", run], ["show", run], ["history", run], ["compare", run, run],
+                 ["clean", run, "--help"]):  # fmt: skip
         seconds = []
         for _attempt in range(3):
             began = time.perf_counter()
@@ -124,7 +132,7 @@ def test_the_default_directory_is_the_trainers(name: str, tmp_path: Path) -> Non
 
 
 def test_a_reader_that_goes_away_is_no_error(run: Path) -> None:
-    for argv in (["list", run], ["history", run, "--events"], ["verify", run]):
+    for argv in (["list", run], ["show", run], ["history", run, "--events"], ["verify", run]):
         process = subprocess.Popen(
             [*PROGRAM, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -156,9 +164,9 @@ def test_a_pipe_that_only_knows_ascii_gets_every_line(run: Path) -> None:
 
 
 def test_chinese_is_spoken_when_asked_for(run: Path) -> None:
-    for name in ("list", "history", "verify"):
+    for name in ("list", "show", "history", "verify"):
         done = desk(name, run, "--lang", "zh")
-        assert done.returncode == 0 and "model_epoch_2.pt" in done.stdout
+        assert done.returncode == 0 and "model_epoch_4.pt" in done.stdout
 
 
 # ------------------------------------------------------------------------------ list, history

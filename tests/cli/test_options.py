@@ -18,16 +18,10 @@ from babel.messages.mofile import write_mo
 from rich.cells import cell_len
 
 from holdfast import i18n
-from holdfast.cli.options import (
-    ARGPARSE_WORDS,
-    Parser,
-    TrainCommand,
-    build_train_parser,
-    language_of,
-    parse_train,
-    wrap_cells,
-)
+from holdfast.cli.options import TrainCommand, build_train_parser, parse_train
+from holdfast.cli.parsing import ARGPARSE_WORDS, Parser, language_of
 from holdfast.errors import ConfigError
+from holdfast.formatting import wrap_cells
 from holdfast.training.config import OPTIONS
 
 # As spelled in "The commands" of the issue, with a value where one belongs.

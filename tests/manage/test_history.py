@@ -109,7 +109,7 @@ def test_errors_and_losses_gone_wrong_are_part_of_the_story() -> None:
 
 def test_csv_has_a_line_an_epoch_and_nothing_for_what_is_not_known(tmp_path: Path) -> None:
     history = history_of(look(make_run(tmp_path / "run", (4.0, None))))
-    write_csv(history, tmp_path / "out.csv")
+    write_csv([history], tmp_path / "out.csv")
     first, second = csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8"))
     assert (first["epoch"], first["val_loss"], first["best"]) == ("1", "4.0", "True")
     assert (second["epoch"], second["val_loss"], second["perplexity"]) == ("2", "", "")

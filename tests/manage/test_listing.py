@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import shlex
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ from holdfast.checkpoint import image as images
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.errors import HoldfastError
 from holdfast.manage.listing import SORTS, listing_of
+from holdfast.manage.pin import pin
 from holdfast.manage.rundir import look
 from holdfast.manage.table import Screen
 from tests.manage.runs import LOSSES, Training, copy_without_links, cut, desk, flip, make_run
@@ -154,13 +160,19 @@ def make_thousand(directory: Path, source: Path) -> None:
 
 
 def test_a_thousand_checkpoints_are_listed_at_once(tmp_path: Path) -> None:
+    """0.3 s is the promise; benchmarks/list_speed.py measures 0.16 s with the cache and 0.28 s
+    without. A machine under tests gets three times."""
     make_thousand(tmp_path / "run", make_run(tmp_path / "one", (1.0,)) / "latest.pt")
-    Catalog(tmp_path / "run").write_cache()
-    began = datetime.datetime.now()
-    done = desk("list", tmp_path / "run")
-    seconds = (datetime.datetime.now() - began).total_seconds()
-    assert done.stdout.count("checkpoint_step_") == 1000
-    assert seconds < 3, "measured: 0.2 s with a warm interpreter; the machine may be busy"
+    for cached in (False, True):
+        if cached:
+            Catalog(tmp_path / "run").write_cache()
+        seconds = []
+        for _attempt in range(3):
+            began = time.perf_counter()
+            done = desk("list", tmp_path / "run")
+            seconds.append(time.perf_counter() - began)
+            assert done.stdout.count("checkpoint_step_") == 1000
+        assert min(seconds) < 0.9, cached
 
 
 def test_no_age_is_negative_where_the_clock_was_set_back(tmp_path: Path) -> None:
@@ -170,3 +182,59 @@ def test_no_age_is_negative_where_the_clock_was_set_back(tmp_path: Path) -> None
     rows = lines[1 : lines.index("")]
     assert all(" 0 s " in row for row in rows)
     assert [row.split()[2] for row in rows] == ["4", "3", "2", "1"]
+
+
+def eventful(directory: Path) -> Path:
+    """A run that something of everything has happened to."""
+    run = make_run(directory, config={"training": {"epochs": 4}})
+    flip(run / "model_epoch_4.pt")
+    with Training(run) as training:  # sets the damaged one aside, in a new generation
+        training.epoch(5, 1.5)
+        training.temp(550)
+    pin(run, "model_epoch_1.pt", remove=False)
+    flip(run / "model_epoch_3.pt")
+    assert desk("verify", run / "model_epoch_3.pt").returncode == 4
+    cut(run / "model_epoch_2.pt")
+    (run / "notes.pt").write_bytes(b"not a checkpoint at all")
+    assert desk("rollback", "500", run, "--yes").returncode == 0
+    return run
+
+
+def test_a_copy_of_an_eventful_run_without_links_times_and_cache_lists_the_same(
+    tmp_path: Path,
+) -> None:
+    run = eventful(tmp_path / "run")
+    copy = copy_without_links(run, tmp_path / "copy")
+    for path in copy.rglob("*"):
+        os.utime(path, (0, 0))
+    first, second = (json.loads(desk("list", place, "--json").stdout)["directories"][0]
+                     for place in (run, copy))  # fmt: skip
+    assert first["checkpoints"] == second["checkpoints"]
+    marks = {r["names"][0]: (r["best"], r["latest"], r["pinned"], r["damaged"], r["verified"])
+             for r in first["checkpoints"]}  # fmt: skip
+    assert marks == {
+        "model_epoch_5.pt": (True, True, False, False, True),
+        "model_epoch_3.pt": (False, False, False, True, False),
+        "model_epoch_1.pt": (False, False, True, False, True),
+    }
+    assert [r["generation"] for r in first["checkpoints"]] == [2, 1, 1]
+    # Where it lies is no part of what it is; nor are the bytes that links have spared.
+    for listing, place in ((first, run), (second, copy)):
+        for one in listing["damaged"]:
+            one["reason"] = one["reason"].replace(str(place), "")
+    for key in ("damaged", "unreadable", "foreign"):
+        assert first[key] == second[key], key
+    assert first["foreign"] == ["notes.pt"] and len(first["damaged"]) == 1
+    for place in ("quarantine", "archive"):
+        assert first[place]["files"] == second[place]["files"] > 0, place
+
+
+def test_the_script_and_grep_find_the_best(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    script = Path(__file__).resolve().parents[2] / "train_manager.py"
+    words = f"{shlex.quote(sys.executable)} {shlex.quote(str(script))} list {shlex.quote(str(run))}"
+    done = subprocess.run(
+        ["sh", "-c", f"{words} | grep best"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 1
+    assert done.stdout.startswith("model_epoch_2.pt")

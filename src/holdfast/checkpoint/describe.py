@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from holdfast import __version__
+from holdfast.checkpoint import project
 
 
 def environment() -> dict[str, Any]:
-    """What the bits of a training depend on besides its state."""
+    """What the bits of a training depend on besides its state; `git` only where it is known."""
+    git = project.state()
     return {
         "holdfast": __version__,
         "torch": str(torch.__version__),
@@ -21,6 +23,7 @@ def environment() -> dict[str, Any]:
         "platform": f"{platform.system()}-{platform.machine()}",
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **({} if git is None else {"git": git}),
     }
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from holdfast.checkpoint import codec, filesystem
+from holdfast.checkpoint import codec, filesystem, project
 from holdfast.checkpoint import image as images
 from holdfast.checkpoint.catalog import Catalog, Entry, now
 from holdfast.checkpoint.describe import environment, plain_metrics, score_of
@@ -87,6 +87,7 @@ class Saver:
         self._metric, self._lower_is_better = metric, lower_is_better
         self._reserve = reserve
         self._configured = configurations(state)
+        project.ask()  # the first save is far away, as a rule: the answer is there by then
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
         self._looked, self._losses = self.at, 0
         self._looking: Helper | None = None  # the look that was begun last

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdfast.cli.manage import _parser, _print
-from holdfast.cli.options import Parser
+from holdfast.cli import common
+from holdfast.cli.parsing import Parser
 from holdfast.errors import ConfigError
 from holdfast.i18n import _
 
@@ -51,9 +51,9 @@ def run_bench(argv: Sequence[str], prog: str) -> int:
         finally:
             progress.clear()
     if given.json:
-        _print([json.dumps(reports.to_json(report), indent=2)])
+        common.show([json.dumps(reports.to_json(report), indent=2)])
     else:
-        _print(reports.lines(report, Screen.of(sys.stdout)))
+        common.show(reports.lines(report, Screen.of(sys.stdout)))
     if given.out is not None:
         written = reports.write(report, given.out)
         names = ", ".join(str(path) for path in written)
@@ -66,7 +66,7 @@ def run_bench(argv: Sequence[str], prog: str) -> int:
 
 
 def _bench_parser(prog: str) -> Parser:
-    parser = _parser(
+    parser = common.parser(
         prog,
         _("Measure saving and loading on this machine: holdfast beside torch.save and every other "
           "checkpoint library that is installed, and beside the limits of disk and memory."),

@@ -10,8 +10,8 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from holdfast.cli.manage import _add_directory, _agreed, _parser, _print, _print_json
-from holdfast.cli.options import Parser
+from holdfast.cli import common
+from holdfast.cli.parsing import Parser
 from holdfast.errors import ConfigError
 from holdfast.formatting import format_bytes
 from holdfast.i18n import N_, _
@@ -35,20 +35,20 @@ def _clean_directory(given: argparse.Namespace, wish: clean.Wish, prog: str) -> 
     shown = clean.plan(given.directory, wish)
     if given.json:
         done = clean.execute(shown) if shown.going and not given.dry_run else shown
-        _print_json(done.to_json(done=not given.dry_run))
+        common.show_json(done.to_json(done=not given.dry_run))
         return 0
-    _print(shown.lines(Screen.of(sys.stdout)))
+    common.show(shown.lines(Screen.of(sys.stdout)))
     if shown.unverified:
         check = f"{prog.rpartition(' ')[0]} verify {shlex.quote(given.directory)}".lstrip()
-        _print([_("No checkpoint goes before two are verified. This verifies them: {command}",
+        common.show([_("No checkpoint goes before two are verified. This verifies them: {command}",
                   command=check)])  # fmt: skip
     if not _may_go(shown, given, prog):
         return 1 if shown.going and not given.dry_run else 0
     done = clean.execute(shown)
-    _print([_("Removed: {count}, {size} came back.", count=len(done.going),
+    common.show([_("Removed: {count}, {size} came back.", count=len(done.going),
               size=format_bytes(done.freed))])  # fmt: skip
     agreed = {row.key for row in shown.going}
-    _print(printable(_("{name} stays: {reason}", name=row.names[0], reason=done.why(row)))
+    common.show(printable(_("{name} stays: {reason}", name=row.names[0], reason=done.why(row)))
            for row in done.rows if row.stays and row.key in agreed)  # fmt: skip
     return 0
 
@@ -58,13 +58,13 @@ def _clean_memory(given: argparse.Namespace, prog: str) -> int:
     shown = leftovers.plan()
     if given.json:
         done = shown if given.dry_run else leftovers.execute(shown)
-        _print_json(done.to_json(done=not given.dry_run))
+        common.show_json(done.to_json(done=not given.dry_run))
         return 0
-    _print(shown.lines(Screen.of(sys.stdout)))
+    common.show(shown.lines(Screen.of(sys.stdout)))
     if not _may_go(shown, given, prog):
         return 1 if shown.going and not given.dry_run else 0
     done = leftovers.execute(shown)
-    _print([_("Removed: {count}, {size} came back.", count=len(done.going),
+    common.show([_("Removed: {count}, {size} came back.", count=len(done.going),
               size=format_bytes(done.freed))])  # fmt: skip
     return 0
 
@@ -75,9 +75,9 @@ def _may_go(shown: clean.Plan | leftovers.Plan, given: argparse.Namespace, prog:
         return False
     without = _("{prog} removes nothing without being told: add --yes, there is no terminal to "
                 "ask on", prog=prog)  # fmt: skip
-    if given.yes or _agreed(_("Remove them? [y/N] "), without):
+    if given.yes or common.agreed(_("Remove them? [y/N] "), without):
         return True
-    _print([_("Nothing was removed.")])
+    common.show([_("Nothing was removed.")])
     return False
 
 
@@ -104,7 +104,7 @@ def _wish(given: argparse.Namespace, prog: str) -> clean.Wish:
 
 
 def _clean_parser(prog: str) -> Parser:
-    parser = _parser(
+    parser = common.parser(
         prog,
         _("Remove checkpoints that are no longer needed. Shows first what goes, what stays and "
           "why, then asks. What one of --keep, --keep-best and --every keeps stays; the best, the "
@@ -113,7 +113,7 @@ def _clean_parser(prog: str) -> Parser:
           "  {prog} --keep-best 2 --every 10\n  {prog} --quarantine --archive\n"
           "  {prog} --memory", prog=prog),
     )  # fmt: skip
-    _add_directory(parser)
+    common.add_directory(parser)
     keep_help = _(
         "keep the last N epoch and the last N step checkpoints, 0 for all "
         "(default: {value}, where no option says what is to go)",

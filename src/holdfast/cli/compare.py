@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, chop_cells
 
-from holdfast.cli.manage import _parser, _print, _print_json
-from holdfast.cli.options import Parser, wrap_cells
+from holdfast.cli import common
+from holdfast.cli.parsing import Parser
 from holdfast.cli.progress import ProgressLine
 from holdfast.errors import ConfigError
-from holdfast.formatting import NOTHING, format_bytes, format_loss, format_seconds
+from holdfast.formatting import NOTHING, format_bytes, format_loss, format_seconds, wrap_cells
 from holdfast.i18n import N_, _
 from holdfast.manage import compare, drift, drift_table
 from holdfast.manage.table import Column, Screen, printable, render
@@ -46,19 +46,19 @@ def run_compare(argv: Sequence[str], prog: str) -> int:
     found = compare.compare(given.sources)
     document, screen = found.to_json(), Screen.of(sys.stdout)
     if not given.json:
-        _print(found.lines(screen))
+        common.show(found.lines(screen))
     if given.tensors or given.sections:
         drifts = _drifts(found.subjects, given, screen)
         document["drift"] = {one.labels[1]: one.to_json() for one in drifts}
     if given.prompt is not None or given.evaluate:
         document |= _ask_models(found.subjects, given, screen)
     if given.json:
-        _print_json(document)
+        common.show_json(document)
     return 0
 
 
 def _compare_parser(prog: str) -> Parser:
-    parser = _parser(
+    parser = common.parser(
         prog,
         _("Compare checkpoints: metrics and which is better, configuration, environment; with "
           "--tensors how far the weights have moved, with --prompt how each continues a text, "
@@ -132,7 +132,7 @@ def _drifts(
             bar.clear()
         found.append(one)
         if not given.json:
-            _print(["", *drift_table.lines(one, screen)])
+            common.show(["", *drift_table.lines(one, screen)])
     return found
 
 
@@ -163,9 +163,9 @@ def _ask_models(
         }  # fmt: skip
     if not given.json:
         if continued:
-            _print(["", *_texts(subjects, given.prompt, continued, screen)])
+            common.show(["", *_texts(subjects, given.prompt, continued, screen)])
         if measured:
-            _print(["", *_evaluations(given.evaluate, measured, screen)])
+            common.show(["", *_evaluations(given.evaluate, measured, screen)])
     return document
 
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from holdfast.cli.manage import _DIRECTORY, _parser, _print, _print_json
-from holdfast.cli.options import Parser, parse_train
+from holdfast.cli import common
+from holdfast.cli.options import parse_train
+from holdfast.cli.parsing import Parser
 from holdfast.errors import CheckpointError, ConfigError, ResourceError
 from holdfast.formatting import format_seconds
 from holdfast.i18n import N_, _
@@ -53,19 +54,19 @@ def _examine(argv: Sequence[str], prog: str) -> int:
     for finding in examine(given.directory):
         findings.append(finding)
         if not given.json:
-            _print([finding.line()])
+            common.show([finding.line()])
     report = Report(Path(given.directory), findings)
     if given.json:
-        _print_json(report.to_json())
+        common.show_json(report.to_json())
     else:
         count = {state: sum(f.state == state for f in findings) for state in (BAD, WARN)}
-        _print([_("Checks: {count}. Bad: {bad}. Warnings: {warnings}.", count=len(findings),
+        common.show([_("Checks: {count}. Bad: {bad}. Warnings: {warnings}.", count=len(findings),
                   bad=count[BAD], warnings=count[WARN])])  # fmt: skip
     return ResourceError.exit_code if report.state == BAD else 0
 
 
 def _doctor_parser(prog: str) -> Parser:
-    parser = _parser(
+    parser = common.parser(
         prog,
         _("Check what a run depends on: its disk (room, speed, whether durable means durable), "
           "memory, GPU, versions, the run directory itself. Nothing is changed. The exit status is "
@@ -75,8 +76,8 @@ def _doctor_parser(prog: str) -> Parser:
           "  {prog} --prove-resume --config run.json --steps 50 --more 20", prog=prog),
     )  # fmt: skip
     parser.add_argument(
-        "directory", nargs="?", default=_DIRECTORY, metavar="DIR",
-        help=_("run directory, or where one is to be (default: {value})", value=_DIRECTORY),
+        "directory", nargs="?", default=common.DIRECTORY, metavar="DIR",
+        help=_("run directory, or where one is to be (default: {value})", value=common.DIRECTORY),
     )  # fmt: skip
     _add_proof_options(parser)
     return parser
@@ -133,9 +134,9 @@ def _prove(argv: Sequence[str], prog: str) -> int:
     finally:
         shown.clear()
     if given.json:
-        _print_json(proof.to_json())
+        common.show_json(proof.to_json())
     else:
-        _print(_lines(proof))
+        common.show(_lines(proof))
     return 0 if proof.equal else CheckpointError.exit_code
 
 

@@ -10,14 +10,38 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from holdfast import __version__
-from holdfast.cli.options import language_of
+from holdfast.cli.parsing import language_of
 from holdfast.errors import ConfigError, HoldfastError
 from holdfast.i18n import N_, _, detect_language, set_language
 
 Command = Callable[[Sequence[str], str], int]
 
+# The modules of this room and the commands that each brings, in the order of `--help`. A module is
+# imported when one of its commands is called: no command waits for another.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "protect": ("run", "service"),
+    "list": ("list",),
+    "show": ("show",),
+    "history": ("history",),
+    "compare": ("compare",),
+    "monitor": ("monitor",),
+    "web": ("dashboard", "report"),
+    "verify": ("verify",),
+    "clean": ("clean",),
+    "states": ("rollback", "pin"),
+    "pack": ("pack", "unpack"),
+    "doctor": ("doctor",),
+    "completion": ("completion",),
+}
+# Which extra brings what a command may find missing: a command's own, else the package's, else the
+# trainer's.
+_EXTRA_OF_COMMAND = {"dashboard": "web", "report": "web", "serve": "serve", "export": "export"}
+_EXTRA_OF_PACKAGE = dict.fromkeys(
+    ("textual", "plotext", "matplotlib", "shtab", "psutil", "zstandard"), "desk"
+) | {"plotly": "web"}
 _TRAIN_HELP = N_("train a language model from a text file")
 _BENCH_HELP = N_("measure saving and loading on this disk, beside other tools")
 
@@ -42,11 +66,7 @@ def main(  # noqa: PLR0911 - one return a bad end
     except ModuleNotFoundError as error:
         if (error.name or "holdfast").startswith("holdfast"):
             raise  # ours: a broken installation, which a traceback explains better
-        message = _(
-            "This needs the package {name}: pip install 'holdfast[{extra}]'",
-            name=error.name,
-            extra=_extra_of(error.name or ""),
-        )
+        message = _missing(error.name or "", words)
         return _fail(message, ConfigError.exit_code, error, debug)
     except MemoryError as error:
         return _fail(
@@ -66,9 +86,8 @@ def train_main(
 
 
 def _dispatch(words: list[str], prog: str) -> int:
-    commands = _commands()
     if not words or words[0] in ("-h", "--help"):
-        print(_usage(prog, commands))
+        print(_usage(prog))
         return 0 if words else 2
     if words[0] == "--version":
         print(f"holdfast {__version__}")
@@ -77,45 +96,37 @@ def _dispatch(words: list[str], prog: str) -> int:
     if name == "--debug" or (name.startswith("--lang")):
         skip = 2 if name == "--lang" else 1
         return _dispatch([*words[skip:], *words[:skip]], prog) if len(words) > skip else 2
-    if name not in commands:
-        from holdfast.training.fields import did_you_mean, nearest
-
-        raise ConfigError(
-            _("{prog} has no command {name}{hint}; see {prog} --help", prog=prog, name=name,
-              hint=did_you_mean(nearest(name, commands)))
-        )  # fmt: skip
     called = prog if prog.endswith(".py") and name == "train" else f"{prog} {name}"
-    return commands[name][1](rest, called)
+    return command_of(name, prog)(rest, called)
 
 
-def _commands() -> dict[str, tuple[str, Command]]:
-    from holdfast.cli.clean import COMMANDS as CLEANING
-    from holdfast.cli.compare import COMMANDS as COMPARING
-    from holdfast.cli.doctor import COMMANDS as DOCTOR
-    from holdfast.cli.manage import COMMANDS
-    from holdfast.cli.monitor import COMMANDS as MONITORING
-    from holdfast.cli.pack import COMMANDS as PACKING
-    from holdfast.cli.protect import COMMANDS as PROTECTION
-    from holdfast.cli.states import COMMANDS as STATES
-    from holdfast.cli.web import COMMANDS as WEB
+def command_of(name: str, prog: str) -> Command:
+    """What runs the command `name`; raises ConfigError, with what was perhaps meant."""
+    if name in _OWN:
+        return _OWN[name][1]
+    for room, names in ROOMS.items():
+        if name in names:
+            command: Command = import_module(f"holdfast.cli.{room}").COMMANDS[name][1]
+            return command
+    from holdfast.training.fields import did_you_mean, nearest
 
-    return {
-        "train": (_(_TRAIN_HELP), _train),
-        **PROTECTION,
-        **COMMANDS,
-        **COMPARING,
-        **CLEANING,
-        **STATES,
-        **PACKING,
-        **MONITORING,
-        **WEB,
-        **DOCTOR,
-        "bench": (_(_BENCH_HELP), _bench),
-    }
+    known = [*_OWN, *(one for names in ROOMS.values() for one in names)]
+    raise ConfigError(
+        _("{prog} has no command {name}{hint}; see {prog} --help", prog=prog, name=name,
+          hint=did_you_mean(nearest(name, known)))
+    )  # fmt: skip
 
 
-def _usage(prog: str, commands: dict[str, tuple[str, Command]]) -> str:
-    rows = "\n".join(f"  {name:<10} {_(text)}" for name, (text, _run) in commands.items())
+def commands() -> dict[str, tuple[str, Command]]:
+    """Every command by its name: what it is for, and what runs it. Imports all of them."""
+    found = {"train": _OWN["train"]}
+    for room in ROOMS:
+        found |= import_module(f"holdfast.cli.{room}").COMMANDS
+    return {**found, **_OWN}
+
+
+def _usage(prog: str) -> str:
+    rows = "\n".join(f"  {name:<10} {_(text)}" for name, (text, _run) in commands().items())
     return _(
         "Holdfast: train a model and never lose a step.\n"
         "\n"
@@ -142,13 +153,21 @@ def _bench(argv: Sequence[str], prog: str) -> int:
     return run_bench(argv, prog)
 
 
+_OWN: dict[str, tuple[str, Command]] = {
+    "train": (_TRAIN_HELP, _train),
+    "bench": (_BENCH_HELP, _bench),
+}
+
+
 # ------------------------------------------------------------------------------------- bad ends
 
-_EXTRAS = {"fastapi": "web", "uvicorn": "web", "plotly": "web"}  # what is not for training
 
-
-def _extra_of(package: str) -> str:
-    return _EXTRAS.get(package.partition(".")[0], "train")
+def _missing(package: str, words: Sequence[str]) -> str:
+    command = next((word for word in words if not word.startswith("-")), "")
+    top = package.partition(".")[0]
+    extra = _EXTRA_OF_PACKAGE.get(top) or _EXTRA_OF_COMMAND.get(command, "train")
+    return _("This needs the package {name}: pip install 'holdfast[{extra}]'", name=top,
+             extra=extra)  # fmt: skip
 
 
 def _fail(message: str, status: int, error: BaseException, debug: bool) -> int:

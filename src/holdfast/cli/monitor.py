@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from holdfast.cli.manage import _DIRECTORY, _parser, _print, _print_json
+from holdfast.cli import common
 from holdfast.errors import ConfigError, HoldfastError
 from holdfast.i18n import N_, _
 from holdfast.manage.rundir import look
@@ -21,7 +21,7 @@ _SHORTEST = 0.1
 def run_monitor(argv: Sequence[str], prog: str) -> int:
     """`holdfast monitor`: 0. With `--once` 0 where training goes on or is finished, 9 where a run
     has stopped before its end, 10 where one trains and cannot save; of several the highest."""
-    parser = _parser(
+    parser = common.parser(
         prog,
         _("Watch a training: loss, progress, checkpoints, what would be lost now, disk, machine. "
           "Only reads the run directory, so it works over SSH and never disturbs the training. "
@@ -29,9 +29,9 @@ def run_monitor(argv: Sequence[str], prog: str) -> int:
         _("Examples:\n  {prog}\n  {prog} runs --interval 5\n  {prog} runs/a --once\n"
           "  {prog} runs/a --json", prog=prog),
     )  # fmt: skip
-    parser.add_argument("directory", nargs="?", default=_DIRECTORY, metavar="DIR",
+    parser.add_argument("directory", nargs="?", default=common.DIRECTORY, metavar="DIR",
                         help=_("run directory, or one that holds several (default: {value})",
-                               value=_DIRECTORY))  # fmt: skip
+                               value=common.DIRECTORY))  # fmt: skip
     parser.add_argument("--once", action="store_true",
                         help=_("print one snapshot and exit; --json does so too"))  # fmt: skip
     parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS",
@@ -69,10 +69,10 @@ def _once(given: argparse.Namespace) -> int:
     time.sleep(_MEASURED)
     taken = [take(view, probe) for view in views]
     if given.json:
-        _print_json({"runs": [snapshot.to_json() for snapshot in taken]})
+        common.show_json({"runs": [snapshot.to_json() for snapshot in taken]})
     else:
         for i, snapshot in enumerate(taken):
-            _print([*([""] if i else []), *words.lines(snapshot)])
+            common.show([*([""] if i else []), *words.lines(snapshot)])
     return max(snapshot.exit_status for snapshot in taken)
 
 

@@ -7,37 +7,17 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from holdfast.errors import ConfigError
-from holdfast.formatting import wrap_cells as wrap_cells  # noqa: PLC0414 - the commands' too
+from holdfast.cli.parsing import Parser, language_of
 from holdfast.i18n import LANGUAGES, N_, _, set_language
 from holdfast.training.config import OPTIONS, SECTION_TITLES, Config
 from holdfast.training.fields import Option, did_you_mean, flag_of, format_value, nearest
 from holdfast.training.layers import DASHES, unknown_flag
 from holdfast.training.presets import PRESETS, resolve
-
-# argparse's own words, which it looks up in the same catalogue; listed so that they get into it.
-ARGPARSE_WORDS = (
-    N_("usage: "),
-    N_("options"),
-    N_("positional arguments"),
-    N_("show this help message and exit"),
-    N_("argument %(argument_name)s: %(message)s"),
-    N_("expected one argument"),
-    N_("expected at most one argument"),
-    N_("expected at least one argument"),
-    N_("ignored explicit argument %r"),
-    N_("the following arguments are required: %s"),
-    N_("unrecognized arguments: %s"),
-    N_("not allowed with argument %s"),
-    N_("invalid %(type)s value: %(value)r"),
-    N_("invalid choice: %(value)r (choose from %(choices)s)"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,19 +67,6 @@ def parse_train(argv: Sequence[str], prog: str = "holdfast train") -> TrainComma
         )
     config = resolve(given["preset"], given["config_file"], flags, problems=problems)
     return TrainCommand(config=config, **given)
-
-
-def language_of(argv: Sequence[str]) -> str | None:
-    """The language that `--lang` names, found before the parser exists; None where it names none.
-
-    A command line calls this first, so that errors and `--help` already speak the language.
-    """
-    found = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        value = following if word == "--lang" else word.removeprefix("--lang=")
-        if word.startswith("--lang") and value in LANGUAGES:
-            found = value
-    return found
 
 
 def build_train_parser(prog: str = "holdfast train") -> Parser:
@@ -256,25 +223,3 @@ def _join_negative_numbers(argv: Sequence[str]) -> list[str]:
         else:
             joined.append(word)
     return joined
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse for all commands: no abbreviations, errors as ConfigError, help in cells."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ConfigError instead of printing and exiting: one place prints all errors."""
-        raise ConfigError(_("{problem}; see {prog} --help", problem=message, prog=self.prog))
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Wraps by the cells that a terminal shows: Chinese has no spaces and is twice as wide."""
-
-    def __init__(self, prog: str, **kwargs: Any) -> None:
-        kwargs.setdefault("width", min(shutil.get_terminal_size().columns, 100) - 2)
-        super().__init__(prog, max_help_position=30, **kwargs)
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return wrap_cells(text, width)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from holdfast.cli.manage import _DIRECTORY, _parser, _print, _print_json
+from holdfast.cli import common
 from holdfast.cli.progress import ProgressLine
 from holdfast.errors import CheckpointError, ConfigError, Interrupted
 from holdfast.formatting import format_bytes
@@ -33,15 +33,16 @@ def run_pack(argv: Sequence[str], prog: str) -> int:
     """`holdfast pack`: 0; 4 where a damaged checkpoint was left out."""
     from holdfast.manage import pack
 
-    parser = _parser(
+    parser = common.parser(
         prog,
         _("Write a run into one file, links kept and every file with its checksum. Works while the "
           "training goes on: what is packed is the run at one moment. Any tar can unpack it."),
         _("Examples:\n  {prog} runs/a\n  {prog} runs/a a.tar.zst\n"
           "  {prog} runs/a /mnt/backup --slim --force", prog=prog),
     )  # fmt: skip
-    parser.add_argument("directory", nargs="?", default=_DIRECTORY, metavar="DIR",
-                        help=_("run directory (default: {value})", value=_DIRECTORY))  # fmt: skip
+    parser.add_argument("directory", nargs="?", default=common.DIRECTORY, metavar="DIR",
+                        help=_("run directory (default: {value})",
+                             value=common.DIRECTORY))  # fmt: skip
     file_help = _("where to: FILE.tar, FILE.tar.zst (compressed: checkpoints hardly get smaller), "
                   "or a directory (default: the run's name with .tar, here)")  # fmt: skip
     parser.add_argument("file", nargs="?", metavar="FILE", help=file_help)
@@ -59,9 +60,9 @@ def run_pack(argv: Sequence[str], prog: str) -> int:
             given.directory, target, slim=given.slim, force=given.force, show=bar.show
         )
     if given.json:
-        _print_json(packed.to_json())
+        common.show_json(packed.to_json())
     else:
-        _print(map(printable, _told(packed, given.directory)))
+        common.show(map(printable, _told(packed, given.directory)))
     return CheckpointError.exit_code if packed.damaged else 0
 
 
@@ -71,7 +72,7 @@ def _pack_arguments(given: argparse.Namespace) -> argparse.Namespace:
 
     named = given.directory.endswith(pack.SUFFIXES) and not Path(given.directory).is_dir()
     if named and given.file is None:
-        given.directory, given.file = _DIRECTORY, given.directory
+        given.directory, given.file = common.DIRECTORY, given.directory
     return given
 
 
@@ -90,7 +91,7 @@ def run_unpack(argv: Sequence[str], prog: str) -> int:
     """`holdfast unpack`: 0; 4 where the archive is damaged, or no packed run."""
     from holdfast.manage import unpack
 
-    parser = _parser(
+    parser = common.parser(
         prog,
         _("Make a run directory of a packed run. Every checksum is compared and every checkpoint "
           "read back before the directory has its name; the training goes on there."),
@@ -112,9 +113,9 @@ def run_unpack(argv: Sequence[str], prog: str) -> int:
     if given.list:
         found = unpack.contents_of(given.file)
         if given.json:
-            _print_json(found.to_json())
+            common.show_json(found.to_json())
         else:
-            _print(found.lines(Screen.of(sys.stdout)))
+            common.show(found.lines(Screen.of(sys.stdout)))
         return 0
     return _check(given) if given.check else _unpack(given)
 
@@ -126,9 +127,9 @@ def _check(given: argparse.Namespace) -> int:
     with _ending(bar, _("Stopped.")):
         found = unpack.checked(given.file, bar.show)
     if given.json:
-        _print_json(found.to_json())
+        common.show_json(found.to_json())
     else:
-        _print([printable(_("✓ {path}: {summary}. Every checksum is right.", path=found.path,
+        common.show([printable(_("✓ {path}: {summary}. Every checksum is right.", path=found.path,
                             summary=found.summary()))])  # fmt: skip
     return 0
 
@@ -140,14 +141,14 @@ def _unpack(given: argparse.Namespace) -> int:
     with _ending(bar, _("Stopped: nothing was unpacked.")):
         target, found = unpack.unpack(given.file, given.directory, bar.show)
     if given.json:
-        _print_json({**found.to_json(), "directory": str(target)})
+        common.show_json({**found.to_json(), "directory": str(target)})
         return 0
     lines = [_("✓ {directory}: {summary}. Every checksum was right, and every checkpoint was read "
                "back.", directory=target, summary=found.summary())]  # fmt: skip
     if (target / "config.json").is_file():  # our own trainer's; a stranger's loop has its own way
         command = f"holdfast train --checkpoint-dir {shlex.quote(str(target))}"
         lines.append(_("To go on: {command}", command=command))
-    _print(map(printable, lines))
+    common.show(map(printable, lines))
     return 0
 
 

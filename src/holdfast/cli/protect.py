@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.cli.manage import _DIRECTORY, _parser, _print, _print_json
-from holdfast.cli.options import Parser, parse_train
+from holdfast.cli import common
+from holdfast.cli.options import parse_train
+from holdfast.cli.parsing import Parser
 from holdfast.errors import ConfigError
 from holdfast.formatting import format_seconds
 from holdfast.i18n import N_, _
@@ -32,7 +33,7 @@ def run_run(argv: Sequence[str], prog: str) -> int:
     directory = _directory_of(given, command)
     limits = supervisor.Limits(given.max_restarts, given.give_up_after, given.backoff)
     return supervisor.Supervisor(
-        _found(command).words, directory or Path(_DIRECTORY), limits, _say,
+        _found(command).words, directory or Path(common.DIRECTORY), limits, _say,
         create=directory is not None,
     ).run()  # fmt: skip
 
@@ -53,9 +54,9 @@ def run_service(argv: Sequence[str], prog: str) -> int:
     )
     if given.json:
         text = {"crontab": made.crontab()} if given.cron else {"unit": made.unit()}
-        _print_json({"name": made.file, **text, "install": made.install()})
+        common.show_json({"name": made.file, **text, "install": made.install()})
     else:
-        _print((made.crontab() if given.cron else made.unit()).splitlines())
+        common.show((made.crontab() if given.cron else made.unit()).splitlines())
     return 0
 
 
@@ -70,7 +71,7 @@ COMMANDS: dict[str, tuple[str, _Work]] = {
 
 
 def _run_parser(prog: str) -> Parser:
-    parser = _parser(
+    parser = common.parser(
         prog,
         _("Run a command, and start it again when it crashes, after a pause that doubles from "
           "crash to crash. Ctrl-C and other signals are passed on, and end it for good. Exit "
@@ -84,7 +85,7 @@ def _run_parser(prog: str) -> Parser:
 
 
 def _service_parser(prog: str) -> Parser:
-    parser = _parser(
+    parser = common.parser(
         prog,
         _("Print a systemd user unit that runs a command in this directory at every boot, and "
           "starts it again when it crashes. How to install it stands in its first lines."),
@@ -106,7 +107,7 @@ def _add_limits(parser: Parser) -> None:
     parser.add_argument(
         "--checkpoint-dir", metavar="DIR",
         help=_("run directory, whose newest step tells progress (default: that of the command, "
-               "else {value})", value=_DIRECTORY),
+               "else {value})", value=common.DIRECTORY),
     )  # fmt: skip
     parser.add_argument("--max-restarts", type=int, metavar="N",
                         help=_("start it again at most N times (default: no limit)"))  # fmt: skip

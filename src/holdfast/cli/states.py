@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from holdfast.cli.manage import _DIRECTORY, _agreed, _parser, _print, _print_json
+from holdfast.cli import common
 from holdfast.errors import ConfigError
 from holdfast.i18n import N_, _
 from holdfast.manage import pin, rollback
@@ -23,7 +23,7 @@ from holdfast.manage.table import Screen, printable
 
 def run_rollback(argv: Sequence[str], prog: str) -> int:
     """`holdfast rollback`: 0; 1 where the user said no; an error without a terminal or --yes."""
-    parser = _parser(
+    parser = common.parser(
         prog,
         _("Go back to an earlier checkpoint: it becomes the newest, and the next start of the "
           "training goes on from it in a new generation. What is newer goes to archive/; nothing "
@@ -46,18 +46,18 @@ def run_rollback(argv: Sequence[str], prog: str) -> int:
 
 def _roll_back(given: argparse.Namespace, shown: rollback.Plan, prog: str) -> int:
     if not given.json:
-        _print(shown.lines(Screen.of(sys.stdout)))
+        common.show(shown.lines(Screen.of(sys.stdout)))
     without = _("{prog} changes nothing without being told: add --yes, there is no terminal to "
                 "ask on", prog=prog)  # fmt: skip
     if shown.changes and not given.dry_run:
-        if not given.yes and not _agreed(_("Go back? [y/N] "), without):
-            _print([_("Nothing was changed.")])
+        if not given.yes and not common.agreed(_("Go back? [y/N] "), without):
+            common.show([_("Nothing was changed.")])
             return 1
         rollback.execute(shown)
     if given.json:
-        _print_json(shown.to_json(done=shown.changes and not given.dry_run))
+        common.show_json(shown.to_json(done=shown.changes and not given.dry_run))
     elif shown.changes and not given.dry_run:
-        _print(_outcome(shown, prog))
+        common.show(_outcome(shown, prog))
     return 0
 
 
@@ -74,7 +74,7 @@ def _outcome(shown: rollback.Plan, prog: str) -> list[str]:
 
 def run_pin(argv: Sequence[str], prog: str) -> int:
     """`holdfast pin`: 0, or 4 where there is no such checkpoint."""
-    parser = _parser(
+    parser = common.parser(
         prog,
         _("Keep a checkpoint for good: neither the training's own retention nor clean takes it, "
           "a temporary one included."),
@@ -86,9 +86,9 @@ def run_pin(argv: Sequence[str], prog: str) -> int:
     given = parser.parse_args(argv)
     done = pin.pin(_directory(given), given.wanted, remove=given.remove)
     if given.json:
-        _print_json(done.to_json())
+        common.show_json(done.to_json())
     else:
-        _print([done.line()])
+        common.show([done.line()])
     return 0
 
 
@@ -103,9 +103,9 @@ def _add_wanted(parser: argparse.ArgumentParser) -> None:
                         help=_("a step, or the name of a checkpoint"))  # fmt: skip
     parser.add_argument("directory", nargs="?", metavar="DIR",
                         help=_("run directory (default: that of FILE, else {value})",
-                               value=_DIRECTORY))  # fmt: skip
+                               value=common.DIRECTORY))  # fmt: skip
 
 
 def _directory(given: argparse.Namespace) -> Path:
     """Where to look: what was said, else where the file lies that was named."""
-    return Path(given.directory or directory_of(given.wanted) or _DIRECTORY)
+    return Path(given.directory or directory_of(given.wanted) or common.DIRECTORY)

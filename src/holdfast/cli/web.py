@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from holdfast.cli.manage import _DIRECTORY, _parser, _print, _print_json
+from holdfast.cli import common
 from holdfast.errors import ConfigError, HoldfastError
 from holdfast.formatting import format_bytes
 from holdfast.i18n import N_, _, language
@@ -33,7 +33,7 @@ _TRIED = 20  # ports after the default one, before any that is free is taken
 def run_dashboard(argv: Sequence[str], prog: str) -> int:
     """`holdfast dashboard`: serves until it is told to stop; 0 after Ctrl-C."""
     given = _dashboard_parser(prog).parse_args(argv)
-    roots = [Path(each) for each in given.directories or [_DIRECTORY]]
+    roots = [Path(each) for each in given.directories or [common.DIRECTORY]]
     _check_roots(roots)
     from holdfast.monitor.guarding import is_loopback, new_token
     from holdfast.monitor.web_app import create_app, guarded
@@ -45,10 +45,10 @@ def run_dashboard(argv: Sequence[str], prog: str) -> int:
     hub = Hub(roots)
     app = guarded(create_app(hub, lang=given.lang), host=given.host, port=port, token=token)
     if given.json:
-        _print_json({"url": address, "host": given.host, "port": port, "token": token})
+        common.show_json({"url": address, "host": given.host, "port": port, "token": token})
     else:
         places = ", ".join(map(str, roots))
-        _print([printable(_("Showing the runs under {places}. Open:", places=places)),
+        common.show([printable(_("Showing the runs under {places}. Open:", places=places)),
                 f"  {address}",
                 _("It only reads. Ctrl-C stops it; trainings go on.")])  # fmt: skip
     if not is_loopback(given.host):
@@ -63,14 +63,15 @@ def run_dashboard(argv: Sequence[str], prog: str) -> int:
 
 def run_report(argv: Sequence[str], prog: str) -> int:
     """`holdfast report`: 0."""
-    parser = _parser(
+    parser = common.parser(
         prog,
         _("Save a run as one HTML file: curves, checkpoints, samples, what happened, the end of "
           "the log. It needs no server and no network."),
         _("Examples:\n  {prog} runs/a\n  {prog} runs/a --out a.html --lang zh", prog=prog),
     )  # fmt: skip
-    parser.add_argument("directory", nargs="?", default=_DIRECTORY, metavar="RUN",
-                        help=_("run directory (default: {value})", value=_DIRECTORY))  # fmt: skip
+    parser.add_argument("directory", nargs="?", default=common.DIRECTORY, metavar="RUN",
+                        help=_("run directory (default: {value})",
+                             value=common.DIRECTORY))  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE.html",
                         help=_("where to write it (default: report-NAME.html, here)"))  # fmt: skip
     given = parser.parse_args(argv)
@@ -86,9 +87,9 @@ def run_report(argv: Sequence[str], prog: str) -> int:
                             directory=out.parent))  # fmt: skip
     size = write_report(directory, out, lang=language())
     if given.json:
-        _print_json({"file": str(out), "bytes": size})
+        common.show_json({"file": str(out), "bytes": size})
     else:
-        _print([printable(_("Written: {path} ({size}). Open it in a browser.", path=out,
+        common.show([printable(_("Written: {path} ({size}). Open it in a browser.", path=out,
                             size=format_bytes(size)))])  # fmt: skip
     return 0
 
@@ -103,7 +104,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
 
 
 def _dashboard_parser(prog: str) -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = common.parser(
         prog,
         _("Show all runs under some directories in a browser: what is safe, live curves, "
           "checkpoints, comparison. It only reads, and only whoever has the printed address gets "
@@ -113,7 +114,7 @@ def _dashboard_parser(prog: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("directories", nargs="*", metavar="DIR",
                         help=_("run directories, or directories above them (default: {value})",
-                               value=_DIRECTORY))  # fmt: skip
+                               value=common.DIRECTORY))  # fmt: skip
     parser.add_argument("--port", type=int, metavar="N",
                         help=_("port (default: {value}, or a free one where that is taken)",
                                value=PORT))  # fmt: skip

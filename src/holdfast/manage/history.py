@@ -11,16 +11,16 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.container import read_manifest
 from holdfast.errors import CheckpointError
 from holdfast.formatting import NOTHING, format_loss, format_time
 from holdfast.i18n import _
+from holdfast.manage.output import write_output
 from holdfast.manage.rundir import RunDirectory, number
 from holdfast.manage.story import story
 from holdfast.manage.table import Column, Screen, printable, render
@@ -68,22 +68,16 @@ class History:
         """The documented form."""
         return {
             "directory": str(self.run.directory),
-            "epochs": [self._record(epoch) for epoch in self.epochs],
+            "epochs": self.records(),
             "events": self.run.events,
         }
 
-    def to_csv(self) -> str:
-        """A line an epoch under a header; empty where a value is not known."""
-        text = io.StringIO()
-        names = ["epoch", "step", "train_loss", "val_loss", "perplexity", "time", "checkpoint",
-                 "fate", "best"]  # fmt: skip
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self._record(epoch) for epoch in self.epochs)
-        return text.getvalue()
-
-    def _record(self, epoch: Epoch) -> dict[str, Any]:
-        return {**asdict(epoch), "perplexity": epoch.perplexity, "best": epoch is self.best}
+    def records(self) -> list[dict[str, Any]]:
+        """The epochs as JSON and CSV have them."""
+        return [
+            {**asdict(epoch), "perplexity": epoch.perplexity, "best": epoch is self.best}
+            for epoch in self.epochs
+        ]
 
     def lines(self, screen: Screen, *, everything: bool = False) -> list[str]:
         """What a person sees: the table, then the story, or every event."""
@@ -131,10 +125,23 @@ def history_of(run: RunDirectory) -> History:
     return History(run, [epochs[key] for key in sorted(epochs)])
 
 
-def write_csv(history: History, path: Path) -> None:
-    """Write the table to `path`, durably and as a whole. Raises OSError as it comes."""
-    data = history.to_csv().encode("utf-8", "backslashreplace")
-    filesystem.write_file(path, [(0, data)], len(data), mode=0o644)
+def write_csv(histories: Sequence[History], path: Path) -> None:
+    """Write the table to `path`. Raises OSError as it comes.
+
+    A line an epoch under a header, empty where a value is not known; of several runs each line
+    begins with its directory.
+    """
+    names = ["epoch", "step", "train_loss", "val_loss", "perplexity", "time", "checkpoint", "fate",
+             "best"]  # fmt: skip
+    several = len(histories) > 1
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["directory", *names] if several else names, lineterminator="\n")
+    writer.writeheader()
+    for history in histories:
+        where = {"directory": str(history.run.directory)} if several else {}
+        writer.writerows({**where, **record} for record in history.records())
+    data = text.getvalue().encode("utf-8", "backslashreplace")
+    write_output(path, data)
 
 
 def _read_file(path: Path) -> object:

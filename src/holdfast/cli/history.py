@@ -1,0 +1,120 @@
+"""The command line of `holdfast history`: arguments and printing; manage/history.py has the table,
+monitor/curves.py what is drawn."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from holdfast.cli.common import add_directories, parser, show, show_json
+from holdfast.cli.parsing import Parser
+from holdfast.errors import HoldfastError
+from holdfast.i18n import N_, _
+from holdfast.manage import history
+from holdfast.manage.rundir import look
+from holdfast.manage.table import Screen, printable
+
+if TYPE_CHECKING:
+    from holdfast.monitor.curves import Curves
+
+
+def run_history(argv: Sequence[str], prog: str) -> int:
+    """`holdfast history`: 0, or an error that names the directories that are not there."""
+    given = _history_parser(prog).parse_args(argv)
+    found, problems = [], []
+    for directory in given.directories:
+        try:
+            found.append(history.history_of(look(directory)))
+        except HoldfastError as error:
+            problems.append(str(error))
+    if given.csv is not None and found:
+        history.write_csv(found, given.csv)
+    if given.json:
+        told = [one.to_json() for one in found]
+        show_json(told[0] if told and len(given.directories) == 1 else {"directories": told})
+    else:
+        _print_tables(found, several=len(given.directories) > 1, everything=given.events)
+    if found:
+        _plot(found, given)
+    if problems:
+        raise HoldfastError("\n".join(problems))
+    return 0
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
+    "history": (N_("show the epochs of a run and what happened to it"), run_history),
+}
+
+
+def _history_parser(prog: str) -> Parser:
+    made = parser(
+        prog,
+        _("Show the epochs of runs and what happened to them: interruptions, resumes, damage; and "
+          "the curves of the losses, on a terminal or as a file."),
+        _("Examples:\n  {prog}\n  {prog} runs/a runs/b --png losses.png\n"
+          "  {prog} runs/a --events --no-plot\n  {prog} --csv losses.csv --html losses.html",
+          prog=prog),
+    )  # fmt: skip
+    add_directories(made)
+    for flag, text in (
+        ("--csv", _("also write the table of epochs to this file")),
+        ("--png", _("also write the curves as a picture to this file")),
+        ("--html", _("also write the curves as a page for a browser to this file")),
+    ):
+        made.add_argument(flag, type=Path, metavar="FILE", help=text)
+    made.add_argument("--events", action="store_true", help=_("show every event"))
+    either = made.add_mutually_exclusive_group()
+    plot_help = _("draw the curves in a pipe too, not only on a terminal")
+    either.add_argument("--plot", action="store_true", default=None, help=plot_help)
+    either.add_argument("--no-plot", action="store_false", dest="plot", help=_("draw nothing"))
+    return made
+
+
+def _print_tables(found: Sequence[history.History], *, several: bool, everything: bool) -> None:
+    screen = Screen.of(sys.stdout)
+    for i, one in enumerate(found):
+        title = [screen.bold(printable(f"{one.run.directory}:"))]
+        above = [*([""] if i else []), *title] if several else []
+        show([*above, *one.lines(screen, everything=everything)])
+
+
+def _plot(found: Sequence[history.History], given: argparse.Namespace) -> None:
+    """Draw all runs in one, wherever that was asked for; on a terminal without being asked."""
+    screen = Screen.of(sys.stdout)
+    drawn = not given.json and (screen.terminal if given.plot is None else given.plot)
+    if not (drawn or given.png or given.html):
+        return
+    from holdfast.monitor.curves import curves_of, labels_of
+    from holdfast.monitor.run_view import RunView
+
+    runs = []
+    for one, label in zip(found, labels_of([h.run.directory for h in found]), strict=True):
+        view = RunView(one.run.directory)
+        view.refresh()
+        runs.append(curves_of(view, label))
+    if drawn and (given.plot or any(runs)):
+        _draw(runs, screen, asked=bool(given.plot))
+    if given.png or given.html:
+        from holdfast.monitor import plots
+
+        for path, write in ((given.png, plots.write_png), (given.html, plots.write_html)):
+            if path is not None:
+                write(runs, path)
+                print(_("Written: {names}", names=path), file=sys.stderr)
+
+
+def _draw(runs: Sequence[Curves], screen: Screen, *, asked: bool) -> None:
+    from holdfast.monitor.terminal_plot import lines
+
+    height = shutil.get_terminal_size().lines if screen.terminal else None
+    try:
+        show(lines(runs, screen, height))
+    except ModuleNotFoundError as error:
+        if asked or error.name != "plotext":
+            raise
+        show(["", _("With the package plotext the curves stand here: pip install "
+                    "'holdfast[desk]'")])  # fmt: skip

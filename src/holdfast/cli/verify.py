@@ -1,0 +1,94 @@
+"""`holdfast verify`: every byte of the checkpoints against their checksums."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+
+from holdfast.cli import common
+from holdfast.cli.progress import ProgressLine
+from holdfast.errors import CheckpointError, ConfigError
+from holdfast.formatting import format_bytes, format_seconds
+from holdfast.i18n import N_, _
+from holdfast.manage import verify
+from holdfast.manage.rundir import DAMAGED
+from holdfast.manage.table import printable
+
+
+def run_verify(argv: Sequence[str], prog: str) -> int:
+    """`holdfast verify`: 0, or 4 where something is damaged that is not in quarantine already."""
+    parser = common.parser(
+        prog,
+        _("Check every byte of checkpoints against their checksums. Nothing is moved; what was "
+          "found goes into the history."),
+        _("Examples:\n  {prog}\n  {prog} --all\n  {prog} runs/a backup/model_epoch_3.pt",
+          prog=prog),
+    )  # fmt: skip
+    parser.add_argument("sources", nargs="*", default=[common.DIRECTORY], metavar="DIR|FILE",
+                        help=_("what to check (default: {value})",
+                               value=common.DIRECTORY))  # fmt: skip
+    parser.add_argument("--all", action="store_true", dest="everything",
+                        help=_("also check what lies in archive/ and quarantine/"))  # fmt: skip
+    jobs_help = _("files read at once (default: {value}; 1 for a disk that turns)",
+                  value=verify.JOBS)  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=verify.JOBS, metavar="N", help=jobs_help)
+    given = parser.parse_args(argv)
+    if given.jobs < 1:
+        raise ConfigError(_("--jobs {value}: expected a positive number; see {prog} --help",
+                            value=given.jobs, prog=prog))  # fmt: skip
+    targets = verify.targets_of(given.sources, everything=given.everything)
+    began, verdicts = time.monotonic(), []
+    bar = ProgressLine()
+    try:
+        with closing(verify.verify(targets, bar.show, jobs=given.jobs)) as found:
+            for verdict in found:
+                verdicts.append(verdict)
+                if not given.json:
+                    bar.clear()
+                    common.show([_verdict_line(verdict)])
+    finally:
+        bar.clear()
+    failed = any(verdict.failed for verdict in verdicts)
+    known = sum(v.state == DAMAGED and v.target.quarantined for v in verdicts)
+    damaged = sum(verdict.state == DAMAGED for verdict in verdicts) - known
+    if given.json:
+        common.show_json({"files": [v.to_json() for v in verdicts], "damaged": damaged,
+                     "quarantined": known})  # fmt: skip
+        return CheckpointError.exit_code if failed else 0
+    if not verdicts:
+        common.show([_("There is nothing to check.")])
+        return 0
+    common.show(dict.fromkeys(verdict.note for verdict in verdicts if verdict.note))
+    checked = [v.size for v in verdicts if v.state in (verify.INTACT, DAMAGED)]
+    told = _("Files checked: {count}, {size} in {time}. Damaged: {damaged}.", count=len(checked),
+             size=format_bytes(sum(checked)), time=format_seconds(time.monotonic() - began),
+             damaged=damaged)  # fmt: skip
+    common.show([told])
+    if any(v.state == DAMAGED and v.target.place == verify.RUN for v in verdicts):
+        told = _("Nothing was moved: the next start of the training sets damaged files aside and "
+                 "goes on from the newest that is intact.")  # fmt: skip
+        common.show([told])
+    return CheckpointError.exit_code if failed else 0
+
+
+def _verdict_line(verdict: verify.Verdict) -> str:
+    path, *others = verdict.target.paths
+    names = ", ".join(other.name for other in others)
+    what = f"{path} ({names})" if names else str(path)
+    if verdict.state == verify.INTACT:
+        line = _("✓ {path}: intact, step {step}, {size}", path=what, step=verdict.step,
+                 size=format_bytes(verdict.size))  # fmt: skip
+    elif verdict.state == DAMAGED and verdict.target.quarantined:
+        line = _("- {path}: damaged, set aside already: {reason}", path=what,
+                 reason=verdict.reason)  # fmt: skip
+    elif verdict.state == DAMAGED:
+        line = _("✗ {path}: DAMAGED: {reason}", path=what, reason=verdict.reason)
+    else:
+        line = _("- {path}: not checked: {reason}", path=what, reason=verdict.reason)
+    return printable(line)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
+    "verify": (N_("check every byte of the checkpoints"), run_verify),
+}

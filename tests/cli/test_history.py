@@ -1,0 +1,125 @@
+"""`holdfast history` as a process: several runs, curves where they are wanted, files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.manage.runs import desk, desk_json, make_run
+from tests.monitor.views import run_with_metrics
+
+PROGRAM = [sys.executable, "-c", "import sys; from holdfast.cli.main import main; sys.exit(main())"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    place = tmp_path_factory.mktemp("history")
+    return run_with_metrics(place / "a"), run_with_metrics(place / "b", shift=0.5)
+
+
+def on_terminal(*argv: str | Path, columns: int = 80, lines: int = 24) -> str:
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [*PROGRAM, *map(str, argv)], stdin=slave, stdout=slave, stderr=slave,
+        env={**os.environ, "TERM": "xterm-256color", "HOLDFAST_LANG": "en", "COLUMNS": str(columns),
+             "LINES": str(lines)},
+    )  # fmt: skip
+    os.close(slave)
+    text = b""
+    try:
+        while chunk := os.read(master, 65536):
+            text += chunk
+    except OSError:
+        pass  # EIO: the other side is closed
+    os.close(master)
+    assert process.wait(30) == 0, text
+    return text.decode()
+
+
+def test_a_pipe_gets_the_table_alone_unless_it_asks(runs: tuple[Path, Path]) -> None:
+    assert "┌" not in desk("history", runs[0]).stdout
+    done = desk("history", runs[0], "--plot")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.index("What happened") < done.stdout.index("loss in nats a token")
+    assert "┌" in done.stdout and "\x1b" not in done.stdout
+
+
+def test_a_terminal_sees_the_curve_unless_it_asks_not_to(runs: tuple[Path, Path]) -> None:
+    text = on_terminal("history", runs[0])
+    assert "\x1b[38;5;32m" in text and "loss in nats a token" in text
+    assert "learning rate" not in text and "learning rate" in on_terminal(
+        "history", runs[0], columns=120, lines=50
+    )
+    assert "loss in nats" not in on_terminal("history", runs[0], "--no-plot")
+
+
+def test_a_run_without_a_curve_draws_none_and_says_so_only_when_asked(tmp_path: Path) -> None:
+    assert "plot" not in on_terminal("history", tmp_path)
+    assert "nothing to plot yet" in desk("history", tmp_path, "--plot").stdout
+    done = desk("history", tmp_path, "--png", tmp_path / "x.png")
+    assert done.returncode == 1 and "nothing to plot" in done.stderr
+
+
+def test_several_runs_have_a_table_each_and_one_plot(runs: tuple[Path, Path]) -> None:
+    done = desk("history", *runs, "--plot")
+    assert done.stdout.count("What happened") == 2
+    assert done.stdout.count("loss in nats a token") == 1
+    assert f"{runs[0]}:" in done.stdout and "• b: training loss" in done.stdout
+    found = desk_json("history", *runs)["directories"]
+    assert [one["directory"] for one in found] == [str(run) for run in runs]
+    assert desk_json("history", runs[0]) == found[0]
+
+
+def test_one_missing_directory_does_not_hide_the_others(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    done = desk("history", tmp_path / "gone", runs[0], "--plot")
+    assert done.returncode == 1 and "There is no directory" in done.stderr
+    assert "model_epoch_2.pt" in done.stdout and "┌" in done.stdout
+
+
+def test_files_are_written_and_named(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("csv", "png", "html")}
+    words = [word for kind, path in files.items() for word in (f"--{kind}", path)]
+    done = desk("history", *runs, *words, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)
+    assert done.stderr.splitlines() == [f"Written: {files['png']}", f"Written: {files['html']}"]
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    assert "Plotly.react" in files["html"].read_text("utf-8")
+    rows = list(csv.DictReader(files["csv"].open(encoding="utf-8")))
+    assert [row["directory"] for row in rows] == [str(runs[0])] * 4 + [str(runs[1])] * 4
+    assert rows[5]["val_loss"] == "2.0"
+
+
+def test_a_place_that_is_none_is_one_line(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    for flag in ("--csv", "--png", "--html"):
+        done = desk("history", runs[0], flag, tmp_path / "no" / "such" / "file")
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_plot_and_no_plot_exclude_each_other(runs: tuple[Path, Path]) -> None:
+    assert desk("history", runs[0], "--plot", "--no-plot").returncode == 2
+
+
+def test_without_plotext_the_table_stands_and_the_extra_is_named(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "plotext.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'plotext'\", name='plotext')"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = desk("history", runs[0], "--plot", env={"PYTHONPATH": path})
+    assert done.returncode == 2 and "pip install 'holdfast[desk]'" in done.stderr
+    assert "model_epoch_2.pt" in done.stdout
+
+
+def test_an_unfinished_run_of_a_stranger_has_its_losses_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "validation loss" in desk("history", run, "--plot").stdout
