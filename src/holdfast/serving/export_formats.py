@@ -26,8 +26,10 @@ from holdfast.training.tokenizer import TextTokenizer
 SHARD_BYTES = 5_000_000_000  # a larger model is written as several files, as the hub likes it
 _ONE_FILE = 1 << 62
 
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 # As the samples of training are drawn.
-_SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}
+_SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 50}
 
 # What a text goes through on its way to tokens: spaces, line ends, special tokens, what is rare.
 _TRICKY = (
@@ -40,10 +42,10 @@ _TRICKY = (
 
 def write_hf(model: Any, tokenizer: TextTokenizer, folder: Path) -> None:
     """The directory that `AutoModelForCausalLM` and `AutoTokenizer` load, without its card."""
-    settings = model.generation_config
-    if not any(getattr(settings, name, None) for name in _SAMPLING):
-        for name, value in _SAMPLING.items():
-            setattr(settings, name, value)
+    import transformers
+
+    special = {name: getattr(model.config, name, None) for name in _SPECIAL}
+    model.generation_config = transformers.GenerationConfig(**special, **_SAMPLING)
     _save(model, folder, SHARD_BYTES)
     tokenizer.save(folder)
 

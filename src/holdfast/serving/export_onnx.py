@@ -126,8 +126,22 @@ def _export(model: Any, folder: Path, cache: list[Layer]) -> bool:
             verbose=False,
         )
         assert program is not None, "torch.onnx.export with dynamo returns the program"
+        _forget_the_machine(program.model)
         program.save(str(folder / MODEL))  # weights in a file of their own where they need it
     return bool(cache)
+
+
+def _forget_the_machine(model: Any) -> None:
+    """Take out what the exporter notes for its own authors: each node's lines of source, with the
+    paths of this machine."""
+    graphs = [model.graph, *model.functions.values()]
+    for holder in (model, *graphs, *(node for graph in graphs for node in graph.all_nodes())):
+        holder.metadata_props.clear()
+        holder.doc_string = None
+    for graph in graphs:
+        for node in graph.all_nodes():
+            for value in node.outputs:
+                value.metadata_props.clear()
 
 
 # What torch.export and the exporter raise over a model that they do not understand.

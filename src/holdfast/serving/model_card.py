@@ -57,7 +57,7 @@ class Facts:
     data_tokens: int | None = None
     data_bytes: int | None = None
     history: dict[str, Any] = field(default_factory=dict)
-    samples: list[tuple[str, str]] = field(default_factory=list)  # (when, text)
+    samples: list[tuple[int | None, int, str]] = field(default_factory=list)  # (epoch, step, text)
     prompt: str = ""
 
 
@@ -133,17 +133,17 @@ def _git(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _recorded(loaded: Loaded) -> list[tuple[str, str]]:
+def _recorded(loaded: Loaded) -> list[tuple[int | None, int, str]]:
     """The last samples that the run has written down up to this step."""
     places = [loaded.path.absolute().parents[i] for i in range(_DEPTH)
               if i < len(loaded.path.absolute().parents)]  # fmt: skip
     directory = next((place for place in places if (place / EVENTS).is_file()), None)
-    found: list[tuple[str, str]] = []
+    found: list[tuple[int | None, int, str]] = []
     for line in _lines(directory / "metrics.jsonl") if directory else []:
         step = line.get("step")
         if isinstance(step, int) and step <= loaded.entry.step and line.get("event") == "sample":
-            when = f"epoch {line['epoch']}" if line.get("epoch") else f"step {step}"
-            found.append((f"{when}, step {step}", str(line.get("text", ""))))
+            epoch = line.get("epoch")
+            found.append((epoch if isinstance(epoch, int) else None, step, str(line.get("text"))))
     return found[-_SAMPLES:]
 
 
@@ -163,12 +163,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _fresh(loaded: Loaded, prompt: str) -> list[tuple[str, str]]:
+def _fresh(loaded: Loaded, prompt: str) -> list[tuple[int | None, int, str]]:
     text = sample_text(
         loaded.model, loaded.tokenizer, prompt, _SAMPLE_TOKENS,
         context_length=loaded.context_length, seed=loaded.entry.step, may_end=False,
     )  # fmt: skip
-    return [(f"step {loaded.entry.step}", " ".join(text.replace("\ufffd", "").split()))]
+    return [(None, loaded.entry.step, " ".join(text.replace("\ufffd", "").split()))]
 
 
 # --------------------------------------------------------------------------------------- the text
@@ -205,12 +205,15 @@ _WORDS: dict[str, dict[str, str]] = {
         "weights": "weights in this directory",
         "samples": "Samples",
         "samples_of": "What the model wrote after “{prompt}”, as it came:",
+        "at": "step {step}",
+        "at_epoch": "epoch {epoch}, step {step}",
         "intended": "Intended use and limits",
         "limits": "It continues text of the kind that it learned from. It was trained on the data "
                   "above alone: it does not follow instructions, knows no facts beyond that text, "
                   "repeats its mistakes and biases, and invents. Do not rely on what it writes "
-                  "where that could harm anybody. It sees {context} tokens at once. Nobody has stated a licence: whoever publishes this "
-                  "model states it, and sees to the rights in the data.",
+                  "where that could harm anybody. It sees {context} tokens at once. Nobody has "
+                  "stated a licence: whoever publishes this model states it, and sees to the rights "
+                  "in the data.",
         "llama": "llama.cpp: its converter recognises tokenizers by a list of hashes, and one that "
                  "was trained anew is on no list. Where it stops with “BPE pre-tokenizer was not "
                  "recognized”, map the hash that it prints to `gpt-2` in `get_vocab_base_pre`: "
@@ -248,6 +251,8 @@ _WORDS: dict[str, dict[str, str]] = {
         "weights": "本目录中的权重",
         "samples": "样例",
         "samples_of": "模型接着“{prompt}”写的内容，未经挑选：",
+        "at": "第 {step} 步",
+        "at_epoch": "第 {epoch} 轮，第 {step} 步",
         "intended": "用途与局限",
         "limits": "它续写与训练文本同类的文字。它只学过上述数据：不会听从指令，"
                   "不知道那些文本以外的事实，会重复其中的错误和偏见，也会编造。凡可能伤及他人之处，不要依赖它写的内容。"
@@ -275,7 +280,9 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=48)[0]))
 def card(facts: Facts, *, dtype: str, tokenizer_json: str) -> str:
     """The README.md of an exported directory, in English and Chinese."""
     tags = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if re.search(r"[\u4e00-\u9fff]", facts.prompt + "".join(text for _w, text in facts.samples)):
+    if re.search(
+        r"[\u4e00-\u9fff]", facts.prompt + "".join(text for _e, _s, text in facts.samples)
+    ):
         tags += ["language:", "- zh"]
     tags += ["tags:", "- holdfast", "---", ""]
     parts = [*tags, f"# {facts.name}", "", "English · [中文](#中文)", ""]
@@ -307,7 +314,11 @@ def _body(facts: Facts, language: str, dtype: str, tokenizer_json: str) -> list[
     training += [*facts.versions.items(), (w["weights"], dtype),
                  (w["checkpoint"], f"{facts.identity} ({facts.created})")]  # fmt: skip
     training += [(w["git"], f"`{facts.git}`")] if facts.git else []
-    blocks = "\n\n".join(f"- {when}:\n\n  > {text}" for when, text in facts.samples)
+    blocks = "\n\n".join(
+        f"- {w['at' if epoch is None else 'at_epoch'].format(epoch=epoch, step=f'{step:,}')}"
+        f"\n\n  > {text}"
+        for epoch, step, text in facts.samples
+    )
     told = w["results_of"].format(step=f"{facts.step:,}", epoch=epoch) if metrics else w["none"]
     use = _USE.format(prompt=json.dumps(facts.prompt, ensure_ascii=False))
     return [

@@ -99,7 +99,11 @@ def _make_durable(path: Path) -> None:
     folders = [Path(place) for place, _names, _files in os.walk(path)]
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
     for file in files:
-        file.chmod(0o644)  # some libraries write files that nobody else may read
+        mode = file.stat().st_mode
+        if not mode & 0o200:
+            continue  # a published checkpoint: durable before it was made read-only
+        if not mode & 0o077:
+            file.chmod(0o644)  # some libraries write files that nobody else may read
         fd = os.open(file, os.O_RDWR)  # Windows flushes only what may be written
         try:
             filesystem.sync_file(fd)
