@@ -205,7 +205,7 @@ class _Run:
         with CheckpointManager(directory, self.state) as manager:
             manager.resume()  # from nothing: the run begins here
             reason = self._take_optimizer()
-            manager.save(step=self.place.step, kind="step", reason="import")
+            manager.save(step=self.place.step, epoch=self.place.epoch, kind="step", reason="import")
         return reason
 
     def _take_optimizer(self) -> str:

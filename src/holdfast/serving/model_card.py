@@ -18,7 +18,7 @@ from holdfast.checkpoint.catalog import EVENTS
 from holdfast.checkpoint.container import Reader
 from holdfast.errors import CheckpointError
 from holdfast.formatting import format_loss
-from holdfast.training import prepare
+from holdfast.training import models, prepare
 from holdfast.training.config import OPTIONS
 from holdfast.training.generate import sample_text
 from holdfast.training.inference import Loaded
@@ -49,8 +49,9 @@ class Facts:
     settings: dict[str, Any]
     versions: dict[str, Any]
     git: str
+    began_from: str  # "" where the weights began as random numbers
     data_name: str
-    data_hash: str
+    data_hash: str  # "" where nothing was trained here: the model came from elsewhere
     tokens_seen: int | None
     documents: int | None = None
     characters: int | None = None
@@ -93,7 +94,7 @@ def facts_of(loaded: Loaded, parts: Mapping[str, Any], data: prepare.PreparedDat
     environment = loaded.manifest.get("environment") or {}
     name = base_name(options.get("model") or loaded.model_config.get("model_type", "model"))
     prompt = str(options.get("sample_prompt", OPTIONS["sample_prompt"].default))
-    seen = parts["progress"].get("tokens")
+    seen, content = parts["progress"].get("tokens"), str(parts["data"].get("content_hash", ""))
     return Facts(
         name=name,
         architecture=type(loaded.model).__name__,
@@ -105,11 +106,12 @@ def facts_of(loaded: Loaded, parts: Mapping[str, Any], data: prepare.PreparedDat
         created=loaded.entry.created[:10],
         identity=loaded.entry.id,
         metrics={k: v for k, v in loaded.entry.metrics.items() if isinstance(v, int | float)},
-        settings={k: options[k] for k in _SETTINGS if options.get(k) is not None},
+        settings={k: options[k] for k in _SETTINGS if content and options.get(k) is not None},
         versions={k: environment[k] for k in _VERSIONS if environment.get(k)},
         git=_git(environment.get("git")),
+        began_from="" if models.is_shape(str(options.get("model"))) else name,
         data_name=base_name(options.get("data_file", "")),
-        data_hash=str(parts["data"].get("content_hash", "")),
+        data_hash=content,
         tokens_seen=seen if isinstance(seen, int) and seen > 0 else None,
         documents=data.documents if data else None,
         characters=data.characters if data else None,
@@ -208,12 +210,14 @@ _WORDS: dict[str, dict[str, str]] = {
         "at": "step {step}",
         "at_epoch": "epoch {epoch}, step {step}",
         "intended": "Intended use and limits",
-        "limits": "It continues text of the kind that it learned from. It was trained on the data "
-                  "above alone: it does not follow instructions, knows no facts beyond that text, "
-                  "repeats its mistakes and biases, and invents. Do not rely on what it writes "
-                  "where that could harm anybody. It sees {context} tokens at once. Nobody has "
-                  "stated a licence: whoever publishes this model states it, and sees to the rights "
-                  "in the data.",
+        "limits": "It continues text of the kind that it learned from. {past}It is no "
+                  "assistant, repeats the mistakes and biases of its texts, and invents. Do not "
+                  "rely on what it writes where that could harm anybody. It sees {context} tokens "
+                  "at once. Nobody has stated a licence: whoever publishes this model states it, "
+                  "and sees to the rights in the data.",
+        "alone": "It was trained on the data above alone and knows nothing beyond it. ",
+        "further": "It did not begin here: what the weights of `{began}` had learned from before "
+                   "is not recorded. ",
         "llama": "llama.cpp: its converter recognises tokenizers by a list of hashes, and one that "
                  "was trained anew is on no list. Where it stops with “BPE pre-tokenizer was not "
                  "recognized”, map the hash that it prints to `gpt-2` in `get_vocab_base_pre`: "
@@ -254,10 +258,12 @@ _WORDS: dict[str, dict[str, str]] = {
         "at": "第 {step} 步",
         "at_epoch": "第 {epoch} 轮，第 {step} 步",
         "intended": "用途与局限",
-        "limits": "它续写与训练文本同类的文字。它只学过上述数据：不会听从指令，"
-                  "不知道那些文本以外的事实，会重复其中的错误和偏见，也会编造。凡可能伤及他人之处，不要依赖它写的内容。"
+        "limits": "它续写与训练文本同类的文字。{past}它不是助手，会重复文本里的错误和偏见，"
+                  "也会编造。凡可能伤及他人之处，不要依赖它写的内容。"
                   "它一次看到 {context} 个 token。"
                   "许可证尚未声明：发布这个模型的人负责声明许可证，并处理好数据的权利。",
+        "alone": "它只学过上述数据，此外一无所知。",
+        "further": "它不是从这里开始的：`{began}` 的权重此前学过什么，没有记录。",
         "llama": "llama.cpp：它的转换脚本靠一张哈希表识别分词器，新训练的分词器不在任何表里。"
                  "若它停在 “BPE pre-tokenizer was not recognized”，请在 `get_vocab_base_pre` 里"
                  "把它打印的哈希映射到 `gpt-2`：{splits}。",
@@ -305,6 +311,8 @@ def _body(facts: Facts, language: str, dtype: str, tokenizer_json: str) -> list[
         )  # fmt: skip
     data = [(w["data_name"], f"`{facts.data_name}`"), (w["data_size"], size),
             (w["data_hash"], f"`{facts.data_hash}`")]  # fmt: skip
+    if not facts.data_hash:
+        data = [(w["data_name"], w["unknown_size"])]
     if facts.tokens_seen is not None:
         data.append((w["seen"], f"{facts.tokens_seen:,}"))
     training = [
@@ -330,7 +338,10 @@ def _body(facts: Facts, language: str, dtype: str, tokenizer_json: str) -> list[
         f"## {w['data']}", "", *_table(w, data),
         f"## {w['training']}", "", *_table(w, training),
         f"## {w['samples']}", "", w["samples_of"].format(prompt=facts.prompt), "", blocks, "",
-        f"## {w['intended']}", "", w["limits"].format(context=f"{facts.context:,}"), "",
+        f"## {w['intended']}", "", w["limits"].format(
+            context=f"{facts.context:,}",
+            past=w["further" if facts.began_from else "alone"].format(began=facts.began_from),
+        ), "",
     ]  # fmt: skip
 
 
