@@ -18,6 +18,7 @@ import torch
 
 from holdfast import __version__
 from holdfast.checkpoint import filesystem
+from holdfast.checkpoint.foreign import load_weights
 from holdfast.errors import ConfigError, ForeignCheckpoint
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import _
@@ -134,6 +135,7 @@ def export(
             loaded = load_for_inference(path, device="cpu")
         except ForeignCheckpoint as error:
             if form not in export_raw.FORMS:
+                load_weights(path)  # a file without weights is told as that
                 raise _only_weights(error, path) from error
             return job.export_tensors()
         return job.export_model(loaded)
