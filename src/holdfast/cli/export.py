@@ -10,14 +10,15 @@ import argparse
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich.cells import set_cell_size
 
 from holdfast.cli.manage import _DIRECTORY, _parser, _print, _print_json
+from holdfast.cli.options import wrap_cells
 from holdfast.formatting import format_bytes
 from holdfast.i18n import N_, _
-from holdfast.manage.table import printable
+from holdfast.manage.table import Screen, printable
 
 
 def run_export(argv: Sequence[str], prog: str) -> int:
@@ -58,7 +59,7 @@ def run_export(argv: Sequence[str], prog: str) -> int:
     if given.json:
         _print_json(done.to_json())
     else:
-        _print(map(printable, done.lines()))
+        _print(_fitting(done.lines()))
     return 0
 
 
@@ -78,7 +79,7 @@ def run_import(argv: Sequence[str], prog: str) -> int:
     if given.json:
         _print_json(done.to_json())
     else:
-        _print(map(printable, done.lines()))
+        _print(_fitting(done.lines()))
     return 0
 
 
@@ -111,6 +112,17 @@ def _import_parser(prog: str) -> argparse.ArgumentParser:
                         help=_("tokens of a training sample (default: what the model sees, at "
                                "most 1024)"))  # fmt: skip
     return parser
+
+
+def _fitting(lines: Iterable[str]) -> Iterator[str]:
+    """Whole lines in a pipe; on a terminal they are broken between words, indented as they were."""
+    width = Screen.of(sys.stdout).width
+    for line in map(printable, lines):
+        text = line.lstrip()
+        indent = line[: len(line) - len(text)]
+        pieces = [text] if width is None else wrap_cells(text, max(20, width - len(indent) - 2))
+        for number, piece in enumerate(pieces):
+            yield indent + ("  " if number else "") + piece
 
 
 class StageLine:

@@ -130,15 +130,17 @@ def export(
     check_target(target, force=force)
     job = _Job(path, form, target, dtype, force, progress, time.monotonic())
     with interruptible(_("Stopped; nothing was exported.")):
-        progress(_("loading"), 0, 0)
         try:
-            loaded = load_for_inference(path, device="cpu")
-        except ForeignCheckpoint as error:
+            return job.export_model()
+        except _NoModel as error:
             if form not in export_raw.FORMS:
                 load_weights(path)  # a file without weights is told as that
                 raise _only_weights(error, path) from error
-            return job.export_tensors()
-        return job.export_model(loaded)
+        return job.export_tensors()
+
+
+class _NoModel(ForeignCheckpoint):
+    """A file that does not say what its model is."""
 
 
 def default_target(source: str, form: str) -> Path:
@@ -188,8 +190,16 @@ class _Job:
     progress: Progress
     began: float
 
-    def export_model(self, loaded: Loaded) -> Exported:
-        """Write, read back, compare: the order that the module speaks of."""
+    def export_model(self) -> Exported:
+        """Write, read back, compare: the order that the module speaks of.
+
+        One copy of the weights is in memory at a time: nobody else holds what is let go here.
+        """
+        self.progress(_("loading"), 0, 0)
+        try:
+            loaded = load_for_inference(self.source, device="cpu")
+        except ForeignCheckpoint as error:
+            raise _NoModel(str(error)) from error
         saved = NAMES.get(loaded.model.dtype, "fp32")
         # onnxruntime has no bf16 on a CPU: what was saved in it becomes wider, which loses nothing.
         wanted = self.dtype or ("fp32" if self.form == "onnx" and saved == "bf16" else saved)
@@ -201,16 +211,17 @@ class _Job:
         text = checking.text_for(loaded, data)
         expected = checking.logits_of(loaded.model, text.ids)
         checking.insist(checking.compare(text, expected, expected, SAME))  # no number: ruined
-        facts = model_card.facts_of(loaded, parts, data)
-        step = loaded.entry.step
-        tensors = len(list(loaded.model.parameters()))
+        card = "" if self.form != "hf" else model_card.card(
+            model_card.facts_of(loaded, parts, data), dtype=wanted,
+            tokenizer_json=loaded.tokenizer.json,
+        )  # fmt: skip
+        entry, tensors = loaded.entry, len(list(loaded.model.parameters()))
         if wanted != saved:
-            loaded = dataclasses.replace(loaded, model=None)  # or both copies were in memory
+            loaded = dataclasses.replace(loaded, model=None)
             loaded = load_for_inference(self.source, device="cpu", dtype=DTYPES[wanted])
         with making(self.target, folder=self.form != "weights", force=self.force) as draft:
             with watched(_("writing"), draft, size, self.progress):
-                notes = self._write(loaded, draft, parts, model_card.card(
-                    facts, dtype=wanted, tokenizer_json=loaded.tokenizer.json))  # fmt: skip
+                notes = self._write(loaded, draft, parts, card)
             tokenizer = loaded.tokenizer
             del loaded
             self.progress(_("reading back"), 0, 0)
@@ -218,9 +229,9 @@ class _Job:
             check = checking.compare(text, expected, found, self._allowed(saved, wanted))
             checking.insist(check)
             if self.form != "weights":
-                self._mark(draft, {"step": step, "dtype": wanted, "checkpoint": facts.identity,
-                                   "metrics": facts.metrics, "check": check.to_json()})  # fmt: skip
-        return self._done(wanted, step, check, tensors, notes)
+                self._mark(draft, {"step": entry.step, "dtype": wanted, "checkpoint": entry.id,
+                                   "metrics": entry.metrics, "check": check.to_json()})  # fmt: skip
+        return self._done(wanted, entry.step, check, tensors, notes)
 
     def export_tensors(self) -> Exported:
         """Only the weights: of a file that does not say what its model is."""
