@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -18,7 +19,10 @@ from holdfast.i18n import _
 
 # Where the usual training scripts put the weights: ours and the original guides', the PyTorch
 # tutorials', Lightning's.
-_WEIGHT_KEYS = ("model", "model_state_dict", "state_dict")
+WEIGHT_KEYS = ("model", "model_state_dict", "state_dict")
+
+# What torch says of a name that it would have to import.
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -31,9 +35,9 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     except DamagedCheckpoint:
         raise
     except CheckpointError:
-        state = _load_foreign(Path(path))
+        state = load_foreign(path)
     if isinstance(state, Mapping):
-        for key in _WEIGHT_KEYS:
+        for key in WEIGHT_KEYS:
             if isinstance(state.get(key), Mapping):
                 state = state[key]
                 break
@@ -44,8 +48,13 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _load_foreign(path: Path) -> Any:
-    """`torch.load` with `weights_only`, its many ways to fail turned into ours."""
+def load_foreign(source: str | os.PathLike[str]) -> Any:
+    """`torch.load` with `weights_only`, its many ways to fail turned into ours.
+
+    Raises `ForeignCheckpoint` that names what a file wanted to call, `DamagedCheckpoint`, `OSError`
+    as it comes.
+    """
+    path = Path(source)
     try:
         if not zipfile.is_zipfile(path):
             raise ForeignCheckpoint(
@@ -60,11 +69,13 @@ def _load_foreign(path: Path) -> Any:
             )
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "GLOBAL " not in str(error):  # what torch says of a name that it would have to import
+        refused = _GLOBAL.search(str(error))
+        if refused is None:
             raise _damaged(path, error) from error
         raise ForeignCheckpoint(
-            _("{path} wants to run code when it is loaded; it was not. Only files of tensors and "
-              "plain values are read.", path=path)
+            _("{path} wants to run code when it is loaded ({name}); it was not. Only files of "
+              "tensors and plain values are read: save it again without what needs {name}.",
+              path=path, name=refused[1])
         ) from error  # fmt: skip
     except _FAILURES as error:
         raise _damaged(path, error) from error

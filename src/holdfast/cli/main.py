@@ -32,6 +32,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "verify": ("verify",),
     "clean": ("clean",),
     "states": ("rollback", "pin"),
+    "export": ("export", "import"),
     "pack": ("pack", "unpack"),
     "doctor": ("doctor",),
     "completion": ("completion",),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,13 +125,10 @@ def load_model(config: ModelConfig) -> Any:
     """
     import transformers
 
-    overrides: dict[str, Any] = {}
-    if config.dropout is not None:
-        overrides = {"resid_pdrop": config.dropout, "attention_dropout": config.dropout}
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
-            **overrides,
+            **_dropout(config),
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -139,6 +137,34 @@ def load_model(config: ModelConfig) -> Any:
         ) from error  # fmt: skip
     model.config.use_cache = False
     return model
+
+
+def rebuild_model(model_config: Mapping[str, Any], config: ModelConfig) -> Any:
+    """A model with random weights of the shape that `plain_config` described, in fp32: what a
+    checkpoint needs to go on, without the directory or the hub that it came from once.
+
+    Raises ConfigError where this transformers does not know the model.
+    """
+    import transformers
+
+    kind = model_config.get("model_type")
+    try:
+        settings = transformers.AutoConfig.for_model(kind).from_dict(
+            {**model_config, "use_cache": False, "attn_implementation": "sdpa", **_dropout(config)}
+        )
+        return transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            _("This transformers ({version}) cannot build the model ({kind}): {error}",
+              version=transformers.__version__, kind=kind,
+              error=str(error).strip().partition("\n")[0])
+        ) from error  # fmt: skip
+
+
+def _dropout(config: ModelConfig) -> dict[str, Any]:
+    if config.dropout is None:
+        return {}
+    return {"resid_pdrop": config.dropout, "attention_dropout": config.dropout}
 
 
 def vocabulary_of(config: ModelConfig) -> int:

@@ -128,12 +128,13 @@ def prepare(config: Config, start: Start, console: Console, guard: guards.Signal
     precision = models.choose_precision(config.model.precision, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, where something stays fp32
-    models.check_model_exists(config.model.model)
+    if origin is None:  # else the checkpoint says what the model is, wherever it came from once
+        models.check_model_exists(config.model.model)
     data = _data(config, origin, console, guard)
     for note in data.notes:
         console.warn(note)
     _heed(guard)
-    model = _model(config, data, device)
+    model = _model(config, origin, data, device)
     _heed(guard)
     if origin is not None:
         continuing.check_model(origin, models.plain_config(model))
@@ -306,8 +307,12 @@ def _data(
         return found
 
 
-def _model(config: Config, data: PreparedData, device: torch.device) -> Any:
+def _model(
+    config: Config, origin: SavedRun | None, data: PreparedData, device: torch.device
+) -> Any:
     if not models.is_shape(config.model.model):
+        if origin is not None:
+            return models.rebuild_model(origin.model_config, config.model).to(device)
         return models.load_model(config.model).to(device)
     sizes = {"vocab_size": data.tokenizer.vocab_size, "eos_id": data.tokenizer.eos_id}
     with torch.device("meta"):

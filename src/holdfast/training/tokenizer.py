@@ -74,6 +74,17 @@ class TextTokenizer:
         return text
 
     @property
+    def json(self) -> str:
+        """The text of tokenizer.json, as it travels in checkpoints."""
+        return self._files["tokenizer.json"]
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The special tokens by their ids, the end of text among them."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [token.content for _id, token in sorted(added.items()) if token.special]
+
+    @property
     def token_dtype(self) -> np.dtype[Any]:
         """The smallest of little-endian uint16 and uint32 that holds every id."""
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")

@@ -1,0 +1,163 @@
+"""The command line of export and import: arguments and printing.
+
+What is written and read lives in holdfast.serving, imported where it is used: `--help` needs no
+torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from rich.cells import set_cell_size
+
+from holdfast.cli import common
+from holdfast.cli.options import wrap_cells
+from holdfast.formatting import format_bytes
+from holdfast.i18n import N_, _
+from holdfast.manage.table import Screen, printable
+
+
+def run_export(argv: Sequence[str], prog: str) -> int:
+    """`holdfast export`: 0; 1 where what was written is not the model; nothing is left then."""
+    parser = common.parser(
+        prog,
+        _("Export a checkpoint for other tools. What was written is read back and compared with "
+          "the original before it is kept: its logits on real text."),
+        _("Examples:\n  {prog} checkpoints --to hf\n"
+          "  {prog} checkpoints/best_model.pt --to onnx --out model-onnx\n"
+          "  {prog} checkpoints --to weights --dtype bf16 --out small.pt", prog=prog),
+    )  # fmt: skip
+    parser.add_argument("source", nargs="?", default=common.DIRECTORY, metavar="FILE|RUN",
+                        help=_("checkpoint; a run directory stands for its best one (default: "
+                               "{value})", value=common.DIRECTORY))  # fmt: skip
+    parser.add_argument("--to", required=True, metavar="hf|safetensors|onnx|weights",
+                        help=_("hf: a directory for transformers, vLLM and the rest; safetensors: "
+                               "one file of weights and the configuration; onnx: a graph for "
+                               "onnxruntime; weights: a .pt without the optimizer"))  # fmt: skip
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        help=_("where to (default: <run or file>-<form> in this directory)"),
+    )
+    parser.add_argument("--dtype", metavar="fp32|bf16|fp16",
+                        help=_("of the weights (default: as they were saved)"))  # fmt: skip
+    parser.add_argument("--force", action="store_true",
+                        help=_("replace an export that is there"))  # fmt: skip
+    given = parser.parse_args(argv)
+    from holdfast.serving.export import export
+
+    line = StageLine()
+    try:
+        done = export(given.source, given.to, out=given.out, dtype=given.dtype,
+                      force=given.force, progress=line.show)  # fmt: skip
+    finally:
+        line.clear()
+    if given.json:
+        common.show_json(done.to_json())
+    else:
+        common.show(_fitting(done.lines()))
+    return 0
+
+
+def run_import(argv: Sequence[str], prog: str) -> int:
+    """`holdfast import`: 0."""
+    given = _import_parser(prog).parse_args(argv)
+    from holdfast.serving.importing import import_model
+
+    line = StageLine()
+    try:
+        done = import_model(
+            given.source, given.out, tokenizer=given.tokenizer, model_config=given.model_config,
+            context_length=given.context_length, progress=line.show,
+        )  # fmt: skip
+    finally:
+        line.clear()
+    if given.json:
+        common.show_json(done.to_json())
+    else:
+        common.show(_fitting(done.lines()))
+    return 0
+
+
+def _import_parser(prog: str) -> argparse.ArgumentParser:
+    parser = common.parser(
+        prog,
+        _("Make a run directory of a model from elsewhere, so that training goes on from it: a "
+          "Hugging Face directory, or a .pt of another training script."),
+        _("Examples:\n  {prog} path/to/hf-model --out runs/mine\n"
+          "  {prog} checkpoint.pt --model-config config.json --tokenizer path/to/tokenizer\n"
+          "Then: holdfast train --checkpoint-dir runs/mine --resume --data-file text.txt",
+          prog=prog),
+    )  # fmt: skip
+    parser.add_argument("source", metavar="DIR|FILE",
+                        help=_("a Hugging Face directory, or a .pt"))  # fmt: skip
+    parser.add_argument("--out", default=common.DIRECTORY, metavar="RUN",
+                        help=_("the new run directory (default: {value})",
+                               value=common.DIRECTORY))  # fmt: skip
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help=_("directory of the tokenizer, where the source has none"),
+    )
+    parser.add_argument(
+        "--model-config",
+        metavar="FILE",
+        help=_("config.json of the model, where the source has none"),
+    )
+    parser.add_argument("--context-length", type=int, metavar="TOKENS",
+                        help=_("tokens of a training sample (default: what the model sees, at "
+                               "most 1024)"))  # fmt: skip
+    return parser
+
+
+def _fitting(lines: Iterable[str]) -> Iterator[str]:
+    """Whole lines in a pipe; on a terminal they are broken between words, indented as they were."""
+    width = Screen.of(sys.stdout).width
+    for line in map(printable, lines):
+        text = line.lstrip()
+        indent = line[: len(line) - len(text)]
+        pieces = [text] if width is None else wrap_cells(text, max(20, width - len(indent) - 2))
+        for number, piece in enumerate(pieces):
+            yield indent + ("  " if number else "") + piece
+
+
+class StageLine:
+    """The last line of a terminal (stderr): what is being done now. Nothing in a pipe."""
+
+    def __init__(self) -> None:
+        self._active = sys.stderr.isatty()
+        self._lock = threading.Lock()  # a thread that watches a file tells of it, too
+
+    def show(self, label: str, done: int, total: int) -> None:
+        """Paint `label`, with `done` of `total` bytes where there is a total."""
+        text = printable(label) + " …"
+        if total:
+            text += f"  {done / total:4.0%}  {format_bytes(done)}/{format_bytes(total)}"
+        self._write("\r\x1b[K" + set_cell_size(text, _width() - 1).rstrip())
+
+    def clear(self) -> None:
+        """Make room for what is printed next."""
+        self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        if self._active:
+            with self._lock:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+
+
+def _width() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
+    "export": (N_("export a checkpoint for transformers, ONNX and other tools"), run_export),
+    "import": (N_("make a run of a model from elsewhere"), run_import),
+}

@@ -1,0 +1,335 @@
+"""Models from elsewhere: every form becomes a run, and training goes on where it had stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast import load
+from holdfast.errors import CheckpointError, ConfigError, DamagedCheckpoint, StateMismatch
+from holdfast.serving import importing
+from holdfast.serving.export import export
+from holdfast.serving.importing import Imported, import_model
+from holdfast.training.inference import load_for_inference
+from tests.serving.models import Stranger, batches, settings, tokenizer
+from tests.training.runs import config_for, train, write_corpus
+
+FORMS = ("model", "model_state_dict", "bare")
+
+
+def import_form(directory: Path, stranger: Stranger, form: str, **changes: Any) -> Imported:
+    path = directory / "theirs.pt"
+    torch.save({**stranger.state(form), **changes}, path)
+    config, words = stranger.save_beside(directory)
+    return import_model(
+        str(path), str(directory / "run"), model_config=str(config), tokenizer=str(words)
+    )
+
+
+def moments_of(state: dict[str, Any], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """exp_avg by the name of its parameter, in a checkpoint of ours."""
+    named = list(model.named_parameters())
+    names = [n for n, p in named if p.dim() >= 2] + [n for n, p in named if p.dim() < 2]
+    entries = state["optimizer"]["state"]
+    return {name: entries[i]["exp_avg"] for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_becomes_a_run_with_the_same_weights(
+    tmp_path: Path, kind: str, form: str
+) -> None:
+    stranger = Stranger(kind).train(3)
+    done = import_form(tmp_path, stranger, form)
+    loaded = load_for_inference(tmp_path / "run", device="cpu")
+    ids = batches(1)[0]
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, stranger.model.eval()(ids).logits)
+    assert loaded.tokenizer.to_state() == tokenizer().to_state()
+    assert (done.step, bool(done.optimizer)) == ((0, True) if form == "bare" else (3, False))
+
+
+@pytest.mark.parametrize("how", [{}, {"grouped": True}, {"named": True}], ids=str)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_moments_go_to_the_parameters_that_they_belong_to(
+    tmp_path: Path, kind: str, how: dict[str, bool]
+) -> None:
+    stranger = Stranger(kind, **how).train(4)
+    assert import_form(tmp_path, stranger, "model").optimizer == ""
+    state = load(tmp_path / "run" / "latest.pt")
+    found = moments_of(state, stranger.model)
+    for name, parameter in stranger.model.named_parameters():
+        assert torch.equal(found[name], stranger.optimizer.state[parameter]["exp_avg"]), name
+    groups = state["optimizer"]["param_groups"]
+    assert all(group["betas"] == (0.9, 0.99) for group in groups)
+    assert [g["weight_decay"] for g in groups] == [0.05, 0.0 if how.get("grouped") else 0.05]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_training_goes_on_without_a_jump(tmp_path: Path, form: str) -> None:
+    """The stranger's loss has fallen a good way; with us it goes on from there, and goes on
+    falling, with the optimizer's state or without."""
+    stranger = Stranger("gpt2").train(150)
+    began, before = stranger.losses[0], sum(stranger.losses[-10:]) / 10
+    done = import_form(tmp_path, stranger, form)
+    data = write_corpus(tmp_path, 20)
+    options = {"context_length": "none", "vocab_size": "none", "dropout": "none", "model": "gpt2",
+               "epochs": "none", "num_steps": done.step + 60, "batch_size": 4,
+               "gradient_accumulation": 1, "schedule": "constant", "warmup_ratio": 0}  # fmt: skip
+    said = train(config_for(tmp_path / "run", data, resume="auto", **options))
+    assert f"step {done.step})" in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    losses = [line["loss"] for line in lines if line["event"] == "step"]
+    assert next(line["step"] for line in lines if line["event"] == "step") == done.step + 1
+    first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+    assert began - before > 1.0, "or there was nothing to lose"
+    assert first < before + 0.25 * (began - before)
+    assert last < first + 0.05
+    betas = load(tmp_path / "run" / "latest.pt")["optimizer"]["param_groups"][0]["betas"]
+    assert betas == ((0.9, 0.95) if form == "bare" else (0.9, 0.99)), "theirs stay"
+
+
+def test_the_first_step_with_us_is_the_stranger_s_next_step(tmp_path: Path) -> None:
+    """Same batch, same settings: the imported optimizer makes of it what theirs makes of it."""
+    stranger = Stranger("llama").train(5)
+    import_form(tmp_path, stranger, "model")
+    state = load(tmp_path / "run" / "latest.pt")
+    loaded = load_for_inference(tmp_path / "run", device="cpu")
+    model = loaded.model.train().requires_grad_(True)
+    parameters = list(model.parameters())
+    ours = torch.optim.AdamW(
+        [{"params": [p for p in parameters if p.dim() >= 2]},
+         {"params": [p for p in parameters if p.dim() < 2]}]
+    )  # fmt: skip
+    ours.load_state_dict(state["optimizer"])
+    ids = batches(1, 5)[0]
+    model(input_ids=ids, labels=ids).loss.backward()
+    ours.step()
+    stranger.train(1)
+    for mine, theirs in zip(model.parameters(), stranger.model.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_what_wrappers_put_before_the_names_is_taken_off(tmp_path: Path, prefix: str) -> None:
+    stranger = Stranger("llama").train(1)
+    state = stranger.state("model")
+    state["model"] = {prefix + name: value for name, value in state["model"].items()}
+    torch.save(state, tmp_path / "x.pt")
+    done = import_model(str(tmp_path / "x.pt"), str(tmp_path / "run"))
+    assert done.optimizer == ""
+    assert done.check.difference == 0
+
+
+def test_there_and_back_again_is_bit_identical(tmp_path: Path) -> None:
+    """export hf → import → export hf; and a model of transformers from outside."""
+    for kind in ("gpt2", "llama"):
+        stranger, place = Stranger(kind).train(1), tmp_path / kind
+        stranger.model.save_pretrained(place / "theirs")
+        tokenizer().save(place / "theirs")
+        import_model(str(place / "theirs"), str(place / "run"))
+        export(str(place / "run"), "hf", out=str(place / "first"))
+        import_model(str(place / "first"), str(place / "again"))
+        export(str(place / "again"), "hf", out=str(place / "second"))
+        weights = [
+            (place / name / "model.safetensors").read_bytes()
+            for name in ("theirs", "first", "second")
+        ]
+        assert weights[0] == weights[1] == weights[2]
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            assert (place / "first" / name).read_bytes() == (place / "second" / name).read_bytes()
+
+
+def test_a_bf16_model_comes_back_in_bf16(tmp_path: Path) -> None:
+    Stranger("llama").model.to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    tokenizer().save(tmp_path / "theirs")
+    import_model(str(tmp_path / "theirs"), str(tmp_path / "run"))
+    assert load(tmp_path / "run" / "latest.pt", only="model")["lm_head.weight"].dtype is (
+        torch.float32
+    )
+    export(str(tmp_path / "run"), "safetensors", out=str(tmp_path / "back"), dtype="bf16")
+    files = [tmp_path / name / "model.safetensors" for name in ("theirs", "back")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_weights_that_holdfast_exported_become_a_run_again(tmp_path: Path) -> None:
+    import_form(tmp_path, Stranger("gpt2").train(2), "model")
+    export(str(tmp_path / "run"), "weights", out=str(tmp_path / "w.pt"))
+    done = import_model(str(tmp_path / "w.pt"), str(tmp_path / "again"))
+    assert (done.form, done.step, done.check.difference) == ("model", 0, 0)
+
+
+def test_a_run_needs_nothing_of_where_it_came_from(tmp_path: Path) -> None:
+    """Also a run that the trainer began from a directory: the checkpoint says what it is."""
+    stranger = Stranger("gpt2")
+    stranger.model.save_pretrained(tmp_path / "theirs")
+    tokenizer().save(tmp_path / "theirs")
+    data = write_corpus(tmp_path)
+    options = {"context_length": "none", "vocab_size": "none", "dropout": "none",
+               "model": str(tmp_path / "theirs"), "epochs": "none"}  # fmt: skip
+    train(config_for(tmp_path / "run", data, num_steps=2, **options))
+    (tmp_path / "theirs" / "config.json").unlink()
+    said = train(config_for(tmp_path / "run", data, num_steps=4, **options))
+    assert "Finished: 4 steps" in said
+
+
+# ------------------------------------------------------------------------- what cannot be imported
+
+
+def test_shapes_that_do_not_fit_are_told_by_name(tmp_path: Path) -> None:
+    state = Stranger("gpt2").state("bare")
+    state["transformer.wpe.weight"] = torch.zeros(7, 32)
+    state["transformer.h.9.extra"] = torch.zeros(1)
+    del state["transformer.ln_f.bias"]
+    torch.save(state, tmp_path / "x.pt")
+    config, words = Stranger("gpt2").save_beside(tmp_path)
+    with pytest.raises(StateMismatch) as caught:
+        import_model(str(tmp_path / "x.pt"), str(tmp_path / "run"), model_config=str(config),
+                     tokenizer=str(words))  # fmt: skip
+    message = str(caught.value)
+    assert "transformer.wpe.weight is [7, 32] in the file and [32, 32] in the model" in message
+    assert "transformer.ln_f.bias is missing" in message
+    assert "transformer.h.9.extra is only in the file" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_whose_weights_do_not_fit_is_refused(tmp_path: Path) -> None:
+    Stranger("llama").model.save_pretrained(tmp_path / "theirs")
+    settings("llama", hidden_size=64, num_hidden_layers=3).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(StateMismatch, match=r"layers\.2\.\S+ is missing.* and \d+ more"):
+        import_model(str(tmp_path / "theirs"), str(tmp_path / "run"))
+
+
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self._marker),)
+
+
+def test_code_is_refused_by_its_name_and_never_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    torch.save({"model": {}, "x": Evil(marker)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"\((posix|nt)\.mkdir\).*save it again"):
+        import_model(str(tmp_path / "x.pt"), str(tmp_path / "run"))
+    assert not marker.exists()
+
+
+def test_code_of_a_directory_is_not_run_either(tmp_path: Path) -> None:
+    marker, theirs = tmp_path / "ran", tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "evil.py").write_text(f"import os; os.mkdir({str(marker)!r})")
+    (theirs / "config.json").write_text(
+        json.dumps({"model_type": "nobody's", "auto_map": {"AutoConfig": "evil.Config",
+                                                           "AutoModelForCausalLM": "evil.Model"}})
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="cannot be loaded by transformers"):
+        import_model(str(theirs), str(tmp_path / "run"))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"model_config": None}, "--model-config FILE"),
+        ({"model_config": {"n_layer": 2}}, "--model-config FILE"),
+        ({"model_config": {"model_type": "no-such"}}, "no-such"),
+        ({"tokenizer": None}, "--tokenizer DIR"),
+        ({"model": {"a": 1}}, "no weights"),
+    ],
+    ids=str,
+)
+def test_what_is_missing_is_asked_for(tmp_path: Path, change: dict[str, Any], what: str) -> None:
+    torch.save({**Stranger("gpt2").train(1).state("model"), **change}, tmp_path / "x.pt")
+    with pytest.raises((ConfigError, CheckpointError), match=what):
+        import_model(str(tmp_path / "x.pt"), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(settings("gpt2", vocab_size=100))
+    model.save_pretrained(tmp_path / "theirs")
+    tokenizer().save(tmp_path / "theirs")
+    with pytest.raises(StateMismatch, match="another model"):
+        import_model(str(tmp_path / "theirs"), str(tmp_path / "run"))
+
+
+def test_an_optimizer_that_does_not_fit_begins_anew_and_says_why(tmp_path: Path) -> None:
+    stranger = Stranger("gpt2").train(2)
+    optimizer = stranger.optimizer.state_dict()
+    other = torch.optim.SGD(stranger.model.parameters(), lr=0.1, momentum=0.9).state_dict()
+    swapped = {**optimizer, "state": {0: optimizer["state"][1], **{
+        i: e for i, e in optimizer["state"].items() if i}}}  # fmt: skip
+    partial = {**optimizer, "state": {k: v for k, v in optimizer["state"].items() if k != 3}}
+    for i, (state, why) in enumerate([(other, "not an Adam"), (swapped, "other shapes"),
+                                      (partial, "moments for every"), ({}, "as those of torch"),
+                                      (7, "none in the source")]):  # fmt: skip
+        place = tmp_path / str(i)
+        place.mkdir()
+        done = import_form(place, stranger, "model", optimizer=state)
+        assert why in done.optimizer
+        assert done.step == 0
+        assert load(place / "run" / "latest.pt")["optimizer"]["state"] == {}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damage_ends_in_our_own_words(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save(Stranger("gpt2").train(1).state("model"), path)
+    good = path.read_bytes()
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    for size in (0, 100, len(good) // 2, len(good) - 10):
+        path.write_bytes(good[:size] + bytes(rng.randrange(256) for _ in range(3)))
+        with pytest.raises(CheckpointError):
+            import_model(str(path), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_file_of_ours_is_not_read_as_anybody_s(tmp_path: Path) -> None:
+    import_form(tmp_path, Stranger("gpt2").train(1), "model")
+    path = tmp_path / "run" / "latest.pt"
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    with pytest.raises(DamagedCheckpoint):
+        import_model(str(path), str(tmp_path / "again"))
+
+
+def test_nothing_is_left_where_it_goes_wrong_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importing, "_check", stop)
+    from holdfast.errors import Interrupted
+
+    with pytest.raises(Interrupted, match="nothing was imported"):
+        import_form(tmp_path, Stranger("gpt2").train(1), "model")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "theirs.pt", "tokenizer"]
+
+
+def test_where_something_is_already_nothing_is_touched(tmp_path: Path) -> None:
+    done = import_form(tmp_path, Stranger("gpt2").train(1), "model")
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in done.run.iterdir())
+    with pytest.raises(ConfigError, match="is not empty"):
+        import_model(str(tmp_path / "theirs.pt"), str(done.run))
+    with pytest.raises(ConfigError, match="is a run already"):
+        import_model(str(done.run), str(tmp_path / "other"))
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        import_model(str(tmp_path / "plain"), str(tmp_path / "other"))
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in done.run.iterdir()) == before
+    import_model(str(tmp_path / "theirs.pt"), str(tmp_path / "plain"))  # an empty one will do
