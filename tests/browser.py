@@ -15,7 +15,9 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 def browser() -> Iterator[object]:
     """A Browser of playwright, driven from the thread of the test."""
     api = pytest.importorskip("playwright.sync_api")
-    program = os.environ.get("HOLDFAST_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
+    program = os.environ.get("HOLDFAST_BROWSER") or next(
+        filter(None, map(shutil.which, NAMES)), None
+    )
     if program is None:
         pytest.skip("there is no browser: install chromium or set HOLDFAST_BROWSER")
     with api.sync_playwright() as driver:

@@ -2,7 +2,7 @@
 
 import { problemOf, stream } from "./api.js";
 import { look } from "./lanes.js";
-import { $, askKey, say, setEditing, setPrompt, showSend } from "./page.js";
+import { $, askKey, say, setEditing, setPrompt, showSend, whisper } from "./page.js";
 import * as parameters from "./parameters.js";
 import { lanes, save, state, text } from "./state.js";
 import { t } from "./store.js";
@@ -34,7 +34,7 @@ function generate(turn) {
   turn.answers = lanes().map((model) => newAnswer(model, seed));
   save();
   showTurns();
-  say(t("announceStart"));
+  whisper(t("announceStart"));
   turn.answers.forEach((answer, lane) => run(turn, answer, lane));
 }
 
@@ -99,7 +99,7 @@ function finished(turn, answer) {
   if (answer.error?.kind === "gone") look({ quietly: true });
   if (answer.error) return; // its element is an alert and speaks for itself
   const { tokens } = answer;
-  say(answer.finish === "stopped" ? t("announceStopped") : t("announceDone", { tokens }));
+  whisper(answer.finish === "stopped" ? t("announceStopped") : t("announceDone", { tokens }));
 }
 
 function requestFor(turn, answer, lane) {
@@ -135,7 +135,7 @@ export const actions = {
   askKey,
   regenerate(turn) {
     if (state.running.size) return;
-    if (parameters.seedIsFixed()) say(t("sameSeed"), { visibly: true });
+    if (parameters.seedIsFixed()) say(t("sameSeed"));
     generate(turn);
   },
   goOn(turn) {
@@ -157,7 +157,7 @@ export const actions = {
     setPrompt(turn.prompt);
   },
   async copy(words) {
-    say(t((await copied(words)) ? "copied" : "copyFailed"), { visibly: true });
+    say(t((await copied(words)) ? "copied" : "copyFailed"));
   },
 };
 

@@ -11,6 +11,8 @@ import { LANES, el, factsOf, spaced } from "./turns.js";
 export async function look({ quietly = false } = {}) {
   try {
     const found = await listModels(state.key);
+    const same = JSON.stringify(found) === JSON.stringify(state.models);
+    if (quietly && same && !state.problem) return; // a list that somebody has opened stays open
     tellChange(found);
     state.models = found;
     state.problem = found.length ? null : { words: "errorNoModels" };
@@ -31,7 +33,7 @@ function tellChange(found) {
   const shown = lanes()[0];
   const now = found.find((model) => model.id === shown?.id);
   if (now?.step != null && now.step !== shown.step) {
-    say(t("changed", { model: now.id, step: now.step }), { visibly: true });
+    say(t("changed", { model: now.id, step: now.step }));
   }
 }
 
@@ -57,10 +59,12 @@ export function compare(on) {
 }
 
 export function showLanes() {
+  const focus = [...$("lanes").querySelectorAll("select")].indexOf(document.activeElement);
   const several = lanes().length > 1;
   const shown = lanes().map((model, lane) => laneElement(model, lane, several));
   const waiting = el("span", { class: "facts" }, state.problem ? "" : t("loading"));
   $("lanes").replaceChildren(...(shown.length ? shown : [waiting]));
+  $("lanes").querySelectorAll("select")[focus]?.focus();
   $("lanes").classList.toggle("several", several);
   $("compare-button").hidden = state.models.length < 2;
   $("compare-button").setAttribute("aria-pressed", String(several));
@@ -75,7 +79,6 @@ function laneElement(model, lane, several) {
     remember("chosen", state.chosen);
     settle();
     showLanes();
-    $("lanes").querySelectorAll("select")[lane]?.focus();
   };
   const title = several ? t("modelOf", { lane: name }) : t("model");
   const facts = factsOf(model);

@@ -9,12 +9,17 @@ const SAID_FOR = 3000; // milliseconds that a short message stays
 
 let timer = 0;
 
-// Told to a screen reader; `visibly` to everybody, for a moment.
-export function say(words, { visibly = false } = {}) {
+// Told to a screen reader: that a text begins, ends, was stopped.
+export function whisper(words) {
   $("status").textContent = words;
-  $("status").classList.toggle("hidden", !visibly);
+}
+
+// Told to everybody, for a moment.
+export function say(words) {
+  $("toast").textContent = words;
+  $("toast").classList.remove("hidden");
   clearTimeout(timer);
-  if (visibly) timer = setTimeout(() => $("status").classList.add("hidden"), SAID_FOR);
+  timer = setTimeout(() => $("toast").classList.add("hidden"), SAID_FOR);
 }
 
 export function askKey() {
