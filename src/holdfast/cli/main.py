@@ -86,6 +86,7 @@ def _dispatch(words: list[str], prog: str) -> int:
 
 def _commands() -> dict[str, tuple[str, Command]]:
     from holdfast.cli.doctor import COMMANDS as DOCTOR
+    from holdfast.cli.generate import COMMANDS as GENERATION
     from holdfast.cli.manage import COMMANDS
     from holdfast.cli.protect import COMMANDS as PROTECTION
     from holdfast.cli.states import COMMANDS as STATES
@@ -96,6 +97,7 @@ def _commands() -> dict[str, tuple[str, Command]]:
         **COMMANDS,
         **STATES,
         **DOCTOR,
+        **GENERATION,
         "bench": (_(_BENCH_HELP), _bench),
     }
 

@@ -19,8 +19,8 @@ _WINDOW = 32  # tokens decoded together: more than any character, or any word's 
 _BROKEN = "\ufffd"  # what bytes become that are no whole character (yet)
 
 # Why a text ended.
-END_OF_TEXT, LENGTH, CONTEXT = "end of text", "length", "context"
-STOPPED, RUINED = "stopped", "not a number"
+END_OF_TEXT, LENGTH, CONTEXT = "end_of_text", "length", "context"
+STOPPED, RUINED = "stopped", "not_a_number"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class TextStream:
         self._may_end, self._stop = may_end, stop
 
     def __iter__(self) -> Iterator[str]:
-        yield self._tokenizer.decode(self.ids).rstrip(_BROKEN)
+        yield _whole(self._tokenizer.decode(self.ids))
         pieces = _Pieces(self._tokenizer, self.ids)
         was_training = self._model.training
         self._model.eval()
@@ -156,12 +156,14 @@ def sample_text(
     may_end: bool = True,
     stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """What `stream_text` gives, joined, never past the context."""
+    """What `stream_text` gives, joined, never past the context; broken bytes at its end are left
+    out."""
     sampling = Sampling(seed=seed, temperature=temperature, top_k=top_k)
-    return "".join(
-        stream_text(model, tokenizer, prompt, length, context_length=context_length,
-                    sampling=sampling, may_end=may_end, stop=stop)
+    stream = stream_text(
+        model, tokenizer, prompt, length, context_length=context_length, sampling=sampling,
+        may_end=may_end, stop=stop,
     )  # fmt: skip
+    return "".join(stream).rstrip(_BROKEN)
 
 
 def _kept(context_length: int) -> int:
@@ -211,17 +213,28 @@ class _Pieces:
 
     def _begin(self, ids: list[int]) -> None:
         self._ids = ids[-_WINDOW:]
-        self._said = self._tokenizer.decode(self._ids).rstrip(_BROKEN)
+        self._said = _whole(self._tokenizer.decode(self._ids))
 
     def add(self, token: int) -> str:
         """What `token` adds to the text; "" while a character is not complete."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
-        whole = text.rstrip(_BROKEN)
+        whole = _whole(text)
         if not whole.startswith(self._said):
             return ""
         piece = whole[len(self._said) :]
         self._said = whole
-        if whole == text and len(self._ids) > 2 * _WINDOW:
+        count = len(self._ids)
+        if count > 2 * _WINDOW and (whole == text or count > 8 * _WINDOW):
             self._begin(self._ids)
         return piece
+
+
+def _whole(text: str) -> str:
+    """`text` without what may be the beginning of a character at its end: three bytes at most.
+
+    A model that has learned nothing draws bytes that are none, one after the other: these are shown
+    as what they are, or nobody would see that it writes.
+    """
+    kept = len(text.rstrip(_BROKEN))
+    return text[: max(kept, len(text) - 3)]

@@ -106,7 +106,7 @@ function slider(name) {
     box.value = bar.value = value;
     set(name, value);
   });
-  const note = `${t(`${name}Help`)} (${t("default", { value: spec.otherwise })})`;
+  const note = t(`${name}Help`) + t("default", { value: spec.otherwise });
   return row(`param-${name}`, t(name), note, box, bar);
 }
 
