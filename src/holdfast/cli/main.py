@@ -21,6 +21,9 @@ Command = Callable[[Sequence[str], str], int]
 _TRAIN_HELP = N_("train a language model from a text file")
 _BENCH_HELP = N_("measure saving and loading on this disk, beside other tools")
 
+# Which extra brings a package; whatever is not named here comes with [train].
+_EXTRAS = dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), "serve")
+
 
 def main(  # noqa: PLR0911 - one return a bad end
     argv: Sequence[str] | None = None, prog: str = "holdfast", lang: str = ""
@@ -42,7 +45,9 @@ def main(  # noqa: PLR0911 - one return a bad end
     except ModuleNotFoundError as error:
         if (error.name or "holdfast").startswith("holdfast"):
             raise  # ours: a broken installation, which a traceback explains better
-        message = _("This needs the package {name}: pip install 'holdfast[train]'", name=error.name)
+        extra = _EXTRAS.get((error.name or "").partition(".")[0], "train")
+        message = _("This needs the package {name}: pip install 'holdfast[{extra}]'",
+                    name=error.name, extra=extra)  # fmt: skip
         return _fail(message, ConfigError.exit_code, error, debug)
     except MemoryError as error:
         return _fail(
@@ -89,6 +94,7 @@ def _commands() -> dict[str, tuple[str, Command]]:
     from holdfast.cli.generate import COMMANDS as GENERATION
     from holdfast.cli.manage import COMMANDS
     from holdfast.cli.protect import COMMANDS as PROTECTION
+    from holdfast.cli.serve import COMMANDS as SERVING
     from holdfast.cli.states import COMMANDS as STATES
 
     return {
@@ -96,6 +102,7 @@ def _commands() -> dict[str, tuple[str, Command]]:
         **PROTECTION,
         **COMMANDS,
         **STATES,
+        **SERVING,
         **DOCTOR,
         **GENERATION,
         "bench": (_(_BENCH_HELP), _bench),
