@@ -31,6 +31,11 @@ MODELS = [
 PIECES = ["，云", "淡风", "轻近", "午天", "。傍", "花随", "柳过", "前川", "。"]
 
 
+POLICY = "default-src 'none'; form-action 'none'; base-uri 'none'; " + "; ".join(
+    f"{kind}-src 'self'" for kind in ("script", "style", "img", "connect")
+)
+
+
 class StandIn:
     """What the tests set and what they ask afterwards."""
 
@@ -76,8 +81,8 @@ def event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def problem(status: int, message: str, **headers: str) -> Response:
-    body = {"error": {"message": message, "type": "invalid_request_error", "code": None}}
+def problem(status: int, message: str, code: str = "", **headers: str) -> Response:
+    body = {"error": {"message": message, "type": "invalid_request_error", "code": code or None}}
     return JSONResponse(body, status, headers)
 
 
@@ -87,7 +92,7 @@ def build(server: StandIn) -> FastAPI:
     @app.middleware("http")
     async def policy(request: Request, call_next: Any) -> Response:
         response: Response = await call_next(request)
-        response.headers["Content-Security-Policy"] = "default-src 'self'"
+        response.headers["Content-Security-Policy"] = POLICY
         return response
 
     @app.get("/")

@@ -189,6 +189,35 @@ def test_continue_goes_on_where_the_text_ended(server: StandIn, open_page: OpenP
     assert server.requests[1]["prompt"] == "今日" + TEXT
 
 
+def test_what_the_model_cannot_see_any_more_is_left_out_and_said(
+    server: StandIn, open_page: OpenPage
+) -> None:
+    def too_long() -> Any:
+        return problem(400, "This model's maximum context length is 9 tokens.",
+                       "context_length_exceeded")  # fmt: skip
+
+    page = open_page()
+    server.refuse = [too_long()]
+    ask(page, "今日")  # written just now: refused in the server's words, not cut behind one's back
+    expect(page.locator(".answer .error")).to_contain_text("maximum context length")
+    page.click(".regenerate")
+    done(page)
+    server.refuse = [too_long(), too_long()]
+    page.click(".continue")
+    expect(made(page)).to_have_text(TEXT * 2)
+    done(page)
+    whole = "今日" + TEXT
+    assert server.requests[-1]["prompt"] == whole[-5:]  # a quarter of 20
+    expect(page.locator(".answer-foot")).to_contain_text("the model read only the end")
+    page.click("#mode-chat")
+    for message in ("一", "二", "三"):
+        server.refuse = [too_long()] if message == "三" else []
+        ask(page, message)
+        done(page)
+    said = [message["content"] for message in server.requests[-1]["messages"]]
+    assert said == ["二", TEXT, "三"]
+
+
 def test_copy_takes_the_whole_text(open_page: OpenPage) -> None:
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
     ask(page, "今日")
@@ -431,7 +460,8 @@ def test_words_can_be_read_on_their_background(open_page: OpenPage, scheme: str)
     for ink in ("--ink", "--muted", "--accent", "--second"):
         for paper in ("--paper", "--surface", "--raised"):
             assert contrast(ink, paper) >= 4.5, (ink, paper)
-    for ink, paper in (("--on-accent", "--accent"), ("--on-second", "--second"), ("--danger", "--danger-paper")):  # fmt: skip
+    pairs = [("on-accent", "accent"), ("on-second", "second"), ("danger", "danger-paper")]
+    for ink, paper in [(f"--{one}", f"--{other}") for one, other in pairs]:
         assert contrast(ink, paper) >= 4.5, (ink, paper)
     assert contrast("--edge", "--surface") >= 3
 
@@ -474,9 +504,10 @@ def test_everything_that_can_be_pressed_or_filled_has_a_name(open_page: OpenPage
     page.click("#history-button")
     ask(page, "今日")
     done(page)
-    nameless = page.evaluate("""() => [...document.querySelectorAll("button, input, select, textarea")]
-        .filter((one) => !one.closest("[aria-hidden]") && !(one.ariaLabel || one.textContent.trim()
-            || one.labels?.[0]?.textContent.trim())).map((one) => one.outerHTML)""")
+    nameless = page.evaluate("""() => [
+        ...document.querySelectorAll("button, input, select, textarea")
+    ].filter((one) => !one.closest("[aria-hidden]") && !(one.ariaLabel || one.textContent.trim()
+        || one.labels?.[0]?.textContent.trim())).map((one) => one.outerHTML)""")
     assert [one for one in nameless if "aria-hidden" not in one] == []
     assert page.locator("#turns").get_attribute("aria-live") == "polite"
     assert page.locator(".answer").first.get_attribute("aria-busy") == "false"

@@ -2,10 +2,11 @@
 
 export class ApiError extends Error {
   // kind: "key" (401), "busy" (429, 503), "gone" (404), "refused" (any other answer),
-  // "unreachable" (none at all), "lost" (it broke off)
-  constructor(kind, { message = "", status = 0, seconds = 0 } = {}) {
+  // "unreachable" (none at all), "lost" (it broke off); `code` is the server's own word
+  constructor(kind, { message = "", code = "", status = 0, seconds = 0 } = {}) {
     super(message);
     this.kind = kind;
+    this.code = code;
     this.status = status;
     this.seconds = seconds; // until one may try again
   }
@@ -29,7 +30,7 @@ export async function listModels(key) {
   }
 }
 
-// Gives {text}, {finish} and {tokens} as they come; ends after [DONE]. `signal` aborts the request,
+// Gives {text}, {finish}, {tokens} and {step} (of the checkpoint that answers) as they come; ends after [DONE]. `signal` aborts the request,
 // and the server stops computing.
 export async function* stream(path, body, { key, signal }) {
   const answer = await ask(path, {
@@ -42,6 +43,8 @@ export async function* stream(path, body, { key, signal }) {
     if (data === "[DONE]") return;
     const event = parsed(data);
     if (event.error) throw new ApiError("refused", { message: wordsOf(event) });
+    const step = /^step_(\d+)_/.exec(event.system_fingerprint ?? "");
+    if (step) yield { step: Number(step[1]) };
     const choice = event.choices?.[0];
     const text = choice?.text ?? choice?.delta?.content;
     if (text) yield { text };
@@ -60,11 +63,12 @@ async function ask(path, options) {
     throw new ApiError("unreachable");
   }
   if (answer.ok) return answer;
-  const message = wordsOf(await answer.json().catch(() => null));
+  const body = await answer.json().catch(() => null);
   const { status } = answer;
   const kind = { 401: "key", 403: "key", 404: "gone", 429: "busy", 503: "busy" }[status];
   const seconds = Number(answer.headers.get("Retry-After")) || 1;
-  throw new ApiError(kind ?? "refused", { message, status, seconds });
+  const code = body?.error?.code ?? "";
+  throw new ApiError(kind ?? "refused", { message: wordsOf(body), code, status, seconds });
 }
 
 function wordsOf(body) {

@@ -41,33 +41,29 @@ function generate(turn) {
 async function run(turn, answer, lane) {
   const controller = new AbortController();
   const began = performance.now();
-  let first = 0;
   state.running.set(answer, controller);
   Object.assign(answer, { base: answer.text.length, active: true, error: null, finish: "",
-    tokens: 0, first: null, rate: 0 });
+    tokens: 0, first: null, rate: 0, shortened: false });
   show(turn, answer);
   showSend();
   try {
-    const path = turn.mode === "chat" ? "v1/chat/completions" : "v1/completions";
-    const request = requestFor(turn, answer, lane);
-    const { signal } = controller;
-    for await (const event of stream(path, request, { key: state.key, signal })) {
+    for await (const event of fitting(turn, answer, lane, controller.signal)) {
+      if (event.step && event.step !== answer.facts.step) answer.facts = { step: event.step };
       if (event.finish) answer.finish = event.finish;
       if (event.tokens) answer.tokens = event.tokens;
       if (!event.text) continue;
       const now = performance.now();
-      first ||= now;
       const follow = atEnd();
-      answer.first = (first - began) / 1000;
+      answer.first ??= (now - began) / 1000;
       answer.tokens += 1; // pieces, until the server tells the tokens
       answer.text += event.text;
       answer.last = now;
       append(answer, event.text);
-      measure(answer, first);
+      measure(answer, began);
       refresh(answer);
       if (follow) $("turns").scrollTop = $("turns").scrollHeight;
     }
-    measure(answer, first);
+    measure(answer, began);
   } catch (error) {
     if (controller.signal.aborted) answer.finish = "stopped";
     else answer.error = problemOf(error);
@@ -84,10 +80,11 @@ const atEnd = () => {
   return scrollHeight - scrollTop - clientHeight < NEAR_END;
 };
 
-// Tokens a second after the first one, which waits for the prompt to be read.
-function measure(answer, first) {
-  const seconds = (answer.last - first) / 1000;
-  answer.rate = seconds > 0 && answer.tokens > 1 ? (answer.tokens - 1) / seconds : 0;
+// Tokens a second from sending to the last of them, the wait for the first included: pieces may
+// arrive several at once, and what is measured between them would flatter.
+function measure(answer, began) {
+  const seconds = (answer.last - began) / 1000;
+  answer.rate = seconds > 0 ? answer.tokens / seconds : 0;
 }
 
 function finished(turn, answer) {
@@ -96,24 +93,50 @@ function finished(turn, answer) {
   save();
   if (answer.error?.kind === "key") askKey();
   if (answer.error?.kind === "busy") countDown(turn, answer);
-  if (answer.error?.kind === "gone") look({ quietly: true });
+  const listed = state.models.find((model) => model.id === answer.model);
+  const replaced = listed?.step !== answer.facts.step; // by a better one that training has made
+  if (answer.error?.kind === "gone" || replaced) look({ quietly: true });
   if (answer.error) return; // its element is an alert and speaks for itself
   const { tokens } = answer;
   whisper(answer.finish === "stopped" ? t("announceStopped") : t("announceDone", { tokens }));
 }
 
-function requestFor(turn, answer, lane) {
-  const request = { model: answer.model, ...parameters.forRequest(answer.seed) };
-  if (turn.mode !== "chat") return { ...request, prompt: turn.prompt + answer.text };
-  const messages = [];
-  const { turns } = text();
-  for (const before of turns.slice(0, turns.indexOf(turn))) {
-    const said = before.answers[lane] ?? before.answers[0];
-    if (!said?.text) continue; // a question that got no answer
-    messages.push({ role: "user", content: before.prompt });
-    messages.push({ role: "assistant", content: said.text });
+// The stream of an answer. What lies further back than the model can see is left out where the
+// server finds it too much; what a person has just written never is.
+async function* fitting(turn, answer, lane, signal) {
+  const path = turn.mode === "chat" ? "v1/chat/completions" : "v1/completions";
+  for (let cuts = 0; ; cuts += 1) {
+    const request = { model: answer.model, ...parameters.forRequest(answer.seed),
+      ...(turn.mode === "chat" ? messagesOf(turn, lane, cuts) : promptOf(turn, answer, cuts)) };
+    try {
+      yield* stream(path, request, { key: state.key, signal });
+      return;
+    } catch (error) {
+      const more = turn.mode === "chat" ? request.messages.length > 1 : request.prompt.length > 1;
+      const own = turn.mode !== "chat" && !answer.text; // nothing but what was written
+      if (error.code !== "context_length_exceeded" || own || !more) throw error;
+      answer.shortened = true;
+    }
   }
-  return { ...request, messages: [...messages, { role: "user", content: turn.prompt }] };
+}
+
+// The text so far; of one that goes on, the last half, quarter, ...
+function promptOf(turn, answer, cuts) {
+  const whole = turn.prompt + answer.text;
+  const end = whole.slice(-Math.ceil(whole.length / 2 ** cuts));
+  return { prompt: end.replace(/^[\udc00-\udfff]/, "") }; // half of a character beyond U+FFFF
+}
+
+// The conversation of one lane, without its first `cuts` pairs.
+function messagesOf(turn, lane, cuts) {
+  const { turns } = text();
+  const pairs = turns.slice(0, turns.indexOf(turn))
+    .map((before) => [before.prompt, (before.answers[lane] ?? before.answers[0])?.text])
+    .filter(([_asked, said]) => said) // not a question that got no answer
+    .slice(cuts);
+  const messages = pairs.flatMap(([asked, said]) =>
+    [{ role: "user", content: asked }, { role: "assistant", content: said }]);
+  return { messages: [...messages, { role: "user", content: turn.prompt }] };
 }
 
 function countDown(turn, answer) {

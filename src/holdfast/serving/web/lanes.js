@@ -37,16 +37,16 @@ function tellChange(found) {
   }
 }
 
-// Choose what is not chosen, or no longer there: the best, beside it the newest.
+// Choose what is not chosen, or no longer there: the best, beside it the newest, or where these are
+// one checkpoint under two names the next one that is another.
 function settle() {
-  const ids = state.models.map((model) => model.id);
-  const wanted = [["best", ...ids], ["latest", ...ids]];
-  LANES.forEach((_name, lane) => {
-    if (ids.includes(state.chosen[lane])) return;
-    const other = lane ? state.chosen[0] : null;
-    const found = wanted[lane].find((id) => ids.includes(id) && id !== other);
-    state.chosen[lane] = found ?? ids[0];
-  });
+  const { models, chosen } = state;
+  const named = (id) => models.find((model) => model.id === id);
+  const same = (one, other) => (one.checkpoint ?? one.id) === (other.checkpoint ?? other.id);
+  chosen[0] = (named(chosen[0]) ?? named("best") ?? models[0])?.id;
+  const others = [named("latest"), ...models].filter((model) => model && model.id !== chosen[0]);
+  const distinct = others.find((model) => !same(model, named(chosen[0])));
+  chosen[1] = (named(chosen[1]) ?? distinct ?? others[0] ?? models[0])?.id;
   const contexts = lanes().map((model) => model.context_length ?? model.max_model_len ?? Infinity);
   if (parameters.limitTokens(Math.min(...contexts))) parameters.render($("parameters"));
 }

@@ -55,9 +55,10 @@ function answerElement(answer, lane, given, actions, last, turn) {
   const made = document.createTextNode(answer.text);
   const error = el("div", { class: "error", role: "alert", hidden: true });
   const facts = el("span", { class: "facts" });
+  const of = el("span", { class: "facts" });
   const head = el("div", { class: "answer-head" },
     lane ? el("span", { class: `badge ${lane}`, "aria-hidden": "true" }, lane) : null,
-    el("strong", {}, answer.model), el("span", { class: "facts" }, ...spaced(factsOf(answer.facts ?? {}))));
+    el("strong", {}, answer.model), of);
   const text = el("p", { class: "text" },
     given ? el("span", { class: "before" }, given) : null, el("span", { class: "made" }, made),
     el("span", { class: "caret", "aria-hidden": "true" }));
@@ -65,7 +66,7 @@ function answerElement(answer, lane, given, actions, last, turn) {
     onclick: () => actions.copy(given + answer.text) }, t("copy"));
   const box = el("section", { class: `answer ${lane}`, "aria-label": label }, head, text, error,
     el("div", { class: "answer-foot" }, facts, copy));
-  parts.set(answer, { box, made, error, facts });
+  parts.set(answer, { box, made, error, facts, of });
   refresh(answer, () => actions.retry(turn, answer), actions.askKey);
   return box;
 }
@@ -91,6 +92,7 @@ export function refresh(answer, retry, askKey) {
   if (shown.made.data !== answer.text) shown.made.data = answer.text;
   shown.box.setAttribute("aria-busy", String(answer.active));
   shown.box.classList.toggle("active", answer.active);
+  shown.of.replaceChildren(...spaced(factsOf(answer.facts)));
   shown.facts.replaceChildren(...spaced(figuresOf(answer)));
   const failed = answer.error && !answer.active;
   shown.error.hidden = !failed;
@@ -111,6 +113,7 @@ function figuresOf(answer) {
   if (answer.first != null) figures.push(t("first", { seconds: number(answer.first, 2) }));
   if (answer.tokens) figures.push(t("tokens", { tokens: number(answer.tokens) }));
   if (answer.seed != null) figures.push(t("seedWas", { seed: answer.seed }));
+  if (answer.shortened) figures.push(t("shortened"));
   const ends = { stop: "endedStop", length: "endedLength", stopped: "endedStopped" };
   if (!answer.active && answer.finish in ends) figures.push(t(ends[answer.finish]));
   const nothing = !answer.active && !answer.error && !answer.text && answer.finish === "stop";
