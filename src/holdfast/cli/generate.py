@@ -55,6 +55,7 @@ def run_generate(argv: Sequence[str], prog: str) -> int:
     prompt = given.prompt if given.prompt is not None else piped
     if prompt is None:
         return _talk(loaded, given)
+    _note(_name_of(loaded))
     return _INTERRUPTED if _Writing(loaded, prompt, given).show() else 0
 
 
@@ -146,7 +147,8 @@ def _from_pipe() -> str:
 
 def _talk(loaded: Loaded, given: argparse.Namespace) -> int:
     """A line at a time from the terminal. Ctrl-C ends a text, and where there is none, all."""
-    _note(_("{model}. Write the beginning of a text; Ctrl-D ends.", model=_name_of(loaded)))
+    _note(_name_of(loaded))
+    _note(_("Write the beginning of a text. Ctrl-C stops the model, Ctrl-D ends."))
     while True:
         try:
             line = _read_line()
@@ -237,7 +239,6 @@ class _Writing:
             _("{count} tokens", count=stream.tokens),
             _("{rate} tokens/s", rate=f"{took.rate(stream.tokens):.1f}"),
             _("seed {seed}", seed=sampling.seed),
-            _name_of(self.loaded),
         ]
         if stream.moved:
             facts.append(_("the model sees {count} tokens at once",
@@ -290,15 +291,16 @@ class _Took:
 
 
 def _name_of(loaded: Loaded) -> str:
-    """Which checkpoint it is: its file, step, epoch, validation loss."""
+    """Which checkpoint it is: its file in its folder, step, epoch, validation loss."""
     entry = loaded.entry
-    facts = [printable(str(loaded.path)), _("step {step}", step=entry.step)]
+    file = Path(*loaded.path.parts[-2:])  # short enough for one line
+    facts = [printable(str(file)), _("step {step}", step=entry.step)]
     if entry.epoch is not None:
         facts.append(_("epoch {epoch}", epoch=entry.epoch))
     loss = number(entry.metrics.get("val_loss"))
     if loss is not None:
         facts.append(_("val loss {loss}", loss=format_loss(loss)))
-    return ", ".join(facts)
+    return " · ".join(facts)
 
 
 def _write(text: str) -> None:

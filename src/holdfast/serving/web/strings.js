@@ -145,7 +145,7 @@ export const STRINGS = {
     edit: "修改",
     retry: "重试",
     waiting: "等待第一个 token……",
-    rate: "{rate} token/秒",
+    rate: "{rate} token/s",
     first: "首个 token {seconds} 秒",
     tokens: "{tokens} 个 token",
     seedWas: "种子 {seed}",
