@@ -66,7 +66,7 @@ function answerElement(answer, lane, given, actions, last, turn) {
     onclick: () => actions.copy(given + answer.text) }, t("copy"));
   const box = el("section", { class: `answer ${lane}`, "aria-label": label }, head, text, error,
     el("div", { class: "answer-foot" }, facts, copy));
-  parts.set(answer, { box, made, error, facts, of });
+  parts.set(answer, { box, made, error, facts, of, copy });
   refresh(answer, () => actions.retry(turn, answer), actions.askKey);
   return box;
 }
@@ -94,6 +94,7 @@ export function refresh(answer, retry, askKey) {
   shown.box.classList.toggle("active", answer.active);
   shown.of.replaceChildren(...spaced(factsOf(answer.facts)));
   shown.facts.replaceChildren(...spaced(figuresOf(answer)));
+  shown.copy.hidden = !answer.text;
   const failed = answer.error && !answer.active;
   shown.error.hidden = !failed;
   shown.error.replaceChildren();
