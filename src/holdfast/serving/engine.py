@@ -52,7 +52,7 @@ class Step:
     finish: str | None = None
     """"stop" (end of text), "length", "cancelled", or "error"."""
     prompt: list[LogProb | None] | None = None
-    """Of the prompt's tokens, where they were asked for; None at the first, nothing is before it."""
+    """Of the prompt's tokens, where they were asked for; None at the first."""
 
 
 class Inbox:
@@ -85,9 +85,7 @@ class Text:
         "random", "sampling",
     )  # fmt: skip
 
-    def __init__(
-        self, index: int, prompt: Sequence[int], sampling: Sampling, inbox: Inbox
-    ) -> None:
+    def __init__(self, index: int, prompt: Sequence[int], sampling: Sampling, inbox: Inbox) -> None:
         """`index`: the number of its choice; with the seed it decides what is drawn."""
         self.index, self.prompt, self.sampling, self.inbox = index, list(prompt), sampling, inbox
         seed = sampling.seed
@@ -186,9 +184,9 @@ class Engine:
                 self._join(joining)
                 if self._rows:
                     self._step()
-            except Exception as error:  # noqa: BLE001 - out of memory, a bug in a model: the
-                # texts under way are lost, and the server goes on with the next.
-                log.error("A step of the model failed: %s", error, exc_info=error)
+            except Exception:  # out of memory, a bug in a model: the texts under way are lost,
+                # and the server goes on with the next.
+                log.exception("A step of the model failed.")
                 self._fail([*self._rows, *joining])
             if not self._deliver():
                 return
@@ -304,7 +302,7 @@ def _of_prompt(logits: torch.Tensor, sequence: Text) -> list[LogProb | None]:
 
 
 def end_ids_of(model: Any, eos_id: int) -> set[int]:
-    """Every token that ends a text: the tokenizer's and those that the model's configuration names."""
+    """Every token that ends a text: the tokenizer's, and what the model's configuration names."""
     named = getattr(model.config, "eos_token_id", None)
     named = named if isinstance(named, list | tuple) else [named]
     return {eos_id, *(token for token in named if isinstance(token, int))}

@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -40,7 +40,7 @@ class Settings:
     """Requests a minute and client."""
     grace: float = 20.0
     """Seconds that requests under way have at the end."""
-    options: Options = Options()
+    options: Options = field(default_factory=Options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Running:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with our end: the first signal lets requests end, a second Ctrl-C does not."""
+    """uvicorn's server with our end: a signal lets requests end, a second Ctrl-C does not."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], Awaitable[None]]) -> None:
         super().__init__(config)
