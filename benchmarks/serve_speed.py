@@ -6,8 +6,8 @@ The same weights (exported with save_pretrained for the peer), machine, client a
 streamed, `--tokens` tokens each, every client asking again as soon as it is answered. While one
 server is asked the others are stopped (SIGSTOP); every round asks each of them once at each number
 of clients, in an order that rotates. `transformers serve` is measured as it comes and with
---continuous-batching. Without a CHECKPOINT a model of the shape `--model` is trained for a few steps. The result is
-printed and, with --out, written to a file.
+--continuous-batching. Without a CHECKPOINT a model of the shape `--model` is trained for a few
+steps. The result is printed and, with --out, written to a file.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 OURS, PLAIN, CONTINUOUS = "holdfast", "transformers", "transformers --continuous-batching"
 # In the sample's own style; lengths differ, as they do in life.
-PROMPTS = ("明月几时有，", "东风夜放花千树。更吹落、星如雨。", "大江东去，浪淘尽，", "春",
-           "昨夜雨疏风骤，浓睡不消残酒。试问卷帘人，", "寒蝉凄切，对长亭晚，", "红", "庭院深深深几许，杨柳堆烟，")  # fmt: skip
+PROMPTS = (
+    "明月几时有，", "东风夜放花千树。更吹落、星如雨。", "大江东去，浪淘尽，", "春",
+    "昨夜雨疏风骤，浓睡不消残酒。试问卷帘人，", "红", "寒蝉凄切，对长亭晚，", "庭院深深深几许，",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ one model for all

@@ -40,6 +40,8 @@ class Settings:
     """Requests a minute and client."""
     grace: float = 20.0
     """Seconds that requests under way have at the end."""
+    look_every: float = 1.0
+    """Seconds between two looks for a better checkpoint."""
     options: Options = field(default_factory=Options)
 
 
@@ -86,7 +88,7 @@ class Running:
         with _listen(settings.host, settings.port) as listening:
             library = Library(self._sources, settings.options, Metrics(), loop)
             await asyncio.to_thread(library.open)
-            watcher = Watcher(library)
+            watcher = Watcher(library, settings.look_every)
             limits = Limits(settings.host, settings.api_key, rate=settings.rate)
             config = uvicorn.Config(
                 create_app(library, limits), log_config=None, access_log=False, lifespan="off",
