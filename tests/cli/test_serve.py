@@ -26,7 +26,9 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer: TextTokenizer = make_tokenizer()
-    training = Training(tmp_path_factory.mktemp("serve") / "run", poet(tokenizer, steps=1), tokenizer)
+    training = Training(
+        tmp_path_factory.mktemp("serve") / "run", poet(tokenizer, steps=1), tokenizer
+    )
     training.epoch(5.0)
     training.close()
     return training.directory
@@ -40,7 +42,9 @@ class Server:
         self.process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                         text=True, env={**os.environ, **environment})  # fmt: skip
         assert self.process.stdout is not None
-        self.said = self.process.stdout.readline()
+        self.said = ""
+        while "Ctrl-C" not in self.said and (line := self.process.stdout.readline()):
+            self.said += line
         found = re.search(r"http://\S+", self.said)
         assert found, self.said + self.process.communicate(timeout=30)[1]
         self.url = found[0]
@@ -70,9 +74,9 @@ def test_a_signal_lets_the_answers_under_way_end(server: Server) -> None:
         server.process.send_signal(signal.SIGTERM)
         lines = answer.read().decode().splitlines()
     assert lines[-2:] == ["data: [DONE]", ""]
-    status, out, err = server.end()
+    status, _out, err = server.end()
     assert status == 0 and "requests under way are answered" in err
-    assert "/v1" in out and "Traceback" not in err
+    assert f"{server.url}/v1" in server.said and "Traceback" not in err
 
 
 def test_a_second_ctrl_c_ends_at_once(server: Server) -> None:
@@ -103,10 +107,10 @@ def test_a_port_in_use_is_told_in_a_line(server: Server, run: Path) -> None:
         (["{run}", "--api-key", "a b"], 2, "no header can carry"),
         (["{run}", "--precision", "int3"], 2, "--precision"),
         (["{run}", "--host", "no.such.host.invalid"], 2, "needs an --api-key"),
-        (["{foreign}"], 4, "holdfast did not write"),
+        (["{foreign}"], 4, "was not written by holdfast"),
     ],
 )
-def test_what_is_wrong_is_one_line(
+def test_what_is_wrong_is_one_line(  # noqa: PLR0917 - fixtures
     words: list[str], status: int, told: str, run: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

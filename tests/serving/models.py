@@ -51,7 +51,7 @@ def poet(
 
 
 def learn(model: Any, tokenizer: TextTokenizer, steps: int) -> None:
-    """Train on the poem from any of its characters on: it is known by heart after some 100 steps."""
+    """Train on the poem from any of its characters on: known by heart after 100 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     texts = [[*tokenizer.encode(POEM[start:]), tokenizer.eos_id] for start in range(0, 32)]
     longest = max(map(len, texts))
@@ -74,7 +74,7 @@ def make_tokenizer() -> TextTokenizer:
 
 
 def beginnings(tokenizer: TextTokenizer) -> list[str]:
-    """The beginnings of the poem that are made of its own tokens: the model knows how they go on."""
+    """The beginnings of the poem that are made of its own tokens: their continuation is known."""
     whole = tokenizer.encode(POEM)
     starts = [POEM[:size] for size in range(1, 31)]
     return [s for s in starts if (tokens := tokenizer.encode(s)) == whole[: len(tokens)]]
@@ -120,7 +120,7 @@ def serving(*sources: Path, **settings: Any) -> Iterator[str]:
     def run() -> None:
         try:
             asyncio.run(running.run(ready))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised in the test's thread
             failed[0] = error
         finally:
             answers.set()

@@ -83,7 +83,9 @@ def test_a_stream_is_sent_as_server_sent_events_that_end_with_done(url: str) -> 
         assert answer.headers["content-type"].startswith("text/event-stream")
         events = answer.read().decode().split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
-    texts = [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events[:-2]]
+    texts = [
+        json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events[:-2]
+    ]
     assert REST.startswith("".join(texts))
 
 

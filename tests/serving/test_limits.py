@@ -31,7 +31,9 @@ def test_loopback_is_recognised(host: str) -> None:
     assert is_loopback(host)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.4", "example.org", "127.evil.org", ""])
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "192.168.0.4", "example.org", "127.evil.org", ""]
+)
 def test_what_others_can_reach_is_not_loopback(host: str) -> None:
     assert not is_loopback(host)
 

@@ -6,6 +6,7 @@ What is served and how lives in holdfast.serving; torch comes in only when the a
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import sys
@@ -173,6 +174,13 @@ def _speak() -> None:
     log.setLevel(logging.INFO)
     logging.getLogger("uvicorn.error").addHandler(handler)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    handler.addFilter(_worth_saying)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """A request that was cancelled at the end is no error, and its traceback says nothing."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, asyncio.CancelledError)
 
 
 # -------------------------------------------------------------------------------------- arguments

@@ -34,6 +34,7 @@ from holdfast.training.inference import Loaded, load_for_inference
 
 log = logging.getLogger("holdfast")
 
+_LAST_STEP = 2.0  # seconds that the last step of a model may take at the end
 _FRESH = 1.0  # seconds that a look into a run directory is good for
 
 
@@ -369,5 +370,8 @@ class Library:
 
     def close(self) -> None:
         """Let every engine end; texts that are under way are told so."""
-        for served in self._everyone():
-            served.engine.close()
+        everyone = self._everyone()
+        for served in everyone:
+            served.engine.stop()
+        for served in everyone:  # a thread inside torch must not meet the end of the interpreter
+            served.engine.join(_LAST_STEP)

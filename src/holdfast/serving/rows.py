@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from holdfast.i18n import _
+
 log = logging.getLogger("holdfast")
 
 _LENGTHS = 64  # a cache grows by so many tokens at a time
@@ -253,7 +255,7 @@ def batch_for(model: Any, limit: int, context: int) -> Batch:
     if context >= _TRIED and _attends_to_all(model.config) and _agrees(model):
         return Rows(model, limit)
     kind = getattr(model.config, "model_type", "?")
-    log.warning("Models of the kind %s answer one request at a time here.", kind)
+    log.warning(_("Models of the kind {kind} answer one request at a time here.", kind=kind))
     return Single(model)
 
 
