@@ -22,7 +22,9 @@ _TRAIN_HELP = N_("train a language model from a text file")
 _BENCH_HELP = N_("measure saving and loading on this disk, beside other tools")
 
 # Which extra brings a package; whatever is not named here comes with [train].
-_EXTRAS = dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), "serve")
+_EXTRAS = dict.fromkeys(
+    ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), "serve"
+)
 
 
 def main(  # noqa: PLR0911 - one return a bad end

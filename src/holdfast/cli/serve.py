@@ -6,6 +6,7 @@ What is served and how lives in holdfast.serving; torch comes in only when the a
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import sys
@@ -30,7 +31,7 @@ _RATE_ELSEWHERE = 120.0  # requests a minute and client, where other machines ca
 
 
 def run_serve(argv: Sequence[str], prog: str) -> int:
-    """`holdfast serve`: 0 when everything was answered before the end, 130 after a second Ctrl-C."""
+    """`holdfast serve`: 0 when everything was answered at the end, 130 after a second Ctrl-C."""
     given = _serve_parser(prog).parse_args(argv)
     sources = _sources(given)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -64,7 +65,8 @@ def _serve_parser(prog: str) -> Parser:
                         help=_("address to listen on (default: {value}: this machine alone)",
                                value="127.0.0.1"))  # fmt: skip
     parser.add_argument("--port", type=_port, default=8000, metavar="N",
-                        help=_("port to listen on, 0 for any (default: {value})", value=8000))  # fmt: skip
+                        help=_("port to listen on, 0 for any (default: {value})",
+                               value=8000))  # fmt: skip
     parser.add_argument("--api-key", metavar="KEY",
                         help=_("what clients must send (default: ${variable}); needed for a host "
                                "that others can reach", variable=_KEY))  # fmt: skip
@@ -82,7 +84,8 @@ def _serve_parser(prog: str) -> Parser:
                         help=_("texts that may wait; more are refused (default: {value})",
                                value=128))  # fmt: skip
     parser.add_argument("--models", type=_count, default=3, metavar="N",
-                        help=_("checkpoints in memory at once (default: {value})", value=3))  # fmt: skip
+                        help=_("checkpoints in memory at once (default: {value})",
+                               value=3))  # fmt: skip
     parser.add_argument("--rate", type=_rate, metavar="N",
                         help=_("requests a minute and client, 0 for no limit (default: no limit "
                                "on this machine alone, else {value:g})",
@@ -91,7 +94,7 @@ def _serve_parser(prog: str) -> Parser:
                         help=_("for requests under way at the end (default: {value} s)",
                                value=20))  # fmt: skip
     parser.add_argument("--no-reload", dest="reload", action="store_false",
-                        help=_("go on with the checkpoints that are there at the start"))  # fmt: skip
+                        help=_("go on with what is there at the start"))  # fmt: skip
     return parser
 
 
@@ -171,6 +174,13 @@ def _speak() -> None:
     log.setLevel(logging.INFO)
     logging.getLogger("uvicorn.error").addHandler(handler)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    handler.addFilter(_worth_saying)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """A request that was cancelled at the end is no error, and its traceback says nothing."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, asyncio.CancelledError)
 
 
 # -------------------------------------------------------------------------------------- arguments

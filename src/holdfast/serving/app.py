@@ -101,8 +101,10 @@ async def _completions(request: Request) -> Response:
             logprobs=asked.logprobs,
             prompt_logprobs=bool(asked.echo) and asked.logprobs is not None,
         )
-        form = CompletionForm(name, served.fingerprint, served.vocabulary,
-                              logprobs=asked.logprobs is not None, usage=asked.wants_usage)  # fmt: skip
+        form = CompletionForm(
+            name, served.fingerprint, served.vocabulary, logprobs=asked.logprobs is not None,
+            usage=asked.wants_usage,
+        )  # fmt: skip
         generation = _begin(served, prompts, sampling, asked, echo=bool(asked.echo))
         return await _answer(request, generation, form, asked, lease)
 
@@ -308,7 +310,7 @@ async def _send_event(send: Send, event: str) -> None:
     await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
 
 
-# ---------------------------------------------------------------------------- the rest of the server
+# -------------------------------------------------------------------------------- everything else
 
 
 async def _health(request: Request) -> Response:

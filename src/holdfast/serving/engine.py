@@ -19,11 +19,15 @@ from typing import Any, Protocol
 
 import torch
 
+from holdfast.i18n import _
 from holdfast.serving.rows import Batch
 from holdfast.serving.sampling import LogProb, Sampler, Sampling, describe
 
 log = logging.getLogger("holdfast")
 
+# With more rows than a few, tokens are handed on so many seconds apart, several together: nobody sees
+# the difference, and what a piece costs on its way to the client is more than what a token costs.
+_FEW, _TOGETHER = 4, 0.02
 _PREFILL = 2048  # tokens of new prompts, filled up to one length, that one step may take in
 
 
@@ -52,7 +56,7 @@ class Step:
     finish: str | None = None
     """"stop" (end of text), "length", "cancelled", or "error"."""
     prompt: list[LogProb | None] | None = None
-    """Of the prompt's tokens, where they were asked for; None at the first, nothing is before it."""
+    """Of the prompt's tokens, where they were asked for; None at the first."""
 
 
 class Inbox:
@@ -85,9 +89,7 @@ class Text:
         "random", "sampling",
     )  # fmt: skip
 
-    def __init__(
-        self, index: int, prompt: Sequence[int], sampling: Sampling, inbox: Inbox
-    ) -> None:
+    def __init__(self, index: int, prompt: Sequence[int], sampling: Sampling, inbox: Inbox) -> None:
         """`index`: the number of its choice; with the seed it decides what is drawn."""
         self.index, self.prompt, self.sampling, self.inbox = index, list(prompt), sampling, inbox
         seed = sampling.seed
@@ -122,6 +124,7 @@ class Engine:
         self._changed = threading.Condition()
         self._closing = False
         self._events: list[tuple[Text, Step]] = []
+        self._delivered = 0.0  # time.monotonic() of the last time that everything was handed on
         self._seconds = 1.0  # that a text took lately: what Retry-After is guessed from
         self._thread = threading.Thread(target=self._run, name=f"holdfast-{name}", daemon=True)
         self._thread.start()
@@ -166,6 +169,14 @@ class Engine:
             self._closing = True
             self._changed.notify()
 
+    def stop(self) -> None:
+        """End now: what is under way and what waits is told that it is cancelled."""
+        with self._changed:
+            self._closing = True
+            for sequence in [*self._waiting, *self._rows]:
+                sequence.cancelled = True
+            self._changed.notify()
+
     def join(self, timeout: float | None = None) -> bool:
         """Whether the thread has ended within `timeout` seconds."""
         self._thread.join(timeout)
@@ -186,9 +197,9 @@ class Engine:
                 self._join(joining)
                 if self._rows:
                     self._step()
-            except Exception as error:  # noqa: BLE001 - out of memory, a bug in a model: the
-                # texts under way are lost, and the server goes on with the next.
-                log.error("A step of the model failed: %s", error, exc_info=error)
+            except Exception:  # out of memory, a bug in a model: the texts under way are lost,
+                # and the server goes on with the next.
+                log.exception(_("A step of the model failed; the texts under way are lost."))
                 self._fail([*self._rows, *joining])
             if not self._deliver():
                 return
@@ -247,7 +258,7 @@ class Engine:
             sequence = self._rows[row]
             token, wanted = tokens[row - first], sequence.sampling
             if token is None:
-                log.error("The model's output is not a number: its weights are ruined.")
+                log.error(_("The model's output is not a number: its weights are ruined."))
                 self._leave(row, "error")
             elif wanted.max_tokens == 0:
                 self._leave(row, "length")
@@ -279,8 +290,15 @@ class Engine:
         self._events += [(sequence, Step(finish="error")) for sequence in unique.values()]
 
     def _deliver(self) -> bool:
-        """Hand what has come to the event loop in one call; False where there is none any more."""
-        events, self._events = self._events, []
+        """Hand on what has come, in one call; False where there is no event loop any more."""
+        events, now = self._events, time.monotonic()
+        if len(self._rows) > _FEW and now - self._delivered < _TOGETHER:
+            # First tokens and ends do not wait, nor what came before them.
+            urgent = {text for text, step in events if step.finish or text.generated == 1}
+            self._events = [event for event in events if event[0] not in urgent]
+            events = [event for event in events if event[0] in urgent]
+        else:
+            self._events, self._delivered = [], now
         if events:
             try:
                 self._loop.call_soon_threadsafe(_put, events)
@@ -304,7 +322,7 @@ def _of_prompt(logits: torch.Tensor, sequence: Text) -> list[LogProb | None]:
 
 
 def end_ids_of(model: Any, eos_id: int) -> set[int]:
-    """Every token that ends a text: the tokenizer's and those that the model's configuration names."""
+    """Every token that ends a text: the tokenizer's, and what the model's configuration names."""
     named = getattr(model.config, "eos_token_id", None)
     named = named if isinstance(named, list | tuple) else [named]
     return {eos_id, *(token for token in named if isinstance(token, int))}

@@ -34,6 +34,7 @@ from holdfast.training.inference import Loaded, load_for_inference
 
 log = logging.getLogger("holdfast")
 
+_LAST_STEP = 2.0  # seconds that the last step of a model may take at the end
 _FRESH = 1.0  # seconds that a look into a run directory is good for
 
 
@@ -171,7 +172,7 @@ class Library:
             end_ids=end_ids_of(loaded.model, loaded.tokenizer.eos_id),
             queue=options.queue, loop=self._loop, observer=self.metrics, name=card.name,
         )  # fmt: skip
-        return Served(loaded.entry, loaded, engine)
+        return Served(card.entry, loaded, engine)
 
     # ---------------------------------------------------------------------------------- the names
 
@@ -189,9 +190,10 @@ class Library:
         catalog, prefix = Catalog(source), self._prefix(source)
         contents = catalog.scan()
         cards = []
-        for name, entry in (("best", contents.best or contents.newest), ("latest", contents.newest)):
-            if entry is not None:
-                cards.append(Card(prefix + name, catalog.path(entry), entry))
+        best = contents.best or contents.newest
+        for name, found in (("best", best), ("latest", contents.newest)):
+            if found is not None:
+                cards.append(Card(prefix + name, catalog.path(found), found))
         for entry in contents.entries:
             for name in entry.names:
                 if name not in ROLES and not name.startswith(f"{TEMP}/"):
@@ -221,8 +223,8 @@ class Library:
         return list(cards.values())
 
     def context_of(self, card: Card) -> int | None:
-        """Tokens that the model sees; None where it was not loaded yet."""
-        return self._contexts.get(card.entry.id)
+        """Tokens that the model sees; None where none of its run was loaded yet."""
+        return self._contexts.get(card.entry.run_id)
 
     # ---------------------------------------------------------------------------------- the models
 
@@ -286,7 +288,7 @@ class Library:
 
     def _keep(self, card: Card, served: Served) -> None:
         self._served[card.entry.id] = served
-        self._contexts[card.entry.id] = served.context
+        self._contexts[card.entry.run_id] = served.context
         pinned = self._pinned() | {card.entry.id}
         others = sorted(
             (one for id_, one in self._served.items() if id_ not in pinned), key=lambda s: s.used
@@ -368,5 +370,8 @@ class Library:
 
     def close(self) -> None:
         """Let every engine end; texts that are under way are told so."""
-        for served in self._everyone():
-            served.engine.close()
+        everyone = self._everyone()
+        for served in everyone:
+            served.engine.stop()
+        for served in everyone:  # a thread inside torch must not meet the end of the interpreter
+            served.engine.join(_LAST_STEP)

@@ -127,9 +127,7 @@ def _name_of(host: str) -> str:
 class Gate:
     """The layer around an application: refuses what `Limits` refuses, and counts what is read."""
 
-    def __init__(
-        self, app: App, limits: Limits, counted: Callable[[str, int], None]
-    ) -> None:
+    def __init__(self, app: App, limits: Limits, counted: Callable[[str, int], None]) -> None:
         """`counted` is told the route and the status of every answer."""
         self._app, self._limits, self._counted = app, limits, counted
 

@@ -29,9 +29,7 @@ class Metrics:
             "holdfast_reloads", "Better checkpoints that were loaded or refused", ["outcome"],
             registry=registry,
         )  # fmt: skip
-        self.models_loaded = Gauge(
-            "holdfast_models_loaded", "Models in memory", registry=registry
-        )
+        self.models_loaded = Gauge("holdfast_models_loaded", "Models in memory", registry=registry)
         self.step = Gauge(
             "holdfast_model_step", "Training step of the checkpoint that a name serves", ["model"],
             registry=registry,

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from holdfast.i18n import _
+
 log = logging.getLogger("holdfast")
 
 _LENGTHS = 64  # a cache grows by so many tokens at a time
@@ -70,6 +72,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, place: _Place) -> None:
         super().__init__()
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
         self._place = place
         self.is_initialized = True
 
@@ -96,6 +100,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def move(self, source: int, target: int, length: int) -> None:
         for tensor in (self.keys, self.values):
+            assert tensor is not None, "a row has keys"
             tensor[target, :, :length] = tensor[source, :, :length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -151,9 +156,7 @@ class Rows:
     def add_with_all(self, prompt: Sequence[int]) -> torch.Tensor:
         return self._prefill([prompt], None)[0].float()
 
-    def _prefill(
-        self, prompts: Sequence[Sequence[int]], places: list[int] | None
-    ) -> torch.Tensor:
+    def _prefill(self, prompts: Sequence[Sequence[int]], places: list[int] | None) -> torch.Tensor:
         """Logits [prompts, places, vocabulary]; shorter prompts are filled up behind their end."""
         longest = max(map(len, prompts))
         given = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
@@ -252,7 +255,7 @@ def batch_for(model: Any, limit: int, context: int) -> Batch:
     if context >= _TRIED and _attends_to_all(model.config) and _agrees(model):
         return Rows(model, limit)
     kind = getattr(model.config, "model_type", "?")
-    log.warning("Models of the kind %s answer one request at a time here.", kind)
+    log.warning(_("Models of the kind {kind} answer one request at a time here.", kind=kind))
     return Single(model)
 
 

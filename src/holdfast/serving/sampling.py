@@ -62,7 +62,7 @@ class Row(Protocol):
 
 
 class Sampler:
-    """Chooses the next token of every row. The rows' parameters are kept as tensors between steps."""
+    """Chooses the next token of every row; their parameters are kept as tensors between steps."""
 
     def __init__(self, end_ids: Sequence[int]) -> None:
         self._end_ids = list(end_ids)

@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -40,7 +40,9 @@ class Settings:
     """Requests a minute and client."""
     grace: float = 20.0
     """Seconds that requests under way have at the end."""
-    options: Options = Options()
+    look_every: float = 1.0
+    """Seconds between two looks for a better checkpoint."""
+    options: Options = field(default_factory=Options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class Running:
         with _listen(settings.host, settings.port) as listening:
             library = Library(self._sources, settings.options, Metrics(), loop)
             await asyncio.to_thread(library.open)
-            watcher = Watcher(library)
+            watcher = Watcher(library, settings.look_every)
             limits = Limits(settings.host, settings.api_key, rate=settings.rate)
             config = uvicorn.Config(
                 create_app(library, limits), log_config=None, access_log=False, lifespan="off",
@@ -116,7 +118,7 @@ class Running:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with our end: the first signal lets requests end, a second Ctrl-C does not."""
+    """uvicorn's server with our end: a signal lets requests end, a second Ctrl-C does not."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], Awaitable[None]]) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Tokens to text while they come: no character is cut in its bytes, no stop string is shown in part.
+"""Tokens to text while they come: no character is cut, no stop string is shown in part.
 
 Pure bookkeeping over a tokenizer; neither torch nor the network is known here.
 """
@@ -17,12 +17,12 @@ from holdfast.training.tokenizer import TextTokenizer
 
 BROKEN = "\ufffd"
 _HELD = 8  # tokens that may wait for the rest of a character, where bytes are not known
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how SentencePiece writes a byte that it has no token for
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how SentencePiece writes a single byte
 
 
 @functools.cache
 def _byte_of_character() -> dict[str, int]:
-    """The table of byte-level BPE: printable bytes stand for themselves, the rest from U+0100 on."""
+    """The table of byte-level BPE: printable bytes as themselves, the rest from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if chr(byte) not in table)
