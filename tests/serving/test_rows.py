@@ -100,6 +100,27 @@ def test_a_model_that_forgets_is_served_one_text_at_a_time_and_says_the_same(
     assert said == generated(model, prompt)
 
 
+@torch.inference_mode()
+def test_memory_for_the_cache_is_what_the_rows_of_now_need(
+    model: Any, tokenizer: TextTokenizer
+) -> None:
+    batch = batch_for(model, 32, 128)
+    assert isinstance(batch, Rows) and 0 < batch.capacity < 1 << 40
+
+    def tokens() -> int:
+        keys = batch._cache.layers[0].keys  # type: ignore[union-attr]
+        return int(keys.shape[0] * keys.shape[2])
+
+    batch.add([[5]] * 20)
+    assert tokens() == 24 * 64
+    for _row in range(19):
+        batch.remove(0)
+    batch.add([[5] * 100])
+    assert tokens() == 8 * 128, "not 24 rows of 128"
+    truth = model(input_ids=torch.tensor([[5] * 101])).logits[0, -1]
+    torch.testing.assert_close(batch.step([5, 5])[1], truth, rtol=0, atol=CLOSE)
+
+
 def test_a_model_whose_answers_change_in_rows_is_not_put_into_rows(
     tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,8 +25,8 @@ from holdfast.serving.sampling import LogProb, Sampler, Sampling, describe
 
 log = logging.getLogger("holdfast")
 
-# With more rows than a few, tokens are handed on so many seconds apart, several together: nobody sees
-# the difference, and what a piece costs on its way to the client is more than what a token costs.
+# With more rows than a few, tokens are handed on so many seconds apart, several together: nobody
+# sees the difference, and a piece costs more on its way to the client than a token in the model.
 _FEW, _TOGETHER = 4, 0.02
 _PREFILL = 2048  # tokens of new prompts, filled up to one length, that one step may take in
 
@@ -100,6 +100,11 @@ class Text:
         self.next = 0  # the token that goes into the model at the next step
         self.cancelled = False
         self.arrived = time.monotonic()
+
+    @property
+    def longest(self) -> int:
+        """Tokens that it has at its end at most."""
+        return len(self.prompt) + self.sampling.max_tokens
 
 
 class Engine:
@@ -213,12 +218,18 @@ class Engine:
                 self._leave(row, "cancelled")
 
     def _take_waiting(self) -> list[Text]:
-        """Who joins now: in the order they came, as many as there are rows and as fit one pass."""
+        """Who joins now: in the order they came, as many as there are rows and memory for, and as
+        fit one pass."""
         joining: list[Text] = []
         longest = 0
+        farthest = max((text.longest for text in self._rows), default=0)
         while self._waiting and len(self._rows) + len(joining) < self._batch.limit:
             longest = max(longest, len(self._waiting[0].prompt))
+            farthest = max(farthest, self._waiting[0].longest)
             if joining and longest * (len(joining) + 1) > _PREFILL:
+                break
+            rows = len(self._rows) + len(joining)
+            if rows and farthest * (rows + 1) > self._batch.capacity:
                 break
             joining.append(self._waiting.popleft())
         return joining

@@ -17,20 +17,24 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from holdfast.i18n import _
+from holdfast.training.models import free_memory
 
 log = logging.getLogger("holdfast")
 
-_LENGTHS = 64  # a cache grows by so many tokens at a time
+_ROWS, _LENGTHS = 8, 64  # a cache grows by so many rows and tokens at a time
+_SHARE = 0.5  # of the memory that is free when a model is loaded: what its cache may take
 _TRIED = 8  # tokens that the trial of a model needs
 
 
 class Batch(Protocol):
     """Texts under way in a model, in rows 0, 1, ….
 
-    `limit` is the most rows; logits are fp32 on the model's device.
+    `limit` is the most rows, whatever their length; logits are fp32 on the model's device.
     """
 
     limit: int
+    capacity: int
+    """Tokens that there is memory for: rows times the longest of them."""
 
     @property
     def count(self) -> int: ...
@@ -86,8 +90,9 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         place = self._place
         if place.first is not None:
             stop, length = place.first + key_states.shape[0], key_states.shape[2]
-            self.keys = _room(self.keys, key_states, stop, length)
-            self.values = _room(self.values, value_states, stop, length)
+            longest = max(length, place.longest)
+            self.keys = _room(self.keys, key_states, stop, longest)
+            self.values = _room(self.values, value_states, stop, longest)
             self.keys[place.first : stop, :, :length] = key_states
             self.values[place.first : stop, :, :length] = value_states
             return key_states, value_states
@@ -103,6 +108,10 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
             assert tensor is not None, "a row has keys"
             tensor[target, :, :length] = tensor[source, :, :length]
 
+    def bytes_per_token(self) -> int:
+        tensors = [tensor for tensor in (self.keys, self.values) if tensor is not None]
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in tensors)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return max(self._place.longest, query_length), 0
 
@@ -114,23 +123,23 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def _room(have: torch.Tensor | None, like: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """`have`, or a larger one with the same content, for `rows` of `length`."""
+    """`have`, or a tensor with the same content for `rows` of `length`: what is needed now decides
+    how large it is, not what was needed once."""
     if have is not None and have.shape[0] >= rows and have.shape[2] >= length:
         return have
-    old = (0, 0) if have is None else (have.shape[0], have.shape[2])
-    rows = rows if rows <= old[0] else max(rows, min(2 * old[0], rows + 32))
-    length = -(-max(length, old[1]) // _LENGTHS) * _LENGTHS
-    new = like.new_zeros(max(rows, old[0]), like.shape[1], length, like.shape[3])
+    rows, length = -(-rows // _ROWS) * _ROWS, -(-length // _LENGTHS) * _LENGTHS
+    new = like.new_zeros(rows, like.shape[1], length, like.shape[3])
     if have is not None:
-        new[: old[0], :, : old[1]] = have
+        kept = have[:rows, :, :length]
+        new[: kept.shape[0], :, : kept.shape[2]] = kept
     return new
 
 
 class Rows:
     """Rows of a model whose layers all attend to everything before them."""
 
-    def __init__(self, model: Any, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, model: Any, limit: int, capacity: int = 1 << 40) -> None:
+        self.limit, self.capacity = limit, capacity
         self._model = model
         self._device = next(model.parameters()).device
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -166,6 +175,7 @@ class Rows:
         if self._keeps and places is not None:
             more["logits_to_keep"] = torch.tensor(places, device=device)
         self._place.first = self.count
+        self._place.longest = max(self._lengths, default=0)
         logits: torch.Tensor = self._model(
             input_ids=torch.tensor(given, device=device),
             attention_mask=mask[None, None].expand(len(prompts), 1, -1, -1),
@@ -194,6 +204,10 @@ class Rows:
         self._lengths = [length + 1 for length in self._lengths]
         return logits[:, -1].float()
 
+    def bytes_per_token(self) -> int:
+        """Memory that a token of a row takes; known once there was one."""
+        return sum(layer.bytes_per_token() for layer in self._cache.layers)
+
     def remove(self, row: int) -> None:
         last = self._lengths.pop()
         if row < self.count:
@@ -206,6 +220,7 @@ class Single:
     """One row with the model's own cache: for models that `Rows` cannot hold."""
 
     limit = 1
+    capacity = 1 << 40  # one row is always tried
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -252,8 +267,9 @@ def batch_for(model: Any, limit: int, context: int) -> Batch:
 
     Tried with the model itself: two texts of different length, together and each on its own.
     """
-    if context >= _TRIED and _attends_to_all(model.config) and _agrees(model):
-        return Rows(model, limit)
+    if context >= _TRIED and _attends_to_all(model.config) and (size := _try(model)):
+        free = free_memory(next(model.parameters()).device)
+        return Rows(model, limit, int(free * _SHARE / size))
     kind = getattr(model.config, "model_type", "?")
     log.warning(_("Models of the kind {kind} answer one request at a time here.", kind=kind))
     return Single(model)
@@ -268,7 +284,8 @@ def _attends_to_all(config: Any) -> bool:
 
 
 @torch.inference_mode()
-def _agrees(model: Any) -> bool:
+def _try(model: Any) -> int:
+    """Bytes that a token takes in rows; 0 where the answers in rows are not the model's own."""
     size = model.get_input_embeddings().num_embeddings
     texts = [[(7 * i * i + 3) % size for i in range(5)], [(11 * i + 1) % size for i in range(3)]]
     rows, dtype = Rows(model, 2), next(model.parameters()).dtype
@@ -276,16 +293,17 @@ def _agrees(model: Any) -> bool:
         logits = rows.add(texts)
         for _step in range(2):
             if not _close(logits, [_plain(model, text) for text in texts], dtype):
-                return False
+                return 0
             for text, token in zip(texts, logits.argmax(-1).tolist(), strict=True):
                 text.append(token)
             logits = rows.step([text[-1] for text in texts])
         rows.remove(0)
         texts[1].append(5 % size)
-        return _close(rows.step([texts[1][-1]])[:1], [_plain(model, texts[1])], dtype)
+        same = _close(rows.step([texts[1][-1]])[:1], [_plain(model, texts[1])], dtype)
+        return rows.bytes_per_token() if same else 0
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         log.debug("no rows for this model: %s", error)  # it was made for another kind of cache
-        return False
+        return 0
 
 
 def _plain(model: Any, text: list[int]) -> torch.Tensor:
