@@ -68,8 +68,12 @@ bench: $(VENV)/.train  ## saving and training beside the peers; hours; NANOGPT=D
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/prepare_speed.py
 
-serve:  ## serve a trained model (comes with a later version)
-	@echo "holdfast: serving is not part of this version yet / 此版本尚不支持模型服务"; exit 2
+serve: $(VENV)/.serve  ## serve a trained model: LLM_CHECKPOINT=checkpoints/best_model.pt make serve
+	@$(BIN)/holdfast serve --port $(SERVE_PORT) $(ARGS)
+
+$(VENV)/.serve: $(VENV)/.train
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve]'
+	@touch $@
 
 clean:  ## remove .venv and caches; never a checkpoint
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -11,7 +11,7 @@ import torch
 from holdfast.cli.export import COMMANDS
 from holdfast.cli.main import main
 from tests.manage.runs import desk
-from tests.serving.models import Stranger
+from tests.serving.strangers import Stranger
 
 
 @pytest.fixture(scope="module")

@@ -1,110 +1,138 @@
-"""Small real models for the tests of exporting: trained by the trainer, or by a stranger's loop."""
+"""Small real models for the tests of the server: they have learned one poem by heart."""
 
 from __future__ import annotations
 
-import functools
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from holdfast import CheckpointManager
+from holdfast.serving.library import Options
+from holdfast.serving.server import Ready, Running, Settings
+from holdfast.training import models
+from holdfast.training.batches import IGNORED
 from holdfast.training.tokenizer import TextTokenizer, train_tokenizer
-from tests.training.runs import SAMPLE, config_for, train, write_corpus
+from tests.support import end_epoch
+
+POEM = "明月几时有？把酒问青天。不知天上宫阙，今夕是何年。我欲乘风归去，又恐琼楼玉宇，高处不胜寒。"
+CONTEXT = 4096  # long answers, so that there is something to cancel
 
 
-def make_run(directory: Path, **options: Any) -> Path:
-    """A finished run of the trainer: a Llama of 4 layers after a few steps."""
-    data = write_corpus(directory)
-    train(config_for(directory / "run", data, **{"epochs": 1, **options}))
-    return directory / "run"
-
-
-@functools.cache
-def tokenizer() -> TextTokenizer:
-    return train_tokenizer(SAMPLE.read_text("utf-8")[:4000].split("\n\n"), 300)
-
-
-def settings(kind: str, **changes: Any) -> Any:
-    """A configuration of transformers for a model of some thousand parameters."""
+def poet(
+    tokenizer: TextTokenizer, kind: str = "llama", *, seed: int = 0, steps: int = 80, **more: Any
+) -> Any:
+    """A model of 2 layers that goes on with the poem after any beginning of it."""
     import transformers
 
-    common = {"vocab_size": tokenizer().vocab_size, "bos_token_id": 0, "eos_token_id": 0,
-              "pad_token_id": 0}  # fmt: skip
+    torch.manual_seed(seed)
+    common = {
+        "vocab_size": tokenizer.vocab_size, "bos_token_id": 0, "eos_token_id": 0,
+        "pad_token_id": 0, "use_cache": False, "attn_implementation": "sdpa", **more,
+    }  # fmt: skip
+    settings: Any
     if kind == "gpt2":
-        sizes: dict[str, Any] = {
-            "n_layer": 2,
-            "n_embd": 32,
-            "n_head": 2,
-            "n_positions": 32,
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
+        settings = transformers.GPT2Config(n_layer=2, n_embd=64, n_head=4, n_positions=128,
+                                           resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+                                           **common)  # fmt: skip
+    else:
+        settings = transformers.AutoConfig.for_model(
+            kind, num_hidden_layers=2, hidden_size=64, intermediate_size=128,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
+            head_dim=16, **common,
+        )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(settings)
+    learn(model, tokenizer, steps)
+    return model
+
+
+def learn(model: Any, tokenizer: TextTokenizer, steps: int) -> None:
+    """Train on the poem from any of its characters on: known by heart after 100 steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    texts = [[*tokenizer.encode(POEM[start:]), tokenizer.eos_id] for start in range(0, 32)]
+    longest = max(map(len, texts))
+    given = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
+    wanted = torch.tensor([[*text, *[IGNORED] * (longest - len(text))] for text in texts])
+    model.train()
+    for step in range(steps):
+        some = slice(step * 8 % 32, step * 8 % 32 + 8)
+        logits = model(input_ids=given[some]).logits[:, :-1]
+        loss = models.next_token_loss(logits, wanted[some, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+def make_tokenizer() -> TextTokenizer:
+    """A byte-level tokenizer that has seen half of the poem: the other half is single bytes."""
+    return train_tokenizer([POEM[: len(POEM) // 2]] * 4, 300)
+
+
+def beginnings(tokenizer: TextTokenizer) -> list[str]:
+    """The beginnings of the poem that are made of its own tokens: their continuation is known."""
+    whole = tokenizer.encode(POEM)
+    starts = [POEM[:size] for size in range(1, 31)]
+    return [s for s in starts if (tokens := tokenizer.encode(s)) == whole[: len(tokens)]]
+
+
+class Training:
+    """A run directory that grows: `epoch` saves what the model is by then."""
+
+    def __init__(self, directory: Path, model: Any, tokenizer: TextTokenizer) -> None:
+        self.directory, self.model = directory, model
+        state = {
+            "model": model,
+            "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+            "model_config": models.plain_config(model),
+            "tokenizer": tokenizer.to_state(),
         }
-        return transformers.GPT2Config(**{**common, **sizes, **changes})
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
-             "tie_word_embeddings": False}  # fmt: skip
-    return transformers.LlamaConfig(**{**common, **sizes, **changes})
+        self.manager = CheckpointManager(directory, state, keep_last=0)
+        self._number = 0
+
+    def epoch(self, val_loss: float) -> None:
+        self._number += 1
+        metrics = {"train_loss": val_loss + 1, "val_loss": val_loss}
+        end_epoch(self.manager, self._number, step=100 * self._number, metrics=metrics)
+        self.manager.wait()
+
+    def close(self) -> None:
+        self.manager.close()
 
 
-def batches(count: int, start: int = 0) -> list[torch.Tensor]:
-    """Token ids [4, 16] of the sample text, one row after the other."""
-    ids = torch.tensor(tokenizer().encode(SAMPLE.read_text("utf-8")[:20_000]))
-    rows = ids[: ids.numel() // 64 * 64].view(-1, 4, 16)
-    return [rows[(start + i) % len(rows)] for i in range(count)]
+@contextlib.contextmanager
+def serving(*sources: Path, **settings: Any) -> Iterator[str]:
+    """A real server on a port of its own, in a thread; gives its URL."""
+    options = {k: settings.pop(k) for k in tuple(settings) if k in Options.__dataclass_fields__}
+    made = Settings(port=0, look_every=0.05, grace=settings.pop("grace", 5.0),
+                    options=Options(**options), **settings)  # fmt: skip
+    running, urls, failed = Running(sources, made), [""], [None]
+    answers = threading.Event()
 
+    def ready(told: Ready) -> None:
+        urls[0] = told.url
+        answers.set()
 
-class Stranger:
-    """Somebody's plain training script: a model of transformers, Adam, nothing of ours."""
+    def run() -> None:
+        try:
+            asyncio.run(running.run(ready))
+        except BaseException as error:  # noqa: BLE001 - raised in the test's thread
+            failed[0] = error
+        finally:
+            answers.set()
 
-    def __init__(self, kind: str = "gpt2", *, grouped: bool = False, named: bool = False) -> None:
-        import transformers
-
-        torch.manual_seed(1)
-        self.model = transformers.AutoModelForCausalLM.from_config(settings(kind))
-        self.optimizer = torch.optim.AdamW(
-            self._parameters(grouped, named), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.05
-        )
-        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1000)
-        self.losses: list[float] = []
-
-    def _parameters(self, grouped: bool, named: bool) -> Any:
-        if named:  # in an order that nobody would guess
-            return sorted(self.model.named_parameters(), reverse=True)
-        if not grouped:
-            return self.model.parameters()
-        parameters = list(self.model.parameters())
-        return [
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-            {"params": [p for p in parameters if p.dim() >= 2]},
-        ]
-
-    def train(self, steps: int) -> Stranger:
-        for ids in batches(steps, len(self.losses)):
-            loss = self.model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
-            self.losses.append(loss.item())
-        return self
-
-    def state(self, form: str) -> dict[str, Any]:
-        """What such scripts save: as the original guide, as PyTorch's tutorials, weights alone."""
-        weights, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-        scheduler, step = self.scheduler.state_dict(), len(self.losses)
-        if form == "model":
-            return {"model": weights, "optimizer": optimizer, "scheduler": scheduler, "epoch": 1,
-                    "global_step": step, "best_loss": min(self.losses, default=None),
-                    "model_config": self.model.config.to_dict(),
-                    "tokenizer": tokenizer().to_state()}  # fmt: skip
-        if form == "model_state_dict":
-            return {"epoch": 1, "model_state_dict": weights, "optimizer_state_dict": optimizer,
-                    "scheduler_state_dict": scheduler, "loss": self.losses[-1]}  # fmt: skip
-        return dict(weights)
-
-    def save_beside(self, directory: Path) -> tuple[Path, Path]:
-        """config.json and a tokenizer directory, for files that have neither inside."""
-        self.model.config.save_pretrained(directory)
-        tokenizer().save(directory / "tokenizer")
-        return directory / "config.json", directory / "tokenizer"
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert answers.wait(60), "the server did not start"
+        if failed[0] is not None:
+            raise failed[0]
+        yield urls[0]
+    finally:
+        running.stop()
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not end"

@@ -28,7 +28,7 @@ from holdfast.serving.export import FORMATS, Exported, export
 from holdfast.serving.export_check import Deviation
 from holdfast.serving.importing import import_model
 from holdfast.training.inference import load_for_inference
-from tests.serving.models import Stranger, make_run, tokenizer
+from tests.serving.strangers import Stranger, make_run, tokenizer
 from tests.support import damage
 
 QUICK = ("hf", "safetensors", "weights")  # ONNX takes seconds and has a file of its own

@@ -16,7 +16,7 @@ from holdfast.serving import export_onnx
 from holdfast.serving.export import Exported, export
 from holdfast.serving.importing import import_model
 from holdfast.training.inference import load_for_inference
-from tests.serving.models import Stranger, batches
+from tests.serving.strangers import Stranger, batches
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])

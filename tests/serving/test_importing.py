@@ -17,7 +17,7 @@ from holdfast.serving import importing
 from holdfast.serving.export import export
 from holdfast.serving.importing import Imported, import_model
 from holdfast.training.inference import load_for_inference
-from tests.serving.models import Stranger, batches, settings, tokenizer
+from tests.serving.strangers import Stranger, batches, settings, tokenizer
 from tests.training.runs import config_for, train, write_corpus
 
 FORMS = ("model", "model_state_dict", "bare")

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from rich.cells import set_cell_size
 
 from holdfast.cli import common
-from holdfast.cli.options import wrap_cells
-from holdfast.formatting import format_bytes
+from holdfast.formatting import format_bytes, wrap_cells
 from holdfast.i18n import N_, _
 from holdfast.manage.table import Screen, printable
 

@@ -32,6 +32,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "verify": ("verify",),
     "clean": ("clean",),
     "states": ("rollback", "pin"),
+    "generate": ("generate",),
+    "serve": ("serve",),
     "export": ("export", "import"),
     "pack": ("pack", "unpack"),
     "doctor": ("doctor",),

@@ -1,0 +1,369 @@
+"""The server: routes of the OpenAI API, health, metrics, and the files of the page.
+
+What a request means is protocol.py's business, what is refused before that limits.py's, and where
+the tokens come from the library's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import mimetypes
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from holdfast import __version__
+from holdfast.i18n import _
+from holdfast.serving import answers, protocol
+from holdfast.serving.answers import ChatForm, CompletionForm, Form, Generation, Prompt
+from holdfast.serving.engine import QueueFull
+from holdfast.serving.library import Library, Served
+from holdfast.serving.limits import Gate, Limits
+from holdfast.serving.protocol import ApiError, server_error, too_many
+
+log = logging.getLogger("holdfast")
+
+_WEB = Path(__file__).parent / "web"
+_LARGE = 20_000  # characters from which on a prompt is tokenized beside the event loop
+
+# Nothing from elsewhere, nothing inline, no frame around the page.
+_POLICY = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' data:; font-src 'self'; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+_PLAIN_PAGE = (
+    "<!doctype html><meta charset=utf-8><title>Holdfast</title><h1>Holdfast</h1>"
+    "<p>The OpenAI API is at <code>/v1</code>. OpenAI API 位于 <code>/v1</code>。</p>"
+)
+
+
+def create_app(library: Library, limits: Limits) -> Gate:
+    """The whole server over `library`, as an ASGI application."""
+    app = FastAPI(title="Holdfast", version=__version__, docs_url=None, redoc_url=None,
+                  openapi_url=None)  # fmt: skip
+    app.state.library = library
+    app.add_api_route("/v1/models", _models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", _model, methods=["GET"])
+    app.add_api_route("/v1/completions", _completions, methods=["POST"])
+    app.add_api_route("/v1/chat/completions", _chat, methods=["POST"])
+    app.add_api_route("/health", _health, methods=["GET"])
+    app.add_api_route("/metrics", _metrics, methods=["GET"])
+    _add_page(app)
+    app.add_exception_handler(ApiError, _told)
+    app.add_exception_handler(HTTPException, _not_found)
+    app.add_exception_handler(Exception, _our_fault)
+    counted = library.metrics.requests
+    return Gate(app, limits, lambda path, status: counted.labels(path, str(status)).inc())
+
+
+# -------------------------------------------------------------------------------------- the models
+
+
+async def _models(request: Request) -> Response:
+    library = _library(request)
+    cards = await library.cards()
+    data = [card.to_json(library.context_of(card)) for card in cards]
+    return JSONResponse({"object": "list", "data": data})
+
+
+async def _model(name: str, request: Request) -> Response:
+    library = _library(request)
+    card = await library.card(name)
+    return JSONResponse(card.to_json(library.context_of(card)))
+
+
+# --------------------------------------------------------------------------------- the completions
+
+
+async def _completions(request: Request) -> Response:
+    asked = protocol.parse_completion(await request.body())
+    library = _library(request)
+    name, served = await library.acquire(asked.model)
+    with _Lease(library, served) as lease:
+        given = [""] if asked.prompt is None else asked.prompt
+        limit = served.context - (0 if asked.max_tokens == 0 else 1)
+        prompts = await _prompts(served, given, limit)
+        wanted = 16 if asked.max_tokens is None else asked.max_tokens
+        sampling = asked.sampling(
+            max_tokens=_within(served, prompts, wanted),
+            vocabulary=served.vocabulary.size,
+            logprobs=asked.logprobs,
+            prompt_logprobs=bool(asked.echo) and asked.logprobs is not None,
+        )
+        form = CompletionForm(
+            name, served.fingerprint, served.vocabulary, logprobs=asked.logprobs is not None,
+            usage=asked.wants_usage,
+        )  # fmt: skip
+        generation = _begin(served, prompts, sampling, asked, echo=bool(asked.echo))
+        return await _answer(request, generation, form, asked, lease)
+
+
+async def _chat(request: Request) -> Response:
+    asked = protocol.parse_chat(await request.body())
+    library = _library(request)
+    name, served = await library.acquire(asked.model)
+    with _Lease(library, served) as lease:
+        messages = [{"role": m.role, "content": m.text} for m in asked.messages]
+        text = served.template.render(messages)
+        prompts = await _prompts(served, text, served.context - 1, param="messages")
+        wanted = asked.max_completion_tokens or asked.max_tokens or served.context
+        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+        sampling = asked.sampling(
+            max_tokens=_within(served, prompts, wanted),
+            vocabulary=served.vocabulary.size,
+            logprobs=logprobs,
+            prompt_logprobs=False,
+        )
+        form = ChatForm(name, served.fingerprint, served.vocabulary, logprobs=bool(asked.logprobs),
+                        usage=asked.wants_usage)  # fmt: skip
+        generation = _begin(served, prompts, sampling, asked, echo=False)
+        return await _answer(request, generation, form, asked, lease)
+
+
+def _begin(
+    served: Served, prompts: Sequence[Prompt], sampling: Any, asked: Any, *, echo: bool
+) -> Generation:
+    n = asked.n or 1
+    if len(prompts) * n > min(protocol.CHOICES, served.engine.room):
+        limit = min(protocol.CHOICES, served.engine.room)
+        raise ApiError(
+            400, _("{count} texts are asked for at a time; at most {limit} can be.",
+                   count=len(prompts) * n, limit=limit),
+            param="n", code="invalid_value",
+        )  # fmt: skip
+    try:
+        return Generation(served.engine, served.vocabulary, prompts, sampling, n=n,
+                          stops=asked.stops, echo=echo)  # fmt: skip
+    except QueueFull as error:
+        raise too_many(
+            _("The server is busy: the queue is full. Try again in {seconds} s.",
+              seconds=error.retry_after),
+            error.retry_after, "server_overloaded",
+        ) from error  # fmt: skip
+
+
+def _within(served: Served, prompts: Sequence[Prompt], wanted: int) -> int:
+    """The tokens that may be generated: what is wanted, as far as the model can see.
+
+    The original refuses what would not fit; models of ours see 128 tokens and more, and would
+    refuse what most clients ask for by default. `finish_reason` says "length" instead.
+    """
+    return min(wanted, served.context - max(len(prompt.tokens) for prompt in prompts))
+
+
+async def _prompts(
+    served: Served, given: str | list[Any], limit: int, param: str = "prompt"
+) -> list[Prompt]:
+    """The prompts of a request. Raises ApiError over one that the model cannot see whole."""
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    if not given:
+        raise ApiError(400, _("Invalid '{name}': it is empty.", name=param), param=param,
+                       code="invalid_value")  # fmt: skip
+    prompts = []
+    for one in given:
+        prompt = await _prompt(served, one, limit, param)
+        if len(prompt.tokens) > limit:
+            raise _too_long(served, len(prompt.tokens), limit, param)
+        prompts.append(prompt)
+    return prompts
+
+
+async def _prompt(served: Served, given: str | list[int], limit: int, param: str) -> Prompt:
+    tokenizer = served.tokenizer
+    if isinstance(given, str):
+        least = -(-len(given.encode()) // served.longest)
+        if least > limit:  # no need to tokenize what cannot fit
+            raise _too_long(served, least, limit, param)
+        tokens = (
+            tokenizer.encode(given)
+            if len(given) < _LARGE
+            else await asyncio.to_thread(tokenizer.encode, given)
+        )
+        return Prompt(tokens or [tokenizer.eos_id], given)
+    if len(given) > limit:
+        raise _too_long(served, len(given), limit, param)
+    if not all(0 <= token < served.vocabulary.size for token in given):
+        raise ApiError(
+            400, _("Invalid '{name}': a token is not in the vocabulary (0 to {last}).", name=param,
+                   last=served.vocabulary.size - 1),
+            param=param, code="invalid_value",
+        )  # fmt: skip
+    return Prompt(list(given) or [tokenizer.eos_id], answers.shown(tokenizer.decode(given)))
+
+
+def _too_long(served: Served, count: int, limit: int, param: str) -> ApiError:
+    return ApiError(
+        400, _("This model's maximum context length is {context} tokens. Your prompt has at least "
+               "{count}; at most {limit} leave room for an answer. Please shorten it.",
+               context=served.context, count=count, limit=limit),
+        param=param, code="context_length_exceeded",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- the answers
+
+
+class _Lease:
+    """A model in use: given back when the request is answered, or passed on to its stream."""
+
+    def __init__(self, library: Library, served: Served) -> None:
+        self._library, self._served = library, served
+        self._passed_on = False
+
+    def __enter__(self) -> _Lease:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if not self._passed_on:
+            self._library.release(self._served)
+
+    def pass_on(self) -> None:
+        """Whoever calls this calls `end` later."""
+        self._passed_on = True
+
+    def end(self, generation: Generation) -> None:
+        """The answer is out, or nobody wants it any more."""
+        tokens = self._library.metrics.tokens
+        tokens.labels("prompt").inc(generation.prompt_tokens)
+        tokens.labels("generated").inc(generation.generated_tokens)
+        if self._passed_on:
+            self._library.release(self._served)
+
+
+async def _answer(
+    request: Request, generation: Generation, form: Form, asked: Any, lease: _Lease
+) -> Response:
+    if asked.stream:
+        lease.pass_on()
+        events = answers.events(generation, form, usage=asked.wants_usage)
+        return _Stream(events, generation, lease, _library(request))
+    async with _watched(request.receive, generation, _library(request)):
+        try:
+            body = await answers.whole(generation, form)
+        finally:
+            generation.cancel()
+            lease.end(generation)
+    return JSONResponse(body)
+
+
+@contextlib.asynccontextmanager
+async def _watched(
+    receive: Receive, generation: Generation, library: Library
+) -> AsyncIterator[None]:
+    """Meanwhile, when the client goes away, its texts leave the batch."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        library.metrics.cancelled.inc()
+        generation.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+
+
+class _Stream(Response):
+    """Server-sent events; an error in mid-stream becomes an event, as the clients expect it."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncIterator[str], generation: Generation, lease: _Lease, library: Library
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._generation, self._lease = events, generation, lease
+        self._library = library
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        try:
+            async with _watched(receive, self._generation, self._library):
+                await send(start)
+                try:
+                    async for event in self._events:
+                        await _send_event(send, event)
+                except ApiError as error:
+                    await _send_event(send, answers.event(error.body()))
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._generation.cancel()
+            self._lease.end(self._generation)
+
+
+async def _send_event(send: Send, event: str) -> None:
+    await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+
+
+# -------------------------------------------------------------------------------- everything else
+
+
+async def _health(request: Request) -> Response:
+    card = (await _library(request).cards())[0]
+    return JSONResponse({"status": "ok", "model": card.name, "step": card.entry.step})
+
+
+async def _metrics(request: Request) -> Response:
+    return Response(_library(request).metrics.render(),
+                    media_type="text/plain; version=0.0.4; charset=utf-8")  # fmt: skip
+
+
+def _add_page(app: FastAPI) -> None:
+    """The page's files as they are now: only what lies there is ever answered."""
+    files = {path.name: path for path in _WEB.glob("*") if path.is_file()} if _WEB.is_dir() else {}
+
+    async def index() -> Response:
+        found = files.get("index.html")
+        page = found.read_text("utf-8") if found else _PLAIN_PAGE
+        return Response(page, media_type="text/html; charset=utf-8", headers=_POLICY)
+
+    async def static(name: str) -> Response:
+        if name not in files:
+            raise HTTPException(404)
+        kind = "text/javascript" if name.endswith(".js") else mimetypes.guess_type(name)[0]
+        return Response(files[name].read_bytes(), media_type=kind or "application/octet-stream",
+                        headers=_POLICY)  # fmt: skip
+
+    app.add_api_route("/", index, methods=["GET", "HEAD"])
+    app.add_api_route("/static/{name}", static, methods=["GET", "HEAD"])
+
+
+def _library(request: Request) -> Library:
+    library: Library = request.app.state.library
+    return library
+
+
+async def _told(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError), error
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), error
+    where = f"{request.method} {request.url.path[:200]}"
+    if error.status_code == 405:
+        message = _("Not allowed: {where}. Perhaps another HTTP method?", where=where)
+    else:
+        message = _("Invalid URL ({where})", where=where)
+    told = ApiError(error.status_code, message, headers=dict(error.headers or {}))
+    return await _told(request, told)
+
+
+async def _our_fault(request: Request, error: Exception) -> Response:
+    # uvicorn logs the traceback: it is raised again behind this answer.
+    return await _told(request, server_error(_("The server had an error over this request.")))

@@ -1,0 +1,377 @@
+"""The models that are served: names, the checkpoints they stand for, and which are in memory.
+
+A name is a role or a file of the run; what is loaded is known by the checkpoint's identity, so that
+two names of one checkpoint share one model. Only files that the catalogue of a run lists, or that
+the user has named, are ever read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.checkpoint.catalog import ROLES, TEMP, Catalog, Entry, summary
+from holdfast.checkpoint.container import read_manifest
+from holdfast.errors import CheckpointError, HoldfastError
+from holdfast.i18n import _
+from holdfast.manage.rundir import number
+from holdfast.serving.chatting import ChatTemplate
+from holdfast.serving.engine import Engine, end_ids_of
+from holdfast.serving.metrics import Metrics
+from holdfast.serving.protocol import ApiError, server_error
+from holdfast.serving.rows import batch_for
+from holdfast.serving.streaming import Vocabulary
+from holdfast.training.inference import Loaded, load_for_inference
+
+log = logging.getLogger("holdfast")
+
+_LAST_STEP = 2.0  # seconds that the last step of a model may take at the end
+_FRESH = 1.0  # seconds that a look into a run directory is good for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How models are served."""
+
+    device: torch.device | None = None
+    dtype: torch.dtype = torch.float32
+    batch: int = 32
+    """The most texts in one batch."""
+    queue: int = 128
+    """Texts that may wait for a row of one model; more are refused with 429."""
+    loaded: int = 3
+    """Models in memory; the one that was not asked for longest goes."""
+    reload: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A name that can be asked for, and the checkpoint it stands for."""
+
+    name: str
+    path: Path
+    entry: Entry
+
+    def to_json(self, context: int | None = None) -> dict[str, Any]:
+        """The API's model object, with what a person wants to know of a checkpoint."""
+        try:
+            created = int(datetime.datetime.fromisoformat(self.entry.created).timestamp())
+        except ValueError:
+            created = 0
+        entry = self.entry
+        more = {} if context is None else {"context_length": context}
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "holdfast",
+            "step": entry.step,
+            "epoch": entry.epoch,
+            "val_loss": number(entry.metrics.get("val_loss")),
+            "train_loss": number(entry.metrics.get("train_loss")),
+            "checkpoint": entry.id,
+            **more,
+        }
+
+
+class Served:
+    """A model in memory, with its engine."""
+
+    def __init__(self, entry: Entry, loaded: Loaded, engine: Engine) -> None:
+        self.entry, self.engine = entry, engine
+        self.context = loaded.max_context
+        self.vocabulary = Vocabulary(loaded.tokenizer)
+        self.template = ChatTemplate(loaded.tokenizer)
+        self.tokenizer = loaded.tokenizer
+        self.longest = self.vocabulary.longest
+        self.users = 0
+        self.retired = False
+        self.used = time.monotonic()
+
+    @property
+    def fingerprint(self) -> str:
+        """Says which checkpoint has answered."""
+        return f"step_{self.entry.step}_{self.entry.id[:8]}"
+
+
+class Library:
+    """The models of some sources; everything but `load` and `look_again` runs in one event loop."""
+
+    def __init__(
+        self, sources: Sequence[Path], options: Options, metrics: Metrics,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:  # fmt: skip
+        """`sources`: run directories and checkpoint files. Call `open` before anything else."""
+        self.sources, self.options, self.metrics = list(sources), options, metrics
+        self._loop = loop
+        self._current: dict[Path, Card] = {}  # what the first name of a source stands for
+        self._served: dict[str, Served] = {}  # by the checkpoint's id
+        self._closing: list[Served] = []  # let go, and perhaps still answering
+        self._loading: dict[str, asyncio.Lock] = {}
+        self._refused: set[str] = set()
+        self._looked = 0.0
+        self._cards: list[Card] = []
+        self._contexts: dict[str, int] = {}
+        self._look = threading.Lock()
+        metrics.watch(
+            lambda: sum(one.engine.running for one in self._everyone()),
+            lambda: sum(one.engine.waiting for one in self._everyone()),
+        )
+
+    def _everyone(self) -> list[Served]:
+        return [*self._served.values(), *self._closing]
+
+    # ------------------------------------------------------------------------------- the beginning
+
+    def open(self) -> None:
+        """Load what each source stands for: its best checkpoint that is intact.
+
+        Raises HoldfastError where one has none.
+        """
+        for source in self.sources:
+            card, served = self._first_intact(source)
+            self._keep(card, served)
+            self._current[source] = card
+            self._show(card)
+
+    def _first_intact(self, source: Path) -> tuple[Card, Served]:
+        cards = self._cards_of(source)
+        if not cards:
+            raise CheckpointError(
+                _("There is no checkpoint in {directory} yet: train first (holdfast train), or "
+                  "name another run.", directory=source)
+            )  # fmt: skip
+        for card in cards:
+            try:
+                # The name stays: what is best is the best of what is intact.
+                return replace(card, name=cards[0].name), self.load(card)
+            except (CheckpointError, OSError) as error:
+                if card is cards[-1]:
+                    raise
+                log.warning(_("{name} cannot be served: {reason}", name=card.name, reason=error))
+                self._refused.add(card.entry.id)
+        raise AssertionError("the last one returns or raises")
+
+    def load(self, card: Card) -> Served:
+        """The model of `card`, verified. Raises HoldfastError or OSError; called in any thread."""
+        options = self.options
+        loaded = load_for_inference(card.path, device=options.device, dtype=options.dtype)
+        if loaded.entry.id != card.entry.id:  # the trainer's name for it has moved on
+            raise CheckpointError(_("{path} was replaced just now; ask again.", path=card.path))
+        engine = Engine(
+            batch_for(loaded.model, options.batch, loaded.max_context),
+            end_ids=end_ids_of(loaded.model, loaded.tokenizer.eos_id),
+            queue=options.queue, loop=self._loop, observer=self.metrics, name=card.name,
+        )  # fmt: skip
+        return Served(card.entry, loaded, engine)
+
+    # ---------------------------------------------------------------------------------- the names
+
+    def _prefix(self, source: Path) -> str:
+        """What distinguishes the names of several runs."""
+        return f"{source.resolve().name}/" if len(self.sources) > 1 else ""
+
+    def _cards_of(self, source: Path) -> list[Card]:
+        """The names of a source, the one that it is served by first."""
+        if not source.is_dir():
+            if not source.exists():
+                raise CheckpointError(_("There is no checkpoint at {path}.", path=source))
+            entry = summary(read_manifest(source), source.stat().st_size)
+            return [Card(source.stem, source, entry)]
+        catalog, prefix = Catalog(source), self._prefix(source)
+        contents = catalog.scan()
+        cards = []
+        best = contents.best or contents.newest
+        for name, found in (("best", best), ("latest", contents.newest)):
+            if found is not None:
+                cards.append(Card(prefix + name, catalog.path(found), found))
+        for entry in contents.entries:
+            for name in entry.names:
+                if name not in ROLES and not name.startswith(f"{TEMP}/"):
+                    cards.append(Card(prefix + name.removesuffix(".pt"), source / name, entry))
+        return cards
+
+    async def cards(self) -> list[Card]:
+        """Every name that can be asked for now, the default first."""
+        if time.monotonic() - self._looked > _FRESH and (self.options.reload or not self._cards):
+            self._cards = await asyncio.to_thread(self._all_cards)
+            self._looked = time.monotonic()
+        return self._cards
+
+    def _all_cards(self) -> list[Card]:
+        cards: dict[str, Card] = {}
+        for source in self.sources:
+            current = self._current[source]
+            cards.setdefault(current.name, current)
+            if source.is_dir():
+                try:
+                    found = self._cards_of(source)
+                except OSError as error:  # the disk is away: what is in memory is still served
+                    log.warning("%s", error)
+                    continue
+                for card in found:
+                    cards.setdefault(card.name, card)
+        return list(cards.values())
+
+    def context_of(self, card: Card) -> int | None:
+        """Tokens that the model sees; None where none of its run was loaded yet."""
+        return self._contexts.get(card.entry.run_id)
+
+    # ---------------------------------------------------------------------------------- the models
+
+    async def acquire(self, name: str | None) -> tuple[str, Served]:
+        """The model that `name` stands for ("" or None: the default), and its full name.
+
+        It stays until `release`. Raises ApiError where there is none, or none that can be loaded.
+        """
+        card = await self.card(name)
+        served = self._served.get(card.entry.id)
+        if served is None:
+            async with self._loading.setdefault(card.entry.id, asyncio.Lock()):
+                served = self._served.get(card.entry.id)
+                if served is None:
+                    served = await self._load_for(card)
+        served.users += 1
+        served.used = time.monotonic()
+        return card.name, served
+
+    def release(self, served: Served) -> None:
+        """The request is answered."""
+        served.users -= 1
+        if served.retired and served.users == 0:
+            served.engine.close()
+            self._closing.remove(served)
+
+    async def card(self, name: str | None) -> Card:
+        """What `name` stands for ("" or None: the default). Raises ApiError where it is unknown."""
+        first = self._current[self.sources[0]]
+        if not name or name == first.name:
+            return first
+        for current in self._current.values():
+            if current.name == name:
+                return current
+        for card in await self.cards():
+            if card.name == name:
+                return card
+        raise ApiError(
+            404, _("The model '{name}' does not exist here; GET /v1/models lists those that do.",
+                   name=name[:200]),
+            param="model", code="model_not_found",
+        )  # fmt: skip
+
+    async def _load_for(self, card: Card) -> Served:
+        try:
+            served = await asyncio.to_thread(self.load, card)
+        except (HoldfastError, OSError) as error:
+            log.warning(_("{name} cannot be served: {reason}", name=card.name, reason=error))
+            raise server_error(
+                _("The model '{name}' cannot be loaded: {reason}", name=card.name, reason=error),
+                code="model_unavailable",
+            ) from error
+        except (RuntimeError, MemoryError) as error:  # torch's out of memory
+            log.warning("%s: %s", card.name, error)
+            raise server_error(
+                _("There is not enough memory for the model '{name}'.", name=card.name),
+                code="model_unavailable",
+            ) from error
+        self._keep(card, served)
+        return served
+
+    def _keep(self, card: Card, served: Served) -> None:
+        self._served[card.entry.id] = served
+        self._contexts[card.entry.run_id] = served.context
+        pinned = self._pinned() | {card.entry.id}
+        others = sorted(
+            (one for id_, one in self._served.items() if id_ not in pinned), key=lambda s: s.used
+        )
+        while others and len(self._served) > self.options.loaded:
+            self._retire(others.pop(0))
+        self.metrics.models_loaded.set(len(self._served))
+
+    def _pinned(self) -> set[str]:
+        """What must stay in memory: what each source stands for."""
+        return {current.entry.id for current in self._current.values()}
+
+    def _retire(self, served: Served) -> None:
+        """Nobody gets it any more; those that have it are answered to their end."""
+        del self._served[served.entry.id]
+        served.retired = True
+        self._closing.append(served)
+        served.users += 1
+        self.release(served)
+
+    # -------------------------------------------------------------------------------- better ones
+
+    def look_again(self) -> None:
+        """Load what has become the best of a run since; called in the watcher's thread.
+
+        The old one goes on answering until the new one is verified and in memory, and then ends
+        what it has begun.
+        """
+        with self._look:
+            for source in self.sources:
+                if source.is_dir():
+                    self._look_at(source)
+
+    def _look_at(self, source: Path) -> None:
+        current = self._current[source]
+        cards = self._cards_of(source)
+        better = next((card for card in cards if card.entry.id not in self._refused), None)
+        if better is None or better.name != current.name or better.entry.id == current.entry.id:
+            return
+        try:
+            served = self._served.get(better.entry.id) or self.load(better)
+        except FileNotFoundError:
+            return  # replaced or pruned just now: the next look sees what is there
+        except (HoldfastError, OSError, RuntimeError, MemoryError) as error:
+            self._refused.add(better.entry.id)
+            self.metrics.reloads.labels("refused").inc()
+            log.warning(
+                _("{name} of step {step} is not served, step {old} goes on: {reason}",
+                  name=better.path.name, step=better.entry.step, old=current.entry.step,
+                  reason=error)
+            )  # fmt: skip
+            return
+        self._loop.call_soon_threadsafe(self._adopt, source, better, served)
+
+    def _adopt(self, source: Path, better: Card, served: Served) -> None:
+        old = self._current[source]
+        if served.retired:  # its memory was needed just now: it must be loaded again
+            self._loop.run_in_executor(None, self.look_again)
+            return
+        self._current[source] = better
+        self._keep(better, served)
+        before = self._served.get(old.entry.id)
+        if before is not None and old.entry.id not in self._pinned():
+            self._retire(before)
+        self._looked = 0.0
+        self._show(better)
+        self.metrics.reloads.labels("loaded").inc()
+        log.info(
+            _("{name} is step {step} now (it was step {old})", name=better.name,
+              step=better.entry.step, old=old.entry.step)
+        )  # fmt: skip
+
+    def _show(self, card: Card) -> None:
+        self.metrics.step.labels(card.name).set(card.entry.step)
+        if card.entry.loss is not None:
+            self.metrics.loss.labels(card.name).set(card.entry.loss)
+
+    # -------------------------------------------------------------------------------------- the end
+
+    def close(self) -> None:
+        """Let every engine end; texts that are under way are told so."""
+        everyone = self._everyone()
+        for served in everyone:
+            served.engine.stop()
+        for served in everyone:  # a thread inside torch must not meet the end of the interpreter
+            served.engine.join(_LAST_STEP)

@@ -1,0 +1,321 @@
+"""The batch in the model: rows that join and leave between steps, over transformers' own forward.
+
+Each row has a place in one key-value cache, left-aligned, and a length of its own: who joins is
+written behind the others, who leaves makes room for the last, and nobody's keys are copied else.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from holdfast.i18n import _
+from holdfast.training.models import free_memory
+
+log = logging.getLogger("holdfast")
+
+_ROWS, _LENGTHS = 8, 64  # a cache grows by so many rows and tokens at a time
+_SHARE = 0.5  # of the memory that is free when a model is loaded: what its cache may take
+_TRIED = 8  # tokens that the trial of a model needs
+
+
+class Batch(Protocol):
+    """Texts under way in a model, in rows 0, 1, ….
+
+    `limit` is the most rows, whatever their length; logits are fp32 on the model's device.
+    """
+
+    limit: int
+    capacity: int
+    """Tokens that there is memory for: rows times the longest of them."""
+
+    @property
+    def count(self) -> int: ...
+
+    def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """New rows behind the others; the logits [prompts, vocabulary] of what follows each."""
+        ...
+
+    def add_with_all(self, prompt: Sequence[int]) -> torch.Tensor:
+        """A new row; the logits [tokens, vocabulary] of what follows each of its tokens."""
+        ...
+
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        """One token more a row; the logits [rows, vocabulary] of what follows."""
+        ...
+
+    def remove(self, row: int) -> None:
+        """`row` is free; the last row takes its place."""
+        ...
+
+    def clear(self) -> None:
+        """No rows, whatever state a failed step has left."""
+        ...
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where the keys of a forward pass go: at `first` a whole prompt each, or one token a row."""
+
+    first: int | None = None
+    rows: torch.Tensor | None = None  # [rows]
+    positions: torch.Tensor | None = None  # [rows]
+    longest: int = 0  # keys that the longest row has, this token's included
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values [rows, heads, length, width] of one layer. They start as zeros: what the mask
+    leaves out is multiplied by 0, and memory as it comes may hold NaN."""
+
+    def __init__(self, place: _Place) -> None:
+        super().__init__()
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self._place = place
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: `update` makes room when it knows for how many."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_more: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        place = self._place
+        if place.first is not None:
+            stop, length = place.first + key_states.shape[0], key_states.shape[2]
+            longest = max(length, place.longest)
+            self.keys = _room(self.keys, key_states, stop, longest)
+            self.values = _room(self.values, value_states, stop, longest)
+            self.keys[place.first : stop, :, :length] = key_states
+            self.values[place.first : stop, :, :length] = value_states
+            return key_states, value_states
+        rows = key_states.shape[0]
+        self.keys = _room(self.keys, key_states, rows, place.longest)
+        self.values = _room(self.values, value_states, rows, place.longest)
+        self.keys[place.rows, :, place.positions] = key_states[:, :, 0]
+        self.values[place.rows, :, place.positions] = value_states[:, :, 0]
+        return self.keys[:rows, :, : place.longest], self.values[:rows, :, : place.longest]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for tensor in (self.keys, self.values):
+            assert tensor is not None, "a row has keys"
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def bytes_per_token(self) -> int:
+        tensors = [tensor for tensor in (self.keys, self.values) if tensor is not None]
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in tensors)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return max(self._place.longest, query_length), 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self._place.first is not None else self._place.longest - 1
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _room(have: torch.Tensor | None, like: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """`have`, or a tensor with the same content for `rows` of `length`: what is needed now decides
+    how large it is, not what was needed once."""
+    if have is not None and have.shape[0] >= rows and have.shape[2] >= length:
+        return have
+    rows, length = -(-rows // _ROWS) * _ROWS, -(-length // _LENGTHS) * _LENGTHS
+    new = like.new_zeros(rows, like.shape[1], length, like.shape[3])
+    if have is not None:
+        kept = have[:rows, :, :length]
+        new[: kept.shape[0], :, : kept.shape[2]] = kept
+    return new
+
+
+class Rows:
+    """Rows of a model whose layers all attend to everything before them."""
+
+    def __init__(self, model: Any, limit: int, capacity: int = 1 << 40) -> None:
+        self.limit, self.capacity = limit, capacity
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.clear()
+
+    @property
+    def count(self) -> int:
+        return len(self._lengths)
+
+    def clear(self) -> None:
+        self._place = _Place()
+        self._lengths: list[int] = []
+        self._cache = Cache(layer_class_to_replicate=functools.partial(_Layer, self._place))
+
+    def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        lasts = [len(prompt) - 1 for prompt in prompts]
+        places = sorted(set(lasts))
+        logits = self._prefill(prompts, places)
+        rows = torch.arange(len(prompts), device=logits.device)
+        at = [places.index(last) for last in lasts] if self._keeps else lasts
+        return logits[rows, torch.tensor(at, device=logits.device)].float()
+
+    def add_with_all(self, prompt: Sequence[int]) -> torch.Tensor:
+        return self._prefill([prompt], None)[0].float()
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], places: list[int] | None) -> torch.Tensor:
+        """Logits [prompts, places, vocabulary]; shorter prompts are filled up behind their end."""
+        longest = max(map(len, prompts))
+        given = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        device = self._device
+        mask = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+        more: dict[str, Any] = {}
+        if self._keeps and places is not None:
+            more["logits_to_keep"] = torch.tensor(places, device=device)
+        self._place.first = self.count
+        self._place.longest = max(self._lengths, default=0)
+        logits: torch.Tensor = self._model(
+            input_ids=torch.tensor(given, device=device),
+            attention_mask=mask[None, None].expand(len(prompts), 1, -1, -1),
+            position_ids=torch.arange(longest, device=device)[None].expand(len(prompts), -1),
+            past_key_values=self._cache,
+            use_cache=True,
+            **more,
+        ).logits
+        self._place.first = None
+        self._lengths += map(len, prompts)
+        return logits
+
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        place, device = self._place, self._device
+        positions = torch.tensor(self._lengths, device=device)
+        place.rows, place.positions = torch.arange(self.count, device=device), positions
+        place.longest = max(self._lengths) + 1
+        mask = torch.arange(place.longest, device=device) <= positions[:, None]
+        logits: torch.Tensor = self._model(
+            input_ids=torch.tensor(tokens, device=device)[:, None],
+            attention_mask=mask[:, None, None],
+            position_ids=positions[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+        ).logits
+        self._lengths = [length + 1 for length in self._lengths]
+        return logits[:, -1].float()
+
+    def bytes_per_token(self) -> int:
+        """Memory that a token of a row takes; known once there was one."""
+        return sum(layer.bytes_per_token() for layer in self._cache.layers)
+
+    def remove(self, row: int) -> None:
+        last = self._lengths.pop()
+        if row < self.count:
+            self._lengths[row] = last
+            for layer in self._cache.layers:
+                layer.move(self.count, row, last)
+
+
+class Single:
+    """One row with the model's own cache: for models that `Rows` cannot hold."""
+
+    limit = 1
+    capacity = 1 << 40  # one row is always tried
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._cache: Any = None
+        self.count = 0
+
+    def clear(self) -> None:
+        self._cache, self.count = None, 0
+
+    def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        (prompt,) = prompts
+        return self.add_with_all(prompt)[-1:]
+
+    def add_with_all(self, prompt: Sequence[int]) -> torch.Tensor:
+        assert self.count == 0, "there is one row"
+        logits = self._forward(prompt)
+        self.count = 1
+        return logits
+
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        return self._forward(tokens)
+
+    def remove(self, row: int) -> None:
+        assert row == 0, row
+        self.clear()
+
+    def _forward(self, tokens: Sequence[int]) -> torch.Tensor:
+        output = self._model(
+            input_ids=torch.tensor([list(tokens)], device=self._device),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._cache = output.past_key_values
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+
+# ------------------------------------------------------------------------------------- which one
+
+
+def batch_for(model: Any, limit: int, context: int) -> Batch:
+    """Rows where this model's answers stay the same in them, else one row at a time.
+
+    Tried with the model itself: two texts of different length, together and each on its own.
+    """
+    if context >= _TRIED and _attends_to_all(model.config) and (size := _try(model)):
+        free = free_memory(next(model.parameters()).device)
+        return Rows(model, limit, int(free * _SHARE / size))
+    kind = getattr(model.config, "model_type", "?")
+    log.warning(_("Models of the kind {kind} answer one request at a time here.", kind=kind))
+    return Single(model)
+
+
+def _attends_to_all(config: Any) -> bool:
+    """Whether no layer forgets (sliding windows) or keeps another state than keys and values."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return set(kinds) == {"full_attention"}
+    return not getattr(config, "sliding_window", None)
+
+
+@torch.inference_mode()
+def _try(model: Any) -> int:
+    """Bytes that a token takes in rows; 0 where the answers in rows are not the model's own."""
+    size = model.get_input_embeddings().num_embeddings
+    texts = [[(7 * i * i + 3) % size for i in range(5)], [(11 * i + 1) % size for i in range(3)]]
+    rows, dtype = Rows(model, 2), next(model.parameters()).dtype
+    try:
+        logits = rows.add(texts)
+        for _step in range(2):
+            if not _close(logits, [_plain(model, text) for text in texts], dtype):
+                return 0
+            for text, token in zip(texts, logits.argmax(-1).tolist(), strict=True):
+                text.append(token)
+            logits = rows.step([text[-1] for text in texts])
+        rows.remove(0)
+        texts[1].append(5 % size)
+        same = _close(rows.step([texts[1][-1]])[:1], [_plain(model, texts[1])], dtype)
+        return rows.bytes_per_token() if same else 0
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        log.debug("no rows for this model: %s", error)  # it was made for another kind of cache
+        return 0
+
+
+def _plain(model: Any, text: list[int]) -> torch.Tensor:
+    device = next(model.parameters()).device
+    output = model(input_ids=torch.tensor([text], device=device), use_cache=False)
+    logits: torch.Tensor = output.logits[0, -1].float()
+    return logits
+
+
+def _close(logits: torch.Tensor, expected: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
+    """Whether they are the same but for rounding, measured by the spread of the logits."""
+    wanted = torch.stack(list(expected))
+    spread = float(wanted.std()) or 1.0
+    allowed = 1e-3 if dtype == torch.float32 else 0.25
+    return bool((logits - wanted).abs().max() <= allowed * spread)

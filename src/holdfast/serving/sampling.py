@@ -1,0 +1,180 @@
+"""From logits to tokens, for all rows of a batch at once; each row with parameters of its own.
+
+A row draws with one number of its own generator and with its own logits alone, so its text does not
+depend on who else is in the batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+_NARROW = 1024  # tokens that are sorted for top-p; where their mass does not reach it, all are
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How one text is made: the parameters of the OpenAI API."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy: always the likeliest token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no such limit."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    logprobs: int | None = None
+    """How many alternatives are told with each token; 0: only the token's own; None: nothing."""
+    prompt_logprobs: bool = False
+    ignore_eos: bool = False
+    """The end-of-text token is never drawn: what has learned little ends early."""
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits must be changed before anything is chosen."""
+        return bool(
+            self.presence_penalty or self.frequency_penalty or self.logit_bias or self.ignore_eos
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LogProb:
+    """The natural logarithm of a token's probability, and the likeliest ones at its place."""
+
+    value: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Row(Protocol):
+    """What the sampler must know of a row of the batch."""
+
+    sampling: Sampling
+    random: random.Random
+    counts: dict[int, int]
+    """How often each token was generated so far; kept where a penalty asks for it."""
+
+
+class Sampler:
+    """Chooses the next token of every row; their parameters are kept as tensors between steps."""
+
+    def __init__(self, end_ids: Sequence[int]) -> None:
+        self._end_ids = list(end_ids)
+        self._rows: list[Row] = []
+        self._temperature = self._top_k = self._top_p = torch.empty(0)
+        self._limited = self._draws = False
+
+    def choose(
+        self, logits: torch.Tensor, rows: Sequence[Row]
+    ) -> tuple[list[int | None], list[LogProb | None]]:
+        """A token for each row of `logits` [rows, vocabulary], fp32; changes `logits`.
+
+        None stands for a row whose logits are no numbers: its weights are ruined. The probabilities
+        are the model's own, before temperature, penalties and limits.
+        """
+        self._prepare(rows, logits.device)
+        sane = torch.isfinite(logits.sum(-1)).tolist()
+        asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+        told = logits[asked].log_softmax(-1) if asked else None
+        self._change(logits, rows)
+        best = logits.argmax(-1)
+        if self._draws:
+            # A dice for every row that draws; a greedy row needs none and keeps its generator.
+            dice = [row.random.random() if row.sampling.temperature else 0.0 for row in rows]
+            drawn = self._draw(logits, torch.tensor(dice, dtype=torch.float64))
+            best = torch.where(self._temperature > 0, drawn, best)
+        tokens = best.tolist()
+        probabilities: list[LogProb | None] = [None] * len(rows)
+        if told is not None:
+            for place, i in enumerate(asked):
+                wanted = rows[i].sampling.logprobs or 0
+                probabilities[i] = describe(told[place], tokens[i], wanted)
+        return [t if good else None for t, good in zip(tokens, sane, strict=True)], probabilities
+
+    def _prepare(self, rows: Sequence[Row], device: torch.device) -> None:
+        if len(rows) == len(self._rows) and all(map(_is, rows, self._rows)):
+            return
+        self._rows = list(rows)
+        every = [row.sampling for row in rows]
+
+        def tensor(values: list[Any]) -> torch.Tensor:
+            return torch.tensor(values, device=device)
+
+        self._temperature = tensor([s.temperature for s in every])
+        self._top_k = tensor([s.top_k or 1 << 40 for s in every])
+        self._top_p = tensor([s.top_p for s in every])
+        self._draws = any(s.temperature for s in every)
+        self._limited = any(s.temperature and (s.top_k or s.top_p < 1) for s in every)
+
+    def _change(self, logits: torch.Tensor, rows: Sequence[Row]) -> None:
+        for logit, row in zip(logits, rows, strict=True):
+            wanted = row.sampling
+            if not wanted.changes_logits:
+                continue
+            change = dict(wanted.logit_bias)
+            for token, count in row.counts.items():
+                penalty = wanted.presence_penalty + wanted.frequency_penalty * count
+                change[token] = change.get(token, 0.0) - penalty
+            if wanted.ignore_eos:
+                change.update(dict.fromkeys(self._end_ids, -torch.inf))
+            if change:
+                places = torch.tensor(list(change), device=logits.device)
+                logit[places] += torch.tensor(list(change.values()), device=logits.device)
+
+    def _draw(self, logits: torch.Tensor, dice: torch.Tensor) -> torch.Tensor:
+        """One token a row where its dice falls on the summed probabilities, in order of the ids:
+        that order does not change when two of them swap their rank by a rounding error."""
+        scaled = logits / self._temperature.clamp(min=1e-5)[:, None]
+        if self._limited:
+            scaled = _limit(scaled, self._top_k, self._top_p)
+        total = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
+        point = dice.to(total.device)[:, None] * total[:, -1:]
+        return torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
+
+
+def _limit(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """-inf for what top-k leaves out, and of the rest what top-p leaves out; the likeliest stays.
+
+    `logits` [rows, vocabulary]; `top_k`, `top_p` [rows]. What is as likely as the last one that is
+    kept is kept too.
+    """
+    size = logits.size(-1)
+    widest = int(top_k.where(top_k < size, 0).max())
+    width = min(size, max(widest, _NARROW))
+    while True:
+        values = logits.topk(width).values
+        kept = torch.arange(width, device=logits.device) < top_k[:, None]
+        whole = torch.where(
+            top_k < size,
+            values.masked_fill(~kept, -torch.inf).logsumexp(-1),
+            logits.logsumexp(-1),
+        )
+        mass = (values - whole[:, None]).exp().cumsum(-1)
+        reached = (mass[:, -1] >= top_p) | (top_k < size) | (top_p >= 1)
+        if width == size or bool(reached.all()):
+            break
+        width = size
+    kept &= (mass.roll(1, -1) < top_p[:, None]) | (top_p >= 1)[:, None]
+    kept[:, 0] = True
+    least = values.gather(-1, kept.sum(-1, keepdim=True) - 1)
+    least = torch.where(((top_k < size) | (top_p < 1))[:, None], least, -torch.inf)
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+def describe(logprobs: torch.Tensor, token: int, alternatives: int) -> LogProb:
+    """What is told of `token` where `logprobs` [vocabulary] are those of its place."""
+    top: tuple[tuple[int, float], ...] = ()
+    if alternatives:
+        best = logprobs.topk(min(alternatives, logprobs.numel()))
+        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return LogProb(float(logprobs[token]), top)

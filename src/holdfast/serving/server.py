@@ -1,0 +1,188 @@
+"""From sources to a running server and to its end: sockets, signals, the watcher."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from holdfast.errors import ConfigError
+from holdfast.i18n import _
+from holdfast.serving.app import create_app
+from holdfast.serving.library import Card, Library, Options
+from holdfast.serving.limits import Limits, is_loopback
+from holdfast.serving.metrics import Metrics
+from holdfast.serving.reload import Watcher
+
+log = logging.getLogger("holdfast")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Where and how to serve."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any that is free."""
+    api_key: str | None = None
+    rate: float | None = None
+    """Requests a minute and client."""
+    grace: float = 20.0
+    """Seconds that requests under way have at the end."""
+    look_every: float = 1.0
+    """Seconds between two looks for a better checkpoint."""
+    options: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What is said when the server answers."""
+
+    url: str
+    cards: list[Card]
+
+
+def check(settings: Settings) -> None:
+    """Raise ConfigError where these settings would leave the server open to everybody."""
+    if settings.api_key is None and not is_loopback(settings.host):
+        raise ConfigError(
+            _("--host {host} can be reached from other machines: it needs an --api-key (or "
+              "HOLDFAST_API_KEY in the environment).", host=settings.host)
+        )  # fmt: skip
+
+
+def serve(sources: Sequence[Path], settings: Settings, ready: Callable[[Ready], None]) -> bool:
+    """Serve until a signal asks to stop; whether everything under way was answered.
+
+    `ready` is called when the server answers. Raises HoldfastError where there is nothing to serve
+    or no way to be reached.
+    """
+    return asyncio.run(Running(sources, settings).run(ready))
+
+
+class Running:
+    """A server, from its beginning to its end. `stop` may be called from any thread."""
+
+    def __init__(self, sources: Sequence[Path], settings: Settings) -> None:
+        self._sources, self._settings = sources, settings
+        self._server: _Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run(self, ready: Callable[[Ready], None]) -> bool:
+        """Serve until `stop` or a signal; whether everything under way was answered."""
+        settings = self._settings
+        check(settings)
+        self._loop = loop = asyncio.get_running_loop()
+        # Before a model is loaded: a port that is in use is told at once.
+        with _listen(settings.host, settings.port) as listening:
+            library = Library(self._sources, settings.options, Metrics(), loop)
+            await asyncio.to_thread(library.open)
+            watcher = Watcher(library, settings.look_every)
+            limits = Limits(settings.host, settings.api_key, rate=settings.rate)
+            config = uvicorn.Config(
+                create_app(library, limits), log_config=None, access_log=False, lifespan="off",
+                server_header=False, timeout_graceful_shutdown=max(1, round(settings.grace)),
+                backlog=2048,
+            )  # fmt: skip
+            port = listening.getsockname()[1]
+            url = f"http://{_shown(settings.host)}:{port}"
+
+            async def say() -> None:
+                ready(Ready(url, await library.cards()))
+
+            self._server = server = _Server(config, say)
+            if settings.options.reload:
+                watcher.start()
+            try:
+                await server.serve(sockets=[listening])
+            finally:
+                watcher.stop()
+                library.close()
+        return not server.force_exit
+
+    def stop(self) -> None:
+        """Answer what is under way, then end."""
+        if self._server is not None:
+            self._server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server with our end: a signal lets requests end, a second Ctrl-C does not."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            await self._ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, self._asked_to_stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _asked_to_stop(self, number: int, _frame: FrameType | None) -> None:
+        if self.should_exit and number == signal.SIGINT:
+            self.force_exit = True
+        elif not self.should_exit:
+            self.should_exit = True
+            log.info(_("Stopping: requests under way are answered; Ctrl-C again ends at once."))
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket bound to `host`. Raises ConfigError where there can be none."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _name, address = found[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            if os.name == "posix":  # elsewhere it would share the port with another program
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+        except BaseException:
+            listening.close()
+            raise
+        return listening
+    except socket.gaierror as error:
+        raise ConfigError(_("--host {host} is no address of this machine.", host=host)) from error
+    except OverflowError as error:
+        raise ConfigError(_("--port {port} is not between 0 and 65535.", port=port)) from error
+    except OSError as error:
+        known = {
+            errno.EADDRINUSE: _("port {port} is in use by another program; choose another --port",
+                                port=port),
+            errno.EADDRNOTAVAIL: _("{host} is no address of this machine", host=host),
+            errno.EACCES: _("port {port} may not be opened by this user; choose one from 1024 on",
+                            port=port),
+        }  # fmt: skip
+        if error.errno not in known:
+            raise
+        raise ConfigError(_("Cannot listen: {reason}.", reason=known[error.errno])) from error

@@ -1,0 +1,117 @@
+"""Who may ask: keys, hosts, web pages from elsewhere, and how often."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from holdfast.errors import ConfigError
+from holdfast.serving.limits import Limits, is_loopback
+from holdfast.serving.protocol import ApiError
+from tests.serving.models import serving
+
+
+def asked(limits: Limits, *, client: str = "1.2.3.4", **headers: str) -> int:
+    """The status that a request is answered with; 200 where it may go on."""
+    pairs = [(k.replace("_", "-").encode(), v.encode("latin-1")) for k, v in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": pairs,
+             "client": (client, 5)}  # fmt: skip
+    try:
+        limits.check(scope)
+    except ApiError as error:
+        return error.status
+    return 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.3.2.1"])
+def test_loopback_is_recognised(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "192.168.0.4", "example.org", "127.evil.org", ""]
+)
+def test_what_others_can_reach_is_not_loopback(host: str) -> None:
+    assert not is_loopback(host)
+
+
+def test_a_name_that_somebody_pointed_at_this_machine_is_refused() -> None:
+    limits = Limits("127.0.0.1")
+    for host in ("localhost", "localhost:8000", "127.0.0.1:8000", "[::1]:8000"):
+        assert asked(limits, host=host) == 200
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example:8000", ""):
+        assert asked(limits, host=host) == 403
+    assert asked(Limits("0.0.0.0", "key"), host="box:8000", authorization="Bearer key") == 200
+
+
+def test_a_page_from_elsewhere_cannot_ask_in_somebody_s_browser() -> None:
+    limits = Limits("127.0.0.1")
+    assert asked(limits, host="localhost:8000", origin="http://localhost:8000") == 200
+    for origin in ("http://evil.example", "http://localhost:9000", "null"):
+        assert asked(limits, host="localhost:8000", origin=origin) == 403
+
+
+def test_a_rate_is_for_each_client_and_fills_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("holdfast.serving.limits.time.monotonic", lambda: now[0])
+    limits = Limits("0.0.0.0", rate=3)
+    assert [asked(limits) for _ in range(4)] == [200, 200, 200, 429]
+    assert asked(limits, client="5.6.7.8") == 200
+    now[0] += 20
+    assert [asked(limits) for _ in range(2)] == [200, 429]
+
+
+def test_a_rate_that_is_reached_says_when_to_come_again(run: Path) -> None:
+    with serving(run, rate=2) as url:
+        body = {"prompt": "春", "max_tokens": 1}
+        answers = [httpx.post(f"{url}/v1/completions", json=body) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [200, 200, 429]
+        assert 1 <= int(answers[-1].headers["retry-after"]) <= 30
+        assert answers[-1].json()["error"]["code"] == "rate_limit_exceeded"
+        assert httpx.get(f"{url}/v1/models").status_code == 200, "looking costs nothing"
+
+
+def test_with_a_key_nothing_of_a_model_is_told_without_it(run: Path) -> None:
+    with serving(run, api_key="s3cret") as url:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="s3cret") as client:
+            assert client.completions.create(model="best", prompt="春", max_tokens=1).choices
+        for key in ("wrong", "s3cre", "s3cret2", "s3crét"):
+            with httpx.Client(headers=[(b"authorization", f"Bearer {key}".encode())]) as http:
+                for path in ("/v1/models", "/metrics", "/v1/anything"):
+                    answer = http.get(url + path)
+                    assert answer.status_code == 401
+                    assert answer.json()["error"]["code"] == "invalid_api_key"
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            client.models.list()
+        for headers in ({}, {"authorization": "Basic s3cret"}, {"authorization": "Bearer"}):
+            answer = httpx.get(f"{url}/v1/models", headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "missing_api_key"
+        assert httpx.get(f"{url}/").status_code == httpx.get(f"{url}/health").status_code == 200
+
+
+def test_another_host_without_a_key_is_refused(run: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match="needs an --api-key"),
+        serving(run, host="0.0.0.0"),
+    ):
+        pass
+
+
+def test_the_page_is_served_with_a_strict_policy_and_nothing_beside_it(url: str) -> None:
+    page = httpx.get(f"{url}/")
+    assert page.status_code == 200 and "<!doctype html>" in page.text.lower()
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert page.headers["x-content-type-options"] == "nosniff"
+    for path in ("/static/../app.py", "/static/%2e%2e/app.py", "/static/..%2fapp.py",
+                 "/static//etc/passwd", "/static/nothing.js", "/static/"):  # fmt: skip
+        assert httpx.get(url + path).status_code == 404
+    allowed = httpx.options(f"{url}/v1/models", headers={"Origin": "http://evil.example"})
+    assert "access-control-allow-origin" not in allowed.headers

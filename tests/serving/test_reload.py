@@ -1,0 +1,190 @@
+"""Training goes on while the server answers: better checkpoints, damaged ones, full memory."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from holdfast.errors import CheckpointError
+from holdfast.training.tokenizer import TextTokenizer
+from tests.serving.models import CONTEXT, POEM, Training, learn, poet, serving
+
+
+@pytest.fixture
+def training(tmp_path: Path, tokenizer: TextTokenizer) -> Iterator[Training]:
+    """A training under way, with one epoch behind it."""
+    training = Training(tmp_path / "run", poet(tokenizer, steps=2), tokenizer)
+    training.epoch(5.0)
+    yield training
+    training.close()
+
+
+def step(url: str, name: str = "best") -> int:
+    return int(httpx.get(f"{url}/v1/models/{name}").json()["step"])
+
+
+def ask(url: str, model: str = "best", **more: Any) -> dict[str, Any]:
+    body = {"model": model, "prompt": POEM[:6], "max_tokens": 20, "temperature": 0, **more}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def flip(path: Path) -> None:
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_better_checkpoint_is_served_while_a_stream_ends_with_the_old_one(
+    training: Training, tokenizer: TextTokenizer
+) -> None:
+    learned = copy.deepcopy(training.model)
+    learn(learned, tokenizer, 150)
+    with serving(training.directory, batch=4) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        stream = client.completions.create(
+            model="best", prompt=POEM[:6], max_tokens=CONTEXT, stream=True, temperature=0,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        first = next(stream)
+        answered: list[str] = []
+        failed: list[BaseException] = []
+        done = threading.Event()
+
+        def keep_asking() -> None:
+            try:
+                while not done.is_set():
+                    answered.append(ask(url)["system_fingerprint"])
+            except BaseException as error:  # noqa: BLE001 - the test looks at it
+                failed.append(error)
+
+        asking = threading.Thread(target=keep_asking)
+        asking.start()
+        training.model.load_state_dict(learned.state_dict())
+        training.epoch(0.5)
+        wait_for(lambda: step(url) == 200)
+        wait_for(lambda: answered[-1].startswith("step_200_"))
+        done.set()
+        asking.join()
+        assert not failed, "no request is dropped"
+        assert POEM[6:].startswith(ask(url)["choices"][0]["text"]), "it has learned"
+        assert "holdfast_running_texts 1.0" in httpx.get(f"{url}/metrics").text, "it streams on"
+        rest = list(itertools.islice(stream, 500))
+        stream.close()
+        assert {chunk.system_fingerprint for chunk in rest} == {first.system_fingerprint}
+        assert str(first.system_fingerprint).startswith("step_100_")
+        metrics = httpx.get(f"{url}/metrics").text
+        assert 'holdfast_reloads_total{outcome="loaded"} 1.0' in metrics
+        assert 'holdfast_model_step{model="best"} 200.0' in metrics
+        client.close()
+
+
+def test_what_is_not_better_is_the_latest_only(training: Training) -> None:
+    with serving(training.directory) as url:
+        assert step(url, "latest") == 100
+        training.epoch(6.0)
+        wait_for(lambda: step(url, "latest") == 200)
+        assert step(url, "best") == 100
+        assert ask(url, "latest")["system_fingerprint"].startswith("step_200_")
+        assert ask(url)["system_fingerprint"].startswith("step_100_")
+
+
+def test_a_better_one_that_is_damaged_is_refused_and_the_next_one_taken(
+    training: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A copy that the test grows by hand: the run's own writer leaves no time to damage anything.
+    place = tmp_path / "copy"
+    shutil.copytree(training.directory, place)
+    training.epoch(0.5)
+    training.epoch(0.4)
+    bad, good = (training.directory / f"model_epoch_{epoch}.pt" for epoch in (2, 3))
+    shutil.copy(bad, tmp_path / "bad.pt")
+    flip(tmp_path / "bad.pt")
+    with serving(place) as url:
+        (tmp_path / "bad.pt").rename(place / "model_epoch_2.pt")
+        wait_for(lambda: "step 100 goes on" in caplog.text)
+        assert "of step 200 is not served" in caplog.text
+        assert ask(url)["system_fingerprint"].startswith("step_100_") and step(url) == 100
+        assert 'holdfast_reloads_total{outcome="refused"} 1.0' in httpx.get(f"{url}/metrics").text
+        shutil.copy(good, tmp_path / "good.pt")
+        (tmp_path / "good.pt").rename(place / "model_epoch_3.pt")
+        wait_for(lambda: step(url) == 300)
+        assert caplog.text.count("is not served") == 1, "it is said once"
+
+
+def test_no_reload_goes_on_with_what_was_there(training: Training) -> None:
+    with serving(training.directory, reload=False) as url:
+        training.epoch(0.5)
+        time.sleep(0.3)
+        assert step(url) == 100 and step(url, "latest") == 100
+        assert httpx.get(f"{url}/v1/models/model_epoch_2").status_code == 404
+
+
+def test_the_best_that_is_intact_is_served_from_the_start(
+    training: Training, caplog: pytest.LogCaptureFixture
+) -> None:
+    training.epoch(0.5)
+    training.close()
+    flip(training.directory / "model_epoch_2.pt")
+    with serving(training.directory) as url:
+        assert step(url) == 100
+        assert "best cannot be served" in caplog.text
+        assert ask(url)["system_fingerprint"].startswith("step_100_")
+
+
+def test_a_run_of_nothing_but_damage_is_an_error_that_says_so(training: Training) -> None:
+    training.close()
+    flip(training.directory / "model_epoch_1.pt")
+    with pytest.raises(CheckpointError), serving(training.directory):
+        pass
+
+
+def test_an_empty_directory_says_that_there_is_no_checkpoint_yet(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* yet"), serving(tmp_path):
+        pass
+
+
+def test_the_model_that_nobody_asked_for_longest_leaves_memory(training: Training) -> None:
+    for loss in (4.0, 3.0, 2.0):
+        training.epoch(loss)
+
+    def loaded(url: str) -> float:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        return next(float(x.split()[1]) for x in lines if x.startswith("holdfast_models_loaded "))
+
+    with serving(training.directory, loaded=2) as url:
+        assert loaded(url) == 1
+        for name, expected in (("model_epoch_1", 100), ("model_epoch_2", 200),
+                               ("model_epoch_3", 300), ("model_epoch_1", 100),
+                               ("best", 400), ("model_epoch_4", 400)):  # fmt: skip
+            answer = ask(url, name)
+            assert answer["system_fingerprint"].startswith(f"step_{expected}_")
+            assert loaded(url) <= 2
+        with httpx.stream(
+            "POST", f"{url}/v1/completions",
+            json={"model": "model_epoch_1", "prompt": "春", "max_tokens": 800, "stream": True,
+                  "ignore_eos": True},
+        ) as stream:  # fmt: skip
+            lines = stream.iter_lines()
+            next(lines)
+            ask(url, "model_epoch_2")  # the streaming one has to leave, but not before its end
+            assert list(lines)[-2:] == ["data: [DONE]", ""]

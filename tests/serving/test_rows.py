@@ -1,0 +1,135 @@
+"""The batch in the model: the same numbers as the model alone, whoever joins and leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.serving.rows import Batch, Rows, Single, batch_for
+from holdfast.training.tokenizer import TextTokenizer
+from tests.serving.models import POEM, poet
+
+LENGTH = 24
+CLOSE = 1e-3  # of logits that spread over more than 10; far less than what decides a token
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen3"])
+def model(request: pytest.FixtureRequest, tokenizer: TextTokenizer) -> Any:
+    return poet(tokenizer, request.param, steps=40)
+
+
+def prompts(tokenizer: TextTokenizer) -> list[list[int]]:
+    starts = [POEM[:1], POEM[7:19], POEM[20:22], POEM[3:9]]
+    return [tokenizer.encode(start) for start in starts]
+
+
+def generated(model: Any, prompt: list[int]) -> list[int]:
+    """What transformers itself generates, greedily."""
+    given = torch.tensor([prompt])
+    model.generation_config.eos_token_id = None
+    output = model.generate(given, attention_mask=torch.ones_like(given), do_sample=False,
+                            max_new_tokens=LENGTH, use_cache=True, pad_token_id=0)  # fmt: skip
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
+
+
+@torch.inference_mode()
+def test_rows_that_join_and_leave_say_what_generate_says(
+    model: Any, tokenizer: TextTokenizer
+) -> None:
+    given = prompts(tokenizer)
+    expected = [generated(model, prompt) for prompt in given]
+    batch = batch_for(model, 4, 128)
+    assert isinstance(batch, Rows)
+    said: list[list[int]] = [[] for _ in given]
+    rows: list[int] = []  # whose text is in which row
+    joins = {0: [0, 1], 3: [2], 7: [3]}  # at which step who comes
+
+    def take(logits: torch.Tensor, who: list[int]) -> None:
+        best = logits.topk(2)
+        for row, one in enumerate(who):
+            token = expected[one][len(said[one])]
+            margin = float(best.values[row, 0] - best.values[row, 1])
+            # Where two tokens are as likely, rounding decides, and both are right.
+            assert int(best.indices[row, 0]) == token or margin < CLOSE, (one, len(said[one]))
+            said[one].append(token)
+
+    for step in range(100):
+        if new := joins.get(step):
+            take(batch.add([given[one] for one in new]), new)
+            rows += new
+        for row in reversed(range(len(rows))):
+            if len(said[rows[row]]) == LENGTH:
+                batch.remove(row)
+                rows[row] = rows[-1]
+                rows.pop()
+        if not rows:
+            break
+        take(batch.step([said[one][-1] for one in rows]), rows)
+    assert said == expected and batch.count == 0
+
+
+@torch.inference_mode()
+def test_the_logits_of_a_prompts_tokens_are_the_models_own(
+    model: Any, tokenizer: TextTokenizer
+) -> None:
+    prompt = tokenizer.encode(POEM[:12])
+    truth = model(input_ids=torch.tensor([prompt])).logits[0]
+    batch: Batch
+    for batch in (Rows(model, 2), Single(model)):
+        torch.testing.assert_close(batch.add_with_all(prompt), truth, rtol=0, atol=CLOSE)
+        batch.clear()
+        assert batch.count == 0
+        torch.testing.assert_close(batch.add([prompt])[0], truth[-1], rtol=0, atol=CLOSE)
+
+
+def test_a_model_that_forgets_is_served_one_text_at_a_time_and_says_the_same(
+    tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = poet(tokenizer, "mistral", steps=20, sliding_window=8)
+    batch = batch_for(model, 4, 128)
+    assert isinstance(batch, Single) and batch.limit == 1
+    assert "mistral answer one request at a time" in caplog.text
+    (prompt, *_others) = prompts(tokenizer)
+    with torch.inference_mode():
+        said = [int(batch.add([prompt]).argmax())]
+        while len(said) < LENGTH:
+            said.append(int(batch.step(said[-1:]).argmax()))
+    assert said == generated(model, prompt)
+
+
+@torch.inference_mode()
+def test_memory_for_the_cache_is_what_the_rows_of_now_need(
+    model: Any, tokenizer: TextTokenizer
+) -> None:
+    batch = batch_for(model, 32, 128)
+    assert isinstance(batch, Rows) and 0 < batch.capacity < 1 << 40
+
+    def tokens() -> int:
+        keys = batch._cache.layers[0].keys  # type: ignore[union-attr]
+        return int(keys.shape[0] * keys.shape[2])
+
+    batch.add([[5]] * 20)
+    assert tokens() == 24 * 64
+    for _row in range(19):
+        batch.remove(0)
+    batch.add([[5] * 100])
+    assert tokens() == 8 * 128, "not 24 rows of 128"
+    truth = model(input_ids=torch.tensor([[5] * 101])).logits[0, -1]
+    torch.testing.assert_close(batch.step([5, 5])[1], truth, rtol=0, atol=CLOSE)
+
+
+def test_a_model_whose_answers_change_in_rows_is_not_put_into_rows(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = poet(tokenizer, steps=0)
+    forward = model.forward
+
+    def without_positions(*args: Any, position_ids: Any = None, **more: Any) -> Any:
+        return forward(*args, **more)
+
+    assert isinstance(batch_for(model, 4, 128), Rows)
+    monkeypatch.setattr(model, "forward", without_positions)
+    assert isinstance(batch_for(model, 4, 128), Single)
