@@ -247,6 +247,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6, help="of each measurement")
     parser.add_argument("--out", type=Path, help="where the result is written")
     given = parser.parse_args()
+    busy = os.getloadavg()[0]
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with tempfile.TemporaryDirectory() as name:
@@ -257,12 +258,16 @@ def main() -> None:
     import torch
     import transformers
 
-    words = shlex.join(["python", "benchmarks/serve_speed.py", *sys.argv[1:]])
+    threads = os.environ.get("OMP_NUM_THREADS")  # on a busy machine waiting threads decide all
+    words = f"OMP_NUM_THREADS={threads} " if threads else ""
+    words += shlex.join(["python", "benchmarks/serve_speed.py", *sys.argv[1:]])
     lines = [
         f"{datetime.date.today().isoformat()}  {words}",
         f"{described}; {os.cpu_count()} cores, {platform.machine()}; torch {torch.__version__}, "
         f"transformers {transformers.__version__}; {given.tokens} tokens an answer, medians of "
         f"{given.rounds} rounds",
+        f"others on the machine: load {busy:.1f} at the start"
+        + ("; a busy machine: repeat it on a quiet one" if busy > 0.5 else ""),
         "",
         *table(found),
     ]

@@ -200,6 +200,8 @@ class Engine:
                 joining = self._take_waiting()
             try:
                 self._join(joining)
+                if joining and not self._deliver():  # a first token does not wait for a step
+                    return
                 if self._rows:
                     self._step()
             except Exception:  # out of memory, a bug in a model: the texts under way are lost,
