@@ -60,7 +60,8 @@ def _serve_parser(prog: str) -> Parser:
     )  # fmt: skip
     parser.add_argument("sources", nargs="*", metavar="FILE|RUN",
                         help=_("checkpoints or run directories (default: ${variable}, else "
-                               "{value})", variable=_CHECKPOINT, value=common.DIRECTORY))  # fmt: skip
+                               "{value})", variable=_CHECKPOINT,
+                               value=common.DIRECTORY))  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST",
                         help=_("address to listen on (default: {value}: this machine alone)",
                                value="127.0.0.1"))  # fmt: skip
