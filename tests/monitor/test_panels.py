@@ -17,8 +17,8 @@ from rich.text import Text
 from holdfast.checkpoint.lock import FileLock
 from holdfast.i18n import set_language
 from holdfast.monitor import panels, words
-from holdfast.monitor.curve import Curve
 from holdfast.monitor.forecast import Disk
+from holdfast.monitor.live_curve import Curve
 from holdfast.monitor.machine import Gpu, Machine, Probe
 from holdfast.monitor.measured import Safety
 from holdfast.monitor.run_view import RunView

@@ -15,7 +15,7 @@ from rich.text import Text
 from holdfast.formatting import wrap_cells
 from holdfast.i18n import _, language
 from holdfast.manage.table import printable
-from holdfast.monitor import curve, words
+from holdfast.monitor import live_curve, words
 from holdfast.monitor.run_view import FINISHED, STOPPED, TRAINING
 from holdfast.monitor.snapshot import is_warning
 from holdfast.monitor.watcher import Look
@@ -73,9 +73,9 @@ def loss(look: Look, width: int, height: int) -> list[Text]:
     """The legend with the newest values, and the curve under it."""
     if look.snapshot is None or width < 20 or height < 2:
         return []
-    colours = (curve.TRAINING, curve.SMOOTHED, curve.VALIDATION)
+    colours = (live_curve.TRAINING, live_curve.SMOOTHED, live_curve.VALIDATION)
     parts = [
-        Text(f"{curve.SYMBOLS[colour]} {label} {value}", f"color({colour})")
+        Text(f"{live_curve.SYMBOLS[colour]} {label} {value}", f"color({colour})")
         for (label, value), colour in zip(words.losses(look.snapshot), colours, strict=True)
     ]
     legend = [Text()]
@@ -86,7 +86,7 @@ def loss(look: Look, width: int, height: int) -> list[Text]:
     best = words.best(look.snapshot)
     if best and legend[-1].cell_len + cell_len(_GAP + best) <= width:
         legend[-1].append(_GAP + best, LABEL)
-    drawn = curve.draw(look.series, width, height - len(legend))
+    drawn = live_curve.draw(look.series, width, height - len(legend))
     if not drawn:
         return [*legend, Text(_("no curve yet"), LABEL)]
     return [*legend, *drawn.split("\n")]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from holdfast.errors import HoldfastError
 from holdfast.i18n import _
-from holdfast.monitor.curve import Curve, Series
+from holdfast.monitor.live_curve import Curve, Series
 from holdfast.monitor.machine import Probe
 from holdfast.monitor.run_view import RunView, find_runs
 from holdfast.monitor.snapshot import Snapshot, take

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from holdfast.monitor import curve
-from holdfast.monitor.curve import LIMIT, Curve, Series, draw
+from holdfast.monitor import live_curve
+from holdfast.monitor.live_curve import LIMIT, Curve, Series, draw
 from holdfast.monitor.measured import Evaluation, Point
 
 
@@ -118,7 +118,7 @@ def test_colours_are_those_that_everybody_can_tell_apart() -> None:
     found.update(points, [evaluation(200, 1.0)])
     drawn = draw(found.series, 60, 12)
     used = {span.style.color.number for span in drawn.spans if _coloured(span.style)}
-    assert used == {curve.TRAINING, curve.SMOOTHED, curve.VALIDATION}
+    assert used == {live_curve.TRAINING, live_curve.SMOOTHED, live_curve.VALIDATION}
 
 
 def _coloured(style: Any) -> bool:
