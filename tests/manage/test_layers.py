@@ -42,12 +42,13 @@ def test_twelve_layers_are_a_row_for_each_kind_of_tensor(tmp_path: Path) -> None
     tensors = [t for t in tensors_of(manifest) if t.section == "model"]
     rows = rows_of(tensors)
     assert [row.name for row in rows] == [
-        "embed.weight", "layers.{0…11}.attention.weight", "layers.{0…11}.attention.bias",
-        "layers.{0…11}.mlp.0.weight", "layers.{0…11}.mlp.0.bias", "layers.{0…11}.mlp.1.weight",
-        "layers.{0…11}.mlp.1.bias", "head.weight",
+        "embed.weight", "layers.{0..11}.attention.weight", "layers.{0..11}.attention.bias",
+        "layers.{0..11}.mlp.0.weight", "layers.{0..11}.mlp.0.bias", "layers.{0..11}.mlp.1.weight",
+        "layers.{0..11}.mlp.1.bias", "head.weight",
     ]  # fmt: skip
     assert rows[3].to_json() == {
-        "name": "layers.{0…11}.mlp.0.weight", "tensors": 12, "shape": [8, 4], "dtypes": ["float32"],
+        "name": "layers.{0..11}.mlp.0.weight", "tensors": 12, "shape": [8, 4],
+        "dtypes": ["float32"],
         "parameters": 12 * 32, "bytes": 12 * 128,
     }  # fmt: skip
     assert sum(row.numel for row in rows) == sum(p.numel() for p in model.parameters())
@@ -62,7 +63,7 @@ def test_what_fills_more_than_a_screen_is_drawn_together_by_its_beginning(tmp_pa
     manifest = read_manifest(saved(tmp_path / "run", {"model": model}))
     rows = rows_of([t for t in tensors_of(manifest) if t.section == "model"])
     assert 1 < len(rows) <= ROWS
-    assert [row.name for row in rows] == ["{0…19}.{0…1}.weight", "{0…19}.{0…1}.bias"]
+    assert [row.name for row in rows] == ["{0..19}.{0..1}.weight", "{0..19}.{0..1}.bias"]
     assert rows[0].to_json()["shape"] is None and rows[0].tensors == 40
     wide = torch.nn.ParameterDict({f"part_{i}": torch.zeros(i + 1) for i in range(40)})
     manifest = read_manifest(saved(tmp_path / "wide", {"model": wide}))

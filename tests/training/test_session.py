@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -485,11 +486,14 @@ def test_a_run_that_nobody_can_save_any_more_stops_if_so_asked_and_is_told(
 
     def fill_disk(self: Trainer) -> None:
         if self.progress.step == 5:
+            self.manager.wait()  # a slow disk is not what this is about
             monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: 0)
+        if self.progress.step == 9:
+            time.sleep(1.5)  # longer than --max-unsafe
         original(self)
 
     monkeypatch.setattr(Trainer, "after_step", fill_disk)
-    options = {"temp_every_steps": 4, "max_unsafe": 1e-4, "on_unsafe": "stop",
+    options = {"temp_every_steps": 4, "max_unsafe": 0.02, "on_unsafe": "stop",
                "notify": f"sh -c 'echo $HOLDFAST_EVENT $HOLDFAST_STEP >> {told}'"}  # fmt: skip
     with pytest.raises(SaveFailed, match="the last durable step is 4") as error:
         train(config_for(tmp_path / "new", corpus, **options))

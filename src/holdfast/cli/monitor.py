@@ -49,20 +49,19 @@ def run_monitor(argv: Sequence[str], prog: str) -> int:
 def _once(given: argparse.Namespace) -> int:
     from holdfast.monitor import words
     from holdfast.monitor.machine import Probe
-    from holdfast.monitor.run_view import RunView
+    from holdfast.monitor.run_view import EMPTY, RunView
     from holdfast.monitor.snapshot import take
     from holdfast.monitor.watcher import runs_in
 
     root = Path(given.directory)
-    runs = runs_in(root)
-    if not runs:
+    views = [RunView(run) for run in runs_in(root)]
+    for view in views:
+        view.refresh()
+    if all(view.state == EMPTY for view in views):
         look(root)  # says what is wrong with it
         raise HoldfastError(_("There is no run in {directory} yet. Name the directory that "
                               "--checkpoint-dir named for the training.",
                               directory=root))  # fmt: skip
-    views = [RunView(run) for run in runs]
-    for view in views:
-        view.refresh()
     probe = Probe()
     for view in views:  # a process is measured from the first question on
         take(view, probe)

@@ -44,7 +44,7 @@ class Tensor:
 
 @dataclass(slots=True)
 class Row:
-    """Tensors of one kind in all layers of a kind: `layers.{0…11}.mlp.up_proj.weight`."""
+    """Tensors of one kind in all layers of a kind: `layers.{0..11}.mlp.up_proj.weight`."""
 
     pattern: tuple[str, ...]  # parts of the name, "*" for a number
     numbers: list[set[int]]  # those that stand for each "*"
@@ -171,10 +171,10 @@ def _grouped(
 
 
 def _range(numbers: set[int]) -> str:
-    """7, {0…11} or {0,2,5}."""
+    """7, {0..11} or {0,2,5}."""
     ordered = sorted(numbers)
     if len(ordered) == 1:
         return str(ordered[0])
     if ordered[-1] - ordered[0] == len(ordered) - 1:
-        return f"{{{ordered[0]}…{ordered[-1]}}}"
+        return f"{{{ordered[0]}..{ordered[-1]}}}"
     return "{" + ",".join(map(str, ordered)) + "}"

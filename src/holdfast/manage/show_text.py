@@ -125,7 +125,7 @@ def _values(inside: Inside, screen: Screen) -> Iterator[list[str]]:
     """Metrics, configuration and environment, as far as there are any."""
     metrics = {name: format_loss(number(v)) for name, v in inside.entry.metrics.items()}
     if inside.score in metrics:
-        metrics[str(inside.score)] += _(" (decides which is best)")
+        metrics[str(inside.score)] += " " + _("(decides which is best)")
     model = {
         name: inside.model_config[name] for name in _MODEL_FACTS if name in inside.model_config
     }
@@ -199,7 +199,7 @@ def _every_tensor(inside: Inside, screen: Screen) -> list[str]:
     def row(tensor: Tensor) -> list[str]:
         size = format_bytes(tensor.nbytes)
         if tensor.same_as is not None:
-            size = _("= {name}", name=tensor.same_as)
+            size = f"= {tensor.same_as}"
         return [f"{tensor.section}/{tensor.name}", _shape(tensor.shape), tensor.dtype,
                 _count(tensor.numel), size]  # fmt: skip
 

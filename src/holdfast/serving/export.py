@@ -73,7 +73,7 @@ class Exported:
     def lines(self) -> list[str]:
         """What a person is told."""
         size = sum(size for _name, size in self.files)
-        step = "" if self.step is None else _(" of step {step}", step=self.step)
+        step = "" if self.step is None else " " + _("of step {step}", step=self.step)
         done = _("✓ {source}{step} → {target} ({form}, {dtype}), {size} in {time}",
                  source=self.source, step=step, target=self.target, form=self.form,
                  dtype=self.dtype, size=format_bytes(size),
