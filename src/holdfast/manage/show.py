@@ -242,7 +242,8 @@ def commands_for(shown: Shown) -> list[tuple[str, str]]:
     elif directory and not shown.is_newest:
         found.append((_("go back to it; nothing is removed"), f"holdfast rollback {file}"))
     if not generates:
-        code = f"import holdfast; state = holdfast.load({json.dumps(str(shown.path))})"
+        path = json.dumps(str(shown.path), ensure_ascii=False)
+        code = f"import holdfast; state = holdfast.load({path})"
         loading = f"python -c {shlex.quote(code)}"
         found.append((_("load it in a program of your own"), loading))
     found.append((_("check every byte"), f"holdfast verify {file}"))
