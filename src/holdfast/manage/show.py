@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from holdfast.manage.layers import (
     sections_of,
     tensors_of,
 )
+from holdfast.manage.listing import record_of
 from holdfast.manage.rundir import RunDirectory, look
 from holdfast.manage.values import flatten, plain_state
 
@@ -100,10 +101,8 @@ class Shown:
             return told
         found = self.inside
         told |= {
-            "checkpoint": {
-                **asdict(found.entry), "names": list(found.entry.names), "best": self.is_best,
-                "latest": self.is_newest,
-            },
+            "checkpoint": record_of(found.entry, damaged=self.state == DAMAGED, best=self.is_best,
+                                    latest=self.is_newest),
             "format_version": found.format_version,
             "score": found.score,
             "config": found.config,
