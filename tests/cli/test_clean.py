@@ -53,9 +53,9 @@ def test_what_is_given_alone_touches_nothing_else(run: Path, flag: str) -> None:
 
 
 def test_memory_stands_alone(run: Path) -> None:
-    for argv in (["--keep-best", "1"], ["--every", "2"], ["--archive"]):
+    for argv in (["--keep-best", "1"], ["--every", "2"], ["--archive"], [str(run)]):
         with pytest.raises(ConfigError, match="--memory stands alone"):
-            run_clean([str(run), "--memory", *argv], "holdfast clean")
+            run_clean(["--memory", *argv], "holdfast clean")
 
 
 def test_the_archive_goes_with_what_it_occupied(run: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,22 @@ def test_a_full_disk_behind_the_output_is_one_line(run: Path) -> None:
         )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "disk is full" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of another kind")
+@pytest.mark.parametrize("closed", [">&-", "<&-", ">&- 2>&- <&-"])
+def test_a_stream_that_is_closed_is_no_traceback(run: Path, closed: str) -> None:
+    words = ["sh", "-c", f'"$@" {closed}', "sh", *PROGRAM, "clean", str(run), "--keep", "1"]
+    done = subprocess.run(words, text=True, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr  # nobody can be asked
+
+
+def test_a_file_where_temp_should_be_hides_nothing(run: Path) -> None:
+    shutil.rmtree(run / "temp", ignore_errors=True)
+    (run / "temp").write_text("x")
+    for name in ("list", "verify"):
+        done = desk(name, run)
+        assert done.returncode == 0 and "model_epoch_4.pt" in done.stdout, done.stderr
 
 
 def test_a_pipe_that_only_knows_ascii_gets_every_line(run: Path) -> None:

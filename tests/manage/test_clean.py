@@ -153,6 +153,21 @@ def test_quarantine_goes_when_something_intact_is_known_and_stays_otherwise(tmp_
     assert "model_epoch_3.pt" in names_in(run)
 
 
+def test_nothing_goes_from_where_a_link_leads_to(tmp_path: Path) -> None:
+    """A run that was copied may bring links along: what lies behind them is somebody's own."""
+    run, own = make_run(tmp_path / "run"), tmp_path / "own"
+    own.mkdir()
+    (own / "thesis.txt").write_text("mine")
+    (own / "x.pt").write_bytes((run / "latest.pt").read_bytes())
+    for name in ("quarantine", "archive"):
+        (run / name).symlink_to(own)
+    shown = plan(run, Wish(None, quarantine=True, archive=True))
+    assert not shown.going and not shown.freed
+    assert staying(shown)["quarantine"] == staying(shown)["archive"] == "linked"
+    execute(shown)
+    assert {path.name for path in own.iterdir()} == {"thesis.txt", "x.pt"}
+
+
 def test_unfinished_files_go_unless_a_training_runs(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with Training(run) as training:

@@ -64,6 +64,22 @@ def test_nonsense_in_the_history_file_is_passed_over(tmp_path: Path) -> None:
         assert len(history_of(look(run)).epochs) == 1
 
 
+def test_events_of_a_strange_form_and_losses_that_are_no_numbers_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (math.nan, 2.0))
+    for event in (
+        {"event": "durable", "reason": "epoch", "epoch": 1, "names": 7},
+        {"event": "removed", "names": 7},
+        {"event": "removed", "names": [["a"]]},
+        {"event": "durable", "reason": ["signal"]},
+        {"event": "failed", "reason": {"a": 1}},
+    ):
+        with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+    found = history_of(look(run))
+    assert found.lines(Screen(80)) and found.lines(Screen(), everything=True)
+    assert math.isnan(found.epochs[0].perplexity or 0) and found.best is found.epochs[1]
+
+
 def test_quarantine_and_resume_are_in_the_table_and_in_the_story(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     flip(run / "model_epoch_4.pt")

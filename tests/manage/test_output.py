@@ -17,8 +17,9 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     write_output(path, b"new")
     assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["out.csv"]
     assert path.stat().st_mode & 0o777 == 0o644
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError) as raised:
         write_output(tmp_path / "no" / "out.csv", b"new")
+    assert raised.value.filename == str(tmp_path / "no" / "out.csv")
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def test_what_is_no_file_of_the_run_stays_out(tmp_path: Path) -> None:
     assert {name for name, _why in packed.left_out} == {
         "link.pt", "elsewhere", "pipe", "quarantine/"
     }  # fmt: skip
+    assert dict(packed.left_out)["link.pt"] == "a symbolic link"
     assert not any("holdfast-1" in name or "x.pt" in name for name in names_of(packed))
 
 

@@ -13,7 +13,9 @@ from rich.cells import cell_len
 
 from holdfast.checkpoint.container import Reader
 from holdfast.errors import CheckpointError
+from holdfast.manage.listing import listing_of
 from holdfast.manage.pin import pin
+from holdfast.manage.rundir import look
 from holdfast.manage.show import DAMAGED, FOREIGN, OURS, Shown, commands_for, show
 from holdfast.manage.show_text import lines
 from holdfast.manage.table import Screen
@@ -64,6 +66,7 @@ def test_the_names_and_marks_are_those_of_the_run_it_lies_in(run: Path, tmp_path
     assert best["checkpoint"]["names"] == ["model_epoch_2.pt", "best_model.pt"]
     assert (best["checkpoint"]["best"], best["checkpoint"]["latest"]) == (True, False)
     assert best["run"] == str(run)
+    assert best["checkpoint"] in listing_of(look(run)).to_json()["checkpoints"]  # one form
     alone = tmp_path / "x.pt"
     alone.write_bytes((run / "model_epoch_2.pt").read_bytes())
     told = show(alone).to_json()

@@ -26,7 +26,7 @@ from holdfast.errors import (
     ResourceError,
 )
 from holdfast.manage.listing import listing_of
-from holdfast.manage.pack import encode, encode_sums, pack
+from holdfast.manage.pack import Hashing, Writer, encode, encode_sums, pack
 from holdfast.manage.packed import MANIFEST, SUMS, Contents, Item
 from holdfast.manage.rundir import disk_use, look
 from holdfast.manage.table import Screen
@@ -266,7 +266,8 @@ def special(name: str, kind: bytes, linkname: str = "") -> tuple[tarfile.TarInfo
     return info, b""
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a//b", "./x", "a\\b", "", "a\nb"])
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a//b", "./x", "a\\b", "", "a\nb",
+                                  "d/" * 1000 + "x"])  # fmt: skip
 def test_no_name_leads_out(tmp_path: Path, name: str) -> None:
     path = craft(tmp_path / "a.tar", [Item(name, 1)], iter([plain(f"run/{name}", b"x")]))
     with pytest.raises(DamagedCheckpoint, match=r"holdfast-pack\.json is not what it should be"):
@@ -358,6 +359,8 @@ def test_a_manifest_that_makes_no_sense_is_damage_and_a_newer_one_is_not(
         lambda m: m.update(items=[{**m["items"][0], "size": 1.5}]),
         lambda m: m.update(items=[m["items"][0], m["items"][0]]),
         lambda m: m.update(items=[{**m["items"][0], "link": {}}]),
+        lambda m: m.update(items=[dict(m["items"][0], name=name) for name in ("a", "a/b")]),
+        lambda m: m.update(items=[dict(m["items"][0], name=name) for name in ("a/b/c", "a/b")]),
         lambda m: m.update(step="1"),
         lambda m: m.update(format="tar"),
         lambda m: m.pop("items"),
@@ -377,6 +380,33 @@ def test_a_manifest_that_makes_no_sense_is_damage_and_a_newer_one_is_not(
     _write_alone(path, json.dumps({**good, "format_version": 2}).encode())
     with pytest.raises(CheckpointError, match="newer holdfast"):
         contents_of(path)
+
+
+def test_what_is_called_a_checkpoint_must_be_one(tmp_path: Path) -> None:
+    content = b"no checkpoint"
+    contents = Contents("run", "2026-01-01T00:00:00+00:00", "0", "r", 1, 1,
+                        (Item("latest.pt", len(content), step=1),))  # fmt: skip
+    path = tmp_path / "a.tar"
+    with path.open("wb") as file:
+        writer = Writer(file, contents)
+        source = Hashing(lambda size, at: content[at : at + size], lambda _chunk: None)
+        writer.file(contents.items[0], source)
+        writer.close()
+    checked(path)
+    with pytest.raises(CheckpointError, match=r"latest\.pt was not written by holdfast"):
+        unpack(path, str(tmp_path / "b"))
+    assert left_in(tmp_path) == ["a.tar"]
+
+
+def test_a_size_below_zero_is_no_size(tmp_path: Path, made: Path) -> None:
+    """tarfile of older Python versions reads it as a number like any other."""
+    data = bytearray((made / "a.tar").read_bytes())
+    data[124:136] = (-512 + (1 << 96)).to_bytes(12, "big")
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(CheckpointError):
+        contents_of(tmp_path / "a.tar")
 
 
 def _write_alone(path: Path, manifest: bytes) -> None:

@@ -55,6 +55,17 @@ def test_a_pickle_of_nonsense_or_a_bomb_of_zeros_is_looked_at_in_peace(tmp_path:
         assert look_into(path).form == zip_look.TORCH and len(look_into(path).imports) < 2
 
 
+def test_an_encrypted_one_is_not_looked_into(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps([1]))
+    data = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.find(signature) + flags] |= 1
+    path.write_bytes(data)
+    assert look_into(path).form == zip_look.TORCH and not look_into(path).imports
+
+
 def test_the_records_in_front_of_a_cut_are_found_and_checked(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", (1.0,)) / "model_epoch_1.pt"
     every = salvage(path)

@@ -45,7 +45,8 @@ class Question:
         git = shutil.which("git")
         if git is None:
             return
-        # Nothing is written, and nothing that the repository's configuration names is started.
+        # Nothing is written; of what the repository's configuration names only content filters
+        # (git-lfs and the like) may be started, for files that were changed: git has no switch.
         words = [git, "--no-optional-locks", "-c", "core.fsmonitor=false", "status", "--branch",
                  "--porcelain=v2", "--untracked-files=no", "--ignore-submodules=all"]  # fmt: skip
         with contextlib.suppress(OSError, subprocess.SubprocessError):

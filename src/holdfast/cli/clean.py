@@ -94,7 +94,7 @@ def _wish(given: argparse.Namespace, prog: str) -> clean.Wish:
     rules = (given.keep, given.keep_best, given.every)
     others = given.temp or given.quarantine or given.archive
     nothing = all(rule is None for rule in rules) and not others
-    if given.memory and not nothing:
+    if given.memory and (not nothing or given.directory != common.DIRECTORY):
         raise ConfigError(_("{prog} --memory stands alone: it looks at no run directory",
                             prog=prog))  # fmt: skip
     return clean.Wish(

@@ -54,6 +54,7 @@ def main(  # noqa: PLR0911 - one return a bad end
 ) -> int:
     """Run one command and return its exit status. `lang` is the default language of `prog`."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
     set_language(language_of(words) or lang or detect_language())
     debug = "--debug" in words
     try:
@@ -192,14 +193,22 @@ def _explain(error: OSError) -> str:
     what = {
         errno.ENOSPC: _("the disk is full. Free some space and start again."),
         errno.EDQUOT: _("your disk quota is used up. Free some space and start again."),
-        errno.EROFS: _("the file system is read-only. Choose another --checkpoint-dir."),
-        errno.EACCES: _("permission denied. Choose a directory that you may write."),
-        errno.EPERM: _("permission denied. Choose a directory that you may write."),
+        errno.EROFS: _("the file system is read-only. Choose another directory."),
+        errno.EACCES: _("permission denied. Choose one that you may read and write."),
+        errno.EPERM: _("permission denied. Choose one that you may read and write."),
         errno.ENOENT: _("there is no such file or directory. Check the name."),
         errno.ENOTDIR: _("a file is where a directory should be. Choose another path."),
         errno.ENAMETOOLONG: _("the name is too long. Choose a shorter one."),
     }.get(error.errno or 0, str(error.strerror or error))
     return where + what
+
+
+def _open_streams() -> None:
+    """Let the streams that were closed by whoever started us (`>&-`) lead nowhere: Python has None
+    in their place, and their descriptors would go to the files that are opened next."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
 
 
 def _silence_stdout() -> None:

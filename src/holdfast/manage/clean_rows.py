@@ -52,6 +52,7 @@ _REASONS = {
     "archived": N_("in the archive"),
     "only_archived": N_("in the archive, but nothing here is verified yet"),
     "rolled_back_to": N_("a roll-back that was begun needs it"),
+    "linked": N_("a symbolic link: what it leads to is left alone"),
     "came": N_("came meanwhile"),
     "training": N_("a training runs here"),
 }
@@ -211,6 +212,8 @@ def _leftovers(run: RunDirectory) -> list[Row]:
 
 def _quarantined(run: RunDirectory) -> list[Row]:
     """Damaged files go only where something intact is known: they may be all there is."""
+    if (run.directory / QUARANTINE).is_symlink():
+        return [_linked(run, QUARANTINE)]
     stays = not any(entry.verified for entry in run.entries)
     reason = "only_damaged" if stays else "damaged"
     return [
@@ -225,6 +228,8 @@ def _archived(run: RunDirectory) -> list[Row]:
     Pinned ones stay, what a roll-back is about to bring back does, and so does everything while
     nothing here is known to be intact.
     """
+    if (run.directory / ARCHIVE).is_symlink():
+        return [_linked(run, ARCHIVE)]
     groups: dict[tuple[int, int], list[Path]] = {}
     for path in set_aside(run.directory, ARCHIVE):
         if path.suffix == ".pt" and not path.is_symlink():
@@ -248,6 +253,11 @@ def _archived(run: RunDirectory) -> list[Row]:
         )  # fmt: skip
         rows.append(replace(row, step=step, stays=reason != "archived", reason=reason))
     return sorted(rows, key=lambda row: (-(row.step or 0), row.names))
+
+
+def _linked(run: RunDirectory, place: str) -> Row:
+    """A link where a directory should be: a copied run may bring one that leads anywhere."""
+    return _file_row(run, (run.directory / place,), stays=True, reason="linked")
 
 
 def _identity(path: Path) -> tuple[str | None, int | None]:

@@ -191,7 +191,7 @@ def _subject(label: str, source: Path) -> Subject:
     metrics = {k: v for k, v in ((k, number(v)) for k, v in entry.metrics.items()) if v is not None}
     if "val_loss" in metrics and "perplexity" not in metrics:
         loss = metrics["val_loss"]
-        metrics["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        metrics["perplexity"] = math.inf if loss >= 700 else math.exp(loss)  # NaN stays NaN
     score = manifest.get("score") or {}
     return Subject(
         label, path, chosen, entry, metrics,

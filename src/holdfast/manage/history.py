@@ -48,7 +48,7 @@ class Epoch:
         """exp of the validation loss."""
         if self.val_loss is None:
             return None
-        return math.exp(self.val_loss) if self.val_loss < 700 else math.inf
+        return math.inf if self.val_loss >= 700 else math.exp(self.val_loss)  # NaN stays NaN
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +181,14 @@ def _add_events(run: RunDirectory, epochs: dict[int, Epoch]) -> None:
     by_id: dict[str, Epoch] = {}
     by_name: dict[str, Epoch] = {}
     for event in run.events:
-        kind, number_, names = event.get("event"), event.get("epoch"), event.get("names") or []
+        kind, number_, names = event.get("event"), event.get("epoch"), event.get("names")
+        names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
         if kind == "durable" and event.get("reason") in _ENDS and isinstance(number_, int):
             epoch = epochs.setdefault(number_, Epoch(number_))
             epoch.step, epoch.time, epoch.fate = event.get("step"), event.get("time"), None
             by_id[str(event.get("id"))] = epoch
             if names:
-                by_name[str(names[0])] = epoch
+                by_name[names[0]] = epoch
         elif kind in _FATES:
             gone = by_id.get(str(event.get("id")))
             for epoch in [gone] if gone else [by_name[n] for n in names if n in by_name]:

@@ -67,14 +67,8 @@ class Listing:
         }
 
     def _record(self, entry: Entry) -> dict[str, Any]:
-        record = asdict(entry)
-        record["names"] = list(entry.names)
-        record["train_loss"] = entry.metrics.get("train_loss")
-        record["val_loss"] = entry.metrics.get("val_loss")
-        record["damaged"] = entry.id in self.run.distrusted
-        record["best"] = entry.id == self.best
-        record["latest"] = entry.id == self.latest
-        return record
+        return record_of(entry, damaged=entry.id in self.run.distrusted,
+                         best=entry.id == self.best, latest=entry.id == self.latest)  # fmt: skip
 
     def lines(self, screen: Screen, now: datetime.datetime | None = None) -> list[str]:
         """What a person sees; `now` is for the ages."""
@@ -142,6 +136,19 @@ class Listing:
                 _("not written by holdfast: {names}", names=", ".join(contents.foreign))
             )  # fmt: skip
         return [printable(line) for line in lines]
+
+
+def record_of(entry: Entry, *, damaged: bool, best: bool, latest: bool) -> dict[str, Any]:
+    """A checkpoint in the documented form, the same in every command."""
+    return {
+        **asdict(entry),
+        "names": list(entry.names),
+        "train_loss": entry.metrics.get("train_loss"),
+        "val_loss": entry.metrics.get("val_loss"),
+        "damaged": damaged,
+        "best": best,
+        "latest": latest,
+    }
 
 
 def listing_of(run: RunDirectory, sort: str | None = None) -> Listing:

@@ -17,4 +17,7 @@ def write_output(path: Path, data: bytes) -> None:
         with path.open("wb") as file:
             file.write(data)
         return
-    filesystem.write_file(path, [(0, data)], len(data), mode=0o644)
+    try:
+        filesystem.write_file(path, [(0, data)], len(data), mode=0o644)
+    except OSError as error:  # of the file that was named, not of the one that stands in for it
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error

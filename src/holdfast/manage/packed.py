@@ -32,6 +32,7 @@ CHUNK = 1 << 20  # bytes that are in memory at once
 _MOST = 64 << 20  # bytes of manifest or sums: a hundred thousand files and more
 _HEADERS = 1 << 20  # bytes of headers between two members that are read at most
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_DEEPEST = 100  # directories in each other; a path of thousands ends in a RecursionError
 _NOT_ON_WINDOWS = set(':*?"<>|')
 
 Count = Callable[[int], None]
@@ -83,7 +84,7 @@ class Contents:
 
 def is_sane(name: str) -> bool:
     """Whether `name` can only mean a file below the directory that it is unpacked in."""
-    if not name.isprintable() or "\\" in name or len(name) > 4096:
+    if not name.isprintable() or "\\" in name or len(name) > 4096 or name.count("/") > _DEEPEST:
         return False
     if os.name == "nt" and not _NOT_ON_WINDOWS.isdisjoint(name):
         return False
@@ -256,7 +257,7 @@ class PackedRun:
         if link is not None:
             return member.islnk() and member.linkname == f"{top}/{link}"
         plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
-        return plain and (member.size <= _MOST if size is None else member.size == size)
+        return plain and (0 <= member.size <= _MOST if size is None else member.size == size)
 
     def _chunks(self, member: tarfile.TarInfo, name: str, count: Count) -> Chunks:
         """The bytes of a member, hashed under `name` when the last one has been taken."""
@@ -327,8 +328,13 @@ def _contents(found: Mapping[str, Any]) -> Contents | None:
     )
     files: set[str] = set()
     names = {MANIFEST, SUMS}
+    folders: set[str] = set()
     for item in items:
-        sane = is_sane(item.name) and item.name not in names
+        parts = item.name.split("/")
+        above = {"/".join(parts[:i]) for i in range(1, len(parts))}
+        folders |= above
+        taken = item.name in names or item.name in folders or not names.isdisjoint(above)
+        sane = is_sane(item.name) and not taken
         if not sane or not (item.link is None or item.link in files):
             raise ValueError(item.name)
         names.add(item.name)

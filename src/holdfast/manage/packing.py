@@ -210,7 +210,9 @@ def _files(run: RunDirectory, found: Held, *, slim: bool) -> Iterator[tuple[str,
             if _not_of_the_run(name):
                 continue
             status = (Path(folder) / each).lstat()
-            if not stat.S_ISREG(status.st_mode):
+            if stat.S_ISLNK(status.st_mode):
+                found.left_out.append((name, _("a symbolic link")))
+            elif not stat.S_ISREG(status.st_mode):
                 found.left_out.append((name, _("neither a file nor a directory")))
             elif not is_sane(name):
                 found.left_out.append((name, _("its name cannot be packed")))

@@ -139,6 +139,6 @@ def _files_in(place: Path) -> Iterator[Path]:
     try:
         with os.scandir(place) as items:
             names = sorted(item.name for item in items if item.is_file(follow_symlinks=False))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     yield from (place / name for name in names if name.endswith(".pt"))

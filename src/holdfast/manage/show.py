@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from holdfast.manage.layers import (
     sections_of,
     tensors_of,
 )
+from holdfast.manage.listing import record_of
 from holdfast.manage.rundir import RunDirectory, look
 from holdfast.manage.values import flatten, plain_state
 
@@ -100,10 +101,8 @@ class Shown:
             return told
         found = self.inside
         told |= {
-            "checkpoint": {
-                **asdict(found.entry), "names": list(found.entry.names), "best": self.is_best,
-                "latest": self.is_newest,
-            },
+            "checkpoint": record_of(found.entry, damaged=self.state == DAMAGED, best=self.is_best,
+                                    latest=self.is_newest),
             "format_version": found.format_version,
             "score": found.score,
             "config": found.config,
@@ -242,7 +241,8 @@ def commands_for(shown: Shown) -> list[tuple[str, str]]:
     elif directory and not shown.is_newest:
         found.append((_("go back to it; nothing is removed"), f"holdfast rollback {file}"))
     if not generates:
-        code = f"import holdfast; state = holdfast.load({json.dumps(str(shown.path))})"
+        path = json.dumps(str(shown.path), ensure_ascii=False)
+        code = f"import holdfast; state = holdfast.load({path})"
         loading = f"python -c {shlex.quote(code)}"
         found.append((_("load it in a program of your own"), loading))
     found.append((_("check every byte"), f"holdfast verify {file}"))

@@ -58,7 +58,7 @@ def story(events: Iterable[Mapping[str, Any]], *, everything: bool = False) -> l
 
 def is_story(event: Mapping[str, Any]) -> bool:
     """Whether a person wants to know; what a later version records counts as such."""
-    return event.get("event") not in ROUTINE or event.get("reason") in ENDS
+    return event.get("event") not in ROUTINE or str(event.get("reason")) in ENDS
 
 
 def describe(event: Mapping[str, Any]) -> str:
@@ -74,15 +74,15 @@ def describe(event: Mapping[str, Any]) -> str:
         return " ".join([kind, *rest])
     if kind == "resumed" and event.get("steps_lost"):
         text += _("; steps lost: {steps}", steps=event["steps_lost"])
-    if kind == "durable" and event.get("reason") in ENDS:
-        text += _(ENDS[event["reason"]])
+    if kind == "durable" and str(event.get("reason")) in ENDS:
+        text += _(ENDS[str(event["reason"])])
     return text
 
 
 def _field(name: str, value: Any) -> str:
     if name == "size" and isinstance(value, int):
         return format_bytes(value)
-    if name == "reason" and value in _REASONS:
+    if name == "reason" and isinstance(value, str) and value in _REASONS:
         return _(_REASONS[value])
     if isinstance(value, list):
         return ", ".join(map(str, value))

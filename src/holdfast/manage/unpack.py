@@ -15,8 +15,8 @@ from pathlib import Path
 
 from holdfast.checkpoint import filesystem, guard
 from holdfast.checkpoint.catalog import Catalog
-from holdfast.checkpoint.container import Reader
-from holdfast.errors import ForeignCheckpoint, HoldfastError
+from holdfast.checkpoint.container import NewerFormat, Reader
+from holdfast.errors import HoldfastError
 from holdfast.i18n import _
 from holdfast.manage.pack import Meter, Packed, Show, check_room
 from holdfast.manage.packed import Chunks, Contents, Item, PackedRun, check
@@ -123,7 +123,8 @@ class _Sink:
         for path in self._checkpoints:
             before = self.meter.done
             self.meter.file(path)
-            with contextlib.suppress(ForeignCheckpoint), Reader(path) as reader:
+            # What a newer holdfast wrote cannot be read here, and is none the worse for it.
+            with contextlib.suppress(NewerFormat), Reader(path) as reader:
                 reader.verify(progress=self.meter.count)
             self.meter.count(before + path.stat().st_size - self.meter.done)  # the headers
         Catalog(self._place).write_cache()

@@ -18,6 +18,7 @@ _LARGEST_PICKLE = 1 << 26  # bytes; a larger one is not looked into
 _HEADER = struct.Struct("<4sHHHHHIIIHH")
 _LOCAL = b"PK\x03\x04"
 _ZIP64, _TOO_LARGE = 1, 0xFFFFFFFF
+_ENCRYPTED = 1  # a bit among the flags of a record
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ def _crc(file: BinaryIO, at: int, size: int) -> int:
 
 def _imports(archive: zipfile.ZipFile, item: zipfile.ZipInfo) -> list[str]:
     """What unpickling would import, read from the opcodes: nothing is built or run."""
-    if item.compress_type != zipfile.ZIP_STORED or item.file_size > _LARGEST_PICKLE:
+    plain = item.compress_type == zipfile.ZIP_STORED and not item.flag_bits & _ENCRYPTED
+    if not plain or item.file_size > _LARGEST_PICKLE:
         return []
     found: dict[str, None] = {}
     texts: list[str] = []

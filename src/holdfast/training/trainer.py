@@ -284,7 +284,7 @@ class Trainer:
         finally:
             self.model.train()
         loss = nats / count
-        perplexity = math.exp(loss) if loss < 700 else math.inf
+        perplexity = math.inf if loss >= 700 else math.exp(loss)  # NaN stays NaN
         per_byte = bits_per_byte(nats, stream.text_bytes)
         return {"val_loss": loss, "perplexity": perplexity, "bits_per_byte": per_byte}
 
