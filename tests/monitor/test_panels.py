@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -306,6 +307,29 @@ def test_a_loop_of_a_stranger_has_no_metrics_and_is_shown_all_the_same(tmp_path:
     assert panels.progress(shown, 80)[0].plain == "step 100"
     assert "no curve yet" in plain(panels.loss(shown, 60, 10))
     assert "step 100" in "\n".join(words.lines(found))
+
+
+def test_what_a_strangers_loop_would_lose_is_told_in_time_and_never_as_nothing(
+    tmp_path: Path,
+) -> None:
+    """It tells what it saves, and not how far it has come since: steps are not known."""
+    directory = tmp_path / "run"
+    with Training(directory) as training:
+        training.epoch(1, 3.0)
+        time.sleep(1.1)
+        view = RunView(directory)
+        view.refresh()
+        found = take(view, Probe())
+    told = dict(words.safety(found))
+    assert told["power cut"] == told["kill"] and re.fullmatch(r"[\d.]+ s", told["kill"])
+    assert "green" not in [str(line.spans[-1].style) for line in panels.safety(
+        Look(directory, (directory,), 0, found), 60)[:2]]  # fmt: skip
+    risk = found.to_json()["safety"]
+    assert (risk["power_cut"]["steps_lost"], risk["kill"]["steps_lost"]) == (None, None)
+    assert risk["power_cut"]["seconds_lost"] > 1
+    view.refresh()
+    ended = take(view, Probe())
+    assert words.state(ended) == "stopped", "where its end was to be, it has not said"
 
 
 def test_a_directory_that_is_deleted_while_it_is_looked_at(tmp_path: Path) -> None:

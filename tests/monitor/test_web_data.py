@@ -104,7 +104,24 @@ def test_commands_are_for_the_state_and_quoted(tmp_path: Path) -> None:
     }
     assert found["resume"] == f"holdfast train --checkpoint-dir '{directory}' --resume"
     assert found["verify"] == f"holdfast verify '{directory}'"
-    assert "monitor" not in found
+    assert "monitor" not in found and "serve" in found
+
+
+def test_a_strangers_checkpoints_are_not_proposed_for_writing_text(tmp_path: Path) -> None:
+    with LiveRun(tmp_path / "run") as run:
+        run.finish_epoch(3.0)
+        found = web_data.detail(view_of(run.directory), "i", "n")
+    keys = [each["key"] for each in found["commands"]]
+    assert keys == ["monitor", "verify", "clean", "report"]
+
+
+def test_a_history_that_anybody_has_written_into_is_shown(tmp_path: Path) -> None:
+    directory = finished_run(tmp_path / "run")
+    with (directory / "events.jsonl").open("a") as file:
+        for event in ("durable", "removed", "quarantined", "unheard of"):
+            file.write(json.dumps({"event": event, "step": 1, "names": 5, "reason": "retention"}))
+            file.write("\n")
+    assert web_data.detail(view_of(directory), "i", "n")["checkpoint_count"] == 3
 
 
 def test_the_log_is_its_end_in_whole_lines_and_never_a_link(tmp_path: Path) -> None:

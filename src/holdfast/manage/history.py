@@ -21,7 +21,7 @@ from holdfast.errors import CheckpointError
 from holdfast.formatting import NOTHING, format_loss, format_time
 from holdfast.i18n import _
 from holdfast.manage.output import write_output
-from holdfast.manage.rundir import RunDirectory, number
+from holdfast.manage.rundir import RunDirectory, names_of, number
 from holdfast.manage.story import story
 from holdfast.manage.table import Column, Screen, printable, render
 from holdfast.manage.values import plain_state
@@ -181,8 +181,7 @@ def _add_events(run: RunDirectory, epochs: dict[int, Epoch]) -> None:
     by_id: dict[str, Epoch] = {}
     by_name: dict[str, Epoch] = {}
     for event in run.events:
-        kind, number_, names = event.get("event"), event.get("epoch"), event.get("names")
-        names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+        kind, number_, names = event.get("event"), event.get("epoch"), names_of(event)
         if kind == "durable" and event.get("reason") in _ENDS and isinstance(number_, int):
             epoch = epochs.setdefault(number_, Epoch(number_))
             epoch.step, epoch.time, epoch.fate = event.get("step"), event.get("time"), None

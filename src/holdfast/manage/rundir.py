@@ -97,6 +97,12 @@ def checkpoint_files(directory: Path) -> Iterator[Path]:
         yield from _files_in(place)
 
 
+def names_of(event: Mapping[str, Any]) -> list[str]:
+    """The files that an event names; none where anybody has written something else there."""
+    names = event.get("names")
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
 def set_aside(directory: Path, place: str) -> list[Path]:
     """Every file under `quarantine/` or `archive/` (`place`), in the order of their names."""
     assert place in (QUARANTINE, ARCHIVE), place

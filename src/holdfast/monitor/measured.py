@@ -64,11 +64,22 @@ class Safety:
     disk_step: int | None
     disk_seconds: float | None  # of work since that state; of this start where there is none
     memory_step: int | None
+    counted: bool = True  # whether it is known at which step the run is, not only what it saved
 
     @property
     def disk_steps(self) -> int:
         """Steps that a power cut would cost."""
         return max(0, self.step - (self.disk_step or 0))
+
+    @property
+    def disk_unknown(self) -> bool:
+        """Whether a power cut would cost nobody knows how many steps; `disk_seconds` tells then."""
+        return not self.counted and not self.disk_steps
+
+    @property
+    def memory_unknown(self) -> bool:
+        """The same of a kill of the process."""
+        return not self.counted and not self.memory_steps
 
     @property
     def memory_steps(self) -> int:

@@ -111,7 +111,8 @@ def safety(look: Look, width: int) -> list[Text]:
         return []
     risk = look.snapshot.safety
     worst = ALARM if look.snapshot.saving_fails else WARNING
-    styles = [worst if risk.disk_steps else "green", worst if risk.memory_steps else "green"]
+    cut, kill = risk.disk_steps or risk.disk_unknown, risk.memory_steps or risk.memory_unknown
+    styles = [worst if cut else "green", worst if kill else "green"]
     return pairs(words.safety(look.snapshot), width, styles)
 
 

@@ -21,7 +21,7 @@ from holdfast.checkpoint.catalog import EVENTS, Entry
 from holdfast.checkpoint.lock import FileLock
 from holdfast.errors import HoldfastError
 from holdfast.formatting import parse_time
-from holdfast.manage.rundir import RunDirectory, look, number
+from holdfast.manage.rundir import RunDirectory, look, names_of, number
 from holdfast.manage.story import is_story
 from holdfast.monitor.follow import Follower
 from holdfast.monitor.forecast import Disk, Plan, forecast
@@ -298,11 +298,15 @@ class RunView:
         step = max(self.step, in_memory or 0)
         # The work of a state ends where it was taken; what a start goes on from may be old.
         since = max(_seconds(newest.created) if newest is not None else 0.0, self._began())
-        now = _now() if self.state == TRAINING else _seconds(self._last_line)
+        training = self.state == TRAINING
+        now = _now() if training else _seconds(self._last_line)
         spent = max(0.0, now - since) if since and now else None
-        if newest is not None and step <= newest.step:
+        # A stranger's loop tells what it saves, and nothing of the steps that it makes meanwhile.
+        counted = not training or bool(self.points or self.started)
+        if newest is not None and step <= newest.step and counted:
             spent = 0.0
-        return Safety(step, newest.step if newest is not None else None, spent, in_memory)
+        disk_step = newest.step if newest is not None else None
+        return Safety(step, disk_step, spent, in_memory, counted)
 
     def _memory_step(self) -> int | None:
         """The newest whole snapshot in shared memory of this machine, of the generation that is
@@ -362,7 +366,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _lasting(event: Mapping[str, Any]) -> bool:
-    return not all(str(name).startswith("temp/") for name in event.get("names") or [])
+    return not all(str(name).startswith("temp/") for name in names_of(event))
 
 
 def _changed_at(directory: Path) -> tuple[int, int]:

@@ -147,9 +147,10 @@ class Snapshot:
             "disk_step": safety.disk_step,
             "memory_step": safety.memory_step,
             "power_cut": {
-                "steps_lost": safety.disk_steps, "seconds_lost": _rounded(safety.disk_seconds)
+                "steps_lost": None if safety.disk_unknown else safety.disk_steps,
+                "seconds_lost": _rounded(safety.disk_seconds),
             },
-            "kill": {"steps_lost": safety.memory_steps},
+            "kill": {"steps_lost": None if safety.memory_unknown else safety.memory_steps},
             "remote": None,  # no remote tier is configured
         }  # fmt: skip
 

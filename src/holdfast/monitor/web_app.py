@@ -97,7 +97,7 @@ def _add_data(app: FastAPI, hub: Hub) -> None:
     @app.get("/api/runs")
     async def runs() -> Response:
         await hub.fresh()
-        return _json({"runs": hub.rows(), "problems": hub.problems})
+        return _json({"runs": hub.rows(), "problems": hub.troubles()})
 
     @app.get("/api/runs/{identity}")
     async def run(identity: str) -> Response:

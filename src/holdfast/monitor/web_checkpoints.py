@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.checkpoint.catalog import Entry
 from holdfast.formatting import parse_time
-from holdfast.manage.rundir import DAMAGED, number
+from holdfast.manage.rundir import DAMAGED, names_of, number
 from holdfast.monitor.run_view import RunView
 
 KEPT, REMOVED, QUARANTINED, ARCHIVED = "kept", "removed", "quarantined", "archived"
@@ -49,7 +49,7 @@ def _from_history(view: RunView) -> dict[str, dict[str, Any]]:
     by_name: dict[str, str] = {}
     for event in view.events:
         kind, id_ = event.get("event"), str(event.get("id"))
-        names = [str(name) for name in event.get("names") or []]
+        names = names_of(event)
         if kind == "durable" and isinstance(event.get("step"), int):
             rows.pop(id_, None)
             rows[id_] = _of_event(event, names)

@@ -12,19 +12,21 @@ from holdfast.monitor.run_view import STOPPED, TRAINING, RunView
 def commands(view: RunView) -> list[dict[str, str]]:
     """[{"key", "command"}], the most useful first; `key` names the sentence in the page."""
     state, run = view.state, _quoted(view.directory)
+    ours = (view.directory / "config.json").exists()  # else another's loop, of another model
     found: list[dict[str, str]] = []
 
     def add(key: str, command: str) -> None:
         found.append({"key": key, "command": command})
 
-    if state == STOPPED and (view.directory / "config.json").exists():  # else another's loop
+    if state == STOPPED and ours:
         add("resume", f"holdfast train --checkpoint-dir {run} --resume")
     if state == TRAINING:
         add("monitor", f"holdfast monitor {run}")
     if view.entries:
         best = view.directory / BEST
-        add("serve", f"holdfast serve {run}")
-        if best.exists():
+        if ours:
+            add("serve", f"holdfast serve {run}")
+        if ours and best.exists():
             add("export", f"holdfast export {_quoted(best)} --to hf")
         add("verify", f"holdfast verify {run}")
         add("clean", f"holdfast clean {run} --keep 2 --dry-run")

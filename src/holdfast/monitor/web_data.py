@@ -191,9 +191,9 @@ def _risk(view: RunView, safety: Safety) -> dict[str, Any]:
         "ticking": training,
         "as_of": round(time.time() * 1000) if training else None,
         "disk_step": safety.disk_step,
-        "disk_steps": max(0, safety.disk_steps),
+        "disk_steps": None if safety.disk_unknown else safety.disk_steps,
         "memory_step": safety.memory_step,
-        "memory_steps": max(0, safety.memory_steps),
+        "memory_steps": None if safety.memory_unknown else safety.memory_steps,
         "verified_step": verified,
     }
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import HoldfastError
 from holdfast.monitor import web_data
 from holdfast.monitor.run_view import Point, RunView, find_runs
 
@@ -112,7 +111,7 @@ class Feed:
                 self._draw()
                 self._state, self._drawn = state, time.monotonic()
             self.problem, self.missing = "", False
-        except (HoldfastError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - anybody may have written there: it is shown, not lost
             self.problem, self.missing = str(error), not self.directory.is_dir()
         finally:
             self._lock.release()
@@ -158,6 +157,15 @@ class Hub:
             workers.close()
 
     # ------------------------------------------------------------------------------------- asking
+
+    def troubles(self) -> dict[str, str]:
+        """What cannot be read, directories and runs, and why."""
+        runs = {
+            str(f.directory): f.problem
+            for f in list(self.feeds.values())
+            if f.problem and not f.missing
+        }
+        return {**self.problems, **runs}
 
     def rows(self) -> list[dict[str, Any]]:
         """The runs, those that train first, then by the newest."""
@@ -270,7 +278,7 @@ class Cursor:
 
         "more" has everything but the curves anew, and the points since the last one.
         """
-        found = self._news_of_rows(self._hub.rows(), dict(self._hub.problems))
+        found = self._news_of_rows(self._hub.rows(), self._hub.troubles())
         for feed in self._hub.chosen(self._wanted):
             picture = feed.picture
             if picture is not None:

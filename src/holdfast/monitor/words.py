@@ -37,6 +37,8 @@ _STATES = {
 
 def state(snapshot: Snapshot) -> str:
     """What the run is doing."""
+    if snapshot.state == STOPPED and not snapshot.started and snapshot.last is None:
+        return _("stopped")  # a stranger's loop: where its end is, it has not said
     text = _(_STATES[snapshot.state])
     if snapshot.saving_fails and snapshot.state == TRAINING:
         return text + _(", saving fails")
@@ -118,7 +120,7 @@ def safety(snapshot: Snapshot) -> list[Pair]:
     """What a failure would cost now, by its kind."""
     return [
         (_("power cut"), _power_cut(snapshot)),
-        (_("kill"), _steps(snapshot.safety.memory_steps)),
+        (_("kill"), _kill(snapshot)),
         (_("disk loss"), _("all, no remote copy")),
         (_("durable"), _durable(snapshot)),
     ]
@@ -126,12 +128,21 @@ def safety(snapshot: Snapshot) -> list[Pair]:
 
 def _power_cut(snapshot: Snapshot) -> str:
     risk = snapshot.safety
+    if risk.disk_unknown:
+        return NOTHING if risk.disk_seconds is None else format_seconds(risk.disk_seconds)
     if not risk.disk_steps:
         return _("nothing")
     text = _steps(risk.disk_steps)
     if risk.disk_seconds is not None:
         text += BETWEEN + format_seconds(risk.disk_seconds)
     return text
+
+
+def _kill(snapshot: Snapshot) -> str:
+    risk = snapshot.safety
+    if risk.memory_unknown and risk.disk_unknown:  # no snapshot newer than what is on the disk
+        return _power_cut(snapshot)
+    return _steps(risk.memory_steps)
 
 
 def _durable(snapshot: Snapshot) -> str:

@@ -83,13 +83,14 @@ HF.overview = (function () {
     const { risk } = run, training = run.state === "training", seconds = secondsAtRisk(run);
     if (run.damaged) return ["bad", t("safe.damaged", { count: run.damaged })];
     if (risk.disk_step === null) {
-      if (!run.step) return ["none", t("safe.empty")];
+      if (!run.step && risk.disk_steps !== null) return ["none", t("safe.empty")];
       return [training && seconds < 1800 ? "none" : "bad", t("safe.nothing") + " " + (isNumber(seconds) ? t("safe.risk", { time: HF.duration(seconds) }) : "")];
     }
     if (training) return [seconds > 3600 ? "bad" : seconds > 1800 ? "fair" : "good", t("safe.risk", { time: HF.duration(seconds) })];
     if (risk.memory_step !== null && risk.memory_step > risk.disk_step) return ["fair", t("safe.memory", { step: HF.count(risk.memory_step) })];
     if (risk.disk_steps > 0) return ["fair", t("safe.lost", { steps: HF.count(risk.disk_steps), step: HF.count(risk.disk_step) })];
-    return ["good", t("safe.all", { step: HF.count(risk.disk_step) })];
+    const told = isNumber(run.updated); // else a stranger's loop: it may have come further
+    return ["good", t(told ? "safe.all" : "safe.disk", { step: HF.count(risk.disk_step) })];
   }
 
   function tier(title, main, note) {
@@ -98,6 +99,7 @@ HF.overview = (function () {
   function lose(run, steps, nothing) {
     if (nothing) return t("tier.lose.all");
     if (steps > 0) return t("tier.lose", { steps: HF.count(steps) });
+    if (steps === null) return t("tier.lose.time", { time: HF.duration(secondsAtRisk(run)) }); // a stranger's loop
     return t(run.state === "training" ? "tier.lose.now" : "tier.lose.none");
   }
 
