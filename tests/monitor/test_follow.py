@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from holdfast.monitor import follow
 from holdfast.monitor.follow import Follower
 
 
@@ -129,3 +131,20 @@ def test_a_directory_that_became_a_file_is_no_line(tmp_path: Path) -> None:
     place.write_text("")
     assert follower.new() == []
     assert follower.restarted
+
+
+def test_a_long_file_is_read_in_pieces_and_loses_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"n": n}) + "\n" for n in range(100)))
+    monkeypatch.setattr(follow, "_PIECE", 101)  # no whole number of lines
+    follower, seen = Follower(path), []
+    while True:
+        lines = follower.new()
+        assert len(lines) < 20
+        seen += [line["n"] for line in lines]
+        if not follower.more:
+            break
+    assert seen == list(range(100))
+    assert follower.new() == []

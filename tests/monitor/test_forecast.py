@@ -60,8 +60,9 @@ def test_what_keeps_all_grows_as_long_as_it_trains() -> None:
     ("free", "hours"),
     [
         (100 * SIZE, math.inf),
-        (3 * SIZE, math.inf),
-        (2 * SIZE, 2 / HOUR_OF_EPOCHS),  # two to come, and the one that is written before one goes
+        (6 * SIZE, math.inf),
+        # Two to come, two that roll, a best of before, and the one that is written before one goes.
+        (5 * SIZE, 5 / HOUR_OF_EPOCHS),
         (0, 0.0),
     ],
 )
@@ -111,3 +112,11 @@ def test_a_plan_is_read_from_the_configuration(
 def test_no_configuration_is_no_plan() -> None:
     assert Plan.of({}, 100, 7, 1.0) is None
     assert Plan.of({"checkpoint": None}, 100, 7, 1.0) is None
+
+
+def test_what_comes_and_goes_needs_its_room_too() -> None:
+    """Three to be kept, a second rolling one, a best of before these, and the one being written."""
+    found = of(entries("temp"), plan(keep=3), free=5 * SIZE)
+    assert (found.to_come, found.besides) == (3 * SIZE, 2 * SIZE)
+    assert found.hours_left < math.inf
+    assert of(entries("temp"), plan(keep=3), free=6 * SIZE).hours_left == math.inf

@@ -34,6 +34,8 @@ def run_list(argv: Sequence[str], prog: str) -> int:
             found.append(listing.listing_of(look(directory), given.sort))
         except HoldfastError as error:
             problems.append(str(error))
+        except OSError as error:  # the others are shown all the same
+            problems.append(f"{directory}: {error.strerror or error}")
     if given.json:
         show_json({"directories": [one.to_json() for one in found]})
     else:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+_PIECE = 8 << 20  # bytes that one look takes in at most: a long history is never whole in memory
 _HEAD = 64  # bytes at the beginning by which a file is known: its first time, to the millisecond
 _BEGINNING = b'{"time"'  # of every line that holdfast writes; never inside one: quotes are escaped
 
@@ -27,10 +28,12 @@ class Follower:
         self._head = b""
         self._rest = b""  # the beginning of a line whose end is not there yet
         self.restarted = False  # whether the last look began anew: forget what came before
+        self.more = False  # whether there is more than the last look took in: look again
 
     def new(self) -> list[dict[str, Any]]:
-        """The lines that have come; none where there is no file. Raises OSError as it comes."""
-        self.restarted = False
+        """The lines that have come, or the first of many; none where there is no file. Raises
+        OSError as it comes."""
+        self.restarted = self.more = False
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -43,7 +46,8 @@ class Follower:
                     self._begin_anew()
                 self._inode, self._head = status.st_ino, head
                 file.seek(self._position)
-                data = file.read()
+                data = file.read(_PIECE)
+                self.more = self._position + len(data) < status.st_size
         except (FileNotFoundError, NotADirectoryError):
             if self._position:
                 self._begin_anew()

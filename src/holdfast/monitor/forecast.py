@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.checkpoint.catalog import Entry
+from holdfast.checkpoint.retention import KeepRollingTemps
 from holdfast.formatting import parse_time
+
+ROLLING = KeepRollingTemps().count  # temporary checkpoints that may lie there at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,8 @@ class Disk:
     """Room for checkpoints. `growth` bytes an hour, over what is kept; 0.0 where it is settled.
 
     `to_come`: bytes by which the run will still grow in all, infinite where there is no end to it.
+    `besides`: bytes of what comes and goes, and may lie there at that time: rolling checkpoints,
+    and a best one that is older than what is kept.
     """
 
     free: int
@@ -23,12 +28,13 @@ class Disk:
     next_size: int  # of the newest checkpoint: what the next one will take
     growth: float
     to_come: float = math.inf
+    besides: int = 0
 
     @property
     def hours_left(self) -> float:
         """Until it is full; infinite where it does not fill."""
         # Old checkpoints go only after the next one is durable: that one needs its room besides.
-        fills = self.growth > 0 and self.to_come + self.next_size > self.free
+        fills = self.growth > 0 and self.to_come + self.besides + self.next_size > self.free
         return self.free / self.growth if fills else math.inf
 
     @property
@@ -92,7 +98,11 @@ def forecast(entries: Sequence[Entry], free: int, plan: Plan | None, *, settled:
         if min(room, left) > 0:
             growth += size / (every * plan.pace / 3600) if plan.pace > 0 else 0.0
             to_come += size * min(room, left) if size else 0.0
-    return Disk(free, used, next_size, growth, to_come)
+    rolling = max(0, ROLLING - (len(entries) - len(lasting)))
+    best = plan.keep > 0 and all(
+        sum(entry.kind == kind for entry in lasting) <= plan.keep for kind in plan.every
+    )
+    return Disk(free, used, next_size, growth, to_come, size * (rolling + best))
 
 
 def _measured(lasting: Sequence[Entry]) -> float:

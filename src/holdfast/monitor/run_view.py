@@ -12,7 +12,7 @@ import json
 import math
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +96,9 @@ class RunView:
         """Read what has come; whether there was anything. Raises HoldfastError where the directory
         is none (any more: the view is empty then), OSError as it comes; call it again later."""
         seen = _changed_at(self.directory)
-        events, lines = self._events.new(), self._metrics.new()
-        restarted = self._events.restarted or self._metrics.restarted
-        if self._metrics.restarted:
-            self._forget_metrics()
-        if self._events.restarted:
-            self._forget_events()
-        for line in lines:
-            self._take_line(line)
-        for event in events:
-            self._take_event(event)
-        if events or restarted or seen != self._seen:
+        lines, again = _follow(self._metrics, self._take_line, self._forget_metrics)
+        events, anew = _follow(self._events, self._take_event, self._forget_events)
+        if events or again or anew or seen != self._seen:
             self._seen = None
             try:
                 self.run = look(self.directory)
@@ -116,7 +108,7 @@ class RunView:
             self.config = _read_config(self.directory / CONFIG)
             self._seen = seen  # of before the look: what has changed meanwhile is looked at again
             return True
-        return bool(lines)
+        return lines
 
     # ------------------------------------------------------------------------------------ taking in
 
@@ -337,6 +329,23 @@ class RunView:
             plan = Plan.of(self.config, per_epoch, left, self.pace)
         free = filesystem.free_bytes(self.directory)
         return forecast(self.entries, free, plan, settled=self._settled or not growing)
+
+
+def _follow(
+    follower: Follower, take: Callable[[dict[str, Any]], None], forget: Callable[[], None]
+) -> tuple[bool, bool]:
+    """Take in what has come; whether anything has, and whether all of it from the beginning."""
+    came = anew = False
+    while True:
+        lines = follower.new()
+        if follower.restarted:
+            anew = True
+            forget()
+        for line in lines:
+            take(line)
+        came = came or bool(lines)
+        if not follower.more:
+            return came, anew
 
 
 def find_runs(root: Path, *, depth: int = 3) -> list[Path]:
