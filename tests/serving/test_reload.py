@@ -163,6 +163,24 @@ def test_an_empty_directory_says_that_there_is_no_checkpoint_yet(tmp_path: Path)
         pass
 
 
+def test_sources_with_one_name_are_told_apart_by_the_directory_above(
+    training: Training, tmp_path: Path
+) -> None:
+    training.close()
+    runs = [tmp_path / name / "checkpoints" for name in ("a", "b")]
+    for place in runs:
+        shutil.copytree(training.directory, place)
+    files = [copy / "best_model.pt" for place in runs]
+    with serving(*runs, training.directory, *files) as url:
+        names = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
+        last = training.directory.name
+        assert [name for name in names if "epoch" not in name and "latest" not in name] == [
+            "a/checkpoints/best", "b/checkpoints/best", f"{last}/best",
+            "a/checkpoints/best_model", "b/checkpoints/best_model",
+        ]  # fmt: skip
+        assert ask(url, "b/checkpoints/best")["model"] == "b/checkpoints/best"
+
+
 def test_the_model_that_nobody_asked_for_longest_leaves_memory(training: Training) -> None:
     for loss in (4.0, 3.0, 2.0):
         training.epoch(loss)

@@ -112,6 +112,7 @@ class Library:
     ) -> None:  # fmt: skip
         """`sources`: run directories and checkpoint files. Call `open` before anything else."""
         self.sources, self.options, self.metrics = list(sources), options, metrics
+        self._labels = _labels(self.sources)
         self._loop = loop
         self._current: dict[Path, Card] = {}  # what the first name of a source stands for
         self._served: dict[str, Served] = {}  # by the checkpoint's id
@@ -178,7 +179,7 @@ class Library:
 
     def _prefix(self, source: Path) -> str:
         """What distinguishes the names of several runs."""
-        return f"{source.resolve().name}/" if len(self.sources) > 1 else ""
+        return f"{self._labels[source]}/" if len(self.sources) > 1 else ""
 
     def _cards_of(self, source: Path) -> list[Card]:
         """The names of a source, the one that it is served by first."""
@@ -186,7 +187,7 @@ class Library:
             if not source.exists():
                 raise CheckpointError(_("There is no checkpoint at {path}.", path=source))
             entry = summary(read_manifest(source), source.stat().st_size)
-            return [Card(source.stem, source, entry)]
+            return [Card(self._labels[source], source, entry)]
         catalog, prefix = Catalog(source), self._prefix(source)
         contents = catalog.scan()
         cards = []
@@ -375,3 +376,22 @@ class Library:
             served.engine.stop()
         for served in everyone:  # a thread inside torch must not meet the end of the interpreter
             served.engine.join(_LAST_STEP)
+
+
+def _labels(sources: Sequence[Path]) -> dict[Path, str]:
+    """What each source is called: its name, and of those with one name as many of the directories
+    above as tell them apart."""
+    parts = {source: _parts(source) for source in sources}
+
+    def label(mine: tuple[str, ...]) -> str:
+        for size in range(1, len(mine)):
+            if sum(mine[-size:] == other[-size:] for other in parts.values()) == 1:
+                return "/".join(mine[-size:])
+        return "/".join(mine)
+
+    return {source: label(mine) for source, mine in parts.items()}
+
+
+def _parts(source: Path) -> tuple[str, ...]:
+    whole = source.resolve() if source.is_dir() else source.absolute().with_suffix("")
+    return whole.parts[1:] or (whole.name,)
