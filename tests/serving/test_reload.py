@@ -170,7 +170,7 @@ def test_sources_with_one_name_are_told_apart_by_the_directory_above(
     runs = [tmp_path / name / "checkpoints" for name in ("a", "b")]
     for place in runs:
         shutil.copytree(training.directory, place)
-    files = [copy / "best_model.pt" for place in runs]
+    files = [place / "best_model.pt" for place in runs]
     with serving(*runs, training.directory, *files) as url:
         names = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
         last = training.directory.name
