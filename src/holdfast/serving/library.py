@@ -151,14 +151,18 @@ class Library:
                 _("There is no checkpoint in {directory} yet: train first (holdfast train), or "
                   "name another run.", directory=source)
             )  # fmt: skip
+        name = cards[0].name
+        cards = list({card.path: card for card in cards}.values())  # one file has several names
         for card in cards:
             try:
                 # The name stays: what is best is the best of what is intact.
-                return replace(card, name=cards[0].name), self.load(card)
+                return replace(card, name=name), self.load(card)
             except (CheckpointError, OSError) as error:
                 if card is cards[-1]:
                     raise
-                log.warning(_("{name} cannot be served: {reason}", name=card.name, reason=error))
+                log.warning(
+                    _("{name} cannot be served: {reason}", name=card.path.name, reason=error)
+                )
                 self._refused.add(card.entry.id)
         raise AssertionError("the last one returns or raises")
 
