@@ -271,6 +271,12 @@ def test_every_value_out_of_range_is_named_at_once(capsys: pytest.CaptureFixture
     assert said.count("\n") == 6
 
 
+def test_a_prompt_in_another_encoding_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    gbk = os.fsdecode("今天".encode("gbk"))
+    assert main(["generate", gbk]) == 2
+    assert "not UTF-8" in capsys.readouterr().err
+
+
 def test_weights_that_are_not_numbers_are_told(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

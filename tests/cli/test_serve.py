@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from holdfast.cli.main import main
+from holdfast.errors import ConfigError
+from holdfast.serving.server import _listen
 from holdfast.training.tokenizer import TextTokenizer
 from tests.serving.models import CONTEXT, Training, make_tokenizer, poet
 
@@ -95,6 +97,11 @@ def test_a_port_in_use_is_told_in_a_line(server: Server, run: Path) -> None:
     done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2 and f"port {port} is in use" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_port_is_taken_before_the_model_is_loaded() -> None:
+    with _listen("127.0.0.1", 0) as first, pytest.raises(ConfigError, match="is in use"):
+        _listen("127.0.0.1", first.getsockname()[1])
 
 
 @pytest.mark.parametrize(

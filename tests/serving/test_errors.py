@@ -73,6 +73,7 @@ def test_more_tokens_than_the_model_can_see_are_as_many_as_it_can(client: openai
         ("stop", ["a"] * 5), ("stop", [""]), ("stop", 3), ("seed", 2**63), ("seed", "x"),
         ("presence_penalty", 3), ("frequency_penalty", -2.5), ("logprobs", 21), ("logprobs", -1),
         ("logit_bias", {"99999": 1}), ("logit_bias", {"x": 1}), ("logit_bias", {"1": 101}),
+        ("logit_bias", {"9" * 5000: 1}),
         ("prompt", 5), ("prompt", []), ("prompt", [99999]), ("prompt", [-1]), ("prompt", [[1], 2]),
         ("prompt", {"a": 1}), ("stream", "yes"), ("model", 7), ("suffix", "b"), ("best_of", 3),
     ],
@@ -91,6 +92,7 @@ def test_a_field_that_is_wrong_is_named(url: str, field: str, value: Any) -> Non
         {"messages": [{"content": "a"}]}, {"messages": "hello"}, {"messages": [{"role": 1}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 3},
+        {"messages": [{"role": "user", "content": "a"}], "max_tokens": 0},
         {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]},
         {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json"}},
     ],
@@ -145,6 +147,23 @@ def test_bytes_that_are_no_request_at_all_leave_the_server_up(url: str) -> None:
     for nonsense in (b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\n"):
         with socket.create_connection((host, int(port)), 5) as connection:
             connection.sendall(nonsense)
+
+
+def test_a_limit_beyond_every_vocabulary_is_none(url: str) -> None:
+    for top_k in (10**6, 2**62, 10**30):  # does not end the texts of others
+        assert post(url, {"prompt": "春", "max_tokens": 1, "top_k": top_k}).status_code == 200
+
+
+def test_who_leaves_before_the_body_has_come_is_counted_and_no_error(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 5) as connection:
+        connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\n"
+                           'Content-Length: 99\r\n\r\n{"prom'.encode())  # fmt: skip
+        time.sleep(0.2)
+    wait_for(lambda: figure(url, 'holdfast_requests_total{path="/v1/completions",status="499"}'))
+    assert not caplog.records
 
 
 def test_too_many_texts_at_once_are_told_with_the_limit(client: openai.OpenAI) -> None:

@@ -147,7 +147,7 @@ def test_the_best_that_is_intact_is_served_from_the_start(
     flip(training.directory / "model_epoch_2.pt")
     with serving(training.directory) as url:
         assert step(url) == 100
-        assert "best cannot be served" in caplog.text
+        assert caplog.text.count("cannot be served") == 1, "a file of several names is read once"
         assert ask(url)["system_fingerprint"].startswith("step_100_")
 
 
@@ -161,6 +161,24 @@ def test_a_run_of_nothing_but_damage_is_an_error_that_says_so(training: Training
 def test_an_empty_directory_says_that_there_is_no_checkpoint_yet(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* yet"), serving(tmp_path):
         pass
+
+
+def test_sources_with_one_name_are_told_apart_by_the_directory_above(
+    training: Training, tmp_path: Path
+) -> None:
+    training.close()
+    runs = [tmp_path / name / "checkpoints" for name in ("a", "b")]
+    for place in runs:
+        shutil.copytree(training.directory, place)
+    files = [place / "best_model.pt" for place in runs]
+    with serving(*runs, training.directory, *files) as url:
+        names = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
+        last = training.directory.name
+        assert [name for name in names if "epoch" not in name and "latest" not in name] == [
+            "a/checkpoints/best", "b/checkpoints/best", f"{last}/best",
+            "a/checkpoints/best_model", "b/checkpoints/best_model",
+        ]  # fmt: skip
+        assert ask(url, "b/checkpoints/best")["model"] == "b/checkpoints/best"
 
 
 def test_the_model_that_nobody_asked_for_longest_leaves_memory(training: Training) -> None:

@@ -217,6 +217,7 @@ def test_temperature_top_p_and_the_penalty_do_what_they_say(
     greedy = "".join(_stream(parts, 20, sampling={"temperature": 0}))
     assert greedy == "".join(_stream(parts, 20, sampling={"temperature": 0, "seed": 8}))
     assert greedy == "".join(_stream(parts, 20, sampling={"top_p": 1e-6, "top_k": 0}))
+    assert greedy == "".join(_stream(parts, 20, sampling={"temperature": 1e-320}))
     stream = _stream(parts, 25, sampling={"temperature": 0, "frequency_penalty": 50.0})
     list(stream)
     drawn = stream.ids[-25:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,14 @@ before = peak()
 load_for_inference(sys.argv[2], device="cpu")
 print(peak() - before)
 """
+
+
+def test_many_threads_may_load_at_once(run: Path) -> None:
+    before = torch.nn.Module.register_parameter
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _i: load_for_inference(run), range(12)))
+    assert torch.nn.Module.register_parameter is before
+    assert not any(p.is_meta for one in loaded for p in one.model.parameters())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")

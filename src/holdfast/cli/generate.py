@@ -123,6 +123,10 @@ def _check(given: argparse.Namespace, prog: str) -> None:
           value=getattr(given, flag.replace("-", "_")), prog=prog)
         for flag, good, expected in ranges if not good
     ]  # fmt: skip
+    try:
+        (given.prompt or "").encode()
+    except UnicodeEncodeError:  # bytes of another encoding, as Python hands them on
+        wrong.append(_("The prompt is not UTF-8 text."))
     if wrong:
         raise ConfigError("\n".join(wrong))
 

@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from holdfast import __version__
@@ -62,6 +63,7 @@ def create_app(library: Library, limits: Limits) -> Gate:
     _add_page(app)
     app.add_exception_handler(ApiError, _told)
     app.add_exception_handler(HTTPException, _not_found)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _our_fault)
     counted = library.metrics.requests
     return Gate(app, limits, lambda path, status: counted.labels(path, str(status)).inc())
@@ -362,6 +364,10 @@ async def _not_found(request: Request, error: Exception) -> Response:
         message = _("Invalid URL ({where})", where=where)
     told = ApiError(error.status_code, message, headers=dict(error.headers or {}))
     return await _told(request, told)
+
+
+async def _gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; it is counted
 
 
 async def _our_fault(request: Request, error: Exception) -> Response:

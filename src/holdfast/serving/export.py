@@ -18,6 +18,7 @@ import torch
 
 from holdfast import __version__
 from holdfast.checkpoint import filesystem
+from holdfast.checkpoint.catalog import EVENTS
 from holdfast.checkpoint.foreign import load_weights
 from holdfast.errors import ConfigError, ForeignCheckpoint
 from holdfast.formatting import format_bytes, format_seconds
@@ -128,6 +129,7 @@ def export(
         raise ConfigError(_("{path} is a directory, and --to weights makes one file: name it with "
                             "--out.", path=target))  # fmt: skip
     check_target(target, force=force)
+    _spare_checkpoints(target, path)
     job = _Job(path, form, target, dtype, force, progress, time.monotonic())
     with interruptible(_("Stopped; nothing was exported.")):
         try:
@@ -137,6 +139,20 @@ def export(
                 load_weights(path)  # a file without weights is told as that
                 raise _only_weights(error, path) from error
         return job.export_tensors()
+
+
+def _spare_checkpoints(target: Path, source: Path) -> None:
+    """Raise ConfigError where --force would replace what the export is made of, or what a run
+    resumes from."""
+    if not target.is_file():
+        return
+    if target.samefile(source) or any(
+        (folder / EVENTS).is_file() for folder in target.absolute().parents[:2]
+    ):
+        raise ConfigError(
+            _("{path} is a checkpoint or a file of a run, so --force does not replace it. Choose "
+              "another --out.", path=target)
+        )  # fmt: skip
 
 
 class _NoModel(ForeignCheckpoint):

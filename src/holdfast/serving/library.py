@@ -112,6 +112,7 @@ class Library:
     ) -> None:  # fmt: skip
         """`sources`: run directories and checkpoint files. Call `open` before anything else."""
         self.sources, self.options, self.metrics = list(sources), options, metrics
+        self._labels = _labels(self.sources)
         self._loop = loop
         self._current: dict[Path, Card] = {}  # what the first name of a source stands for
         self._served: dict[str, Served] = {}  # by the checkpoint's id
@@ -150,14 +151,18 @@ class Library:
                 _("There is no checkpoint in {directory} yet: train first (holdfast train), or "
                   "name another run.", directory=source)
             )  # fmt: skip
+        name = cards[0].name
+        cards = list({card.path: card for card in cards}.values())  # one file has several names
         for card in cards:
             try:
                 # The name stays: what is best is the best of what is intact.
-                return replace(card, name=cards[0].name), self.load(card)
+                return replace(card, name=name), self.load(card)
             except (CheckpointError, OSError) as error:
                 if card is cards[-1]:
                     raise
-                log.warning(_("{name} cannot be served: {reason}", name=card.name, reason=error))
+                log.warning(
+                    _("{name} cannot be served: {reason}", name=card.path.name, reason=error)
+                )
                 self._refused.add(card.entry.id)
         raise AssertionError("the last one returns or raises")
 
@@ -178,7 +183,7 @@ class Library:
 
     def _prefix(self, source: Path) -> str:
         """What distinguishes the names of several runs."""
-        return f"{source.resolve().name}/" if len(self.sources) > 1 else ""
+        return f"{self._labels[source]}/" if len(self.sources) > 1 else ""
 
     def _cards_of(self, source: Path) -> list[Card]:
         """The names of a source, the one that it is served by first."""
@@ -186,7 +191,7 @@ class Library:
             if not source.exists():
                 raise CheckpointError(_("There is no checkpoint at {path}.", path=source))
             entry = summary(read_manifest(source), source.stat().st_size)
-            return [Card(source.stem, source, entry)]
+            return [Card(self._labels[source], source, entry)]
         catalog, prefix = Catalog(source), self._prefix(source)
         contents = catalog.scan()
         cards = []
@@ -375,3 +380,22 @@ class Library:
             served.engine.stop()
         for served in everyone:  # a thread inside torch must not meet the end of the interpreter
             served.engine.join(_LAST_STEP)
+
+
+def _labels(sources: Sequence[Path]) -> dict[Path, str]:
+    """What each source is called: its name, and of those with one name as many of the directories
+    above as tell them apart."""
+    parts = {source: _parts(source) for source in sources}
+
+    def label(mine: tuple[str, ...]) -> str:
+        for size in range(1, len(mine)):
+            if sum(mine[-size:] == other[-size:] for other in parts.values()) == 1:
+                return "/".join(mine[-size:])
+        return "/".join(mine)
+
+    return {source: label(mine) for source, mine in parts.items()}
+
+
+def _parts(source: Path) -> tuple[str, ...]:
+    whole = source.resolve() if source.is_dir() else source.absolute().with_suffix("")
+    return whole.parts[1:] or (whole.name,)

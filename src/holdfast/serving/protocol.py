@@ -123,7 +123,7 @@ class _Request(_Object):
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=max(0, self.top_k or 0),
+            top_k=min(max(0, self.top_k or 0), vocabulary),
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=_bias(self.logit_bias or {}, vocabulary),
@@ -183,6 +183,7 @@ class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -211,13 +212,14 @@ def _unsupported(name: str) -> NoReturn:
 def _bias(given: dict[str, float], vocabulary: int) -> dict[int, float]:
     bias = {}
     for name, value in given.items():
-        if not (name.isascii() and name.isdigit() and int(name) < vocabulary):
+        token = int(name) if name.isascii() and name.isdigit() and len(name) < 20 else vocabulary
+        if token >= vocabulary:
             raise ApiError(
                 400, _("'logit_bias' names the token {name}; the vocabulary has 0 to {last}.",
                        name=name[:20], last=vocabulary - 1),
                 param="logit_bias", code="invalid_value",
             )  # fmt: skip
-        bias[int(name)] = value
+        bias[token] = value
     return bias
 
 

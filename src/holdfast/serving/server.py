@@ -167,6 +167,7 @@ def _listen(host: str, port: int) -> socket.socket:
             if os.name == "posix":  # elsewhere it would share the port with another program
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)
+            listening.listen()  # two that are only bound may share a port
         except BaseException:
             listening.close()
             raise

@@ -82,7 +82,7 @@ def making(target: Path, *, folder: bool, force: bool) -> Iterator[Path]:
 
 
 def _exchange(draft: Path, target: Path) -> None:
-    if not target.is_dir():
+    if not target.is_dir() and not (draft.is_dir() and target.exists()):
         draft.replace(target)
         return
     old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")

@@ -16,6 +16,7 @@ import torch
 from holdfast.training.tokenizer import TextTokenizer
 
 _WINDOW = 32  # tokens decoded together: more than any character, or any word's spaces, spans
+_COLDEST = 1e-5  # temperature: below it the logits would become infinite, and nothing changes
 _BROKEN = "\ufffd"  # what bytes become that are no whole character (yet)
 
 # Why a text ended.
@@ -189,7 +190,8 @@ class _Draw:
         if how.temperature == 0:
             token = int(logits.argmax())
         else:
-            best = torch.topk(logits / how.temperature, min(how.top_k or len(logits), len(logits)))
+            scaled = logits / max(how.temperature, _COLDEST)
+            best = torch.topk(scaled, min(how.top_k or len(logits), len(logits)))
             probabilities = torch.softmax(best.values, 0)
             if how.top_p < 1:
                 before = probabilities.cumsum(0) - probabilities  # of what is more likely

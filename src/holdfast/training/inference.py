@@ -183,7 +183,6 @@ def _weights_without_memory() -> Iterator[None]:
     neither memory nor the time of random numbers. Buffers are made for real: those that a state
     does not hold (rotary frequencies) are computed while the module is made.
     """
-    register = torch.nn.Module.register_parameter
     me = threading.get_ident()
 
     def without_memory(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
@@ -192,6 +191,7 @@ def _weights_without_memory() -> Iterator[None]:
         register(self, name, param)
 
     with _building:
+        register = torch.nn.Module.register_parameter  # inside: nobody else's patch
         torch.nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
         try:
             yield

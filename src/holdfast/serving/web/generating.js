@@ -88,7 +88,9 @@ function measure(answer, began) {
 }
 
 function finished(turn, answer) {
+  const follow = atEnd(); // an error and its button must not lie below the edge
   show(turn, answer);
+  if (follow) $("turns").scrollTop = $("turns").scrollHeight;
   showSend();
   save();
   if (answer.error?.kind === "key") askKey();

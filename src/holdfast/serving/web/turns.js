@@ -114,7 +114,7 @@ function figuresOf(answer) {
   if (answer.first != null) figures.push(t("first", { seconds: number(answer.first, 2) }));
   if (answer.tokens) figures.push(t("tokens", { tokens: number(answer.tokens) }));
   if (answer.seed != null) figures.push(t("seedWas", { seed: answer.seed }));
-  if (answer.shortened) figures.push(t("shortened"));
+  if (answer.shortened && !answer.error) figures.push(t("shortened"));
   const ends = { stop: "endedStop", length: "endedLength", stopped: "endedStopped" };
   if (!answer.active && answer.finish in ends) figures.push(t(ends[answer.finish]));
   const nothing = !answer.active && !answer.error && !answer.text && answer.finish === "stop";
