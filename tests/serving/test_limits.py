@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
 from holdfast.errors import ConfigError
-from holdfast.serving.limits import Limits, is_loopback
+from holdfast.serving.limits import Gate, Limits, Receive, is_loopback
 from holdfast.serving.protocol import ApiError
 from tests.serving.models import serving
 
@@ -62,6 +65,29 @@ def test_a_rate_is_for_each_client_and_fills_again(monkeypatch: pytest.MonkeyPat
     assert asked(limits, client="5.6.7.8") == 200
     now[0] += 20
     assert [asked(limits) for _ in range(2)] == [200, 429]
+
+
+def test_a_body_that_stops_half_way_is_not_waited_for_for_ever() -> None:
+    async def app(_scope: object, receive: Receive, _send: object) -> None:
+        while (await receive()).get("more_body"):
+            pass
+
+    async def stalls() -> dict[str, Any]:
+        if not pieces:
+            await asyncio.sleep(60)
+        return pieces.pop()
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        answers.append(message)
+
+    answers: list[MutableMapping[str, Any]] = []
+    pieces = [{"type": "http.request", "body": b"{", "more_body": True}]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions",
+             "headers": [(b"host", b"localhost")], "client": ("1.2.3.4", 5)}  # fmt: skip
+    gate = Gate(app, Limits(patience=0.05), lambda _route, _status: None)
+    asyncio.run(asyncio.wait_for(gate(scope, stalls, send), 10))
+    assert answers[0]["status"] == 408
+    assert b"request_timeout" in answers[1]["body"]
 
 
 def test_a_rate_that_is_reached_says_when_to_come_again(run: Path) -> None:

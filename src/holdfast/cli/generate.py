@@ -115,7 +115,7 @@ def _check(given: argparse.Namespace, prog: str) -> None:
         ("temperature", 0 <= given.temperature < math.inf, _("expected 0 or more")),
         ("top-p", 0 < given.top_p <= 1, _("expected more than 0 and at most 1")),
         ("top-k", given.top_k >= 0, _("expected 0 or more")),
-        ("frequency-penalty", math.isfinite(given.frequency_penalty), _("expected a number")),
+        ("frequency-penalty", -100 <= given.frequency_penalty <= 100, _("expected -100 to 100")),
         ("seed", given.seed is None or 0 <= given.seed <= _LARGEST_SEED, _("expected 0 or more")),
     )
     wrong = [

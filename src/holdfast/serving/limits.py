@@ -6,6 +6,7 @@ rate. Nothing about models is known here.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import json
@@ -45,6 +46,8 @@ class Limits:
     api_key: str | None = None
     max_body: int = 1 << 20
     """Bytes of a request's body."""
+    patience: float = 30.0
+    """Seconds until the next piece of a body must have come."""
     rate: float | None = None
     """Requests a minute and client; None: as many as they like."""
     _buckets: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
@@ -109,6 +112,14 @@ class Limits:
                 max(1, math.ceil((1 - tokens) * 60 / self.rate)), "rate_limit_exceeded",
             )  # fmt: skip
 
+    def too_slow(self) -> ApiError:
+        """What is said where the rest of a body does not come."""
+        return ApiError(
+            408, _("The rest of the request did not come within {seconds:g} s.",
+                   seconds=self.patience),
+            code="request_timeout", headers={"Connection": "close"},
+        )  # fmt: skip
+
     def too_large(self) -> ApiError:
         """What is said of a body that is too large."""
         return ApiError(
@@ -136,11 +147,17 @@ class Gate:
             await self._app(scope, receive, send)
             return
         read = 0
-        started = False
+        started = complete = False
 
         async def receive_limited() -> MutableMapping[str, Any]:
-            nonlocal read
-            message = await receive()
+            nonlocal read, complete
+            if complete:  # from now on only the end of the connection comes, whenever that is
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self._limits.patience)
+            except asyncio.TimeoutError as error:
+                raise self._limits.too_slow() from error
+            complete = not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self._limits.max_body:
                 raise self._limits.too_large()
