@@ -82,7 +82,7 @@ def test_a_better_checkpoint_is_served_while_a_stream_ends_with_the_old_one(
         training.model.load_state_dict(learned.state_dict())
         training.epoch(0.5)
         wait_for(lambda: step(url) == 200)
-        wait_for(lambda: answered[-1].startswith("step_200_"))
+        wait_for(lambda: bool(answered) and answered[-1].startswith("step_200_"))
         done.set()
         asking.join()
         assert not failed, "no request is dropped"

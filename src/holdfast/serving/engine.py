@@ -13,7 +13,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,9 +119,12 @@ class Engine:
         loop: asyncio.AbstractEventLoop,
         observer: Observer,
         name: str = "model",
+        threads: Callable[[], int] = torch.get_num_threads,
     ) -> None:
-        """`queue`: texts that may wait for a row; `end_ids`: tokens that end a text."""
+        """`queue`: texts that may wait for a row; `end_ids`: tokens that end a text; `threads`: of
+        the processor, that a step may use now."""
         self._batch, self._queue, self._loop, self._observer = batch, queue, loop, observer
+        self._threads, self._using = threads, 0
         self._ends = frozenset(end_ids)
         self._sampler = Sampler(sorted(self._ends))
         self._rows: list[Text] = []
@@ -198,6 +201,9 @@ class Engine:
                     return
                 self._drop_cancelled()
                 joining = self._take_waiting()
+            if self._using != (wanted := self._threads()):
+                torch.set_num_threads(wanted)  # of this thread, and of those that begin later
+                self._using = wanted
             try:
                 self._join(joining)
                 if joining and not self._deliver():  # a first token does not wait for a step
