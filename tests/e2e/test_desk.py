@@ -101,8 +101,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(a, b, corpus)
 
 
-@pytest.mark.parametrize("lang", ["en", "zh"])
-@pytest.mark.parametrize("words", LOOKS)
+@pytest.mark.parametrize(
+    ("words", "lang"),
+    [(words, "en") for words in LOOKS]
+    + [(words, "zh") for words in LOOKS if "--json" not in words],
+)
 def test_each_look_is_plain_complete_and_in_the_language(runs: Runs, words: str, lang: str) -> None:
     before = {p: p.stat().st_mtime_ns for p in runs.a.rglob("*") if p.is_file()}
     done = holdfast(words.format(a=runs.a, b=runs.b), lang)
@@ -118,8 +121,11 @@ def test_each_look_is_plain_complete_and_in_the_language(runs: Runs, words: str,
         assert {p: p.stat().st_mtime_ns for p in runs.a.rglob("*") if p.is_file()} == before
 
 
+FIRST_OF_EACH = list({words.split()[0]: words for words in reversed(LOOKS)}.values())
+
+
 @pytest.mark.parametrize("place", ["empty", "no run", "missing"])
-@pytest.mark.parametrize("words", LOOKS)
+@pytest.mark.parametrize("words", FIRST_OF_EACH)
 def test_what_is_no_run_is_one_line_and_stays_as_it_was(
     runs: Runs, words: str, place: str, tmp_path: Path
 ) -> None:
