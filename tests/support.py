@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -309,6 +310,14 @@ def cut(path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- processes
+
+
+def processor_seconds(work: Callable[[], Any]) -> float:
+    """Processor time that the child processes of `work` took: however busy the machine is."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    work()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def in_child(function: Callable[[], Any]) -> int:

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from tests.manage.runs import (
     make_run,
     names_in,
 )
+from tests.support import processor_seconds
 
 COMMANDS = {
     **listing.COMMANDS, **show.COMMANDS, **history.COMMANDS, **compare.COMMANDS, **clean.COMMANDS,
@@ -80,15 +80,12 @@ def test_no_command_imports_torch_and_all_end_with_zero(run: Path, tmp_path: Pat
 
 
 def test_answers_come_in_a_moment(run: Path) -> None:
-    """0.3 s is the promise (measured: 0.12 to 0.15 s); a machine under tests gets three times."""
+    """0.3 s on a machine at rest is the promise; processor time, since this one is not."""
     for argv in (["list", run], ["show", run], ["history", run], ["compare", run, run],
                  ["clean", run, "--help"]):  # fmt: skip
-        seconds = []
-        for _attempt in range(3):
-            began = time.perf_counter()
-            assert desk(*argv).returncode == 0
-            seconds.append(time.perf_counter() - began)
-        assert min(seconds) < 0.9, argv
+        took = [processor_seconds(lambda argv=argv: desk(*argv)) for _attempt in range(3)]  # type: ignore[misc]
+        assert min(took) < 0.5, argv
+        assert desk(*argv).returncode == 0
 
 
 @pytest.mark.parametrize("name", COMMANDS)
