@@ -178,7 +178,7 @@ def _open(run: RunDirectory, *, slim: bool) -> Held:
             skipped = wanted is not None and name.endswith(".pt") and entry not in wanted
             if not skipped and name not in out:
                 _take(found, by_key, name, status, entry)
-    except BaseException:
+    except BaseException:  # an interrupt, too, leaks no descriptor
         found.close()
         raise
     order = {name: i for i, name in enumerate(entries)}
@@ -246,7 +246,7 @@ def _take(
         if not stat.S_ISREG(status.st_mode):  # replaced this very moment
             raise FileNotFoundError(path)
         manifest = _manifest(by_descriptor(fd, path)) if name.endswith(".pt") else None
-    except BaseException:
+    except BaseException:  # an interrupt, too, leaks no descriptor
         os.close(fd)
         raise
     state = None if manifest is None else (status.st_size, _digest(manifest))

@@ -168,7 +168,7 @@ def _listen(host: str, port: int) -> socket.socket:
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)
             listening.listen()  # two that are only bound may share a port
-        except BaseException:
+        except BaseException:  # whatever ends this leaks no socket
             listening.close()
             raise
         return listening
