@@ -8,7 +8,9 @@ import platform
 import sys
 import threading
 import time
+import weakref
 from collections import deque
+from functools import partial
 
 import pytest
 
@@ -45,6 +47,21 @@ def test_the_first_exception_is_raised_when_the_others_have_ended() -> None:
     with pytest.raises(OSError, match="mine"):
         together(work, 3)
     assert ended == [1, 1]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_who_is_done_holds_nothing_of_what_was_worked_on(
+    monkeypatch: pytest.MonkeyPatch, begins: bool
+) -> None:
+    """The thread ends a moment later, and a state in memory would wait for that moment."""
+    if not begins:
+        monkeypatch.setattr(_thread, "start_new_thread", lambda *_args: None)
+    state = {1}  # anything that a weak reference may point at
+    held = weakref.ref(state)
+    helper = Helper(partial(len, state))
+    del state
+    helper.finish(20 if begins else 0)
+    assert held() is None
 
 
 def test_a_system_without_more_threads_has_the_work_done_by_one(

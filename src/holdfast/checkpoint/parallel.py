@@ -34,7 +34,7 @@ class Helper:
     """
 
     def __init__(self, work: Callable[[], None]) -> None:
-        self._work = work
+        self._work: Callable[[], None] | None = work
         self._change = threading.Condition()
         self._begun = self._over = False
         _thread.start_new_thread(self._run, ())
@@ -48,7 +48,8 @@ class Helper:
         """Return when it is done; what has not begun within `patience` seconds never does."""
         with self._change:
             self._change.wait_for(lambda: self._begun, patience)
-            self._over = self._over or not self._begun
+            if not self._begun:
+                self._work, self._over = None, True
             self._change.wait_for(lambda: self._over)
 
     def wait(self, seconds: float) -> bool:
@@ -62,9 +63,14 @@ class Helper:
                 return
             self._begun = True
             self._change.notify_all()
+            work, self._work = self._work, None
         try:
-            self._work()
+            assert work is not None, "it is done once"
+            work()
         finally:
+            # Let go before anybody is told: the thread ends a moment later than the work, and
+            # would hold what it worked on, a state in memory, until then.
+            work = None
             with self._change:
                 self._over = True
                 self._change.notify_all()
