@@ -87,6 +87,7 @@ def test_it_shows_what_is_in_force_and_where_from(tmp_path: Path, corpus: Path) 
 
 
 @pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+@pytest.mark.usefixtures("shape_as_shipped")
 def test_the_memory_for_snapshots_is_what_was_said(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +107,7 @@ def test_the_memory_for_snapshots_is_what_was_said(
     assert found == [pytest.approx(estimate.snapshot_bytes, rel=0.02)]
 
 
+@pytest.mark.usefixtures("shape_as_shipped")
 def test_a_small_shared_memory_is_said_beforehand(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,10 +104,10 @@ def test_killed_at_random_steps_is_bit_identical(
     assert difference(straight, interrupted(tmp_path, corpus, steps, monkeypatch)) is None
 
 
-def test_killed_by_a_real_signal_right_after_an_announcement(
-    tmp_path: Path, corpus: Path, straight: dict[str, Any]
-) -> None:
+@pytest.mark.usefixtures("shape_as_shipped")
+def test_killed_by_a_real_signal_right_after_an_announcement(tmp_path: Path, corpus: Path) -> None:
     """SIGKILL of a real process; the line it had just printed is the promise."""
+    train(config_for(tmp_path / "straight", corpus))
     config = config_for(tmp_path / "run", corpus, temp_every_steps=SAVE_EVERY)
     file = tmp_path / "config.json"
     from holdfast.training.layers import save_config
@@ -126,7 +126,8 @@ def test_killed_by_a_real_signal_right_after_an_announcement(
     done = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "Going on from" in done.stdout
-    assert difference(straight, final_state(tmp_path / "run")) is None
+    straight, again = final_state(tmp_path / "straight"), final_state(tmp_path / "run")
+    assert difference(straight, again) is None
 
 
 def test_evaluations_and_samples_do_not_change_the_run(

@@ -22,6 +22,7 @@ def test_gpt2_small_has_exactly_the_published_number_of_parameters() -> None:
     assert parameters("gpt2-small", 50_257) == 124_046_592  # context 512 instead of 1024
 
 
+@pytest.mark.usefixtures("shape_as_shipped")
 def test_tiny_and_mini_are_as_large_as_they_say() -> None:
     assert 2e6 < parameters("tiny", 8192) < 8e6
     assert 25e6 < parameters("mini", 8192) < 27e6

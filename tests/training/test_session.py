@@ -143,6 +143,7 @@ def test_the_tool_chooses_when_to_save_where_nothing_was_said(
     assert [type(policy) for policy in save_policies(config.checkpoint)] == expected
 
 
+@pytest.mark.usefixtures("shape_as_shipped")
 def test_what_it_chose_is_said_with_its_numbers(tmp_path: Path, corpus: Path) -> None:
     said = train(config_for(tmp_path / "run", corpus, temp_every_minutes="none", write_budget=10))
     assert said.count("Rolling checkpoints every ") == 1
@@ -641,6 +642,7 @@ def test_tensorboard_gets_its_curves(tmp_path: Path, corpus: Path) -> None:
     assert {"loss", "learning_rate", "val_loss"} <= set(curves.Tags()["scalars"])
 
 
+@pytest.mark.usefixtures("shape_as_shipped")
 def test_a_model_that_cannot_fit_is_refused_before_it_is_built(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
