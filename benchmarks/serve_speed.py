@@ -8,6 +8,8 @@ server is asked the others are stopped (SIGSTOP); every round asks each of them 
 of clients, in an order that rotates. `transformers serve` is measured as it comes and with
 --continuous-batching. Without a CHECKPOINT a model of the shape `--model` is trained for a few
 steps. The result is printed and, with --out, written to a file.
+
+`transformers serve` needs accelerate, which is in the extra [bench].
 """
 
 from __future__ import annotations

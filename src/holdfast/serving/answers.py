@@ -20,6 +20,8 @@ from holdfast.serving.sampling import LogProb, Sampling
 from holdfast.serving.streaming import BROKEN, StopFilter, TextStream, Vocabulary
 
 DONE = "data: [DONE]\n\n"
+# Made once: `json.dumps` with options makes one a call, and a stream has a call a token.
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +348,7 @@ async def events(generation: Generation, form: Form, *, usage: bool) -> AsyncIte
 
 def event(value: dict[str, Any]) -> str:
     """One server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_JSON.encode(value)}\n\n"
 
 
 def shown(text: str) -> str:

@@ -28,7 +28,7 @@ log = logging.getLogger("holdfast")
 # With more rows than a few, tokens are handed on so many seconds apart, several together: nobody
 # sees the difference, and a piece costs more on its way to the client than a token in the model.
 _FEW, _TOGETHER = 4, 0.02
-_PREFILL = 2048  # tokens of new prompts, filled up to one length, that one step may take in
+_PREFILL = 512  # tokens of new prompts that one step may take in: those under way wait for them
 
 
 class QueueFull(Exception):
@@ -229,12 +229,12 @@ class Engine:
         """Who joins now: in the order they came, as many as there are rows and memory for, and as
         fit one pass."""
         joining: list[Text] = []
-        longest = 0
+        tokens = 0
         farthest = max((text.longest for text in self._rows), default=0)
         while self._waiting and len(self._rows) + len(joining) < self._batch.limit:
-            longest = max(longest, len(self._waiting[0].prompt))
+            tokens += len(self._waiting[0].prompt)
             farthest = max(farthest, self._waiting[0].longest)
-            if joining and longest * (len(joining) + 1) > _PREFILL:
+            if joining and tokens > _PREFILL:
                 break
             rows = len(self._rows) + len(joining)
             if rows and farthest * (rows + 1) > self._batch.capacity:
@@ -286,7 +286,7 @@ class Engine:
             else:
                 sequence.next = token
                 sequence.generated += 1
-                if wanted.presence_penalty or wanted.frequency_penalty:
+                if wanted.penalises:
                     sequence.counts[token] = sequence.counts.get(token, 0) + 1
                 self._events.append((sequence, Step(token, probabilities[row - first])))
                 if sequence.generated >= wanted.max_tokens:

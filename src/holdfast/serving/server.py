@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,11 @@ from holdfast.serving.metrics import Metrics
 from holdfast.serving.reload import Watcher
 
 log = logging.getLogger("holdfast")
+
+# Seconds after which a thread hands on the interpreter (Python: 0.005). A step of a small model is
+# a hundred short operations, and between two of them the event loop would keep it waiting so long:
+# 32 clients get 10 % more tokens with this (benchmarks/serve_speed.py).
+_SWITCH = 0.001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +74,12 @@ def serve(sources: Sequence[Path], settings: Settings, ready: Callable[[Ready], 
     `ready` is called when the server answers. Raises HoldfastError where there is nothing to serve
     or no way to be reached.
     """
-    return asyncio.run(Running(sources, settings).run(ready))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH)
+    try:
+        return asyncio.run(Running(sources, settings).run(ready))
+    finally:
+        sys.setswitchinterval(before)
 
 
 class Running:
