@@ -142,6 +142,11 @@ def test_a_switch_can_be_turned_both_ways_over_a_config_file(tmp_path: Path) -> 
         (["—epochs", "3"], "unknown option —epochs; did you mean --epochs?"),
         (["--dryrun"], "unknown option --dryrun; did you mean --dry-run?"),
         (
+            ["--json"],
+            "--json goes with --dry-run or --list-presets; what a training says for scripts is in "
+            "its metrics.jsonl",
+        ),
+        (
             ["--no-save-every-epochs"],
             "unknown option --no-save-every-epochs; did you mean --no-save-every-epoch?",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -140,6 +141,16 @@ def test_the_presets_are_listed_and_a_config_is_saved(tmp_path: Path) -> None:
     done = run("train", "--preset", "standard", "--epochs", "7", "--save-config", str(file))
     assert done.returncode == 0
     assert '"epochs": 7' in file.read_text()
+
+
+def test_scripts_get_json_of_a_dry_run_and_of_the_presets(config: Path) -> None:
+    done = run("train", "--config", str(config), "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["steps"] > 0 and found["configuration"]["epochs"] == {"value": 1, "from": "file"}
+    presets = json.loads(run("train", "--list-presets", "--json").stdout)["presets"]
+    assert [preset["name"] for preset in presets] == ["quick", "standard", "extended", "precision"]
+    assert presets[0]["configuration"]["batch_size"] == 2
 
 
 # -------------------------------------------------------------------------------------- bad input

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from holdfast.checkpoint import filesystem, memory
 from holdfast.errors import ResourceError
+from holdfast.training.config import OPTIONS
 from holdfast.training.console import Console
 from holdfast.training.dry_run import Estimate, dry_run
 from holdfast.training.trainer import Trainer
@@ -84,6 +86,20 @@ def test_it_shows_what_is_in_force_and_where_from(tmp_path: Path, corpus: Path) 
     for words in ("parameters: ", "peak memory: ", "tokens/s", "time for an epoch: ", "cost: "):
         assert words in said
     assert "Dry run: nothing was saved." in said
+
+
+def test_for_scripts_it_is_every_figure_and_every_option_with_its_source(
+    tmp_path: Path, corpus: Path
+) -> None:
+    options = {"price_per_hour": 2, "temp_every_minutes": 0, "sample_tokens": 0}
+    estimate, _said = try_out(tmp_path / "run", corpus, **options)
+    found = json.loads(json.dumps(estimate.to_json(), allow_nan=False))
+    assert found["checkpoint_bytes"] == estimate.checkpoint_bytes
+    assert found["temp_seconds"] is None, "there are no rolling checkpoints"
+    assert found["cost"] == pytest.approx(2 * found["total_seconds"] / 3600)
+    assert found["configuration"]["weight_decay"] == {"value": 0.1, "from": "default"}
+    assert found["configuration"]["price_per_hour"] == {"value": 2.0, "from": "flag"}
+    assert set(found["configuration"]) == set(OPTIONS)
 
 
 @pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")

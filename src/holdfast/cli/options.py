@@ -34,6 +34,7 @@ class TrainCommand:
     save_config: Path | None
     list_presets: bool
     dry_run: bool
+    json: bool
     no_log: bool
     quiet: bool
     yes: bool
@@ -65,6 +66,9 @@ def parse_train(argv: Sequence[str], prog: str = "holdfast train") -> TrainComma
                 hint=did_you_mean(nearest(given["lang"], LANGUAGES)),
             )
         )
+    if given["json"] and not (given["dry_run"] or given["list_presets"]):
+        problems.append(_("--json goes with --dry-run or --list-presets; what a training says for "
+                          "scripts is in its metrics.jsonl"))  # fmt: skip
     config = resolve(given["preset"], given["config_file"], flags, problems=problems)
     return TrainCommand(config=config, **given)
 
@@ -107,6 +111,7 @@ def _examples(prog: str) -> str:
 _SWITCHES = {
     "list_presets": N_("show the presets and exit"),
     "dry_run": N_("a few timed steps, then speed, time, memory, disk and cost; saves nothing"),
+    "json": N_("print JSON for scripts: of --dry-run or --list-presets"),
     "no_log": N_("write no log file"),
     "quiet": N_("say only what matters: warnings, checkpoints, the result"),
     "yes": N_("answer yes to every question"),

@@ -8,17 +8,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from holdfast.cli import common
 from holdfast.cli.options import TrainCommand, parse_train
 from holdfast.i18n import _
 from holdfast.training.layers import save_config
-from holdfast.training.presets import list_presets_table
+from holdfast.training.presets import list_presets_table, presets_json
 
 
 def train(argv: Sequence[str], prog: str) -> int:
     """Run the command; returns the exit status, 0 only when training is finished."""
     command = parse_train(argv, prog)
     if command.list_presets:
-        print(list_presets_table())
+        if command.json:
+            common.show_json({"presets": presets_json()})
+        else:
+            print(list_presets_table())
         return 0
     if command.save_config is not None:
         save_config(command.config, command.save_config)
@@ -34,11 +38,13 @@ def _session(command: TrainCommand, prog: str) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from holdfast.training.console import Console
 
-    with Console(quiet=command.quiet) as console:
+    # stdout is the script's alone.
+    with Console(quiet=command.quiet, stream=sys.stderr if command.json else None) as console:
         if command.dry_run:
             from holdfast.training.dry_run import dry_run
 
-            dry_run(command.config, console)
+            tell = (lambda found: common.show_json(found.to_json())) if command.json else None
+            dry_run(command.config, console, tell)
         else:
             from holdfast.training.session import run
 

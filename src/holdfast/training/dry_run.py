@@ -12,8 +12,10 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +50,8 @@ DISK_PROBE = 64 << 20  # bytes written and synced to learn the speed of the disk
 class Estimate:
     """Sizes in bytes, times in seconds."""
 
+    config: Config  # in force
+    parameters: int
     steps: int
     step_seconds: float
     tokens_per_second: float
@@ -61,16 +65,40 @@ class Estimate:
     run_bytes: int
     free_bytes: int
 
+    @property
+    def cost(self) -> float | None:
+        """In the currency of `price_per_hour`; None where that is not given."""
+        price = self.config.training.price_per_hour
+        return None if price is None else price * self.total_seconds / 3600
 
-def dry_run(config: Config, console: Console) -> Estimate:
-    """Measure, print, and return the estimate. Raises ResourceError where it cannot work out."""
+    def to_json(self) -> dict[str, Any]:
+        """For scripts: every figure by its name, and each option with its value and its source."""
+        figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "config"}
+        if math.isinf(self.temp_seconds):
+            figures["temp_seconds"] = None
+        options = {
+            name: {"value": value, "from": self.config.sources[name]}
+            for values in self.config.to_dict().values()
+            for name, value in values.items()
+        }
+        return {**figures, "cost": self.cost, "configuration": options}
+
+
+def dry_run(
+    config: Config, console: Console, tell: Callable[[Estimate], None] | None = None
+) -> Estimate:
+    """Measure, `tell` (None: a table on the console), and return the estimate. Raises ResourceError
+    where it cannot work out."""
     directory = Path(config.checkpoint.checkpoint_dir)
     with guard.SignalGuard() as signals:
         start = continuing.decide(config, Catalog(directory).scan(), ask=None)
         start = Start(saved=start.saved, weights=start.weights)
         workshop = prepare(config, start, console, signals)
         estimate = _measure(workshop, console, signals)
-    _print(workshop, estimate, console)
+    if tell is None:
+        _print(estimate, console)
+    else:
+        tell(estimate)
     needed = estimate.run_bytes + guard.RESERVE
     if estimate.free_bytes < needed:
         raise ResourceError(
@@ -112,6 +140,8 @@ def _measure(workshop: Workshop, console: Console, signals: guard.SignalGuard) -
     kept = epoch_steps // options.save_every if options.save_every else 0
     epoch = epoch_steps * step + evaluation + sample + (1 + temps + kept) * save
     return Estimate(
+        config=workshop.config,
+        parameters=sum(p.numel() for p in trainer.model.parameters()),
         steps=plan.total_steps,
         step_seconds=step,
         tokens_per_second=tokens / step,
@@ -213,17 +243,16 @@ def _existing_parent(path: Path) -> Path:
     return path
 
 
-def _print(workshop: Workshop, estimate: Estimate, console: Console) -> None:
-    config, say = workshop.config, console.say
+def _print(estimate: Estimate, console: Console) -> None:
+    config, say = estimate.config, console.say
     say(_("Configuration:"), important=True)
     rows = []
     for name, option in OPTIONS.items():
         value = getattr(getattr(config, option.section), name)
         rows.append([name, format_value(value), _(SOURCES[config.sources[name]])])
     console.table(rows, header=[_("option"), _("value"), _("from")])
-    parameters = sum(p.numel() for p in workshop.trainer.model.parameters())
     lines = [
-        (_("parameters"), f"{parameters:,}"),
+        (_("parameters"), f"{estimate.parameters:,}"),
         (_("peak memory"), format_bytes(estimate.peak_memory)),
         (_("speed"), _("{rate} tokens/s, {seconds} s a step",
                        rate=f"{estimate.tokens_per_second:,.0f}",
@@ -240,9 +269,8 @@ def _print(workshop: Workshop, estimate: Estimate, console: Console) -> None:
                                   size=format_bytes(estimate.run_bytes),
                                   free=format_bytes(estimate.free_bytes))),
     ]  # fmt: skip
-    price = config.training.price_per_hour
-    if price is not None:
-        lines.append((_("cost"), f"{price * estimate.total_seconds / 3600:.2f}"))
+    if estimate.cost is not None:
+        lines.append((_("cost"), f"{estimate.cost:.2f}"))
     say()
     for name, value in lines:
         say(f"  {name}: {value}", important=True)

@@ -104,6 +104,14 @@ def list_presets_table() -> str:
     return align(rows)
 
 
+def presets_json() -> list[dict[str, Any]]:
+    """The presets for scripts: name, purpose, and the options that each sets."""
+    return [
+        {"name": name, "purpose": _(purpose), "configuration": load_preset(name)}
+        for name, purpose in PRESETS.items()
+    ]
+
+
 def align(rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, as wide as a terminal shows them (a Chinese character takes two cells)."""
     from rich.cells import cell_len
