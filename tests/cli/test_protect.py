@@ -11,6 +11,7 @@ import pytest
 from holdfast.cli import protect
 from holdfast.cli.main import main
 from holdfast.cli.protect import COMMANDS
+from holdfast.i18n import language
 from holdfast.manage.supervisor import Supervisor
 from tests.manage.runs import desk
 
@@ -95,6 +96,17 @@ def test_options_of_the_command_are_its_own(began: dict[str, object]) -> None:
     assert main(["run", "--max-restarts", "3", "--", *words]) == 0
     assert began["command"] == words
     assert began["limits"].max_restarts == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "ahead", [["--lang", "zh"], ["--lang=zh", "--debug"], ["--debug", "--lang", "zh"]], ids=" ".join
+)
+def test_what_stands_before_the_command_is_for_holdfast(
+    began: dict[str, object], ahead: list[str]
+) -> None:
+    assert main([*ahead, "run", "--", sys.executable, "mine.py"]) == 0
+    assert began["command"] == [sys.executable, "mine.py"]
+    assert language() == "zh"
 
 
 def test_holdfast_is_found_where_it_is_not_on_the_path(

@@ -90,6 +90,7 @@ def train_main(
 
 
 def _dispatch(words: list[str], prog: str) -> int:
+    ahead, words = _split(words)
     if not words or words[0] in ("-h", "--help"):
         print(_usage(prog))
         return 0 if words else 2
@@ -97,11 +98,17 @@ def _dispatch(words: list[str], prog: str) -> int:
         print(f"holdfast {__version__}")
         return 0
     name, *rest = words
-    if name == "--debug" or (name.startswith("--lang")):
-        skip = 2 if name == "--lang" else 1
-        return _dispatch([*words[skip:], *words[:skip]], prog) if len(words) > skip else 2
     called = prog if prog.endswith(".py") and name == "train" else f"{prog} {name}"
-    return command_of(name, prog)(rest, called)
+    # Before the rest: behind a `--` they would be words of somebody else's command.
+    return command_of(name, prog)([*ahead, *rest], called)
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The options that work everywhere and stand before the command, and what follows them."""
+    count = 0
+    while count < len(words) and (words[count] == "--debug" or words[count].startswith("--lang")):
+        count += 2 if words[count] == "--lang" else 1
+    return words[:count], words[count:]
 
 
 def command_of(name: str, prog: str) -> Command:
