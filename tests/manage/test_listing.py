@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from holdfast.manage.pin import pin
 from holdfast.manage.rundir import look
 from holdfast.manage.table import Screen
 from tests.manage.runs import LOSSES, Training, copy_without_links, cut, desk, flip, make_run
+from tests.support import processor_seconds
 
 PIPE = Screen()
 
@@ -161,18 +161,18 @@ def make_thousand(directory: Path, source: Path) -> None:
 
 def test_a_thousand_checkpoints_are_listed_at_once(tmp_path: Path) -> None:
     """0.3 s is the promise; benchmarks/list_speed.py measures 0.16 s with the cache and 0.28 s
-    without. A machine under tests gets three times."""
+    without. Here it is the processor's time, however busy the machine is, and three times that."""
     make_thousand(tmp_path / "run", make_run(tmp_path / "one", (1.0,)) / "latest.pt")
+    outputs = []
+
+    def listed() -> None:
+        outputs.append(desk("list", tmp_path / "run").stdout)
+
     for cached in (False, True):
         if cached:
             Catalog(tmp_path / "run").write_cache()
-        seconds = []
-        for _attempt in range(3):
-            began = time.perf_counter()
-            done = desk("list", tmp_path / "run")
-            seconds.append(time.perf_counter() - began)
-            assert done.stdout.count("checkpoint_step_") == 1000
-        assert min(seconds) < 0.9, cached
+        assert min(processor_seconds(listed) for _attempt in range(3)) < 0.9, cached
+    assert [output.count("checkpoint_step_") for output in outputs] == [1000] * 6
 
 
 def test_no_age_is_negative_where_the_clock_was_set_back(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -299,9 +301,11 @@ def test_what_has_not_changed_is_not_drawn_again(directory: Path) -> None:
                 real(*args, **more)
 
             panel.update = update  # type: ignore[method-assign]
+        began = time.monotonic()
         await pilot.pause(1.0)  # some ten looks
+        seconds = math.ceil(time.monotonic() - began)  # a busy machine sleeps longer
         assert "loss" not in drawn
         assert "events" not in drawn
-        assert drawn.count("checkpoints") <= 2, "an age may have changed"
+        assert drawn.count("checkpoints") <= 2 * seconds, "an age may have changed"
 
     play(directory, story)
