@@ -92,6 +92,24 @@ def test_risk_grows_while_training_and_is_nothing_after_the_end(tmp_path: Path) 
     json.dumps(done, allow_nan=False)
 
 
+def test_losses_that_are_no_number_are_named_and_the_run_that_broke_off_says_so(
+    tmp_path: Path,
+) -> None:
+    with LiveRun(tmp_path / "run") as run:
+        run.steps(20)
+        run.steps(20, loss=math.nan)
+        run.steps(10)
+        found = web_data.detail(view_of(run.directory), "i", "n")
+        assert (found["nan"], found["nan_since"]) == ([30, 40], None)
+        run.steps(10, loss=math.inf)
+        found = web_data.detail(view_of(run.directory), "i", "n")
+        assert (found["nan"], found["nan_since"], found["marks"]) == ([30, 60], 60, [])
+    found = web_data.detail(view_of(run.directory), "i", "n")
+    assert [(mark["kind"], mark["step"]) for mark in found["marks"]] == [("broke_off", 60)]
+    assert found["marks"][0]["time"] == found["updated"]
+    json.dumps(found, allow_nan=False)
+
+
 def test_commands_are_for_the_state_and_quoted(tmp_path: Path) -> None:
     directory = tmp_path / "my run; rm -rf"
     with LiveRun(directory) as run:

@@ -13,6 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from holdfast.monitor.report import write_report
+from holdfast.monitor.run_view import RunView
 from tests.browser import browser  # noqa: F401 - a fixture
 from tests.monitor.web_runs import HOST, LiveRun, Server, serving
 
@@ -161,6 +162,60 @@ def test_a_training_that_starts_later_appears_and_a_dropped_line_loses_nothing(
             assert points[0] == 10, "the curve has every point once, those of the outage too"
         expect(page.locator("h1 + .badge")).to_have_text("stopped")
         line.close()
+
+
+def test_a_killed_run_says_so_and_what_is_left_of_it(
+    tmp_path: Path, open_page: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int | None] = [None]
+    monkeypatch.setattr(RunView, "memory_step", property(lambda _view: held[0]))
+    with serving(tmp_path) as server:
+        with LiveRun(tmp_path / "run") as run:
+            run.steps(50)
+            held[0] = 44
+            page = open_page(server.url)
+            process = page.locator(".tier").first
+            expect(process).to_contain_text("lose 6 steps")
+            held[0] = 49  # a snapshot writes no line
+            expect(process).to_contain_text("lose 1 step", timeout=10_000)
+            expect(page.locator(".pairs")).not_to_contain_text("Not filling")
+        expect(page.locator(".verdict")).to_contain_text("step 49 waits in memory")
+        expect(page.locator(".marks")).to_contain_text("Broke off at step 50")
+        held[0] = None  # the machine was started anew
+        with LiveRun(tmp_path / "run") as run:
+            run.steps(20)
+        expect(page.locator(".verdict")).to_contain_text("Nothing was saved:", timeout=10_000)
+        expect(page.locator(".tiers")).not_to_contain_text("every byte checked")
+
+
+def test_a_loss_that_is_no_number_is_not_just_a_curve_that_ends(
+    tmp_path: Path, open_page: Open
+) -> None:
+    with serving(tmp_path) as server, LiveRun(tmp_path / "run") as run:
+        run.steps(50)
+        run.steps(50, loss=float("nan"))
+        page = open_page(server.url)
+        expect(page.locator(".warning")).to_contain_text("NaN or infinite since step 60")
+        expect(page.locator(".stats")).to_contain_text("NaN")
+        run.steps(10, loss=4.0)
+        said = page.get_by_text("between steps 60 and 100")
+        expect(said).to_be_visible(timeout=10_000)
+        expect(page.locator(".warning")).to_have_count(0)
+
+
+def test_a_comparison_speaks_the_language_of_its_reader(tmp_path: Path, open_page: Open) -> None:
+    with LiveRun(tmp_path / "unsaved") as run:
+        run.steps(50)
+    with LiveRun(tmp_path / "saved") as run:
+        run.steps(90)
+        run.finish_epoch(3.0)
+    with serving(tmp_path) as server:
+        page = open_page(server.url, locale="zh-CN")
+        for name in ("unsaved", "saved"):
+            box = page.locator(".run").filter(has_text=name).locator("input").last
+            box.check() if not box.is_checked() else None
+        expect(page.locator("main")).to_contain_text("unsaved 还没有检查点")
+        expect(page.locator("main")).not_to_contain_text("There are no checkpoints")
 
 
 def test_a_wrong_token_is_refused_and_a_new_start_is_explained(

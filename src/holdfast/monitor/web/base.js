@@ -19,7 +19,8 @@ window.HF = (function () {
   root.lang = lang === "zh" ? "zh-CN" : "en";
 
   function t(key, values) {
-    const pair = window.HOLDFAST_STRINGS[key];
+    const one = values && values.steps === "1" ? window.HOLDFAST_STRINGS[key + ".one"] : null;
+    const pair = one || window.HOLDFAST_STRINGS[key];
     if (!pair) return key;
     return pair[lang === "zh" ? 1 : 0].replace(/\{(\w+)\}/g, (all, name) =>
       values && values[name] !== undefined && values[name] !== null ? String(values[name]) : all);
