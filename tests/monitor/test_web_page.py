@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from playwright.sync_api import Browser, Page, expect
 from holdfast.monitor.report import write_report
 from holdfast.monitor.run_view import RunView
 from tests.browser import browser  # noqa: F401 - a fixture
-from tests.monitor.web_runs import HOST, LiveRun, Server, serving
+from tests.monitor.web_runs import HOST, LiveRun, Server, finished_run, serving
 
 NASTY = "<img src=x onerror=alert(1)>"
 SAMPLE = "</script><script>document.title='owned'</script><b>fett</b>"
@@ -322,6 +323,37 @@ def test_the_keyboard_reaches_everything_and_what_is_shown_has_a_name(
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.get_by_role("button", name="Copy: Check every byte").click()
     assert page.evaluate("navigator.clipboard.readText()").startswith("holdfast verify ")
+
+
+def test_the_keyboard_stays_where_it_is_when_its_key_draws_the_page_anew(
+    server: Server, open_page: Open
+) -> None:
+    page = open_page(server.url)
+    choose(page, "first")
+    for name in ("#theme", "#lang"):
+        page.locator(name).focus()
+        page.keyboard.press("Enter")
+        expect(page.locator(name)).to_be_focused()
+    page.locator("input[name=axis]").first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("input[name=axis][value=time]")).to_be_focused()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("input[name=axis][value=step]")).to_be_focused()
+
+
+def test_a_run_that_is_deleted_leaves_the_comparison(tmp_path: Path, open_page: Open) -> None:
+    for name in ("one", "two", "three"):
+        finished_run(tmp_path / name, (3.0,))
+    with serving(tmp_path) as server:
+        page = open_page(server.url)
+        for name in ("one", "two", "three"):
+            box = page.get_by_label(f"Compare {name}", exact=True)
+            if not box.is_checked():
+                box.check()
+        expect(page.locator("thead").first).to_contain_text("three")
+        shutil.rmtree(tmp_path / "three")
+        expect(page.locator("thead").first).not_to_contain_text("three", timeout=10_000)
+        expect(page.locator("h1")).to_have_text("Comparison")
 
 
 def test_a_report_opens_from_a_file_without_any_server(

@@ -232,12 +232,11 @@
     state.rows = found.runs;
     state.problems = found.problems;
     const ids = new Set(state.rows.map((row) => row.id));
+    const before = wanted().join();
     for (const id of [...state.compared]) if (!ids.has(id)) state.compared.delete(id);
-    if (!ids.has(state.selected)) state.selected = null;
-    if (!state.selected && state.rows.length) {
-      state.selected = state.rows[0].id;
-      chosen();
-    } else render();
+    if (!ids.has(state.selected)) state.selected = state.rows.length ? state.rows[0].id : null;
+    if (wanted().join() !== before && wanted().length) chosen();
+    else render();
   }
   function takeRun(run) {
     state.runs[run.id] = { ...run, received: Date.now() };

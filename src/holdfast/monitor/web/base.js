@@ -55,12 +55,17 @@ window.HF = (function () {
   const svg = (tag, attributes, ...children) =>
     fill(document.createElementNS(SVG, tag), attributes, children);
 
-  // Put `build()` into `node` where `key` says that it is another thing than what stands there.
+  // Put `build()` into `node` where `key` says that it is another thing than what stands there. The
+  // keyboard stays where it was: at the element in the same place among those that it can reach.
+  const reachable = (node) => [...node.querySelectorAll("a[href], button, input, summary, [tabindex]")];
   function mount(node, key, build) {
     const text = lang + theme() + JSON.stringify(key === undefined ? null : key);
     if (node.hfKey === text) return false;
     node.hfKey = text;
+    const held = reachable(node).indexOf(document.activeElement);
     node.replaceChildren(...[build()].flat(Infinity).filter(Boolean));
+    const again = held < 0 ? null : reachable(node)[held];
+    if (again) again.focus({ preventScroll: true });
     return true;
   }
 
