@@ -69,6 +69,17 @@ def test_a_damaged_file_is_shown_as_such(tmp_path: Path) -> None:
     assert web_data.summary(view, "i", "n")["damaged"] == 1
 
 
+def test_a_reason_names_its_file_below_the_run_and_not_the_way_there(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", (4.0, 2.0))
+    flip(run / "model_epoch_2.pt")
+    with LiveRun(run):
+        pass  # finds the damage and sets it aside
+    marks = web_data.detail(view_of(run), "i", "n")["marks"]
+    (reason,) = [m["fields"]["reason"] for m in marks if m["kind"] == "quarantined"]
+    assert reason.startswith("model_epoch_2.pt is damaged")
+    assert str(tmp_path) not in json.dumps(marks)
+
+
 def test_risk_grows_while_training_and_is_nothing_after_the_end(tmp_path: Path) -> None:
     with LiveRun(tmp_path / "live") as run:
         run.steps(50)

@@ -144,7 +144,7 @@ def detail(view: RunView, identity: str, name: str) -> dict[str, Any]:
             for each in view.samples[-_SAMPLES:]
         ],
         "nan": [point.step for point in (view.wild[0], view.wild[-1])] if view.wild else None,
-        "marks": [_mark(mark) for mark in view.marks[-_MARKS:]],
+        "marks": [_mark(mark, view.directory) for mark in view.marks[-_MARKS:]],
         "checkpoints": rows,
         "checkpoints_left_out": left_out,
         "disk": {
@@ -200,15 +200,18 @@ def _risk(view: RunView, safety: Safety) -> dict[str, Any]:
     }
 
 
-def _mark(mark: Mark) -> dict[str, Any]:
+def _mark(mark: Mark, directory: Path) -> dict[str, Any]:
+    """A reason names its file below the run: the way there tells a reader nothing, and is not for
+    whoever gets a report."""
     wanted = ("reason", "names", "generation", "back_to", "steps_lost", "minutes_lost", "failures",
               "minutes")  # fmt: skip
+    fields = {name: mark.fields[name] for name in wanted if name in mark.fields}
+    if isinstance(fields.get("reason"), str):
+        for way in (directory.resolve(), directory):
+            fields["reason"] = fields["reason"].replace(f"{way}{os.sep}", "")
     return {
-        "kind": mark.kind,
-        "step": mark.step,
-        "time": _milliseconds(mark.time),
-        "fields": {name: mark.fields[name] for name in wanted if name in mark.fields},
-    }
+        "kind": mark.kind, "step": mark.step, "time": _milliseconds(mark.time), "fields": fields,
+    }  # fmt: skip
 
 
 def _checkpoints_in(directory: Path, place: str) -> list[Path]:
