@@ -169,6 +169,17 @@ def test_a_loss_that_is_no_number_is_said_where_nobody_misses_it(tmp_path: Path)
     assert look.snapshot.to_json()["nan_since_step"] == 10
 
 
+def test_an_evaluation_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    run = Recorded(tmp_path / "run")
+    run.started(0, ago(10))
+    for step, loss in ((10, "nan"), (20, 2.0), (30, "nan")):
+        run.step(step, ago(9 - step / 10))
+        run.metric("evaluation", step, ago(9 - step / 10), val_loss=loss)
+    view = RunView(run.directory)
+    view.refresh()
+    assert take(view, Probe()).to_json()["best_val_step"] == 20
+
+
 def test_a_hundred_percent_is_said_only_at_the_end() -> None:
     assert words.percent(0.9999) == "99.9 %"
     assert words.percent(1.0) == "100.0 %"

@@ -350,9 +350,10 @@ def test_a_run_that_is_deleted_leaves_the_comparison(tmp_path: Path, open_page: 
             box = page.get_by_label(f"Compare {name}", exact=True)
             if not box.is_checked():
                 box.check()
-        expect(page.locator("thead").first).to_contain_text("three")
+        table = page.get_by_role("table", name="Metrics of the best checkpoints")
+        expect(table).to_contain_text("three")
         shutil.rmtree(tmp_path / "three")
-        expect(page.locator("thead").first).not_to_contain_text("three", timeout=10_000)
+        expect(table).not_to_contain_text("three", timeout=10_000)
         expect(page.locator("h1")).to_have_text("Comparison")
 
 

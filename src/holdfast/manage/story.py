@@ -76,13 +76,17 @@ def describe(event: Mapping[str, Any]) -> str:
         ]
         return " ".join([kind, *rest])
     if kind == "resumed" and event.get("steps_lost"):
-        text += _("; steps lost: {steps}", steps=event["steps_lost"])
-        minutes = event.get("minutes_lost")  # what an earlier version recorded has none
-        if isinstance(minutes, int | float) and minutes > 0:
-            text += _(" ({time} of work)", time=format_seconds(60 * minutes))
+        text += _steps_lost(event["steps_lost"], event.get("minutes_lost"))
     if kind == "durable" and str(event.get("reason")) in ENDS:
         text += _(ENDS[str(event["reason"])])
     return text
+
+
+def _steps_lost(steps: object, minutes: object) -> str:
+    if isinstance(minutes, int | float) and minutes > 0:
+        time = format_seconds(60 * minutes)
+        return _("; steps lost: {steps} ({time} of work)", steps=steps, time=time)
+    return _("; steps lost: {steps}", steps=steps)  # as an earlier version has recorded it
 
 
 def _field(name: str, value: Any) -> str:

@@ -174,7 +174,11 @@ def take(view: RunView, probe: Probe) -> Snapshot:
     pid, began = view.started.get("pid"), parse_time(view.started.get("time"))
     measured = state == TRAINING and here and isinstance(pid, int) and began is not None
     machine = probe.sample(pid, began.timestamp()) if measured and began else probe.sample()
-    finite = [(e.val_loss, e) for e in view.evaluations if e.val_loss is not None]
+    finite = [
+        (e.val_loss, e)
+        for e in view.evaluations
+        if e.val_loss is not None and math.isfinite(e.val_loss)
+    ]
     disk = None
     with contextlib.suppress(OSError):  # deleted at this moment; the next look says so
         disk = view.disk
