@@ -140,6 +140,8 @@ def test_a_damaged_newest_is_set_aside_and_the_older_taken(
     toy, result = resumed(tmp_path, told=told)
     assert (result.step, result.steps_lost, result.generation) == (2, 1, 2)
     assert result.minutes_lost >= 0
+    (recorded,) = Catalog(tmp_path).events("resumed")
+    assert (recorded["steps_lost"], recorded["minutes_lost"]) == (1, round(result.minutes_lost, 1))
     names = {"checkpoint_step_3.pt", "latest.pt", "model.pt"}
     assert {name for name, _why in result.skipped} == names
     assert tree_of(tmp_path / "quarantine") == {*names, "reasons.txt"}

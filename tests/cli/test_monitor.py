@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.checkpoint.lock import FileLock
+from holdfast.cli.monitor import run_monitor
 from tests.manage.runs import Training, desk, desk_json, make_run
 from tests.monitor.recorded import Recorded, ago
 
@@ -109,6 +111,26 @@ def test_an_interval_that_makes_no_sense_is_refused(tmp_path: Path, interval: st
     done = desk("monitor", tmp_path, "--interval", interval)
     assert done.returncode == 2
     assert interval in done.stderr
+
+
+def test_a_screen_that_fails_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        """As Textual leaves an application that an error has ended: no result, status 1."""
+
+        return_code = 1
+
+        def __init__(self, *_given: object) -> None:
+            self.run = lambda: None
+
+    class Tty(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Tty())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("holdfast.monitor.terminal.Monitor", Broken)
+    assert run_monitor([str(tmp_path)], "holdfast monitor") == 1
 
 
 def test_without_a_terminal_the_way_out_is_named(tmp_path: Path) -> None:

@@ -113,6 +113,14 @@ def test_an_event_of_a_later_version_is_told_with_all_of_its_fields() -> None:
     assert "\x1b" not in story([{"event": "failed", "step": 1, "reason": "\x1b[2J"}])[0]
 
 
+def test_what_a_resume_has_lost_is_told_in_steps_and_time() -> None:
+    resumed = {"event": "resumed", "step": 7, "generation": 2, "steps_lost": 3}
+    text = "training went on from step 7, generation 2; steps lost: 3"
+    assert describe(resumed) == text  # as an earlier version has recorded it
+    assert describe({**resumed, "minutes_lost": 0.0}) == text
+    assert describe({**resumed, "minutes_lost": 2.5}) == f"{text} (2 min 30 s of work)"
+
+
 def test_errors_and_losses_gone_wrong_are_part_of_the_story() -> None:
     durable = {"event": "durable", "reason": "error", "step": 7, "names": ["latest.pt"], "size": 1}
     assert is_story(durable)

@@ -29,6 +29,14 @@ def test_few_points_are_drawn_as_they_are() -> None:
     assert found.series == Series(((10, 3.0), (20, 2.0)), ((10, 3.0), (20, 2.0)), ((20.0, 2.5),))
 
 
+def test_an_evaluation_that_is_no_number_is_not_drawn() -> None:
+    found = Curve()
+    measured = [evaluation(10, math.nan), evaluation(20, 2.5), evaluation(30, math.inf)]
+    found.update([point(10), point(30)], measured)
+    assert found.series.validation == ((20.0, 2.5),)
+    assert draw(found.series, 60, 12)
+
+
 def test_nothing_new_is_no_new_curve() -> None:
     found, points = Curve(), [point(10)]
     found.update(points, [])

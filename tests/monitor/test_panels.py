@@ -113,7 +113,7 @@ def test_what_would_be_lost_is_said_in_steps_and_time(snapshot: Snapshot) -> Non
         (Disk(48 * GIB, GIB, GIB, 0.0), "48.0 GiB, next 1.00 GiB", "not in sight"),
         (Disk(4 * GIB, GIB, GIB, 2.0 * GIB), "4.00 GiB, next 1.00 GiB", "in 2 h 00 min"),
         (Disk(GIB // 2, GIB, GIB, 0.0), "512 MiB, next 1.00 GiB", "the next does not fit!"),
-        (Disk(4 * GIB, 0, 0, 0.0), "4.00 GiB", "not in sight"),
+        (Disk(4 * GIB, 0, 0, 0.0), "4.00 GiB", "-"),  # nothing saved yet, nothing known
     ],
 )
 def test_the_disk(snapshot: Snapshot, disk: Disk, room: str, full: str) -> None:
@@ -150,6 +150,34 @@ def test_a_training_that_is_silent_says_for_how_long(snapshot: Snapshot) -> None
     assert words.state(replace(snapshot, overdue=True, silent=700.0)) == (
         "training, silent for 11 min"
     )
+
+
+def test_a_loss_that_is_no_number_is_said_where_nobody_misses_it(tmp_path: Path) -> None:
+    run = Recorded(tmp_path / "run")
+    run.started(0, ago(10))
+    run.step(10, ago(9), loss=None)
+    view = RunView(run.directory)
+    view.refresh()
+    look = Look(run.directory, (run.directory,), 0, take(view, Probe()))
+    said = "the loss has been NaN or infinite since step 10"
+    assert [line.plain for line in panels.progress(look, 80)][1] == said
+    assert [line.plain for line in panels.loss(look, 80, 8)] == [
+        "· train nan  ─ smoothed -  o validation -", said,
+    ]  # fmt: skip
+    assert look.snapshot is not None
+    assert f"loss: {said}" in words.lines(look.snapshot)
+    assert look.snapshot.to_json()["nan_since_step"] == 10
+
+
+def test_an_evaluation_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    run = Recorded(tmp_path / "run")
+    run.started(0, ago(10))
+    for step, loss in ((10, "nan"), (20, 2.0), (30, "nan")):
+        run.step(step, ago(9 - step / 10))
+        run.metric("evaluation", step, ago(9 - step / 10), val_loss=loss)
+    view = RunView(run.directory)
+    view.refresh()
+    assert take(view, Probe()).to_json()["best_val_step"] == 20
 
 
 def test_a_hundred_percent_is_said_only_at_the_end() -> None:
@@ -229,6 +257,15 @@ def test_the_number_of_the_run_is_shown_where_there_are_several(look: Look) -> N
     assert "other run" not in panels.keys(False, 80).plain
 
 
+def test_on_a_narrow_screen_the_clock_goes_before_the_name_and_is_never_cut(look: Look) -> None:
+    for width in range(30, 81):
+        plain = panels.header(look, width).plain
+        assert cell_len(plain) == width
+        assert "training" in plain
+        assert re.search(r"training(  \d\d:\d\d:\d\d( [+-]\d{4})?)?$", plain), plain
+    assert re.search(r" [+-]\d{4}$", panels.header(look, 80).plain), "with its zone at 80 columns"
+
+
 def test_a_long_name_loses_its_beginning(look: Look) -> None:
     long = replace(look, runs=(Path("/" + "很长的目录" * 20 + "/end"),))
     shown = panels.header(long, 60).plain
@@ -263,8 +300,8 @@ def test_the_documented_json(snapshot: Snapshot) -> None:
     assert set(told) == {
         "directory", "state", "owner", "silent_seconds", "model", "parameters", "device", "host",
         "epoch", "epochs", "step", "total_steps", "progress", "eta_seconds", "time", "loss",
-        "smoothed_loss", "learning_rate", "tokens_per_second", "val_loss", "val_step",
-        "best_val_loss", "best_val_step", "safety", "saving_fails", "disk", "machine",
+        "nan_since_step", "smoothed_loss", "learning_rate", "tokens_per_second", "val_loss",
+        "val_step", "best_val_loss", "best_val_step", "safety", "saving_fails", "disk", "machine",
         "checkpoints", "events",
     }  # fmt: skip
     assert (told["state"], told["step"], told["total_steps"]) == ("training", 480, 1000)

@@ -15,6 +15,7 @@ from holdfast.checkpoint import memory
 from holdfast.checkpoint.lock import FileLock
 from holdfast.errors import HoldfastError
 from holdfast.monitor.run_view import (
+    BROKE_OFF,
     EMPTY,
     FINISHED,
     STOPPED,
@@ -23,7 +24,7 @@ from holdfast.monitor.run_view import (
     find_runs,
 )
 from tests.manage.runs import Training, flip, make_run
-from tests.monitor.recorded import Recorded, ago
+from tests.monitor.recorded import Recorded, ago, stamp
 from tests.support import Toy, in_child
 
 linux = pytest.mark.skipif(not memory.usable(), reason="needs locks and /dev/shm of Linux")
@@ -71,6 +72,21 @@ def test_a_loss_that_was_no_number_is_none(run: Recorded) -> None:
     run.started(0, 0)
     run.step(10, 1, loss=None)
     assert seen(run).points[0].loss is None
+
+
+def test_it_is_known_since_when_the_loss_is_no_number(run: Recorded) -> None:
+    run.started(0, 0)
+    for step, loss in ((10, 5.0), (20, None), (30, 4.0), (40, None), (50, None)):
+        run.step(step, step / 10, loss=loss)
+    view = seen(run)
+    assert view.nan_since == 40
+    assert [point.step for point in view.wild] == [20, 40, 50]
+    run.metric("resumed", 30, 6)  # undone with the steps
+    view.refresh()
+    assert (view.nan_since, [point.step for point in view.wild]) == (None, [20])
+    run._append("metrics.jsonl", {"time": stamp(7), "event": "step", "step": 40})
+    view.refresh()
+    assert view.nan_since is None, "who writes no loss has none that is wrong"
 
 
 def test_a_torn_line_costs_that_line_alone(run: Recorded) -> None:
@@ -153,7 +169,8 @@ def test_a_divergence_undoes_what_it_went_back_over(run: Recorded) -> None:
     run.event("diverged", 96, step=95, reason="loss is nan", back_to=60)
     view = seen(run)
     assert steps(view)[-1] == 60
-    assert [mark.kind for mark in view.marks] == ["diverged"], "written twice, marked once"
+    told = [mark.kind for mark in view.marks if mark.kind != BROKE_OFF]
+    assert told == ["diverged"], "written twice, marked once"
 
 
 def test_a_roll_back_undoes_points_before_anybody_goes_on(run: Recorded) -> None:
@@ -310,6 +327,25 @@ def test_a_run_without_an_owner_has_stopped_or_is_finished(run: Recorded) -> Non
     run.metric("finished", 20, ago(1))
     view.refresh()
     assert view.state == FINISHED
+
+
+def test_a_kill_is_told_until_the_training_goes_on(tmp_path: Path) -> None:
+    run = Recorded(make_run(tmp_path / "run"))
+    run.started(0, ago(500))
+    run.steps(310, 400, ago(490))
+    view = seen(run)
+    assert view.state == STOPPED
+    assert BROKE_OFF not in [mark.kind for mark in view.marks], "step 400 is on the disk"
+    run.step(450, ago(-5))
+    view.refresh()
+    (told,) = [mark for mark in view.marks if mark.kind == BROKE_OFF]
+    assert (told.step, told.time) == (450, view.points[-1].time)
+    assert view.notices[-1]["event"] == BROKE_OFF
+    with FileLock(run.directory / ".run.lock"):
+        assert BROKE_OFF not in [mark.kind for mark in view.marks], "it trains again"
+    run.metric("finished", 460, ago(-6))
+    view.refresh()
+    assert BROKE_OFF not in [mark.kind for mark in view.marks]
 
 
 def test_a_run_that_was_killed_before_its_first_line_has_stopped(run: Recorded) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -183,6 +184,7 @@ def test_a_run_among_several_is_chosen_by_arrow_and_number(tmp_path: Path) -> No
     for name in ("alpha", "beta", "gamma"):
         Recorded(tmp_path / name).started(0, ago(10))
         Recorded(tmp_path / name).step(10, ago(9))
+    os.utime(tmp_path / "alpha" / "metrics.jsonl", (time.time() + 9,) * 2)  # the newest is shown
 
     async def story(pilot: Pilot[Any]) -> None:
         assert "other run" in await until(pilot, "[1/3] ")
@@ -274,6 +276,20 @@ def test_the_help_fits_the_smallest_screen_and_goes_with_any_key(
         await until(pilot, "PgUp, PgDn", gone=True)
 
     play(directory, story)
+
+
+def test_the_help_is_scrolled_where_the_screen_is_smaller(directory: Path) -> None:
+    async def story(pilot: Pilot[Any]) -> None:
+        await pilot.press("question_mark")
+        assert "disk full" not in await until(pilot, "more, another key")
+        await pilot.press("down", "pagedown", "pagedown", "pagedown")
+        await until(pilot, "disk full")
+        await pilot.press("up")
+        assert isinstance(pilot.app.screen, Help)
+        await pilot.press("x")
+        await until(pilot, "another key", gone=True)
+
+    play(directory, story, (40, 10))
 
 
 @pytest.mark.parametrize("key", ["q", "ctrl+c", "ctrl+q"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.checkpoint.lock import FileLock
 from holdfast.monitor import run_view, watcher
 from holdfast.monitor.run_view import FINISHED, STOPPED, RunView
 from holdfast.monitor.watcher import Look, Watcher, runs_in
@@ -67,6 +69,8 @@ def test_one_of_several_runs_is_chosen(tmp_path: Path) -> None:
         Recorded(tmp_path / name).started(0, 0)
         Recorded(tmp_path / name).step(10, 1)
     Recorded(tmp_path / "b").metric("finished", 10, 2)
+    for age, name in enumerate(("a", "c", "b")):
+        os.utime(tmp_path / name / "metrics.jsonl", (time.time() - age,) * 2)
     found = watch(tmp_path)
     first = found.look()
     assert first.snapshot is not None
@@ -79,6 +83,15 @@ def test_one_of_several_runs_is_chosen(tmp_path: Path) -> None:
     third = found.look()
     assert third.snapshot is not None
     assert (third.index, len(third.runs), third.snapshot.directory.name) == (2, 4, "b")
+
+
+def test_who_names_none_of_several_sees_the_one_that_trains_else_the_newest(tmp_path: Path) -> None:
+    for age, name in enumerate(("c", "b", "a")):
+        Recorded(tmp_path / name).started(0, 0)
+        os.utime(tmp_path / name / "metrics.jsonl", (time.time() - 60 * age,) * 2)
+    assert watch(tmp_path).look().index == 2
+    with FileLock(tmp_path / "b" / ".run.lock"):
+        assert watch(tmp_path).look().index == 1
 
 
 def test_a_directory_of_nothing_but_checkpoints_is_a_run(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from holdfast.monitor import web_hub
+from holdfast.monitor.run_view import RunView
 from holdfast.monitor.web_app import create_app, guarded
 from holdfast.monitor.web_data import run_id
 from holdfast.monitor.web_files import plotting_script
@@ -188,6 +189,25 @@ def test_the_stream_tells_of_new_runs_new_points_and_points_taken_back(tmp_path:
             again = stream.until("run", after=count)
             assert again["curves"]["step"][-1] in (100, 110)
         stream.until_row(lambda row: row["state"] != "training")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_snapshot_in_memory_is_told_before_the_next_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int | None] = [3]
+    monkeypatch.setattr(RunView, "memory_step", property(lambda _view: held[0]))
+    with serving(tmp_path) as server, LiveRun(tmp_path / "run") as run:
+        run.steps(10)
+        identity = run_id(run.directory)
+        stream = Stream(server, identity)
+        assert stream.until("run")["risk"]["memory_step"] == 3
+        whole = len([kind for kind, _data in stream.events if kind in ("run", "more")])
+        held[0] = 8
+        stream.until("rows", lambda data: data["runs"][0]["risk"]["memory_step"] == 8)
+        assert whole == len([kind for kind, _data in stream.events if kind in ("run", "more")])
+        url = server.url.replace("?", f"api/runs/{identity}?")
+        assert httpx.get(url).json()["risk"]["memory_step"] == 8
 
 
 @pytest.mark.usefixtures("quick")

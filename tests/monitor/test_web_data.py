@@ -69,6 +69,17 @@ def test_a_damaged_file_is_shown_as_such(tmp_path: Path) -> None:
     assert web_data.summary(view, "i", "n")["damaged"] == 1
 
 
+def test_a_reason_names_its_file_below_the_run_and_not_the_way_there(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", (4.0, 2.0))
+    flip(run / "model_epoch_2.pt")
+    with LiveRun(run):
+        pass  # finds the damage and sets it aside
+    marks = web_data.detail(view_of(run), "i", "n")["marks"]
+    (reason,) = [m["fields"]["reason"] for m in marks if m["kind"] == "quarantined"]
+    assert reason.startswith("model_epoch_2.pt is damaged")
+    assert str(tmp_path) not in json.dumps(marks)
+
+
 def test_risk_grows_while_training_and_is_nothing_after_the_end(tmp_path: Path) -> None:
     with LiveRun(tmp_path / "live") as run:
         run.steps(50)
@@ -90,6 +101,24 @@ def test_risk_grows_while_training_and_is_nothing_after_the_end(tmp_path: Path) 
     assert done["best"] == {"step": 200, "val_loss": 2.0, "perplexity": 100.0}
     assert [mark["kind"] for mark in done["marks"]] == ["finished"]
     json.dumps(done, allow_nan=False)
+
+
+def test_losses_that_are_no_number_are_named_and_the_run_that_broke_off_says_so(
+    tmp_path: Path,
+) -> None:
+    with LiveRun(tmp_path / "run") as run:
+        run.steps(20)
+        run.steps(20, loss=math.nan)
+        run.steps(10)
+        found = web_data.detail(view_of(run.directory), "i", "n")
+        assert (found["nan"], found["nan_since"]) == ([30, 40], None)
+        run.steps(10, loss=math.inf)
+        found = web_data.detail(view_of(run.directory), "i", "n")
+        assert (found["nan"], found["nan_since"], found["marks"]) == ([30, 60], 60, [])
+    found = web_data.detail(view_of(run.directory), "i", "n")
+    assert [(mark["kind"], mark["step"]) for mark in found["marks"]] == [("broke_off", 60)]
+    assert found["marks"][0]["time"] == found["updated"]
+    json.dumps(found, allow_nan=False)
 
 
 def test_commands_are_for_the_state_and_quoted(tmp_path: Path) -> None:

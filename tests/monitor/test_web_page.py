@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from holdfast.monitor.report import write_report
+from holdfast.monitor.run_view import RunView
 from tests.browser import browser  # noqa: F401 - a fixture
-from tests.monitor.web_runs import HOST, LiveRun, Server, serving
+from tests.monitor.web_runs import HOST, LiveRun, Server, finished_run, serving
 
 NASTY = "<img src=x onerror=alert(1)>"
 SAMPLE = "</script><script>document.title='owned'</script><b>fett</b>"
@@ -163,6 +165,60 @@ def test_a_training_that_starts_later_appears_and_a_dropped_line_loses_nothing(
         line.close()
 
 
+def test_a_killed_run_says_so_and_what_is_left_of_it(
+    tmp_path: Path, open_page: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int | None] = [None]
+    monkeypatch.setattr(RunView, "memory_step", property(lambda _view: held[0]))
+    with serving(tmp_path) as server:
+        with LiveRun(tmp_path / "run") as run:
+            run.steps(50)
+            held[0] = 44
+            page = open_page(server.url)
+            process = page.locator(".tier").first
+            expect(process).to_contain_text("lose 6 steps")
+            held[0] = 49  # a snapshot writes no line
+            expect(process).to_contain_text("lose 1 step", timeout=10_000)
+            expect(page.locator(".pairs")).not_to_contain_text("Not filling")
+        expect(page.locator(".verdict")).to_contain_text("step 49 waits in memory")
+        expect(page.locator(".marks")).to_contain_text("Broke off at step 50")
+        held[0] = None  # the machine was started anew
+        with LiveRun(tmp_path / "run") as run:
+            run.steps(20)
+        expect(page.locator(".verdict")).to_contain_text("Nothing was saved:", timeout=10_000)
+        expect(page.locator(".tiers")).not_to_contain_text("every byte checked")
+
+
+def test_a_loss_that_is_no_number_is_not_just_a_curve_that_ends(
+    tmp_path: Path, open_page: Open
+) -> None:
+    with serving(tmp_path) as server, LiveRun(tmp_path / "run") as run:
+        run.steps(50)
+        run.steps(50, loss=float("nan"))
+        page = open_page(server.url)
+        expect(page.locator(".warning")).to_contain_text("NaN or infinite since step 60")
+        expect(page.locator(".stats")).to_contain_text("NaN")
+        run.steps(10, loss=4.0)
+        said = page.get_by_text("between steps 60 and 100")
+        expect(said).to_be_visible(timeout=10_000)
+        expect(page.locator(".warning")).to_have_count(0)
+
+
+def test_a_comparison_speaks_the_language_of_its_reader(tmp_path: Path, open_page: Open) -> None:
+    with LiveRun(tmp_path / "unsaved") as run:
+        run.steps(50)
+    with LiveRun(tmp_path / "saved") as run:
+        run.steps(90)
+        run.finish_epoch(3.0)
+    with serving(tmp_path) as server:
+        page = open_page(server.url, locale="zh-CN")
+        for name in ("unsaved", "saved"):
+            box = page.locator(".run").filter(has_text=name).locator("input").last
+            box.check() if not box.is_checked() else None
+        expect(page.locator("main")).to_contain_text("unsaved 还没有检查点")
+        expect(page.locator("main")).not_to_contain_text("There are no checkpoints")
+
+
 def test_a_wrong_token_is_refused_and_a_new_start_is_explained(
     root: Path, server: Server, open_page: Open
 ) -> None:
@@ -267,6 +323,38 @@ def test_the_keyboard_reaches_everything_and_what_is_shown_has_a_name(
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.get_by_role("button", name="Copy: Check every byte").click()
     assert page.evaluate("navigator.clipboard.readText()").startswith("holdfast verify ")
+
+
+def test_the_keyboard_stays_where_it_is_when_its_key_draws_the_page_anew(
+    server: Server, open_page: Open
+) -> None:
+    page = open_page(server.url)
+    choose(page, "first")
+    for name in ("#theme", "#lang"):
+        page.locator(name).focus()
+        page.keyboard.press("Enter")
+        expect(page.locator(name)).to_be_focused()
+    page.locator("input[name=axis]").first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("input[name=axis][value=time]")).to_be_focused()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("input[name=axis][value=step]")).to_be_focused()
+
+
+def test_a_run_that_is_deleted_leaves_the_comparison(tmp_path: Path, open_page: Open) -> None:
+    for name in ("one", "two", "three"):
+        finished_run(tmp_path / name, (3.0,))
+    with serving(tmp_path) as server:
+        page = open_page(server.url)
+        for name in ("one", "two", "three"):
+            box = page.get_by_label(f"Compare {name}", exact=True)
+            if not box.is_checked():
+                box.check()
+        table = page.get_by_role("table", name="Metrics of the best checkpoints")
+        expect(table).to_contain_text("three")
+        shutil.rmtree(tmp_path / "three")
+        expect(table).not_to_contain_text("three", timeout=10_000)
+        expect(page.locator("h1")).to_have_text("Comparison")
 
 
 def test_a_report_opens_from_a_file_without_any_server(

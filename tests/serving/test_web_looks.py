@@ -57,10 +57,18 @@ def test_dark_follows_the_system_and_the_switch(open_page: OpenPage) -> None:
     assert background(open_page(color_scheme="light")) > 200
     page = open_page(color_scheme="dark")
     assert background(page) < 50
+    for scheme, low, high in (("light", 200, 255), ("dark", 0, 50)):  # while the page is open
+        page.emulate_media(color_scheme=scheme)
+        expect(page.locator("html")).to_have_attribute("data-theme", scheme)
+        assert low <= background(page) <= high
     page.click("#theme-button")
     assert background(page) > 200
     page.reload()
     assert background(page) > 200
+    page.emulate_media(color_scheme="light")
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_timeout(200)
+    assert background(page) > 200, "what was chosen stays"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

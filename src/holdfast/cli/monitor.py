@@ -94,7 +94,9 @@ def _watch(given: argparse.Namespace, prog: str) -> int:
             _("{prog} needs the package {name}: pip install 'holdfast[desk]'; without it: "
               "{prog} --once", prog=prog, name=error.name)
         ) from error  # fmt: skip
-    return Monitor(root, given.interval).run() or 0
+    screen = Monitor(root, given.interval)
+    screen.run()
+    return screen.return_code or 0  # 1 where it has failed: its result is then none
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from holdfast.formatting import format_bytes, format_time
+from holdfast.formatting import format_bytes, format_seconds, format_time
 from holdfast.i18n import N_, _
 from holdfast.manage.table import printable
 
@@ -36,6 +36,9 @@ _SENTENCES = {
     "lock_renewed": N_("the lock file was removed while training, and made anew"),
     "diverged": N_("step {step} went wrong ({reason}); training went back to step {back_to}"),
     "interrupted": N_("training was interrupted at step {step}"),
+    "broke_off": N_(
+        "training broke off at step {step}, before that was saved: killed, or the machine failed"
+    ),
     "rescued": N_("step {step} was found in memory and made durable"),
     "finished": N_("training was finished at step {step}"),
 }
@@ -73,10 +76,17 @@ def describe(event: Mapping[str, Any]) -> str:
         ]
         return " ".join([kind, *rest])
     if kind == "resumed" and event.get("steps_lost"):
-        text += _("; steps lost: {steps}", steps=event["steps_lost"])
+        text += _steps_lost(event["steps_lost"], event.get("minutes_lost"))
     if kind == "durable" and str(event.get("reason")) in ENDS:
         text += _(ENDS[str(event["reason"])])
     return text
+
+
+def _steps_lost(steps: object, minutes: object) -> str:
+    if isinstance(minutes, int | float) and minutes > 0:
+        time = format_seconds(60 * minutes)
+        return _("; steps lost: {steps} ({time} of work)", steps=steps, time=time)
+    return _("; steps lost: {steps}", steps=steps)  # as an earlier version has recorded it
 
 
 def _field(name: str, value: Any) -> str:

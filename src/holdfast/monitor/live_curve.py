@@ -54,7 +54,11 @@ class Curve:
         self._evaluations = len(evaluations)
         if before == (self._taken, self._last, self._evaluations):
             return False
-        measured = [(float(e.step), e.val_loss) for e in evaluations if e.val_loss is not None]
+        measured = [
+            (float(e.step), e.val_loss)
+            for e in evaluations
+            if e.val_loss is not None and math.isfinite(e.val_loss)
+        ]
         stride = math.ceil(len(measured) / LIMIT) or 1
         self.series = Series(
             self._raw.means(), self._smoothed.means(), tuple(measured[::-stride][::-1])

@@ -23,6 +23,7 @@ from holdfast.monitor.words import Pair
 
 _GAP = "  "
 _NARROWEST_BAR = 8
+_NARROWEST_NAME = 12
 _STATE_STYLES = {TRAINING: "bold green", FINISHED: "bold cyan", STOPPED: "bold yellow"}
 LABEL, ALARM, WARNING = "dim", "bold red", "color(220)"
 
@@ -30,13 +31,17 @@ LABEL, ALARM, WARNING = "dim", "bold red", "color(220)"
 def header(look: Look, width: int) -> Text:
     """Which run this is, its state, the time."""
     now = datetime.datetime.now().astimezone()
-    right = Text(now.strftime("%H:%M:%S %z"), LABEL)
+    state = Text()
     if look.snapshot is not None:
         snapshot = look.snapshot
         wrong = snapshot.overdue or (snapshot.saving_fails and snapshot.state == TRAINING)
-        style = ALARM if wrong else _STATE_STYLES.get(snapshot.state, "bold")
-        right = Text.assemble((words.state(snapshot), style), _GAP, right)
+        state = Text(words.state(snapshot),
+                     ALARM if wrong else _STATE_STYLES.get(snapshot.state, "bold"))  # fmt: skip
     number = f"[{look.index + 1}/{len(look.runs)}] " if len(look.runs) > 1 else ""
+    room = width - cell_len(number) - _NARROWEST_NAME - len(_GAP)
+    clocks = [Text(now.strftime(form), LABEL) for form in ("%H:%M:%S %z", "%H:%M:%S")]
+    rights = [Text(_GAP).join([state, clock] if state else [clock]) for clock in clocks]
+    right = next((each for each in rights if each.cell_len <= room), state)
     name = printable(str(look.runs[look.index] if look.runs else look.root))
     room = width - right.cell_len - len(_GAP) - cell_len(number)
     left = Text(number + _end_of(name, room), "bold")
@@ -66,6 +71,8 @@ def progress(look: Look, width: int) -> list[Text]:
     if snapshot.saving_fails and snapshot.state == TRAINING:
         why = _("saving fails: {reason}", reason=printable(snapshot.saving_fails))
         return [first, Text(_beginning_of(why, width), ALARM)]
+    if snapshot.nan_since is not None:
+        return [first, Text(_beginning_of(words.no_number(snapshot), width), ALARM)]
     return [first, Text(fit(words.model(snapshot), width, " · "), LABEL)]
 
 
@@ -88,7 +95,8 @@ def loss(look: Look, width: int, height: int) -> list[Text]:
         legend[-1].append(_GAP + best, LABEL)
     drawn = live_curve.draw(look.series, width, height - len(legend))
     if not drawn:
-        return [*legend, Text(_("no curve yet"), LABEL)]
+        empty = words.no_number(look.snapshot) or _("no curve yet")
+        return [*legend, Text(_beginning_of(empty, width), LABEL)]
     return [*legend, *drawn.split("\n")]
 
 

@@ -28,8 +28,10 @@ from holdfast.monitor.forecast import Disk, Plan, forecast
 from holdfast.monitor.measured import Evaluation, Mark, Point, Safety, Sample
 
 __all__ = [
+    "BROKE_OFF",
     "EMPTY",
     "FINISHED",
+    "LOCK",
     "METRICS",
     "SILENCE",
     "STOPPED",
@@ -44,7 +46,7 @@ __all__ = [
     "find_runs",
 ]  # fmt: skip
 
-METRICS, CONFIG = "metrics.jsonl", "config.json"
+METRICS, CONFIG, LOCK = "metrics.jsonl", "config.json", ".run.lock"
 SILENCE = 120.0  # seconds without a line after which a training elsewhere is taken to have ended
 
 TRAINING, FINISHED, STOPPED, EMPTY = "training", "finished", "stopped", "empty"
@@ -52,6 +54,7 @@ TRAINING, FINISHED, STOPPED, EMPTY = "training", "finished", "stopped", "empty"
 # Events of the history, and lines of the metrics, that are worth a mark beside a curve.
 _MARKS = ("resumed", "rolled_back", "quarantined", "damaged", "failed", "diverged", "rescued",
           "finished")  # fmt: skip
+BROKE_OFF = "broke_off"  # a mark of ours: who is killed writes no event
 _ENDS = ("signal", "error")  # reasons for which a checkpoint is an interruption
 _STARTS = ("began", "resumed")  # events with which a process begins to train
 _RECENT = 20  # logging intervals from which the speed is taken
@@ -80,6 +83,7 @@ class RunView:
         self.points: list[Point] = []
         self.evaluations: list[Evaluation] = []
         self.samples: list[Sample] = []
+        self.wild: list[Point] = []  # of `points`, those whose loss is NaN or infinite
         self.started: dict[str, Any] = {}  # the line of the last start: plan, device, model
         self._own_marks: list[Mark] = []
         self._own_notices: list[dict[str, Any]] = []
@@ -120,14 +124,15 @@ class RunView:
         self._last_line, self._ended = time, kind == "finished"
         if kind == "step":
             self._undo_after(step - 1)
-            self.points.append(
-                Point(
-                    step, time, _integer(line.get("epoch")), number(line.get("loss")),
-                    number(line.get("smoothed_loss")), number(line.get("learning_rate")),
-                    number(line.get("tokens_per_second")), _integer(line.get("durable_step")),
-                    _integer(line.get("memory_step")), _integer(line.get("gpu_bytes")),
-                )
+            point = Point(
+                step, time, _integer(line.get("epoch")), number(line.get("loss")),
+                number(line.get("smoothed_loss")), number(line.get("learning_rate")),
+                number(line.get("tokens_per_second")), _integer(line.get("durable_step")),
+                _integer(line.get("memory_step")), _integer(line.get("gpu_bytes")),
             )  # fmt: skip
+            self.points.append(point)
+            if "loss" in line and not _finite(point.loss):  # the trainer writes null for NaN
+                self.wild.append(point)
         elif kind == "evaluation":
             values = (number(line.get(n)) for n in ("val_loss", "perplexity", "bits_per_byte"))
             self.evaluations.append(Evaluation(step, time, *values))
@@ -147,7 +152,7 @@ class RunView:
     def _undo_after(self, step: int, until: float = math.inf) -> None:
         """Training goes on from `step`: what was measured after it, and before the time `until`,
         is of steps made again."""
-        for measured in (self.points, self.evaluations, self.samples):
+        for measured in (self.points, self.evaluations, self.samples, self.wild):
             while measured and measured[-1].step > step:
                 if until < math.inf and _seconds(measured[-1].time) > until:
                     break
@@ -175,15 +180,31 @@ class RunView:
     @property
     def marks(self) -> list[Mark]:
         """What happened on the way, in the order of time."""
-        return sorted(self._event_marks + self._own_marks, key=lambda mark: _seconds(mark.time))
+        found = self._event_marks + self._own_marks
+        broken = self._broken_off
+        if broken is not None:
+            found = [*found, Mark(BROKE_OFF, broken["step"], broken["time"], broken)]
+        return sorted(found, key=lambda mark: _seconds(mark.time))
 
     @property
     def notices(self) -> list[dict[str, Any]]:
         """The events that a person wants to know of, in the order of time; `manage.story.describe`
         has the words for each."""
-        return sorted(
-            self._event_notices + self._own_notices, key=lambda e: _seconds(str(e.get("time")))
-        )
+        broken = self._broken_off
+        found = self._event_notices + self._own_notices + ([broken] if broken is not None else [])
+        return sorted(found, key=lambda event: _seconds(str(event.get("time"))))
+
+    @property
+    def _broken_off(self) -> dict[str, Any] | None:
+        """The end of a training that could write nothing any more: it was killed, or its machine
+        failed. None where the newest step is on the disk, as after every end of its own; the end of
+        a stranger's loop is not known. Its next start writes what that has cost."""
+        if self.state != STOPPED or not self.started:
+            return None
+        safety = self.safety
+        if not safety.disk_steps:
+            return None
+        return {"time": self._last_time, "event": BROKE_OFF, "step": safety.step}
 
     @property
     def saving_fails(self) -> str:
@@ -204,7 +225,7 @@ class RunView:
     def owner(self) -> str:
         """Who trains here at this moment, where this machine knows it; else empty."""
         try:
-            return FileLock(self.directory / ".run.lock").owner()
+            return FileLock(self.directory / LOCK).owner()
         except OSError:
             return ""
 
@@ -239,15 +260,31 @@ class RunView:
     @property
     def silent(self) -> float:
         """Seconds since the last line of metrics or history; infinite where there is none."""
-        times = [self._last_line, *(str(event.get("time")) for event in self.events[-1:])]
-        last = max(map(_seconds, times))
+        last = _seconds(self._last_time)
         return max(0.0, _now() - last) if last else math.inf
+
+    @property
+    def _last_time(self) -> str:
+        """That of the last line of metrics or history."""
+        times = [self._last_line, *(str(event.get("time")) for event in self.events[-1:])]
+        return max(times, key=_seconds)
 
     @property
     def step(self) -> int:
         """The newest step that anything here knows of."""
         last = self.points[-1].step if self.points else 0
         return max([last, *(entry.step for entry in self.entries[:1])])
+
+    @property
+    def nan_since(self) -> int | None:
+        """The first step of those up to now whose loss was NaN or infinite; None where it is a
+        number."""
+        since = None
+        for point, wild in zip(reversed(self.points), reversed(self.wild), strict=False):
+            if point is not wild:
+                break
+            since = point.step
+        return since
 
     @property
     def total_steps(self) -> int | None:
@@ -286,7 +323,7 @@ class RunView:
     def safety(self) -> Safety:
         """What a failure would cost now."""
         newest = self.entries[0] if self.entries else None
-        in_memory = self._memory_step()
+        in_memory = self.memory_step
         step = max(self.step, in_memory or 0)
         # The work of a state ends where it was taken; what a start goes on from may be old.
         since = max(_seconds(newest.created) if newest is not None else 0.0, self._began())
@@ -300,7 +337,8 @@ class RunView:
         disk_step = newest.step if newest is not None else None
         return Safety(step, disk_step, spent, in_memory, counted)
 
-    def _memory_step(self) -> int | None:
+    @property
+    def memory_step(self) -> int | None:
         """The newest whole snapshot in shared memory of this machine, of the generation that is
         under way; else what the run has said last, as long as it runs elsewhere."""
         run = [e for e in reversed(self.events) if "run_id" in e and "generation" in e][:1]
@@ -391,6 +429,10 @@ def _changed_at(directory: Path) -> tuple[int, int]:
 
 def _integer(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _seconds(time: str) -> float:

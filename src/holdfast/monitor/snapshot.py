@@ -21,11 +21,11 @@ from holdfast.manage.story import describe
 from holdfast.monitor.forecast import Disk
 from holdfast.monitor.machine import Machine, Probe
 from holdfast.monitor.measured import Evaluation, Point, Safety
-from holdfast.monitor.run_view import FINISHED, TRAINING, RunView
+from holdfast.monitor.run_view import BROKE_OFF, FINISHED, TRAINING, RunView
 
 NOTICES = 100  # of the last ones that are kept to be shown
 WARNINGS = ("failed", "unsafe", "quarantined", "damaged", "diverged", "directory_lost",
-            "lock_renewed", "interrupted")  # fmt: skip
+            "lock_renewed", "interrupted", BROKE_OFF)  # fmt: skip
 _ENDS = ("signal", "error")
 
 # Exit statuses of `holdfast monitor --once`; errors have those of holdfast.errors.
@@ -73,6 +73,7 @@ class Snapshot:
     total_steps: int | None
     eta: float | None
     last: Point | None
+    nan_since: int | None  # the first of the newest steps, where their loss is no number
     validation: Evaluation | None
     best_validation: Evaluation | None
     safety: Safety
@@ -123,6 +124,7 @@ class Snapshot:
             "eta_seconds": _rounded(self.eta),
             "time": last.time if last else None,
             "loss": last.loss if last else None,
+            "nan_since_step": self.nan_since,
             "smoothed_loss": last.smoothed if last else None,
             "learning_rate": last.learning_rate if last else None,
             "tokens_per_second": last.tokens_per_second if last else None,
@@ -172,7 +174,11 @@ def take(view: RunView, probe: Probe) -> Snapshot:
     pid, began = view.started.get("pid"), parse_time(view.started.get("time"))
     measured = state == TRAINING and here and isinstance(pid, int) and began is not None
     machine = probe.sample(pid, began.timestamp()) if measured and began else probe.sample()
-    finite = [(e.val_loss, e) for e in view.evaluations if e.val_loss is not None]
+    finite = [
+        (e.val_loss, e)
+        for e in view.evaluations
+        if e.val_loss is not None and math.isfinite(e.val_loss)
+    ]
     disk = None
     with contextlib.suppress(OSError):  # deleted at this moment; the next look says so
         disk = view.disk
@@ -180,7 +186,7 @@ def take(view: RunView, probe: Probe) -> Snapshot:
         view.directory, state, view.owner, view.silent,
         state == TRAINING and view.silent > view.patience, dict(view.started), not here,
         view.step, view.total_steps, view.eta,
-        view.points[-1] if view.points else None,
+        view.points[-1] if view.points else None, view.nan_since,
         finite[-1][1] if finite else None,
         min(finite, key=lambda pair: pair[0])[1] if finite else None,
         view.safety, view.saving_fails, disk, _rows(view), view.notices[-NOTICES:], machine,

@@ -16,7 +16,7 @@ from rich.text import Text
 from textual import events
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Container, Horizontal, Vertical
+from textual.containers import Container, Horizontal, Vertical, VerticalScroll
 from textual.css.query import NoMatches
 from textual.message import Message
 from textual.screen import ModalScreen, Screen
@@ -94,17 +94,32 @@ class Line(Static):
 
 
 class Help(ModalScreen[None]):
-    """The keys and the words; any key closes it."""
+    """The keys and the words; a key closes it, but for those that scroll it on a small screen."""
 
     def compose(self) -> ComposeResult:
-        box = Static(Text("\n").join(panels.help_lines(min(90, self.app.size.width - 8))))
+        text = Text("\n").join(panels.help_lines(min(90, self.app.size.width - 8)))
+        with VerticalScroll(can_focus=False) as box:
+            yield Static(text)
         box.border_title = _("Help")
-        box.border_subtitle = _("any key: back")
-        yield box
+
+    def on_resize(self) -> None:
+        self.call_after_refresh(self._say_how_to_leave)
+
+    def _say_how_to_leave(self) -> None:
+        box = self.query_one(VerticalScroll)
+        box.border_subtitle = (
+            _("↑ ↓: more, another key: back") if box.max_scroll_y else _("any key: back")
+        )
 
     def on_key(self, event: events.Key) -> None:
         event.stop()
-        self.dismiss()
+        box = self.query_one(VerticalScroll)
+        page = max(1, box.size.height - 1)
+        by = {"up": -1, "down": 1, "pageup": -page, "pagedown": page}.get(event.key, 0)
+        if by and box.max_scroll_y:
+            box.scroll_relative(y=by, animate=False)
+        else:
+            self.dismiss()
 
     def on_click(self) -> None:
         self.dismiss()
@@ -126,8 +141,9 @@ class Monitor(App[int]):
     #safety { height: auto; }
     #machine { height: 1fr; }
     Help { align: center middle; }
-    Help Static { width: auto; max-width: 96; height: auto; padding: 0 2;
-                  border: round $accent; background: $surface; }
+    Help VerticalScroll { width: auto; max-width: 96; height: auto; max-height: 100%;
+                          padding: 0 2; border: round $accent; background: $surface; }
+    Help Static { width: auto; height: auto; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q,ctrl+c,ctrl+q", "leave", show=False, priority=True),

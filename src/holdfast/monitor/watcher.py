@@ -6,17 +6,20 @@ seen. The reading itself is RunView's.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from holdfast.checkpoint.catalog import EVENTS
+from holdfast.checkpoint.lock import FileLock
 from holdfast.errors import HoldfastError
 from holdfast.i18n import _
 from holdfast.monitor.live_curve import Curve, Series
 from holdfast.monitor.machine import Probe
-from holdfast.monitor.run_view import RunView, find_runs
+from holdfast.monitor.run_view import LOCK, METRICS, RunView, find_runs
 from holdfast.monitor.snapshot import Snapshot, take
 
 SEARCH_EVERY = 5.0  # seconds between two searches for runs that have begun
@@ -42,6 +45,22 @@ class Look:
     snapshot: Snapshot | None = None
     series: Series = field(default_factory=Series)
     problem: str = ""
+
+
+def _most_wanted(runs: Sequence[Path]) -> Path:
+    """The run that somebody who names none of several wants to see: one that trains, else the one
+    that was written last."""
+
+    def order(run: Path) -> tuple[bool, float]:
+        owner, written = "", 0.0
+        with contextlib.suppress(OSError):
+            owner = FileLock(run / LOCK).owner()
+        for name in (METRICS, EVENTS):
+            with contextlib.suppress(OSError):
+                written = max(written, (run / name).stat().st_mtime)
+        return bool(owner), written
+
+    return max(runs, key=order)
 
 
 class Watcher(threading.Thread):
@@ -83,7 +102,7 @@ class Watcher(threading.Thread):
             self._search()
             with self._lock:
                 if self._chosen is None and self._runs:
-                    self._chosen = self._runs[0]
+                    self._chosen = _most_wanted(self._runs)
                 chosen = self._chosen
         except OSError as error:
             return Look(self._root, problem=str(error))

@@ -109,6 +109,7 @@ def summary(view: RunView, identity: str, name: str) -> dict[str, Any]:
         "total_steps": view.total_steps,
         "epoch": last.epoch if last else None,
         "epochs": epochs if isinstance(epochs, int) else None,
+        "nan_since": view.nan_since,
         "loss": _short(last.smoothed if last and last.smoothed is not None else None),
         "best": _best(view),
         "tokens_per_second": _short(last.tokens_per_second) if last else None,
@@ -142,7 +143,8 @@ def detail(view: RunView, identity: str, name: str) -> dict[str, Any]:
             {"step": each.step, "epoch": each.epoch, "text": each.text[:_SAMPLE_LENGTH]}
             for each in view.samples[-_SAMPLES:]
         ],
-        "marks": [_mark(mark) for mark in view.marks[-_MARKS:]],
+        "nan": [point.step for point in (view.wild[0], view.wild[-1])] if view.wild else None,
+        "marks": [_mark(mark, view.directory) for mark in view.marks[-_MARKS:]],
         "checkpoints": rows,
         "checkpoints_left_out": left_out,
         "disk": {
@@ -198,14 +200,18 @@ def _risk(view: RunView, safety: Safety) -> dict[str, Any]:
     }
 
 
-def _mark(mark: Mark) -> dict[str, Any]:
-    wanted = ("reason", "names", "generation", "back_to", "steps_lost", "failures", "minutes")
+def _mark(mark: Mark, directory: Path) -> dict[str, Any]:
+    """A reason names its file below the run: the way there tells a reader nothing, and is not for
+    whoever gets a report."""
+    wanted = ("reason", "names", "generation", "back_to", "steps_lost", "minutes_lost", "failures",
+              "minutes")  # fmt: skip
+    fields = {name: mark.fields[name] for name in wanted if name in mark.fields}
+    if isinstance(fields.get("reason"), str):
+        for way in (directory.resolve(), directory):
+            fields["reason"] = fields["reason"].replace(f"{way}{os.sep}", "")
     return {
-        "kind": mark.kind,
-        "step": mark.step,
-        "time": _milliseconds(mark.time),
-        "fields": {name: mark.fields[name] for name in wanted if name in mark.fields},
-    }
+        "kind": mark.kind, "step": mark.step, "time": _milliseconds(mark.time), "fields": fields,
+    }  # fmt: skip
 
 
 def _checkpoints_in(directory: Path, place: str) -> list[Path]:

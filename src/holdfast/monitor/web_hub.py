@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ class Feed:
         self.missing = False  # the directory is gone
         self._view = RunView(directory)
         self._lock = threading.Lock()
-        self._state = ""
+        self._seen: tuple[str, int | None] = "", None
         self._drawn = 0.0
 
     def look(self) -> None:
@@ -105,11 +105,16 @@ class Feed:
             return
         try:
             news = self._view.refresh()
-            state = self._view.state  # ends without a line where the process was killed
+            # Both change without a line: the one with a kill, the other with every snapshot.
+            seen = self._view.state, self._view.memory_step
             old = time.monotonic() - self._drawn > _STEADY
-            if news or old or self.picture is None or state != self._state:
+            if news or old or self.picture is None or seen[0] != self._seen[0]:
                 self._draw()
-                self._state, self._drawn = state, time.monotonic()
+                self._drawn = time.monotonic()
+            elif seen != self._seen:
+                row = web_data.summary(self._view, self.id, self.name)
+                self.picture = replace(self.picture, row=row)  # the rest is as it was
+            self._seen = seen
             self.problem, self.missing = "", False
         except Exception as error:  # noqa: BLE001 - anybody may have written there: it is shown, not lost
             self.problem, self.missing = str(error), not self.directory.is_dir()
@@ -311,5 +316,9 @@ class Cursor:
 
 
 def whole(picture: Picture) -> dict[str, Any]:
-    """A run with its curves, thinned."""
-    return {**picture.detail, "curves": web_data.curves(web_data.thin(picture.points))}
+    """A run with its curves, thinned; the row is newer than the rest where only memory moved."""
+    return {
+        **picture.detail,
+        **picture.row,
+        "curves": web_data.curves(web_data.thin(picture.points)),
+    }

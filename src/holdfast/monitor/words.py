@@ -98,11 +98,19 @@ def _count(value: int) -> str:
 def losses(snapshot: Snapshot) -> list[Pair]:
     """Training loss, its smoothed course, validation."""
     last, validation = snapshot.last, snapshot.validation
+    loss = last.loss if last else None
     return [
-        (_("train"), format_loss(last.loss if last else None)),
+        (_("train"), format_loss(math.nan if loss is None and snapshot.nan_since else loss)),
         (_("smoothed"), format_loss(last.smoothed if last else None)),
         (_("validation"), format_loss(validation.val_loss if validation else None)),
     ]
+
+
+def no_number(snapshot: Snapshot) -> str:
+    """That the loss is NaN, and since when; empty where it is a number."""
+    if snapshot.nan_since is None:
+        return ""
+    return _("the loss has been NaN or infinite since step {step}", step=snapshot.nan_since)
 
 
 def best(snapshot: Snapshot) -> str:
@@ -170,7 +178,9 @@ def disk(snapshot: Snapshot) -> list[Pair]:
     room = format_bytes(found.free)
     if found.next_size:
         room += _(", next {size}", size=format_bytes(found.next_size))
-    if found.next_size and not found.fits:
+    if not found.next_size:  # nothing has been saved yet: how large that is, nobody knows
+        full = NOTHING
+    elif not found.fits:
         full = _("the next does not fit!")
     elif math.isfinite(found.hours_left):
         full = _("in {time}", time=format_seconds(3600 * found.hours_left))
@@ -295,6 +305,8 @@ def lines(snapshot: Snapshot, events: int = 10) -> list[str]:
         *disk(snapshot),
         *(machine(snapshot) if has_figures(snapshot.machine) else []),
     ]  # fmt: skip
+    if snapshot.nan_since is not None:
+        pairs.insert(2, (_("loss"), no_number(snapshot)))
     if snapshot.saving_fails:
         pairs.insert(2, (_("saving fails"), snapshot.saving_fails))
     found = [printable(f"{label}: {value}") for label, value in pairs]

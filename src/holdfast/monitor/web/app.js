@@ -18,7 +18,7 @@
   const charts = { loss: el("div", { class: "plot tall" }), lr: el("div", { class: "plot" }), speed: el("div", { class: "plot" }) };
 
   function frame() {
-    const curves = el("section", { class: "card" }, slot("curvesHead", "div", { class: "head" }), slot("lossHead", "h3"), charts.loss,
+    const curves = el("section", { class: "card" }, slot("curvesHead", "div", { class: "head" }), slot("nan", "div"), slot("lossHead", "h3"), charts.loss,
       el("div", { class: "pair" }, el("div", {}, slot("lrHead", "h3"), charts.lr), el("div", {}, slot("speedHead", "h3"), charts.speed)));
     const single = slot("single", "div", { class: "stack" });
     single.append(slot("safety", "section"), slot("numbers", "section", { class: "card" }));
@@ -66,6 +66,14 @@
     HF.mount(slots.speedHead, 0, () => [document.createTextNode(t("chart.speed"))]);
   }
 
+  // A curve that only ends, or has a hole, says nothing of a loss that is no number.
+  function noNumbers(runs) {
+    const told = comparing() ? [] : runs.map((run) => [run.nan_since, run.nan]);
+    HF.mount(slots.nan, told, () => told.map(([since, range]) => (HF.isNumber(since)
+      ? el("p", { class: "warning" }, t("chart.nan", { since: HF.count(since) }))
+      : range ? el("p", { class: "quiet" }, t("chart.nan.once", { first: HF.count(range[0]), last: HF.count(range[1]) })) : null)));
+  }
+
   let drawn = "";
   function drawCurves(runs) {
     const key = JSON.stringify([HF.lang(), HF.theme(), state.axis, state.scale, window.innerWidth < 640, !!window.Plotly,
@@ -87,6 +95,7 @@
     document.title = comparing() ? t("compare.title") + " · Holdfast" : runs.length ? runs[0].name + " · Holdfast" : "Holdfast";
     if (!runs.length) return;
     curvesHead();
+    noNumbers(runs);
     for (const name of ["single", "rest"]) slots[name].hidden = comparing();
     slots.comparison.hidden = !comparing();
     if (comparing()) {
@@ -95,7 +104,7 @@
           el("button", { type: "button", class: "link", onclick: () => { state.compared.clear(); chosen(); } }, t("compare.close"))),
         el("ul", { class: "series" }, runs.map((run, i) => el("li", {}, HF.charts.swatch(i), run.name))),
         el("p", { class: "quiet" }, t("compare.lines"))]);
-      HF.sections.comparison(slots.comparison, state.comparison);
+      HF.sections.comparison(slots.comparison, state.comparison, state.rows);
     } else {
       renderOne(runs[0]);
     }
@@ -182,6 +191,7 @@
     on("runs", takeRows);
     on("rows", ({ runs }) => {
       state.rows = state.rows.map((row) => runs.find((each) => each.id === row.id) || row);
+      for (const row of runs) if (state.runs[row.id]) Object.assign(state.runs[row.id], row); // what is in memory moves without a line
       render();
     });
     on("run", takeRun);
@@ -222,12 +232,11 @@
     state.rows = found.runs;
     state.problems = found.problems;
     const ids = new Set(state.rows.map((row) => row.id));
+    const before = wanted().join();
     for (const id of [...state.compared]) if (!ids.has(id)) state.compared.delete(id);
-    if (!ids.has(state.selected)) state.selected = null;
-    if (!state.selected && state.rows.length) {
-      state.selected = state.rows[0].id;
-      chosen();
-    } else render();
+    if (!ids.has(state.selected)) state.selected = state.rows.length ? state.rows[0].id : null;
+    if (wanted().join() !== before && wanted().length) chosen();
+    else render();
   }
   function takeRun(run) {
     state.runs[run.id] = { ...run, received: Date.now() };

@@ -19,7 +19,8 @@ window.HF = (function () {
   root.lang = lang === "zh" ? "zh-CN" : "en";
 
   function t(key, values) {
-    const pair = window.HOLDFAST_STRINGS[key];
+    const one = values && values.steps === "1" ? window.HOLDFAST_STRINGS[key + ".one"] : null;
+    const pair = one || window.HOLDFAST_STRINGS[key];
     if (!pair) return key;
     return pair[lang === "zh" ? 1 : 0].replace(/\{(\w+)\}/g, (all, name) =>
       values && values[name] !== undefined && values[name] !== null ? String(values[name]) : all);
@@ -54,12 +55,17 @@ window.HF = (function () {
   const svg = (tag, attributes, ...children) =>
     fill(document.createElementNS(SVG, tag), attributes, children);
 
-  // Put `build()` into `node` where `key` says that it is another thing than what stands there.
+  // Put `build()` into `node` where `key` says that it is another thing than what stands there. The
+  // keyboard stays where it was: at the element in the same place among those that it can reach.
+  const reachable = (node) => [...node.querySelectorAll("a[href], button, input, summary, [tabindex]")];
   function mount(node, key, build) {
     const text = lang + theme() + JSON.stringify(key === undefined ? null : key);
     if (node.hfKey === text) return false;
     node.hfKey = text;
+    const held = reachable(node).indexOf(document.activeElement);
     node.replaceChildren(...[build()].flat(Infinity).filter(Boolean));
+    const again = held < 0 ? null : reachable(node)[held];
+    if (again) again.focus({ preventScroll: true });
     return true;
   }
 

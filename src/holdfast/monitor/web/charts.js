@@ -7,7 +7,7 @@ HF.charts = (function () {
   const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon"];
   const MARK_SYMBOLS = {
     interrupted: "square", resumed: "triangle-right", rolled_back: "triangle-left", quarantined: "x",
-    damaged: "x", failed: "x", diverged: "x", rescued: "triangle-right", finished: "star",
+    damaged: "x", broke_off: "x", failed: "x", diverged: "x", rescued: "triangle-right", finished: "star",
   };
   const paint = (i) => HF.colour("series-" + (i % 8));
 
@@ -75,10 +75,10 @@ HF.charts = (function () {
   function sentence(mark) {
     const fields = mark.fields || {};
     let key = "mark." + mark.kind;
-    if (mark.kind === "resumed" && fields.steps_lost) key += ".lost";
+    if (mark.kind === "resumed" && fields.steps_lost) key += fields.minutes_lost ? ".lost.time" : ".lost";
     if (!HF.known(key)) return mark.kind + (isNumber(mark.step) ? " " + mark.step : "");
     const names = Array.isArray(fields.names) ? fields.names.join(", ") : "";
-    return t(key, { ...fields, names, step: isNumber(mark.step) ? mark.step : HF.NOTHING });
+    return t(key, { ...fields, names, step: isNumber(mark.step) ? HF.count(mark.step) : HF.NOTHING, time: HF.duration(60 * fields.minutes_lost) });
   }
   function heightAt(run, step) {
     const { smoothed, loss } = run.curves, steps = run.curves.step;

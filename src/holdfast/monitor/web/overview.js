@@ -84,7 +84,9 @@ HF.overview = (function () {
     if (run.damaged) return ["bad", t("safe.damaged", { count: run.damaged })];
     if (risk.disk_step === null) {
       if (!run.step && risk.disk_steps !== null) return ["none", t("safe.empty")];
-      return [training && seconds < 1800 ? "none" : "bad", t("safe.nothing") + " " + (isNumber(seconds) ? t("safe.risk", { time: HF.duration(seconds) }) : "")];
+      if (training) return [seconds < 1800 ? "none" : "bad", t("safe.nothing") + " " + (isNumber(seconds) ? t("safe.risk", { time: HF.duration(seconds) }) : "")];
+      if (risk.memory_step !== null) return ["fair", t("safe.memory.only", { step: HF.count(risk.memory_step) })];
+      return ["bad", isNumber(seconds) ? t("safe.gone", { time: HF.duration(seconds) }) : t("safe.gone.all")];
     }
     if (training) return [seconds > 3600 ? "bad" : seconds > 1800 ? "fair" : "good", t("safe.risk", { time: HF.duration(seconds) })];
     if (risk.memory_step !== null && risk.memory_step > risk.disk_step) return ["fair", t("safe.memory", { step: HF.count(risk.memory_step) })];
@@ -114,7 +116,7 @@ HF.overview = (function () {
         el("dl", { class: "tiers" },
           tier(t("tier.process"), lose(run, risk.memory_steps, !held && run.step > 0), memory),
           tier(t("tier.power"), lose(run, risk.disk_steps, !saved && run.step > 0), saved ? t("tier.disk.step", { step: HF.count(risk.disk_step) }) : t("tier.disk.none")),
-          tier(t("tier.verified"), risk.verified_step === null ? t("tier.verified.none") : t("tier.verified.step", { step: HF.count(risk.verified_step) }), t("tier.verified.note")))));
+          tier(t("tier.verified"), risk.verified_step === null ? t("tier.verified.none") : t("tier.verified.step", { step: HF.count(risk.verified_step) }), risk.verified_step === null ? "" : t("tier.verified.note")))));
   }
 
   // ------------------------------------------------------------------------------- the numbers
@@ -129,11 +131,11 @@ HF.overview = (function () {
       ? t("stat.best.perplexity", { step: HF.count(best.step), value: best.perplexity.toFixed(best.perplexity < 100 ? 2 : 0) })
       : t("stat.best.note", { step: HF.count(best.step) })) : "";
     const share = run.total_steps ? Math.floor((100 * run.step) / run.total_steps) + " %" : HF.count(run.step);
-    HF.mount(node, [run.step, run.total_steps, run.epoch, run.loss, best, run.tokens_per_second, run.eta, run.state, run.updated], () =>
+    HF.mount(node, [run.step, run.total_steps, run.epoch, run.loss, run.nan_since, best, run.tokens_per_second, run.eta, run.state, run.updated], () =>
       el("dl", { class: "stats" },
         el("div", { class: "stat wide" }, el("dt", {}, t("stat.progress")),
           el("dd", {}, el("strong", {}, share), progress(run, t("stat.progress")), el("span", { class: "quiet" }, progressWords(run)))),
-        stat(t("stat.loss"), HF.loss(run.loss), t("stat.loss.note")),
+        stat(t("stat.loss"), isNumber(run.nan_since) ? "NaN" : HF.loss(run.loss), t("stat.loss.note")),
         stat(t("stat.best"), best ? HF.loss(best.val_loss) : HF.NOTHING, bestNote),
         stat(t("stat.speed"), HF.count(run.tokens_per_second), t("stat.speed.unit")),
         run.state === "training" ? stat(t("stat.left"), HF.duration(run.eta), t("stat.left.note"))

@@ -18,7 +18,10 @@ HF.sections = (function () {
     const state = stateOf(point), gone = point.fate !== "kept" && !isBad(state);
     const title = svg("title", {}, t("tier.verified.step", { step: point.step }) + " · " + t("points." + state) +
       " · " + word("reason.", point.reason) + " · " + HF.bytes(point.size));
-    if (isBad(state)) return svg("path", { class: "dot bad", d: `M${x - 5} 17l10 10m0-10l-10 10` }, title);
+    if (isBad(state)) {
+      const d = `M${x - 5} 17l10 10m0-10l-10 10`;
+      return svg("g", {}, svg("path", { class: "halo", d }), svg("path", { class: "dot bad", d }), title);
+    }
     if (gone) return svg("line", { class: "dot gone", x1: x, x2: x, y1: 17, y2: 27 }, title);
     return svg("g", {}, svg("circle", { class: "dot " + state, cx: x, cy: 22, r: point.kind === "temp" ? 5 : 7 }), title,
       point.best ? svg("text", { class: "star", x, y: 10, "text-anchor": "middle" }, "★") : null);
@@ -28,7 +31,9 @@ HF.sections = (function () {
     const at = (step) => left + (step / last) * (right - left);
     const ticks = isNumber(run.started.steps_per_epoch) && run.started.steps_per_epoch > 0 && last / run.started.steps_per_epoch <= 40
       ? Array.from({ length: Math.floor(last / run.started.steps_per_epoch) }, (_x, i) => (i + 1) * run.started.steps_per_epoch) : [];
-    const ordered = [...run.checkpoints].sort((a, b) => (a.fate === "kept") - (b.fate === "kept"));
+    // A damaged one lies over the one that was made again at its step, not under it.
+    const rank = (point) => (isBad(stateOf(point)) ? 2 : point.fate === "kept" ? 1 : 0);
+    const ordered = [...run.checkpoints].sort((a, b) => rank(a) - rank(b));
     return svg("svg", { class: "timeline", viewBox: `0 0 ${width} 48`, width, height: 48, role: "img", "aria-label": t("points.timeline", { last }) },
       svg("line", { class: "rail", x1: left, x2: right, y1: 22, y2: 22 }),
       svg("line", { class: "rail done", x1: left, x2: at(run.step), y1: 22, y2: 22 }),
@@ -94,8 +99,8 @@ HF.sections = (function () {
       d.next_size && d.free < d.next_size ? el("p", { class: "warning" }, t("disk.tight")) : null,
       el("dl", { class: "pairs" },
         row("disk.used", HF.bytes(d.used)), row("disk.next", d.next_size ? HF.bytes(d.next_size) : HF.NOTHING), row("disk.free", HF.bytes(d.free)),
-        growing ? row("disk.growth", d.growth > 0 ? t("disk.growth.value", { size: HF.bytes(Math.round(d.growth)) }) : t("disk.steady")) : null,
-        growing ? row("disk.full", d.hours_left === null ? t("disk.never") : HF.duration(d.hours_left * 3600)) : null,
+        growing && d.next_size ? row("disk.growth", d.growth > 0 ? t("disk.growth.value", { size: HF.bytes(Math.round(d.growth)) }) : t("disk.steady")) : null,
+        growing && d.next_size ? row("disk.full", d.hours_left === null ? t("disk.never") : HF.duration(d.hours_left * 3600)) : null,
         d.quarantine ? row("disk.quarantine", files(d.quarantine)) : null, d.archive ? row("disk.archive", files(d.archive)) : null)]);
   }
 
@@ -131,14 +136,16 @@ HF.sections = (function () {
     return el("section", { class: "card" }, el("h2", {}, title),
       rows.length ? HF.table(title, columns, rows, "cards") : el("p", { class: "quiet" }, t("compare.same")));
   }
-  function comparison(node, found) {
-    HF.mount(node, found, () => {
+  function comparison(node, found, rows) {
+    const unsaved = new Set(rows.filter((row) => !row.checkpoint_count).map((row) => row.id));
+    HF.mount(node, [found, [...unsaved]], () => {
       if (!found) return el("p", { class: "quiet" }, t("run.loading"));
       const columns = [{ title: t("compare.name") }, ...found.runs.map((run) => ({ title: run.name, number: true }))];
       const rows = Object.entries(found.metrics).map(([name, metric]) => ({ cells: [name, ...found.runs.map((run) => [
-        HF.loss(metric.values[run.label]), metric.better === run.label ? el("span", { class: "tag best" }, t("compare.better")) : null])] }));
+        el("span", {}, HF.loss(metric.values[run.label]), metric.better === run.label ? el("span", { class: "tag best" }, t("compare.better")) : null)])] }));
       return [
-        found.problems.map((each) => el("p", { class: "warning" }, t("compare.problem", each))),
+        found.problems.map((each) => (unsaved.has(each.id) ? el("p", { class: "quiet" }, t("compare.unsaved", each))
+          : el("p", { class: "warning" }, t("compare.problem", each)))),
         el("section", { class: "card" }, el("h2", {}, t("compare.metrics")),
           rows.length ? HF.table(t("compare.metrics"), columns, rows, "cards") : el("p", { class: "quiet" }, t("compare.none"))),
         found.runs.length > 1 ? [differences(t("compare.config"), found.config, found.runs), differences(t("compare.environment"), found.environment, found.runs)] : null,

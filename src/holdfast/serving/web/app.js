@@ -5,7 +5,9 @@ import { compare, look, showLanes } from "./lanes.js";
 import { $, fit, setEditing, setPrompt, showNotice, showSend } from "./page.js";
 import * as parameters from "./parameters.js";
 import { begin, forget, lanes, state, text } from "./state.js";
-import { currentLanguage, remember, rememberTheme, setLanguage, t } from "./store.js";
+import {
+  currentLanguage, remember, rememberTheme, setLanguage, t, themeIsChosen,
+} from "./store.js";
 import { CHAT_EXAMPLES, EXAMPLES } from "./strings.js";
 import { showTurns } from "./texts.js";
 import { el } from "./turns.js";
@@ -97,10 +99,7 @@ function label(button, words) {
   button.setAttribute("aria-label", words);
 }
 
-const isDark = () => {
-  const theme = document.documentElement.dataset.theme;
-  return theme ? theme === "dark" : window.matchMedia("(prefers-color-scheme: dark)").matches;
-};
+const isDark = () => document.documentElement.dataset.theme === "dark";
 
 function showTheme() {
   label($("theme-button"), t(isDark() ? "themeToLight" : "themeToDark"));
@@ -178,7 +177,11 @@ function connect() {
     rememberTheme(theme);
     showTheme();
   });
-  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (system) => {
+    if (themeIsChosen()) return;
+    document.documentElement.dataset.theme = system.matches ? "dark" : "light";
+    showTheme();
+  });
 }
 
 connect();

@@ -42,6 +42,14 @@ export function rememberTheme(theme) {
   }
 }
 
+export function themeIsChosen() {
+  try {
+    return window.localStorage.getItem(PREFIX + "theme") !== null;
+  } catch {
+    return false;
+  }
+}
+
 export function saveTexts(texts) {
   let kept = texts.slice(-MOST);
   while (!remember("texts", kept, { ofTab: true }) && kept.length > 1) {
