@@ -150,6 +150,17 @@ def test_a_model_that_forgets_is_served_one_text_at_a_time_and_says_the_same(
     assert said == generated(model, prompt)
 
 
+def test_a_model_whose_positions_turn_with_the_longest_text_is_served_one_text_at_a_time(
+    tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    turning = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
+               "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+               "original_max_position_embeddings": 32}  # fmt: skip
+    model = poet(tokenizer, "phi3", steps=0, rope_parameters=turning, sliding_window=None)
+    assert isinstance(batch_for(model, 4, 128), Single)
+    assert "phi3 answer one request at a time" in caplog.text
+
+
 @torch.inference_mode()
 def test_memory_for_the_cache_is_what_the_rows_of_now_need(
     model: Any, tokenizer: TextTokenizer
