@@ -21,9 +21,10 @@ import uvicorn
 from holdfast.errors import ConfigError
 from holdfast.i18n import _
 from holdfast.serving.app import create_app
-from holdfast.serving.library import Card, Library, Options
+from holdfast.serving.library import Library, Options
 from holdfast.serving.limits import Limits, is_loopback
 from holdfast.serving.metrics import Metrics
+from holdfast.serving.names import Card
 from holdfast.serving.reload import Watcher
 
 log = logging.getLogger("holdfast")
