@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -128,6 +129,8 @@ def test_what_is_wrong_is_one_line(  # noqa: PLR0917 - fixtures
     assert main(["serve", "--port", "0", *filled]) == status
     err = capsys.readouterr().err
     assert told in err and len(err.splitlines()) == 1, err
+    logging.getLogger("holdfast").warning("afterwards")
+    assert "afterwards" not in capsys.readouterr().err, "the server speaks no more"
 
 
 def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,7 @@ class StandIn:
         self.models = [{**one, "object": "model", "context_length": 256} for one in MODELS]
         self.pieces = list(PIECES)
         self.delay = 0.01  # seconds before each piece
+        self.each = 3  # tokens that a piece is said to have
         self.key = ""
         self.refuse: list[Response] = []  # answered instead, one request each
         self.break_after: int | None = None  # pieces, then the connection breaks
@@ -70,7 +71,9 @@ class StandIn:
                 yield event({"choices": [{"index": 0, "finish_reason": None, **part}]})
             last = {"delta": {}} if chat else {"text": ""}
             yield event({"choices": [{"index": 0, "finish_reason": self.finish, **last}]})
-            yield event({"choices": [], "usage": {"completion_tokens": 3 * len(self.pieces)}})
+            yield event(
+                {"choices": [], "usage": {"completion_tokens": self.each * len(self.pieces)}}
+            )
             yield "data: [DONE]\n\n"
             ended = True
         finally:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from holdfast.serving.engine import Engine, Inbox, QueueFull, Text
+from holdfast.serving.engine import _PREFILL, Engine, Inbox, QueueFull, Text
 from holdfast.serving.sampling import Sampling
 
 
@@ -19,10 +19,12 @@ class Counting:
 
     def __init__(self) -> None:
         self.count = self.most = 0
+        self.passes: list[int] = []  # tokens of the prompts that began together; 0: a step
 
     def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         if any(9 in prompt for prompt in prompts):
             raise RuntimeError("out of memory")
+        self.passes.append(sum(map(len, prompts)))
         self.count += len(prompts)
         self.most = max(self.most, self.count)
         return torch.eye(10)[[1] * len(prompts)]
@@ -31,6 +33,7 @@ class Counting:
         raise NotImplementedError
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        self.passes.append(0)
         return torch.eye(10)[[1] * len(tokens)]
 
     def remove(self, row: int) -> None:
@@ -82,6 +85,22 @@ def test_one_text_that_is_larger_than_the_memory_is_tried_alone() -> None:
         return await finishes(started(batch), [[1] * 30] * 2, tokens=1), batch.most
 
     assert asyncio.run(run()) == (["length"] * 2, 1)
+
+
+def test_who_is_under_way_gets_a_token_between_two_passes_of_new_prompts() -> None:
+    async def run() -> tuple[list[str], list[int]]:
+        batch = Counting()
+        batch.capacity = 1 << 20
+        half, all_of_it = [1] * (_PREFILL // 2), [1] * (3 * _PREFILL)
+        prompts = [[1], half, half, all_of_it, half, [1]]
+        return await finishes(started(batch), prompts, tokens=9), batch.passes
+
+    ends, passes = asyncio.run(run())
+    assert ends == ["length"] * 6
+    begun = [tokens for tokens in passes if tokens]
+    # In the order they came, none left behind; one that is longer than a pass goes in alone.
+    assert begun == [1 + _PREFILL // 2, _PREFILL // 2, 3 * _PREFILL, 1 + _PREFILL // 2]
+    assert passes[:8] == [begun[0], 0, begun[1], 0, begun[2], 0, begun[3], 0]
 
 
 def test_a_step_that_fails_ends_its_texts_and_the_next_are_answered() -> None:

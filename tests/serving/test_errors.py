@@ -12,6 +12,8 @@ import httpx
 import openai
 import pytest
 
+from holdfast.i18n import set_language
+from holdfast.serving.protocol import ApiError, parse_completion
 from tests.serving.models import CONTEXT, POEM, serving
 
 
@@ -86,10 +88,37 @@ def test_a_field_that_is_wrong_is_named(url: str, field: str, value: Any) -> Non
 
 
 @pytest.mark.parametrize(
+    ("body", "english", "chinese"),
+    [
+        ({"n": 0}, "Invalid 'n': it must be at least 1", "'n' 无效：不能小于 1"),
+        ({"top_p": 2}, "it may be at most 1", "不能大于 1"),
+        ({"seed": 1 << 63}, f"it must be less than {1 << 63}", f"必须小于 {1 << 63}"),
+        ({"seed": 0.5}, "a whole number is needed", "需要一个整数"),
+        ({"temperature": "1"}, "a number is needed", "需要一个数"),
+        ({"stream": 1}, "true or false is needed", "需要 true 或 false"),
+        ({"model": 1}, "a text is needed", "需要一段文本"),
+        ({"logit_bias": []}, "an object is needed", "需要一个对象"),
+        ({"stream_options": 1}, "an object is needed", "需要一个对象"),
+        ({"prompt": ["a", 5]}, "a list of token ids", "token 编号"),
+        ({"stop": 5}, "a text or a list of texts is needed", "需要一段文本，或一个文本列表"),
+    ],
+)  # fmt: skip
+def test_why_a_field_is_refused_is_said_in_the_user_s_language(
+    body: dict[str, Any], english: str, chinese: str
+) -> None:
+    for language, words in (("en", english), ("zh", chinese)):
+        set_language(language)
+        with pytest.raises(ApiError) as refused:
+            parse_completion(json.dumps({"prompt": "春", **body}).encode())
+        assert words in refused.value.message
+
+
+@pytest.mark.parametrize(
     "body",
     [
         {}, {"messages": []}, {"messages": [{"role": "wizard", "content": "a"}]},
-        {"messages": [{"content": "a"}]}, {"messages": "hello"}, {"messages": [{"role": 1}]},
+        {"messages": [{"content": "a"}]}, {"messages": "hello"},
+        {"messages": [{"role": "user", "content": 5}]}, {"messages": [{"role": 1}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 3},
         {"messages": [{"role": "user", "content": "a"}], "max_tokens": 0},
@@ -140,6 +169,12 @@ def test_a_body_that_is_too_large_is_413_also_where_its_size_is_not_told(url: st
 
     answer = httpx.post(f"{url}/v1/completions", content=chunks(), timeout=30)
     assert answer.status_code == 413
+
+
+def test_what_can_be_read_can_be_asked_for_without_its_content(url: str) -> None:
+    for path in ("/health", "/metrics", "/v1/models", "/v1/models/best", "/"):
+        answer = httpx.head(f"{url}{path}")
+        assert answer.status_code == 200 and not answer.content, path
 
 
 def test_bytes_that_are_no_request_at_all_leave_the_server_up(url: str) -> None:
@@ -224,6 +259,7 @@ def test_a_client_that_goes_away_frees_its_place(run: Path, stream: bool) -> Non
         assert time.monotonic() - before < 3, "it did not wait for 4000 tokens"
         assert figure(url, "holdfast_cancelled_requests_total") == 1
         assert figure(url, "holdfast_running_texts") == 0
+        assert 'status="500"' not in httpx.get(f"{url}/metrics").text, "no error of the server"
 
 
 def test_a_full_queue_is_429_with_the_time_to_wait(run: Path) -> None:

@@ -84,6 +84,22 @@ def test_other_dtypes_are_what_they_say(run: Path, inside: Path, form: str, dtyp
         assert torch.equal(tensor, original[name].to(wanted)), name
 
 
+def test_a_batch_of_texts_goes_on_as_each_text_alone(run: Path, inside: Path) -> None:
+    import transformers
+
+    done = export(str(run), "hf", out=out_of(inside, "hf"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(done.target)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(done.target)
+
+    def go_on(*texts: str) -> list[str]:
+        given = tokenizer(list(texts), return_tensors="pt", padding=True)
+        ids = model.generate(**given, do_sample=False, max_new_tokens=8, min_new_tokens=8)
+        return [tokenizer.decode(one[-8:]) for one in ids]
+
+    short, long = "今天", "春江潮水连海平，海上明月共潮生"
+    assert go_on(short, long) == go_on(short) + go_on(long)
+
+
 def test_tied_weights_are_written_once_and_are_tied_again(run: Path, inside: Path) -> None:
     import transformers
     from safetensors import safe_open

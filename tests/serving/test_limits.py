@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import openai
 import pytest
 
 from holdfast.errors import ConfigError
+from holdfast.serving import server
 from holdfast.serving.limits import Gate, Limits, Receive, is_loopback
 from holdfast.serving.protocol import ApiError
 from tests.serving.models import serving
@@ -88,6 +90,25 @@ def test_a_body_that_stops_half_way_is_not_waited_for_for_ever() -> None:
     asyncio.run(asyncio.wait_for(gate(scope, stalls, send), 10))
     assert answers[0]["status"] == 408
     assert b"request_timeout" in answers[1]["body"]
+
+
+def test_a_connection_on_which_no_request_comes_is_closed(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_PATIENCE", 0.4)
+    with serving(run) as url:
+        address = url.removeprefix("http://").split(":")[0], int(url.rpartition(":")[2])
+        head = f"GET /health HTTP/1.1\r\nHost: {address[0]}:{address[1]}\r\n".encode()
+        body = {"prompt": "春", "max_tokens": 1500, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as stream:
+            for sent in (b"", head, head + b"\r\n" + head):  # the last: a second one has begun
+                with socket.create_connection(address, timeout=10) as connection:
+                    connection.sendall(sent)
+                    came = b""
+                    while piece := connection.recv(4096):
+                        came += piece
+                    assert came.count(b"200 OK") == sent.count(b"\r\n\r\n")
+            assert list(stream.iter_lines())[-2:] == ["data: [DONE]", ""], "who is answered stays"
 
 
 def test_a_rate_that_is_reached_says_when_to_come_again(run: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import openai
 import pytest
 
 from holdfast.errors import CheckpointError
+from holdfast.serving import library
 from holdfast.training.tokenizer import TextTokenizer
 from tests.serving.models import CONTEXT, POEM, Training, learn, poet, serving
 
@@ -129,6 +131,87 @@ def test_a_better_one_that_is_damaged_is_refused_and_the_next_one_taken(
         (tmp_path / "good.pt").rename(place / "model_epoch_3.pt")
         wait_for(lambda: step(url) == 300)
         assert caplog.text.count("is not served") == 1, "it is said once"
+
+
+def test_a_better_one_that_did_not_fit_into_memory_is_tried_again(
+    training: Training, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load, failed = library.load_for_inference, [0]
+
+    def full_at_first(path: Path, **options: Any) -> Any:
+        if failed[0] < 2 and "epoch_2" in str(path):
+            failed[0] += 1
+            raise RuntimeError("CUDA out of memory")
+        return load(path, **options)
+
+    monkeypatch.setattr(library, "load_for_inference", full_at_first)
+    monkeypatch.setattr(library, "_AGAIN", 0.2)
+    with serving(training.directory) as url:
+        training.epoch(0.5)
+        wait_for(lambda: step(url) == 200)  # nothing else has come meanwhile
+        assert failed == [2] and caplog.text.count("of step 200 is not served") == 2
+
+
+def test_what_comes_while_the_first_model_is_loaded_is_not_missed(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, came = library.load_for_inference, threading.Event()
+
+    def slowly(path: Path, **options: Any) -> Any:
+        loaded = load(path, **options)
+        if not came.is_set():
+            came.set()
+            training.epoch(0.5)
+        return loaded
+
+    monkeypatch.setattr(library, "load_for_inference", slowly)
+    with serving(training.directory) as url:
+        wait_for(lambda: step(url) == 200)
+
+
+def test_a_name_whose_file_the_trainer_has_just_replaced_stands_for_the_new_one(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.epoch(6.0)
+    load, looked = library.load_for_inference, [0]
+
+    def one_look_late(path: Path, **options: Any) -> Any:
+        if "epoch_2" in str(path):
+            looked[0] += 1
+            if looked[0] == 1:
+                return load(path.with_name("model_epoch_1.pt"), **options)  # another one by now
+            if looked[0] == 2:
+                path.unlink()  # pruned; its other names are there
+        return load(path, **options)
+
+    monkeypatch.setattr(library, "load_for_inference", one_look_late)
+    with serving(training.directory) as url:
+        assert ask(url, "latest")["system_fingerprint"].startswith("step_200_")
+        assert looked[0] > 1
+
+
+def test_models_asked_for_at_one_moment_are_loaded_one_after_the_other(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for loss in (4.0, 3.0):
+        training.epoch(loss)
+    load, most, now = library.load_for_inference, [0], [0]
+
+    def counted(path: Path, **options: Any) -> Any:
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        time.sleep(0.2)
+        try:
+            return load(path, **options)
+        finally:
+            now[0] -= 1
+
+    monkeypatch.setattr(library, "load_for_inference", counted)
+    with serving(training.directory, loaded=2) as url, ThreadPoolExecutor(4) as pool:
+        names = ["model_epoch_1", "model_epoch_2", "model_epoch_3", "model_epoch_1"]
+        answers = list(pool.map(lambda name: ask(url, name), names))
+        steps = [answer["system_fingerprint"].split("_")[1] for answer in answers]
+    assert steps == ["100", "200", "300", "100"] and most == [1]
 
 
 def test_no_reload_goes_on_with_what_was_there(training: Training) -> None:

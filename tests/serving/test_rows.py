@@ -72,6 +72,56 @@ def test_rows_that_join_and_leave_say_what_generate_says(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("chooses", [True, False])
+def test_prompts_of_every_length_that_begin_together_see_only_themselves(
+    model: Any, monkeypatch: pytest.MonkeyPatch, chooses: bool
+) -> None:
+    """`chooses`: whether the model can be asked for the logits of some places only."""
+    if not chooses:
+        forward = model.forward
+
+        def whole(input_ids: Any, attention_mask: Any = None, position_ids: Any = None,
+                  past_key_values: Any = None, use_cache: Any = None) -> Any:  # fmt: skip
+            return forward(input_ids=input_ids, attention_mask=attention_mask,
+                           position_ids=position_ids, past_key_values=past_key_values,
+                           use_cache=use_cache)  # fmt: skip
+
+        monkeypatch.setattr(model, "forward", whole)
+    context = 128  # of the smallest of the models; all prompts together are longer
+    dice = torch.Generator().manual_seed(5)
+
+    def some(count: int) -> list[int]:
+        return torch.randint(1, 256, (count,), generator=dice).tolist()
+
+    def same(logits: torch.Tensor, texts: list[list[int]]) -> None:
+        truth = [model(input_ids=torch.tensor([text])).logits[0, -1] for text in texts]
+        torch.testing.assert_close(logits, torch.stack(truth), rtol=0, atol=CLOSE)
+
+    def go_on(texts: list[list[int]]) -> None:
+        for text in texts:
+            text.extend(some(1))
+        same(batch.step([text[-1] for text in texts]), texts)
+
+    batch = Rows(model, 32)
+    texts = [some(count) for count in (1, context - 1, 40, 1, 70, 2)]
+    same(batch.add(texts), texts)
+    go_on(texts)  # one of them to the last token that the model can see
+    batch.remove(1)
+    texts[1] = texts.pop()
+    new = [some(context), some(1)]  # longer than all that are there
+    same(batch.add(new), new)
+    batch.remove(len(texts))
+    texts += new[1:]
+    go_on(texts)
+    alone = some(33)
+    everywhere = batch.add_with_all(alone)
+    truth = model(input_ids=torch.tensor([alone])).logits[0]
+    torch.testing.assert_close(everywhere, truth, rtol=0, atol=CLOSE)
+    texts.append(alone)
+    go_on(texts)
+
+
+@torch.inference_mode()
 def test_the_logits_of_a_prompts_tokens_are_the_models_own(
     model: Any, tokenizer: TextTokenizer
 ) -> None:
@@ -98,6 +148,17 @@ def test_a_model_that_forgets_is_served_one_text_at_a_time_and_says_the_same(
         while len(said) < LENGTH:
             said.append(int(batch.step(said[-1:]).argmax()))
     assert said == generated(model, prompt)
+
+
+def test_a_model_whose_positions_turn_with_the_longest_text_is_served_one_text_at_a_time(
+    tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    turning = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
+               "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+               "original_max_position_embeddings": 32}  # fmt: skip
+    model = poet(tokenizer, "phi3", steps=0, rope_parameters=turning, sliding_window=None)
+    assert isinstance(batch_for(model, 4, 128), Single)
+    assert "phi3 answer one request at a time" in caplog.text
 
 
 @torch.inference_mode()

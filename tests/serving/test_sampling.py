@@ -88,6 +88,57 @@ def test_penalties_bias_and_the_end_change_what_is_chosen() -> None:
     assert choose(logits, row(temperature=0, ignore_eos=True), ends=(0, 1)) == [2]
 
 
+def changed_one_by_one(logits: torch.Tensor, one: One, ends: tuple[int, ...]) -> torch.Tensor:
+    """What bias, penalties and `ignore_eos` make of the logits of a row, token by token."""
+    wanted, changed = one.sampling, logits.clone()
+    for token in range(len(changed)):
+        count = one.counts.get(token, 0)
+        changed[token] += wanted.logit_bias.get(token, 0.0)
+        changed[token] -= wanted.presence_penalty * (count > 0) + wanted.frequency_penalty * count
+        if wanted.ignore_eos and token in ends:
+            changed[token] = -torch.inf
+    return changed
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_changed_in_all_rows_at_once_is_what_each_row_asks_for(seed: int) -> None:
+    dice = random.Random(seed)
+    size, ends = 12, (0, 7)
+
+    def any_row() -> One:
+        def sometimes(value: Any, nothing: Any) -> Any:
+            return value if dice.random() < 0.5 else nothing
+
+        tokens = range(size)
+        return row(
+            temperature=0,
+            presence_penalty=sometimes(dice.uniform(-2, 2), 0.0),
+            frequency_penalty=sometimes(dice.uniform(-2, 2), 0.0),
+            logit_bias=sometimes({t: dice.uniform(-9, 9) for t in dice.sample(tokens, 4)}, {}),
+            ignore_eos=sometimes(True, False),
+        )
+
+    sampler, rows = Sampler(ends), [any_row() for _ in range(6)]
+    torch.manual_seed(seed)
+    for step in range(40):  # tokens are counted, rows leave and join: nothing old may be added
+        logits = torch.randn(len(rows), size)
+        expected = torch.stack(
+            [changed_one_by_one(x, one, ends) for x, one in zip(logits, rows, strict=True)]
+        )
+        tokens, _told = sampler.choose(logits, rows)
+        torch.testing.assert_close(logits, expected, msg=f"seed {seed}, step {step}")
+        assert tokens == expected.argmax(-1).tolist()
+        for token, one in zip(tokens, rows, strict=True):
+            if token is not None and one.sampling.penalises:
+                one.counts[token] = one.counts.get(token, 0) + 1
+        if step % 3 == 0:
+            rows[dice.randrange(len(rows))] = rows[-1]
+            rows.pop()
+        rows = list(dict.fromkeys(rows))
+        while len(rows) < 1 or dice.random() < 0.4:
+            rows.append(any_row())
+
+
 def test_probabilities_are_the_models_own_before_anything_is_changed() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     asked = row(temperature=0, logprobs=2, logit_bias={2: 9.0})

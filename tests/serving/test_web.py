@@ -222,6 +222,26 @@ def test_every_parameter_reaches_the_server_in_both_modes(
     assert "stop" not in server.requests[-1]
 
 
+def test_no_default_is_more_than_the_model_can_see(server: StandIn, open_page: OpenPage) -> None:
+    server.models = [{**one, "context_length": 64} for one in server.models]
+    page = open_page()
+    expect(page.locator("#param-max_tokens")).to_have_value("64")
+    expect(page.locator("#param-max_tokens-help")).to_contain_text("(default 64)")
+    page.click("#reset-button")
+    expect(page.locator("#param-max_tokens")).to_have_value("64")
+    ask(page, "今日")
+    done(page)
+    assert server.requests[0]["max_tokens"] == 64
+
+
+def test_one_token_is_not_several(server: StandIn, open_page: OpenPage) -> None:
+    server.pieces, server.each = ["，"], 1
+    page = open_page()
+    ask(page, "今日")
+    done(page)
+    expect(page.locator(".answer")).to_contain_text(re.compile(r"· 1 token ·"))
+
+
 def test_values_out_of_range_and_a_slider_stay_within_it(
     server: StandIn, open_page: OpenPage
 ) -> None:

@@ -17,7 +17,6 @@ from holdfast.training.generate import (
     _Draw,
     _Pieces,
     sample_text,
-    stream_text,
 )
 from holdfast.training.tokenizer import TextTokenizer, train_tokenizer
 from tests.training.runs import SAMPLE
@@ -131,7 +130,7 @@ def test_the_samples_of_a_training_are_what_they_were_before_text_came_in_pieces
 
 def _stream(parts: tuple[torch.nn.Module, TextTokenizer], length: int, **more: Any) -> TextStream:
     sampling = Sampling(**{"seed": 7, **more.pop("sampling", {})})
-    return stream_text(
+    return TextStream(
         *parts, "今天", length, context_length=more.pop("context_length", 32), sampling=sampling,
         may_end=False, **more,
     )  # fmt: skip
@@ -203,7 +202,7 @@ def test_a_prompt_longer_than_the_context_is_read_from_its_end(
     parts: tuple[torch.nn.Module, TextTokenizer],
 ) -> None:
     sampling = Sampling(seed=1)
-    stream = stream_text(
+    stream = TextStream(
         *parts, "今天" * 40, 10, context_length=32, sampling=sampling, may_end=False, slide=True
     )
     list(stream)

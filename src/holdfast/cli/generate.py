@@ -224,7 +224,7 @@ class _Writing:
         return interrupted
 
     def _begin(self) -> tuple[TextStream, Sampling]:
-        from holdfast.training.generate import Sampling, stream_text
+        from holdfast.training.generate import Sampling, TextStream
 
         given, loaded = self.given, self.loaded
         seed = random.randrange(_SEEDS) if given.seed is None else given.seed
@@ -232,7 +232,7 @@ class _Writing:
             seed=seed, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p,
             frequency_penalty=given.frequency_penalty,
         )  # fmt: skip
-        stream = stream_text(
+        stream = TextStream(
             loaded.model, loaded.tokenizer, self.prompt, given.tokens, sampling=sampling,
             context_length=loaded.context_length, slide=True,
         )  # fmt: skip

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,11 +36,11 @@ def run_serve(argv: Sequence[str], prog: str) -> int:
     given = _serve_parser(prog).parse_args(argv)
     sources = _sources(given)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    _speak()
     from holdfast.serving.server import serve
 
-    if serve(sources, _settings(given), _say_ready):
-        return 0
+    with _speaking():
+        if serve(sources, _settings(given), _say_ready):
+            return 0
     raise KeyboardInterrupt(_("Ended at once; requests under way were not answered."))
 
 
@@ -166,16 +167,24 @@ def _say_ready(ready: Ready) -> None:
     common.show([printable(line) for line in lines])
 
 
-def _speak() -> None:
-    """What the server has to say while it runs, a line each, on stderr."""
+@contextlib.contextmanager
+def _speaking() -> Iterator[None]:
+    """What the server has to say while it runs, a line each, on stderr; what comes after it in this
+    process finds the loggers as they were."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s holdfast: %(message)s", "%H:%M:%S"))
-    log = logging.getLogger("holdfast")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    logging.getLogger("uvicorn.error").addHandler(handler)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     handler.addFilter(_worth_saying)
+    levels = {"holdfast": logging.INFO, "uvicorn.error": logging.WARNING}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).removeHandler(handler)
+            logging.getLogger(name).setLevel(level)
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:

@@ -257,16 +257,18 @@ class CompletionForm(_Form):
         }
 
     def _told(self, told: Sequence[Told]) -> dict[str, Any]:
-        probabilities = [one.logprob for one in told]
         return {
             "tokens": [self._name(one.token) for one in told],
-            "token_logprobs": [p.value if p else None for p in probabilities],
-            "top_logprobs": [
-                {self._name(token): value for token, value in p.top} if p else None
-                for p in probabilities
-            ],
+            "token_logprobs": [one.logprob.value if one.logprob else None for one in told],
+            "top_logprobs": [self._top(one.token, one.logprob) for one in told],
             "text_offset": [one.offset for one in told],
         }
+
+    def _top(self, token: int, logprob: LogProb | None) -> dict[str, float] | None:
+        """The likeliest tokens, and the one that was taken: it may be one more."""
+        if logprob is None:
+            return None
+        return {self._name(one): value for one, value in (*logprob.top, (token, logprob.value))}
 
 
 class ChatForm(_Form):

@@ -32,6 +32,7 @@ from holdfast.serving.protocol import ApiError, server_error, too_many
 log = logging.getLogger("holdfast")
 
 _WEB = Path(__file__).parent / "web"
+_READ = ["GET", "HEAD"]  # HEAD: what looks whether a server is up often asks so
 _LARGE = 20_000  # characters from which on a prompt is tokenized beside the event loop
 
 # Nothing from elsewhere, nothing inline, no frame around the page.
@@ -54,12 +55,12 @@ def create_app(library: Library, limits: Limits) -> Gate:
     app = FastAPI(title="Holdfast", version=__version__, docs_url=None, redoc_url=None,
                   openapi_url=None)  # fmt: skip
     app.state.library = library
-    app.add_api_route("/v1/models", _models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", _model, methods=["GET"])
+    app.add_api_route("/v1/models", _models, methods=_READ)
+    app.add_api_route("/v1/models/{name:path}", _model, methods=_READ)
     app.add_api_route("/v1/completions", _completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", _chat, methods=["POST"])
-    app.add_api_route("/health", _health, methods=["GET"])
-    app.add_api_route("/metrics", _metrics, methods=["GET"])
+    app.add_api_route("/health", _health, methods=_READ)
+    app.add_api_route("/metrics", _metrics, methods=_READ)
     _add_page(app)
     app.add_exception_handler(ApiError, _told)
     app.add_exception_handler(HTTPException, _not_found)
@@ -251,9 +252,13 @@ async def _answer(
         lease.pass_on()
         events = answers.events(generation, form, usage=asked.wants_usage)
         return _Stream(events, generation, lease, _library(request))
-    async with _watched(request.receive, generation, _library(request)):
+    async with _watched(request.receive, generation, _library(request)) as watching:
         try:
             body = await answers.whole(generation, form)
+        except ApiError as error:
+            if watching.done():  # that is why there is no answer: no error of the server
+                raise ClientDisconnect from error
+            raise
         finally:
             generation.cancel()
             lease.end(generation)
@@ -263,8 +268,8 @@ async def _answer(
 @contextlib.asynccontextmanager
 async def _watched(
     receive: Receive, generation: Generation, library: Library
-) -> AsyncIterator[None]:
-    """Meanwhile, when the client goes away, its texts leave the batch."""
+) -> AsyncIterator[asyncio.Task[None]]:
+    """Meanwhile, when the client goes away, its texts leave the batch, and the task is done."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -274,7 +279,7 @@ async def _watched(
 
     watching = asyncio.create_task(watch())
     try:
-        yield
+        yield watching
     finally:
         watching.cancel()
 

@@ -6,6 +6,7 @@ Hugging Face's directory, safetensors alone, and a `.pt` of weights; ONNX has a 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import uuid
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,16 @@ def write_hf(model: Any, tokenizer: TextTokenizer, folder: Path) -> None:
     model.generation_config = transformers.GenerationConfig(**special, **_SAMPLING)
     _save(model, folder, SHARD_BYTES)
     tokenizer.save(folder)
+    _pad_at_the_left(folder / "tokenizer_config.json")
+
+
+def _pad_at_the_left(config: Path) -> None:
+    """`generate` goes on from the last token of each text of a batch: with padding behind the
+    shorter ones, as it is where nothing is said, it goes on from that."""
+    said = json.loads(config.read_text("utf-8")) if config.exists() else None
+    if isinstance(said, dict) and "padding_side" not in said:
+        told = json.dumps({**said, "padding_side": "left"}, indent=2, ensure_ascii=False)
+        config.write_text(told + "\n", "utf-8")
 
 
 def write_safetensors(model: Any, folder: Path) -> None:

@@ -8,15 +8,14 @@ the user has named, are ever read.
 from __future__ import annotations
 
 import asyncio
-import datetime
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,10 +23,10 @@ from holdfast.checkpoint.catalog import ROLES, TEMP, Catalog, Entry, summary
 from holdfast.checkpoint.container import read_manifest
 from holdfast.errors import CheckpointError, HoldfastError
 from holdfast.i18n import _
-from holdfast.manage.rundir import number
 from holdfast.serving.chatting import ChatTemplate
 from holdfast.serving.engine import Engine, end_ids_of
 from holdfast.serving.metrics import Metrics
+from holdfast.serving.names import Card, labels_of
 from holdfast.serving.protocol import ApiError, server_error
 from holdfast.serving.rows import batch_for
 from holdfast.serving.streaming import Vocabulary
@@ -37,6 +36,12 @@ log = logging.getLogger("holdfast")
 
 _LAST_STEP = 2.0  # seconds that the last step of a model may take at the end
 _FRESH = 1.0  # seconds that a look into a run directory is good for
+_AGAIN = 60.0  # seconds after which what a lack of memory or a bad disk has kept out is tried again
+_TRIES = 3  # looks at what a name stands for, where the trainer replaces it meanwhile
+
+
+class Moved(HoldfastError):
+    """The file that a name stood for is gone or another checkpoint by now: training goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,36 +57,6 @@ class Options:
     loaded: int = 3
     """Models in memory; the one that was not asked for longest goes."""
     reload: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A name that can be asked for, and the checkpoint it stands for."""
-
-    name: str
-    path: Path
-    entry: Entry
-
-    def to_json(self, context: int | None = None) -> dict[str, Any]:
-        """The API's model object, with what a person wants to know of a checkpoint."""
-        try:
-            created = int(datetime.datetime.fromisoformat(self.entry.created).timestamp())
-        except ValueError:
-            created = 0
-        entry = self.entry
-        more = {} if context is None else {"context_length": context}
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": created,
-            "owned_by": "holdfast",
-            "step": entry.step,
-            "epoch": entry.epoch,
-            "val_loss": number(entry.metrics.get("val_loss")),
-            "train_loss": number(entry.metrics.get("train_loss")),
-            "checkpoint": entry.id,
-            **more,
-        }
 
 
 class Served:
@@ -113,13 +88,13 @@ class Library:
     ) -> None:  # fmt: skip
         """`sources`: run directories and checkpoint files. Call `open` before anything else."""
         self.sources, self.options, self.metrics = list(sources), options, metrics
-        self._labels = _labels(self.sources)
+        self._labels = labels_of(self.sources)
         self._loop = loop
         self._current: dict[Path, Card] = {}  # what the first name of a source stands for
         self._served: dict[str, Served] = {}  # by the checkpoint's id
         self._closing: list[Served] = []  # let go, and perhaps still answering
-        self._loading: dict[str, asyncio.Lock] = {}
-        self._refused: set[str] = set()
+        self._loading = asyncio.Lock()
+        self._refused: dict[str, float] = {}  # checkpoint's id: time.monotonic() to try it again
         self._looked = 0.0
         self._cards: list[Card] = []
         self._contexts: dict[str, int] = {}
@@ -159,13 +134,13 @@ class Library:
             try:
                 # The name stays: what is best is the best of what is intact.
                 return replace(card, name=name), self.load(card)
-            except (CheckpointError, OSError) as error:
+            except (CheckpointError, Moved, OSError) as error:
                 if card is cards[-1]:
                     raise
                 log.warning(
                     _("{name} cannot be served: {reason}", name=card.path.name, reason=error)
                 )
-                self._refused.add(card.entry.id)
+                self._refuse(card, error)
         raise AssertionError("the last one returns or raises")
 
     def load(self, card: Card) -> Served:
@@ -185,9 +160,15 @@ class Library:
 
     def _load(self, card: Card) -> Served:
         options = self.options
-        loaded = load_for_inference(card.path, device=options.device, dtype=options.dtype)
+        moved = Moved(_("{path} was replaced just now; ask again.", path=card.path))
+        try:
+            loaded = load_for_inference(card.path, device=options.device, dtype=options.dtype)
+        except HoldfastError as error:
+            if card.path.exists():
+                raise
+            raise moved from error
         if loaded.entry.id != card.entry.id:  # the trainer's name for it has moved on
-            raise CheckpointError(_("{path} was replaced just now; ask again.", path=card.path))
+            raise moved
         engine = Engine(
             batch_for(loaded.model, options.batch, loaded.max_context),
             end_ids=end_ids_of(loaded.model, loaded.tokenizer.eos_id),
@@ -258,10 +239,7 @@ class Library:
         card = await self.card(name)
         served = self._served.get(card.entry.id)
         if served is None:
-            async with self._loading.setdefault(card.entry.id, asyncio.Lock()):
-                served = self._served.get(card.entry.id)
-                if served is None:
-                    served = await self._load_for(card)
+            card, served = await self._load_for(name)
         served.users += 1
         served.used = time.monotonic()
         return card.name, served
@@ -290,23 +268,24 @@ class Library:
             param="model", code="model_not_found",
         )  # fmt: skip
 
-    async def _load_for(self, card: Card) -> Served:
-        try:
-            served = await asyncio.to_thread(self.load, card)
-        except (HoldfastError, OSError) as error:
-            log.warning(_("{name} cannot be served: {reason}", name=card.name, reason=error))
-            raise server_error(
-                _("The model '{name}' cannot be loaded: {reason}", name=card.name, reason=error),
-                code="model_unavailable",
-            ) from error
-        except (RuntimeError, MemoryError) as error:  # torch's out of memory
-            log.warning("%s: %s", card.name, error)
-            raise server_error(
-                _("There is not enough memory for the model '{name}'.", name=card.name),
-                code="model_unavailable",
-            ) from error
-        self._keep(card, served)
-        return served
+    async def _load_for(self, name: str | None) -> tuple[Card, Served]:
+        """What `name` stands for, loaded. One after the other: there is memory for as many as are
+        kept, not for as many as are asked for at one moment."""
+        async with self._loading:
+            for look in range(1, _TRIES + 1):
+                card = await self.card(name)
+                if (known := self._served.get(card.entry.id)) is not None:
+                    return card, known
+                try:
+                    served = await asyncio.to_thread(self.load, card)
+                except (HoldfastError, OSError, RuntimeError, MemoryError) as error:
+                    if look == _TRIES or not isinstance(error, Moved):
+                        raise _unavailable(card, error) from error
+                    self._looked = 0.0
+                else:
+                    self._keep(card, served)
+                    return card, served
+        raise AssertionError("the last look returns or raises")
 
     def _keep(self, card: Card, served: Served) -> None:
         self._served[card.entry.id] = served
@@ -333,37 +312,43 @@ class Library:
 
     # -------------------------------------------------------------------------------- better ones
 
-    def look_again(self) -> None:
+    def look_again(self) -> bool:
         """Load what has become the best of a run since; called in the watcher's thread.
 
         The old one goes on answering until the new one is verified and in memory, and then ends
-        what it has begun.
+        what it has begun. Whether that was all: False asks for another look, though nothing new has
+        come, since what failed may have failed for a reason that passes.
         """
         with self._look:
-            for source in self.sources:
-                if source.is_dir():
-                    self._look_at(source)
+            settled = [self._look_at(source) for source in self.sources if source.is_dir()]
+        return all(settled)
 
-    def _look_at(self, source: Path) -> None:
-        current = self._current[source]
+    def _look_at(self, source: Path) -> bool:
+        current, now = self._current[source], time.monotonic()
         cards = self._cards_of(source)
-        better = next((card for card in cards if card.entry.id not in self._refused), None)
+        better = next((card for card in cards if self._refused.get(card.entry.id, 0) <= now), None)
         if better is None or better.name != current.name or better.entry.id == current.entry.id:
-            return
+            return not any(now < self._refused.get(card.entry.id, 0) < math.inf for card in cards)
         try:
             served = self._served.get(better.entry.id) or self.load(better)
-        except FileNotFoundError:
-            return  # replaced or pruned just now: the next look sees what is there
+        except Moved:
+            return False  # replaced or pruned just now: the next look sees what is there
         except (HoldfastError, OSError, RuntimeError, MemoryError) as error:
-            self._refused.add(better.entry.id)
+            self._refuse(better, error)
             self.metrics.reloads.labels("refused").inc()
             log.warning(
                 _("{name} of step {step} is not served, step {old} goes on: {reason}",
                   name=better.path.name, step=better.entry.step, old=current.entry.step,
                   reason=error)
             )  # fmt: skip
-            return
+            return self._refused[better.entry.id] == math.inf
         self._loop.call_soon_threadsafe(self._adopt, source, better, served)
+        return True
+
+    def _refuse(self, card: Card, error: Exception) -> None:
+        """What is damaged or foreign stays so; memory and disks come back."""
+        for_good = isinstance(error, CheckpointError)
+        self._refused[card.entry.id] = math.inf if for_good else time.monotonic() + _AGAIN
 
     def _adopt(self, source: Path, better: Card, served: Served) -> None:
         old = self._current[source]
@@ -399,20 +384,11 @@ class Library:
             served.engine.join(_LAST_STEP)
 
 
-def _labels(sources: Sequence[Path]) -> dict[Path, str]:
-    """What each source is called: its name, and of those with one name as many of the directories
-    above as tell them apart."""
-    parts = {source: _parts(source) for source in sources}
-
-    def label(mine: tuple[str, ...]) -> str:
-        for size in range(1, len(mine)):
-            if sum(mine[-size:] == other[-size:] for other in parts.values()) == 1:
-                return "/".join(mine[-size:])
-        return "/".join(mine)
-
-    return {source: label(mine) for source, mine in parts.items()}
-
-
-def _parts(source: Path) -> tuple[str, ...]:
-    whole = source.resolve() if source.is_dir() else source.absolute().with_suffix("")
-    return whole.parts[1:] or (whole.name,)
+def _unavailable(card: Card, error: Exception) -> ApiError:
+    """Why the model of `card` cannot be had, logged and for the client."""
+    log.warning(_("{name} cannot be served: {reason}", name=card.name, reason=error))
+    if isinstance(error, HoldfastError | OSError):
+        told = _("The model '{name}' cannot be loaded: {reason}", name=card.name, reason=error)
+    else:  # torch's out of memory is a RuntimeError
+        told = _("There is not enough memory for the model '{name}'.", name=card.name)
+    return server_error(told, code="model_unavailable")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -274,10 +275,41 @@ def _told(error: ValidationError) -> ApiError:
     if first["type"] == "missing":
         return ApiError(400, _("You must provide '{name}'.", name=param), param=param,
                         code="missing_required_parameter")  # fmt: skip
-    reason = str(first["msg"]).removeprefix("Value error, ")
+    in_union = len(where) < len(first["loc"])
+    known = _alternatives().get(str(where[-1])) if in_union else None
+    known = known or _reasons(first.get("ctx", {})).get(first["type"])
+    reason = known or str(first["msg"]).removeprefix("Value error, ")
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
     return ApiError(400, _("Invalid '{name}': {reason}", name=param, reason=reason), param=param,
                     code=code)  # fmt: skip
+
+
+def _reasons(limits: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong by pydantic's name for it: its own words are English, and speak of Python."""
+    an_object = _("an object is needed")
+    return {
+        "string_type": _("a text is needed"),
+        "int_type": _("a whole number is needed"),
+        "float_type": _("a number is needed"),
+        "bool_type": _("true or false is needed"),
+        "list_type": _("a list is needed"),
+        "dict_type": an_object,
+        "model_type": an_object,
+        "too_short": _("at least one is needed"),
+        "greater_than_equal": _("it must be at least {least}", least=limits.get("ge")),
+        "less_than_equal": _("it may be at most {most}", most=limits.get("le")),
+        "less_than": _("it must be less than {limit}", limit=limits.get("lt")),
+    }
+
+
+def _alternatives() -> dict[str, str]:
+    """What the fields may be that may be several things: pydantic tells of the first alone."""
+    return {
+        "prompt": _("a text, a list of texts, a list of token ids, or a list of such lists is "
+                    "needed"),
+        "stop": _("a text or a list of texts is needed"),
+        "content": _("a text or a list of content parts is needed"),
+    }  # fmt: skip
 
 
 # What pydantic puts into a place for the alternative of a union that it tried.

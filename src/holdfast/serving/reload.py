@@ -18,7 +18,8 @@ class Watcher:
     def __init__(self, library: Library, seconds: float = 1.0) -> None:
         self._library, self._seconds = library, seconds
         self._stopped = threading.Event()
-        self._seen = self._signs()
+        # Nothing yet: what came while the first models were loaded is found by the first look.
+        self._seen: list[tuple[int, int, int]] | None = None
         self._thread = threading.Thread(target=self._run, name="holdfast-watcher", daemon=True)
 
     def start(self) -> None:
@@ -35,8 +36,8 @@ class Watcher:
             if signs == self._seen:
                 continue
             try:
-                self._library.look_again()
-                self._seen = signs
+                if self._library.look_again():
+                    self._seen = signs
             except OSError as error:  # the disk is away: what is in memory is still served
                 log.warning("%s", error)
             except RuntimeError:

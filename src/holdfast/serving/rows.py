@@ -10,7 +10,7 @@ import functools
 import inspect
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -275,10 +275,12 @@ def batch_for(model: Any, limit: int, context: int) -> Batch:
 
     Tried with the model itself: two texts of different length, together and each on its own.
     """
-    if context >= _TRIED and _attends_to_all(model.config) and (size := _try(model)):
+    config = model.config
+    alike = _attends_to_all(config) and not _turns_with_length(config)
+    if context >= _TRIED and alike and (size := _try(model)):
         free = free_memory(next(model.parameters()).device)
         return Rows(model, limit, int(free * _SHARE / size))
-    kind = getattr(model.config, "model_type", "?")
+    kind = getattr(config, "model_type", "?")
     log.warning(_("Models of the kind {kind} answer one request at a time here.", kind=kind))
     return Single(model)
 
@@ -289,6 +291,14 @@ def _attends_to_all(config: Any) -> bool:
     if kinds:
         return set(kinds) == {"full_attention"}
     return not getattr(config, "sliding_window", None)
+
+
+def _turns_with_length(config: Any) -> bool:
+    """Whether positions mean something else as soon as one text is long (LongRoPE): a long text
+    would change what the short ones beside it say. No trial with short texts shows that."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = [one for one in rope.values() if isinstance(one, Mapping)]
+    return any(one.get("rope_type") == "longrope" for one in [rope, *by_layer])
 
 
 @torch.inference_mode()

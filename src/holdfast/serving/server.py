@@ -17,13 +17,15 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from holdfast.errors import ConfigError
 from holdfast.i18n import _
 from holdfast.serving.app import create_app
-from holdfast.serving.library import Card, Library, Options
+from holdfast.serving.library import Library, Options
 from holdfast.serving.limits import Limits, is_loopback
 from holdfast.serving.metrics import Metrics
+from holdfast.serving.names import Card
 from holdfast.serving.reload import Watcher
 
 log = logging.getLogger("holdfast")
@@ -32,6 +34,7 @@ log = logging.getLogger("holdfast")
 # a hundred short operations, and between two of them the event loop would keep it waiting so long:
 # 32 clients get 10 % more tokens with this (benchmarks/serve_speed.py).
 _SWITCH = 0.001
+_PATIENCE = 30.0  # seconds until the head of a request must have come
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +107,7 @@ class Running:
             config = uvicorn.Config(
                 create_app(library, limits), log_config=None, access_log=False, lifespan="off",
                 server_header=False, timeout_graceful_shutdown=max(1, round(settings.grace)),
-                backlog=2048,
+                backlog=2048, http=_Connection, ws="none",
             )  # fmt: skip
             port = listening.getsockname()[1]
             url = f"http://{_shown(settings.host)}:{port}"
@@ -126,6 +129,35 @@ class Running:
         """Answer what is under way, then end."""
         if self._server is not None:
             self._server.should_exit = True
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed where no request comes: uvicorn waits for the first one, and for
+    the rest of a head that has begun, for ever, and open files are few."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(_PATIENCE, self._give_up)
+
+    def _give_up(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):

@@ -40,13 +40,19 @@ class Sampling:
 
 
 class TextStream:
-    """Iterated once, it gives the text piece by piece: first the prompt, then what is generated.
+    """`prompt` and up to `length` tokens more, in pieces; an end-of-text token or `stop()` ends it.
 
-    A piece ends with a whole character: bytes of one that is not complete are held back. The prompt
+    Iterated once, it gives the text piece by piece: first the prompt, then what is generated. A
+    piece ends with a whole character: bytes of one that is not complete are held back. The prompt
     is as the model read it (normalised, special tokens left out). When it has ended, `tokens` is
     how many were generated and `ended` why: one of END_OF_TEXT, LENGTH, CONTEXT, STOPPED, RUINED.
     `prompt_tokens` is what the prompt has, `read_tokens` what of it (its end) the model reads, and
     `moved` how often the window was moved.
+
+    With `may_end=False` the end-of-text token is never drawn: a model that has learned little ends
+    early, and a person would see nothing of what it has learned. Where the context is full the text
+    ends, unless `slide`: then the model reads the last half of its context anew and goes on, and
+    what lies before that no longer counts. The same seed gives the same text on the same machine.
     """
 
     def __init__(
@@ -119,31 +125,6 @@ class TextStream:
             yield token
 
 
-def stream_text(
-    model: Any,
-    tokenizer: TextTokenizer,
-    prompt: str,
-    length: int,
-    *,
-    context_length: int,
-    sampling: Sampling,
-    may_end: bool = True,
-    slide: bool = False,
-    stop: Callable[[], bool] = lambda: False,
-) -> TextStream:
-    """`prompt` and up to `length` tokens more, in pieces; an end-of-text token or `stop()` ends it.
-
-    With `may_end=False` the end-of-text token is never drawn: a model that has learned little ends
-    early, and a person would see nothing of what it has learned. Where the context is full the text
-    ends, unless `slide`: then the model reads the last half of its context anew and goes on, and
-    what lies before that no longer counts. The same seed gives the same text on the same machine.
-    """
-    return TextStream(
-        model, tokenizer, prompt, length, context_length=context_length, sampling=sampling,
-        may_end=may_end, slide=slide, stop=stop,
-    )  # fmt: skip
-
-
 def sample_text(
     model: Any,
     tokenizer: TextTokenizer,
@@ -157,10 +138,10 @@ def sample_text(
     may_end: bool = True,
     stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """What `stream_text` gives, joined, never past the context; broken bytes at its end are left
+    """What a `TextStream` gives, joined, never past the context; broken bytes at its end are left
     out."""
     sampling = Sampling(seed=seed, temperature=temperature, top_k=top_k)
-    stream = stream_text(
+    stream = TextStream(
         model, tokenizer, prompt, length, context_length=context_length, sampling=sampling,
         may_end=may_end, stop=stop,
     )  # fmt: skip

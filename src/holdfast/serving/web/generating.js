@@ -5,7 +5,7 @@ import { look } from "./lanes.js";
 import { $, askKey, say, setEditing, setPrompt, showSend, whisper } from "./page.js";
 import * as parameters from "./parameters.js";
 import { lanes, save, state, text } from "./state.js";
-import { t } from "./store.js";
+import { t, tokens } from "./store.js";
 import { showTurns } from "./texts.js";
 import { append, el, refresh } from "./turns.js";
 
@@ -99,8 +99,8 @@ function finished(turn, answer) {
   const replaced = listed?.step !== answer.facts.step; // by a better one that training has made
   if (answer.error?.kind === "gone" || replaced) look({ quietly: true });
   if (answer.error) return; // its element is an alert and speaks for itself
-  const { tokens } = answer;
-  whisper(answer.finish === "stopped" ? t("announceStopped") : t("announceDone", { tokens }));
+  const done = t("announceDone", { tokens: tokens(answer.tokens) });
+  whisper(answer.finish === "stopped" ? t("announceStopped") : done);
 }
 
 // The stream of an answer. What lies further back than the model can see is left out where the

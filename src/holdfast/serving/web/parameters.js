@@ -15,8 +15,11 @@ const LARGEST_SEED = 2 ** 31 - 1;
 const SEEDS = 1_000_000; // short enough to be written down
 const MOST_STOPS = 4;
 
+// What a parameter is where nobody chose: not more than the model can see.
+const usual = (spec) => Math.min(spec.otherwise, spec.max);
+
 const defaults = () => ({
-  ...Object.fromEntries(Object.entries(SPECS).map(([name, spec]) => [name, spec.otherwise])),
+  ...Object.fromEntries(Object.entries(SPECS).map(([name, spec]) => [name, usual(spec)])),
   seed: null,
   stop: "",
 });
@@ -100,13 +103,13 @@ function slider(name) {
     set(name, Number(bar.value));
   });
   box.addEventListener("change", () => {
-    let value = box.value.trim() === "" ? spec.otherwise : Number(box.value);
-    if (!Number.isFinite(value)) value = spec.otherwise;
+    let value = box.value.trim() === "" ? usual(spec) : Number(box.value);
+    if (!Number.isFinite(value)) value = usual(spec);
     value = Math.min(spec.max, Math.max(spec.min, spec.whole ? Math.round(value) : value));
     box.value = bar.value = value;
     set(name, value);
   });
-  const note = t(`${name}Help`) + t("default", { value: spec.otherwise });
+  const note = t(`${name}Help`) + t("default", { value: usual(spec) });
   return row(`param-${name}`, t(name), note, box, bar);
 }
 

@@ -81,3 +81,5 @@ export const number = (value, digits = 0) =>
     minimumFractionDigits: digits,
     maximumFractionDigits: digits,
   });
+
+export const tokens = (count) => t(count === 1 ? "oneToken" : "tokens", { tokens: number(count) });

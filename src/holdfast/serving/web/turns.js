@@ -1,7 +1,7 @@
 // How texts look: a turn is one prompt and an answer for each checkpoint that was asked.
 // Whatever a person or a model wrote becomes a text node, never HTML.
 
-import { number, t } from "./store.js";
+import { number, t, tokens } from "./store.js";
 
 export const LANES = ["A", "B"];
 
@@ -112,7 +112,7 @@ function figuresOf(answer) {
   const figures = [];
   if (answer.rate) figures.push(t("rate", { rate: number(answer.rate, answer.rate < 100 ? 1 : 0) }));
   if (answer.first != null) figures.push(t("first", { seconds: number(answer.first, 2) }));
-  if (answer.tokens) figures.push(t("tokens", { tokens: number(answer.tokens) }));
+  if (answer.tokens) figures.push(tokens(answer.tokens));
   if (answer.seed != null) figures.push(t("seedWas", { seed: answer.seed }));
   if (answer.shortened && !answer.error) figures.push(t("shortened"));
   const ends = { stop: "endedStop", length: "endedLength", stopped: "endedStopped" };
