@@ -103,8 +103,8 @@ def test_fish_offers_commands_options_words_and_files(tmp_path: Path) -> None:
     typed_here = [*_TYPED, "holdfast list mod"]  # no directory begins so
     typed_here.remove("holdfast train --resume mod")  # no file: see cli/completion.py
     done = subprocess.run(
-        ["fish", "--no-config", "-c", asked, *typed_here], capture_output=True, text=True, check=True,
-        cwd=tmp_path, timeout=60, env={**os.environ, "LC_ALL": "C.UTF-8"},
+        ["fish", "--no-config", "-c", asked, *typed_here], capture_output=True, text=True,
+        check=True, cwd=tmp_path, timeout=60, env={**os.environ, "LC_ALL": "C.UTF-8"},
     )  # fmt: skip
     for typed, offered_here in zip(typed_here, done.stdout.split("=====\n"), strict=False):
         word = _TYPED.get(typed, "")[typed.rindex(" ") + 1 :].rstrip().replace("\\", "")

@@ -14,6 +14,7 @@ import pytest
 from holdfast.checkpoint import memory
 from holdfast.checkpoint.lock import FileLock
 from holdfast.errors import HoldfastError
+from holdfast.monitor.curves import INTERRUPTED, curves_of
 from holdfast.monitor.run_view import (
     EMPTY,
     FINISHED,
@@ -310,6 +311,33 @@ def test_a_run_without_an_owner_has_stopped_or_is_finished(run: Recorded) -> Non
     run.metric("finished", 20, ago(1))
     view.refresh()
     assert view.state == FINISHED
+
+
+def test_an_end_that_nobody_wrote_down_is_told_until_training_goes_on(run: Recorded) -> None:
+    run.event("began", ago(9), run_id="a", generation=1)
+    assert seen(run).unsaid is None, "a loop that has not said what it will do"
+    run.started(0, ago(8))
+    run.step(10, ago(7))
+    view = seen(run)
+    assert view.unsaid is not None
+    assert (view.unsaid["event"], view.unsaid["step"]) == ("unsaid", 10)
+    assert curves_of(view, "a").marks[INTERRUPTED] == [10]
+    run.event("durable", ago(6), step=12, kind="temp", reason="signal", names=[])
+    assert seen(run).unsaid is None, "a signal ended it, and that is written down"
+    run.event("resumed", ago(5), step=12, run_id="a", generation=1)
+    run.started(12, ago(5))
+    run.step(20, ago(4))
+    view = seen(run)
+    assert view.unsaid is not None and view.unsaid["step"] == 20
+    run.metric("finished", 20, ago(1))
+    assert seen(run).unsaid is None
+
+
+@pytest.mark.usefixtures("training")
+def test_a_training_that_runs_has_not_ended(run: Recorded) -> None:
+    run.started(0, ago(2))
+    run.step(10, ago(1))
+    assert seen(run).unsaid is None
 
 
 def test_a_run_that_was_killed_before_its_first_line_has_stopped(run: Recorded) -> None:

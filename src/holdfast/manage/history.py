@@ -53,10 +53,16 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The epochs of a run in their order, and its events, oldest first."""
+    """The epochs of a run in their order, and its events, oldest first.
+
+    `state` and `unsaid` are of those who have read the metrics (monitor/run_view.py): "training",
+    "finished", "stopped" or "empty"; and the end that nobody wrote down, in the form of an event.
+    """
 
     run: RunDirectory
     epochs: list[Epoch]
+    state: str | None = None
+    unsaid: dict[str, Any] | None = None
 
     @property
     def best(self) -> Epoch | None:
@@ -68,6 +74,8 @@ class History:
         """The documented form."""
         return {
             "directory": str(self.run.directory),
+            "state": self.state,
+            "ended_unsaid": self.unsaid,
             "epochs": self.records(),
             "events": self.run.events,
         }
@@ -81,7 +89,8 @@ class History:
 
     def lines(self, screen: Screen, *, everything: bool = False) -> list[str]:
         """What a person sees: the table, then the story, or every event."""
-        told = story(self.run.events, everything=everything)
+        events = [*self.run.events, *([self.unsaid] if self.unsaid else [])]
+        told = story(events, everything=everything, screen=screen)
         if not self.epochs and not told:
             nothing = _("There is no history of a training in {directory}.",
                         directory=self.run.directory)  # fmt: skip

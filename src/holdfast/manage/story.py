@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from holdfast.formatting import format_bytes, format_time
+from holdfast.formatting import format_bytes, format_seconds, format_time
 from holdfast.i18n import N_, _
-from holdfast.manage.table import printable
+from holdfast.manage.rundir import number
+from holdfast.manage.table import Screen, printable, wrapped
 
 # What happens all the time while everything goes well; shown with `--events` only.
 ROUTINE = ("durable", "verified", "removed")
@@ -38,7 +39,11 @@ _SENTENCES = {
     "interrupted": N_("training was interrupted at step {step}"),
     "rescued": N_("step {step} was found in memory and made durable"),
     "finished": N_("training was finished at step {step}"),
+    "unsaid": N_(
+        "the training ended without a word after step {step}, as a kill or a power cut ends it"
+    ),
 }
+_PIPE = Screen()
 _REASONS = {
     "retention": N_("older than what is kept"),
     "clean": N_("holdfast clean"),
@@ -47,13 +52,16 @@ _REASONS = {
 }
 
 
-def story(events: Iterable[Mapping[str, Any]], *, everything: bool = False) -> list[str]:
+def story(
+    events: Iterable[Mapping[str, Any]], *, everything: bool = False, screen: Screen = _PIPE
+) -> list[str]:
     """Interruptions, resumes, quarantines, failures, each with its local time; or all events."""
-    return [
-        f"{format_time(event.get('time'))}  {printable(describe(event))}"
-        for event in events
-        if everything or is_story(event)
-    ]
+    lines: list[str] = []
+    for event in events:
+        if everything or is_story(event):
+            time = f"{format_time(event.get('time'))}  "
+            lines += wrapped(printable(describe(event)), screen, time)
+    return lines
 
 
 def is_story(event: Mapping[str, Any]) -> bool:
@@ -74,6 +82,8 @@ def describe(event: Mapping[str, Any]) -> str:
         return " ".join([kind, *rest])
     if kind == "resumed" and event.get("steps_lost"):
         text += _("; steps lost: {steps}", steps=event["steps_lost"])
+        if minutes := number(event.get("minutes_lost")):
+            text += _(", {time} of work", time=format_seconds(60 * minutes))
     if kind == "durable" and str(event.get("reason")) in ENDS:
         text += _(ENDS[str(event["reason"])])
     return text

@@ -127,6 +127,9 @@ def _marks(view: RunView) -> dict[str, list[int]]:
         kind = _KIND_OF.get(mark.kind)
         if kind is not None and mark.step is not None:
             found[kind].add(mark.step)
+    unsaid = view.unsaid
+    if unsaid is not None:
+        found[INTERRUPTED].add(unsaid["step"])
     for event in view.events:
         step = event.get("step")
         if event.get("event") == "durable" and event.get("kind") != "temp" and type(step) is int:

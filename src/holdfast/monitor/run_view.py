@@ -220,6 +220,22 @@ class RunView:
         return TRAINING if self._unasked and self.silent < self.patience else STOPPED
 
     @property
+    def unsaid(self) -> dict[str, Any] | None:
+        """The end that nobody wrote down, in the form of an event: the process was killed, or the
+        machine went down. None where all is well, or nobody can tell: a stranger's loop does not
+        say when it has finished."""
+        if self.state != STOPPED or not self.started or not self._last_line:
+            return None
+        for event in reversed(self.events):
+            kind = event.get("event")
+            if kind in _STARTS:
+                break
+            told = kind == "durable" and event.get("reason") in _ENDS
+            if told or kind == "rolled_back":  # somebody has been here since
+                return None
+        return {"time": self._last_line, "event": "unsaid", "step": self.safety.step}
+
+    @property
     def _unasked(self) -> bool:
         """Whether no lock can tell that somebody trains: elsewhere, on a shared disk, or here on a
         system that cannot be asked. How long the run has been silent tells then."""
