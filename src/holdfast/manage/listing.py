@@ -107,10 +107,13 @@ class Listing:
               count=len(self.entries), names=names, size=format_bytes(self.disk_bytes))
         ]  # fmt: skip
         if screen.terminal and self.entries:
-            lines.append(
-                _("{best} best · {latest} newest, training goes on from it",
-                  best=_best(screen), latest=_latest(screen))
-            )  # fmt: skip
+            marks = {"best": _best(screen), "latest": _latest(screen)}
+            if self.latest in self.run.distrusted:  # recovery passes it over
+                lines.append(_("{best} best · {latest} newest, but damaged", **marks))
+            else:
+                lines.append(
+                    _("{best} best · {latest} newest, training goes on from it", **marks)
+                )  # fmt: skip
             if any(entry.pinned for entry in self.entries):
                 lines[-1] += _(" · {pinned} pinned: no clean-up takes it", pinned=_pinned(screen))
         return lines
