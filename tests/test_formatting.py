@@ -13,6 +13,7 @@ from holdfast.formatting import (
     format_seconds,
     format_time,
     parse_time,
+    wrap_cells,
 )
 
 
@@ -87,3 +88,10 @@ def test_times_are_local_and_carry_their_zone() -> None:
 @pytest.mark.parametrize("text", [None, 5, "", "yesterday", "0001-01-01T00:00:00"])
 def test_what_is_no_time_is_a_dash_and_no_crash(text: object) -> None:
     assert format_time(text) == "-" or isinstance(format_time(text), str)
+
+
+def test_a_bracket_stays_with_what_it_holds() -> None:
+    for width in range(8, 30):
+        lines = wrap_cells("检查点 latest.pt（最新）：【损坏】记录（data/14）的内容变了。", width)
+        assert not any(line[0] in "，。：）】" or line[-1] in "（【" for line in lines), lines
+    assert wrap_cells("（（", 1) == ["（（"]

@@ -26,9 +26,14 @@ class DataError(HoldfastError):
 
 
 class CheckpointError(HoldfastError):
-    """Something about a checkpoint."""
+    """Something about a checkpoint. `why` is what is wrong with it, for a line on which its file
+    is named already: without the name and without a full stop."""
 
     exit_code = 4
+
+    def __init__(self, message: str, why: str | None = None) -> None:
+        super().__init__(message)
+        self.why = message.rstrip(".。") if why is None else why
 
 
 class DamagedCheckpoint(CheckpointError):

@@ -92,9 +92,12 @@ def format_time(text: object) -> str:
     return NOTHING if time is None else time.strftime("%Y-%m-%d %H:%M:%S %z")
 
 
-# A word, a space, or a wide character with the punctuation that may not begin a line.
-_CLOSING = "，。、；：！？）》」』"
-_UNIT = re.compile(rf"\s+|[^\s\u2e80-\uffef]+[{_CLOSING}]*|[\u2e80-\uffef][{_CLOSING}]*")
+# A space; or a word or a wide character with the punctuation that may not end a line before it, and
+# that which may not begin one behind it.
+_OPENING, _CLOSING = "（《「『【", "，。、；：！？）》」』】"
+_UNIT = re.compile(
+    rf"\s+|[{_OPENING}]*(?:[^\s\u2e80-\uffef]+|[\u2e80-\uffef])[{_CLOSING}]*|[{_OPENING}]+"
+)
 
 
 def wrap_cells(text: str, width: int) -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import select
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,28 @@ COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); COMPREPLY=()
 _shtab_holdfast holdfast "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"
 printf '%s\\n' "${COMPREPLY[@]}"
 """
+
+# Ctrl-X b shows the line that the shell has made of what was typed, and begins a new one.
+_ZSH_LINE = r"""PS1='> '; fpath=("$PWD/functions" $fpath); autoload -Uz compinit; compinit -u -D
+shown() { zle -I; print -r -- "<$BUFFER"">"; BUFFER= }; zle -N shown; bindkey '^Xb' shown
+"""
+# What is typed before Tab, and the line afterwards.
+_TYPED = {
+    "holdfast hist": "holdfast history ",
+    "holdfast list --so": "holdfast list --sort ",
+    "holdfast list --sort lo": "holdfast list --sort loss ",
+    "holdfast train --preset q": "holdfast train --preset quick ",
+    "holdfast list run": "holdfast list runs/",
+    "holdfast report run": "holdfast report runs/",
+    "holdfast show mod": "holdfast show model.pt ",
+    "holdfast show my": "holdfast show my\\ 检查点.pt ",
+    "holdfast compare model.pt run": "holdfast compare model.pt runs/",  # the second of several
+    "holdfast history runs run": "holdfast history runs runs/",
+    "holdfast history --png mod": "holdfast history --png model.pt ",
+    "holdfast train --resume --ep": "holdfast train --resume --epochs ",
+    "holdfast train --resume mod": "holdfast train --resume model.pt ",
+    "holdfast --vers": "holdfast --version ",
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +81,78 @@ def test_bash_offers_commands_options_words_and_files(script: Path, tmp_path: Pa
     assert offered(script, "history", "--png", "m", cwd=tmp_path) == {"model.pt"}
     assert offered(script, "history", "a", "b", "--no", cwd=tmp_path) == {"--no-plot"}
     assert offered(script, "completion", "z", cwd=tmp_path) == {"zsh"}
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_completes_commands_options_words_and_files(tmp_path: Path) -> None:
+    _make_files(tmp_path)
+    (tmp_path / "functions").mkdir()
+    (tmp_path / "functions" / "_holdfast").write_text(desk("completion", "zsh").stdout)
+    with _Terminal(["zsh", "-f", "-i"], tmp_path) as zsh:
+        zsh.type(_ZSH_LINE)
+        for typed, completed in _TYPED.items():
+            zsh.type(f"{typed}\t\x18b")
+            assert zsh.between("<", ">").rstrip() == completed.rstrip(), typed
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+def test_fish_offers_commands_options_words_and_files(tmp_path: Path) -> None:
+    _make_files(tmp_path)
+    (tmp_path / "holdfast.fish").write_text(desk("completion", "fish").stdout)
+    asked = "source holdfast.fish; for line in $argv; complete -C $line; echo =====; end"
+    typed_here = [*_TYPED, "holdfast list mod"]  # no directory begins so
+    typed_here.remove("holdfast train --resume mod")  # no file: see cli/completion.py
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", asked, *typed_here], capture_output=True, text=True,
+        check=True, cwd=tmp_path, timeout=60, env={**os.environ, "LC_ALL": "C.UTF-8"},
+    )  # fmt: skip
+    for typed, offered_here in zip(typed_here, done.stdout.split("=====\n"), strict=False):
+        word = _TYPED.get(typed, "")[typed.rindex(" ") + 1 :].rstrip().replace("\\", "")
+        found = [line.split("\t")[0] for line in offered_here.splitlines()]
+        assert found == ([word] if word else []), typed
+
+
+def _make_files(directory: Path) -> None:
+    (directory / "runs").mkdir()
+    for name in ("model.pt", "my 检查点.pt"):
+        (directory / name).touch()
+
+
+class _Terminal:
+    """A shell at a terminal of its own, as a person has it: what is typed, and what it answers."""
+
+    def __init__(self, command: list[str], cwd: Path) -> None:
+        pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+        self._fd, theirs = pty.openpty()
+        self._shell = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd, start_new_session=True,
+            env={**os.environ, "TERM": "dumb", "LC_ALL": "C.UTF-8"},
+        )  # fmt: skip
+        os.close(theirs)
+        self._text = ""
+
+    def __enter__(self) -> _Terminal:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._shell.kill()
+        self._shell.wait()
+        os.close(self._fd)
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def between(self, begin: str, end: str, seconds: float = 30.0) -> str:
+        """What stands between `begin` and `end` on a line of its own; what was before is gone."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for line in self._text.splitlines():
+                if line.startswith(begin) and line.endswith(end):
+                    self._text = self._text.partition(line)[2]
+                    return line[len(begin) : -len(end)]
+            if select.select([self._fd], [], [], 0.1)[0]:
+                self._text += os.read(self._fd, 65536).decode(errors="replace")
+        raise AssertionError(self._text)
 
 
 @pytest.mark.parametrize("shell", completion.SHELLS)

@@ -123,3 +123,28 @@ def test_without_plotext_the_table_stands_and_the_extra_is_named(
 def test_an_unfinished_run_of_a_stranger_has_its_losses_drawn(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     assert "validation loss" in desk("history", run, "--plot").stdout
+
+
+def test_a_run_that_was_killed_says_so_before_it_is_resumed(tmp_path: Path) -> None:
+    run = run_with_metrics(tmp_path / "run", steps=430)
+    done = desk("history", run, "--plot")
+    told = "training broke off at step 430, before that was saved: killed, or the machine failed"
+    assert f"  {told}\n" in done.stdout and "✗ interrupted" in done.stdout
+    assert told in desk("history", run, "--events").stdout
+    asked = desk_json("history", run)
+    assert (asked["state"], asked["ends"][-1]["event"]) == ("stopped", "broke_off")
+    with (run / "metrics.jsonl").open("a") as file:
+        line = {"time": "2026-03-01T11:00:00+00:00", "event": "finished", "step": 430}
+        file.write(json.dumps(line) + "\n")
+    told = desk("history", run).stdout
+    assert "broke off" not in told and "training was finished at step 430" in told
+    asked = desk_json("history", run)
+    assert (asked["state"], asked["ends"][-1]["event"]) == ("finished", "finished")
+
+
+def test_a_long_sentence_is_wrapped_on_a_terminal_only(tmp_path: Path) -> None:
+    run = run_with_metrics(tmp_path / "run", steps=430)
+    lines = on_terminal("history", run, "--no-plot", columns=60).replace("\r", "").splitlines()
+    first = next(i for i, line in enumerate(lines) if "broke off" in line or "ended" in line)
+    assert max(map(len, lines[first:])) <= 60
+    assert all(line.startswith(" " * 27) for line in lines[first + 1 :])

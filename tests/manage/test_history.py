@@ -90,8 +90,8 @@ def test_quarantine_and_resume_are_in_the_table_and_in_the_story(tmp_path: Path)
     text = "\n".join(history.lines(Screen()))
     told = text.split("What happened\n")[1].splitlines()
     assert told[0].endswith("  the run began")
-    assert "went to quarantine/: " in told[1] and "is damaged" in told[1]
-    assert told[2].endswith("training went on from step 300, generation 2; steps lost: 100")
+    assert "went to quarantine/: " in told[1] and told[1].endswith("has changed")
+    assert "training went on from step 300, generation 2; steps lost: 100" in told[2]
     assert "is durable" not in text
 
 
@@ -145,3 +145,10 @@ def test_no_history_at_all_is_said_in_one_line(tmp_path: Path) -> None:
         pass
     lines = history_of(look(tmp_path / "run")).lines(Screen())
     assert lines[0] == "No epoch has been finished yet." and "the run began" in lines[-1]
+
+
+def test_lost_work_is_told_in_steps_and_in_time() -> None:
+    event = {"event": "resumed", "step": 300, "generation": 2, "steps_lost": 22}
+    assert describe(event).endswith("; steps lost: 22")  # of an older version
+    assert describe({**event, "minutes_lost": 4.4}).endswith("lost: 22 (4 min 24 s of work)")
+    assert describe({**event, "minutes_lost": "x"}).endswith("; steps lost: 22")

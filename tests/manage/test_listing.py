@@ -24,7 +24,7 @@ from holdfast.manage.table import Screen
 from tests.manage.runs import LOSSES, Training, copy_without_links, cut, desk, flip, make_run
 from tests.support import processor_seconds
 
-PIPE = Screen()
+PIPE, WIDE = Screen(), Screen(100)
 
 
 def rows_of(directory: Path, sort: str | None = None) -> list[str]:
@@ -238,3 +238,11 @@ def test_the_script_and_grep_find_the_best(tmp_path: Path) -> None:
     )
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
     assert done.stdout.startswith("model_epoch_2.pt")
+
+
+def test_training_does_not_go_on_from_a_newest_that_is_damaged(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "📌 newest, training goes on from it" in "\n".join(listing_of(look(run)).lines(WIDE))
+    flip(run / "model_epoch_4.pt")
+    assert desk("verify", run).returncode == 4
+    assert "📌 newest, but damaged" in "\n".join(listing_of(look(run)).lines(WIDE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -193,3 +194,20 @@ def test_a_name_or_a_value_cannot_drive_the_terminal(tmp_path: Path) -> None:
     path = tmp_path / "a\x1b[2Jb.pt"
     path.write_bytes((tmp_path / "run" / "latest.pt").read_bytes())
     assert "\x1b" not in text_of(show(path))
+
+
+def test_a_pipe_is_no_checkpoint_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")
+    for command, status in (("show", 4), ("compare", 1), ("verify", 1)):
+        sources = [tmp_path / "pipe.pt"] * (2 if command == "compare" else 1)
+        done = desk(command, *sources)
+        assert (done.returncode, "There is no checkpoint at" in done.stderr) == (status, True)
+
+
+def test_an_error_cannot_drive_the_terminal_and_a_directory_is_said_to_be_one(
+    tmp_path: Path,
+) -> None:
+    done = desk("show", tmp_path / "a\x1b[31mb.pt")
+    assert (done.returncode, "\x1b" in done.stderr) == (4, False)
+    done = desk("unpack", tmp_path, "--lang", "zh")
+    assert (done.returncode, "目录" in done.stderr) == (1, True)

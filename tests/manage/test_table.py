@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.cells import cell_len
 
-from holdfast.manage.table import Column, Screen, printable, render
+from holdfast.manage.table import Column, Screen, printable, render, wrapped
 
 COLUMNS = [Column("名称"), Column("n", right=True, hide=1), Column("why", hide=2)]
 ROWS = [["检查点", "5", "because"], ["x", "1234", ""]]
@@ -51,3 +51,15 @@ def test_no_color_and_dumb_terminals_are_respected(monkeypatch: pytest.MonkeyPat
 def test_control_characters_are_made_visible_and_nothing_else() -> None:
     assert printable("模型 ⭐.pt") == "模型 ⭐.pt"
     assert printable("a\x1b[2J\n\udc80") == r"a\x1b[2J\n\udc80"
+
+
+def test_a_long_text_goes_on_under_its_beginning_on_a_terminal_and_is_whole_in_a_pipe() -> None:
+    text = "latest.pt went to quarantine/: 记录的内容变了。"
+    assert wrapped(text, Screen(), "12:00  ") == [f"12:00  {text}"]
+    assert wrapped(text, Screen(80), "12:00  ") == [f"12:00  {text}"]
+    lines = wrapped(text, Screen(26), "12:00  ")
+    assert lines[0] == "12:00  latest.pt went to"
+    assert all(line.startswith(" " * 7) and cell_len(line) <= 26 for line in lines[1:])
+    assert "".join(lines)[7:].replace(" ", "") == text.replace(" ", "")
+    narrow = wrapped(text, Screen(24), "2026-11-29 19:30:55 +0000  ")
+    assert narrow[0] == "2026-11-29 19:30:55" and all(cell_len(line) <= 24 for line in narrow)

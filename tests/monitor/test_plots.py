@@ -70,6 +70,7 @@ def test_a_page_is_one_file_that_asks_nobody(run: Curves, tmp_path: Path) -> Non
     assert all(low < high for low, high in domains)
     assert all(above[0] > below[1] for above, below in itertools.pairwise(domains))
     assert {shape["x0"] for shape in layout["shapes"]} == {100, 200, 250, 300, 400}
+    assert layout["yaxis2"]["exponentformat"] == "e", "3e-4, not 300 µ"
 
 
 def test_several_runs_have_colours_and_dashes_of_their_own(run: Curves, tmp_path: Path) -> None:

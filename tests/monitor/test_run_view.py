@@ -14,6 +14,7 @@ import pytest
 from holdfast.checkpoint import memory
 from holdfast.checkpoint.lock import FileLock
 from holdfast.errors import HoldfastError
+from holdfast.monitor.curves import INTERRUPTED, curves_of
 from holdfast.monitor.run_view import (
     BROKE_OFF,
     EMPTY,
@@ -346,6 +347,27 @@ def test_a_kill_is_told_until_the_training_goes_on(tmp_path: Path) -> None:
     run.metric("finished", 460, ago(-6))
     view.refresh()
     assert BROKE_OFF not in [mark.kind for mark in view.marks]
+    assert curves_of(view, "a").marks[INTERRUPTED] == []
+
+
+def test_an_end_that_was_said_is_no_kill(run: Recorded) -> None:
+    run.event("began", ago(9), run_id="a", generation=1)
+    assert seen(run).broke_off is None, "a loop that has not said what it will do"
+    run.started(0, ago(8))
+    run.step(10, ago(7))
+    view = seen(run)
+    assert view.broke_off is not None and view.broke_off["step"] == 10
+    assert curves_of(view, "a").marks[INTERRUPTED] == [10]
+    run.metric("ended", 10, ago(6), reason="Diverged")
+    view = seen(run)
+    assert view.broke_off is None and view.state == STOPPED
+
+
+@pytest.mark.usefixtures("training")
+def test_a_training_that_runs_has_not_broken_off(run: Recorded) -> None:
+    run.started(0, ago(2))
+    run.step(10, ago(1))
+    assert seen(run).broke_off is None
 
 
 def test_a_run_that_was_killed_before_its_first_line_has_stopped(run: Recorded) -> None:

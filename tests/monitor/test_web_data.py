@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+from holdfast.checkpoint.catalog import now
 from holdfast.manage import clean
 from holdfast.monitor import web_data
 from holdfast.monitor.run_view import Point, RunView
@@ -71,9 +72,10 @@ def test_a_damaged_file_is_shown_as_such(tmp_path: Path) -> None:
 
 def test_a_reason_names_its_file_below_the_run_and_not_the_way_there(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", (4.0, 2.0))
-    flip(run / "model_epoch_2.pt")
-    with LiveRun(run):
-        pass  # finds the damage and sets it aside
+    told = f"{run / 'model_epoch_2.pt'} is damaged: as an earlier version has recorded it"
+    event = {"time": now(), "event": "quarantined", "step": 200, "reason": told}
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
     marks = web_data.detail(view_of(run), "i", "n")["marks"]
     (reason,) = [m["fields"]["reason"] for m in marks if m["kind"] == "quarantined"]
     assert reason.startswith("model_epoch_2.pt is damaged")

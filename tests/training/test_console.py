@@ -162,7 +162,7 @@ def test_a_resume_tells_where_from_and_what_was_lost() -> None:
         resumed = Resumed(entry, Path("a/model_epoch_1.pt"), 2, [("x.pt", "bad")], 40, 2.5)
         console.on_event("resumed", {"resumed": resumed})
     assert "Going on from model_epoch_1.pt (epoch 1, step 7)" in said.getvalue()
-    assert "40 steps (2.5 minutes)" in said.getvalue()
+    assert "40 steps (2 min 30 s of work)" in said.getvalue()
 
 
 def test_a_checkpoint_from_the_future_is_no_time_ago() -> None:

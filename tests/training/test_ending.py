@@ -18,6 +18,7 @@ from holdfast.checkpoint import filesystem, memory
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.manager import CheckpointManager
 from holdfast.errors import Diverged, Interrupted
+from holdfast.monitor.run_view import RunView
 from holdfast.training import ending, telling
 from holdfast.training.trainer import Trainer
 from tests.support import fail_with
@@ -103,6 +104,11 @@ def test_a_nan_stops_before_it_changes_anything_and_says_what_to_do(
     state = load(tmp_path / "run" / "latest.pt")
     assert state["global_step"] == 4
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["reason"]) == ("ended", "Diverged")
+    view = RunView(tmp_path / "run")
+    view.refresh()
+    assert view.broke_off is None, "it was not killed"
 
 
 @pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")

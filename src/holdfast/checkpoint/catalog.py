@@ -123,12 +123,12 @@ class Catalog:
                 entry = by_inode.get(key) or cache.get((name, _stamp(status)))
                 entry = entry or summary(read_manifest(self.directory / name), status.st_size)
             except DamagedCheckpoint as error:
-                damaged.append((name, str(error)))
+                damaged.append((name, error.why))
             except NewerFormat as error:
                 unreadable.append((name, str(error)))
-            except ForeignCheckpoint as error:
+            except ForeignCheckpoint:
                 if self._announced(name):  # what was once ours and no longer looks like it
-                    damaged.append((name, str(error)))
+                    damaged.append((name, _("something else has been written over it")))
                 else:
                     foreign.append(name)
             except FileNotFoundError:

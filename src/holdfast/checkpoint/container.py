@@ -232,13 +232,15 @@ class Reader:
             return self._damaged(_("its end is missing: it was cut or overwritten"))
         if not any(head):
             return self._damaged(_("it begins with zeros: its data never reached the disk"))
-        return ForeignCheckpoint(_("{path} was not written by holdfast.", path=self.path))
+        return ForeignCheckpoint(
+            _("{path} was not written by holdfast.", path=self.path), _("not written by holdfast")
+        )
 
     def _senseless(self) -> ForeignCheckpoint:
         return ForeignCheckpoint(_("{path} has a manifest that makes no sense.", path=self.path))
 
     def _damaged(self, why: str) -> DamagedCheckpoint:
-        return DamagedCheckpoint(_("{path} is damaged: {why}.", path=self.path, why=why))
+        return DamagedCheckpoint(_("{path} is damaged: {why}.", path=self.path, why=why), why)
 
     # ---------------------------------------------------------------------------- what is checked
 

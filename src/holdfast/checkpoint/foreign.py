@@ -88,4 +88,4 @@ _FAILURES = (RuntimeError, ValueError, LookupError, EOFError, TypeError, Attribu
 
 def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
     why = str(error).strip().split("\n", maxsplit=1)[0] or type(error).__name__
-    return DamagedCheckpoint(_("{path} is damaged: {why}.", path=path, why=why))
+    return DamagedCheckpoint(_("{path} is damaged: {why}.", path=path, why=why), why)

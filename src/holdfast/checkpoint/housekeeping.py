@@ -43,14 +43,18 @@ def verify_back(catalog: Catalog, entry: Entry, target: Path, kept: Path | None)
             # Its CRC-32s are of the very bytes that were hashed, and compared with the headers.
             reader.verify(crc=False)
             if reader.manifest["identity"]["id"] != entry.id:
-                raise DamagedCheckpoint(_("{path} holds another checkpoint.", path=target))
+                raise DamagedCheckpoint(
+                    _("{path} holds another checkpoint.", path=target),
+                    _("it holds another checkpoint"),
+                )
     except (CheckpointError, OSError) as error:
+        why = error.why if isinstance(error, CheckpointError) else str(error)
         with catalog.lock():
-            catalog.quarantine(entry.names, str(error))
+            catalog.quarantine(entry.names, why)
             if kept is not None:
                 filesystem.move(kept, target)
             catalog.assign_roles(catalog.scan())
-        raise DamagedCheckpoint(str(error)) from error
+        raise DamagedCheckpoint(str(error), why) from error
 
 
 def settle_old(catalog: Catalog, entry: Entry, before: Contents, kept: Path) -> None:

@@ -290,7 +290,7 @@ class CheckpointManager:
         self._restore_threads(found.manifest)
         self._reporter.record("resumed", id=entry.id, step=entry.step, run_id=self.run_id,
                       generation=self.generation, steps_lost=steps,
-                      minutes_lost=round(minutes, 1))  # fmt: skip
+                      minutes_lost=round(minutes, 2))  # fmt: skip
         resumed = Resumed(entry, found.path, self.generation, found.skipped, steps, minutes)
         self._reporter.tell("resumed", resumed=resumed)
         return resumed

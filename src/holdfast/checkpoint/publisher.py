@@ -136,7 +136,7 @@ class Publisher:
         try:
             housekeeping.verify_back(catalog, entry, target, kept)
         except DamagedCheckpoint as error:
-            self._reporter.tell("quarantined", names=list(how), reason=str(error), step=entry.step)
+            self._reporter.tell("quarantined", names=list(how), reason=error.why, step=entry.step)
             raise
         self._reporter.report("verified", id=entry.id, step=entry.step)
         try:

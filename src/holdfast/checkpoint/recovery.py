@@ -123,7 +123,9 @@ def find(catalog: Catalog, source: str | os.PathLike[str] | None, tell: Tell) ->
             here.skipped = aside.skipped
             return here
     if source is not None:
-        raise DamagedCheckpoint(aside.skipped[-1][1])
+        name, why = aside.skipped[-1]
+        path = catalog.directory / name
+        raise DamagedCheckpoint(_("{path} is damaged: {why}.", path=path, why=why), why)
     _refuse_to_start_over(catalog, aside.names)
     return None
 
@@ -204,7 +206,7 @@ def _read_entry(catalog: Catalog, entry: Entry, aside: _Aside) -> Found | None:
         except FileNotFoundError:  # went into quarantine with another name of its inode
             continue
         except (DamagedCheckpoint, ForeignCheckpoint) as error:
-            aside.put(name, str(error), entry.step)
+            aside.put(name, error.why, entry.step)
         except OSError as error:
             if error.errno != errno.EIO:  # anything else says nothing about the file
                 raise

@@ -6,6 +6,7 @@ It holds every command and option of this version; shtab writes it in the shell'
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,12 @@ def run_completion(argv: Sequence[str], prog: str) -> int:
     given = made.parse_args(argv)
     import shtab
 
-    show(shtab.complete(_whole(), given.shell).rstrip().splitlines())
+    script = shtab.complete(_whole(given.shell), given.shell)
+    if given.shell == "zsh":
+        # shtab writes what may be given several times as one argument that excludes all others:
+        # the second run of `compare`, `list` or `history` would not be completed.
+        script = re.sub(r'^( *")\(\*\)::?', r"\1*:", script, flags=re.MULTILINE)
+    show(script.rstrip().splitlines())
     return 0
 
 
@@ -48,23 +54,24 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
 }
 
 
-def _whole() -> argparse.ArgumentParser:
+def _whole(shell: str) -> argparse.ArgumentParser:
     """One parser with a sub-parser for every command, each as the command itself would read."""
     from holdfast.cli.main import commands
 
     whole = argparse.ArgumentParser(prog=PROGRAM, add_help=False)
     whole.add_argument("-h", "--help", action="help", help=_("show this help and exit"))
+    whole.add_argument("--version", action="store_true", help=_("show the version and exit"))
     below = whole.add_subparsers()
     for name, (summary, command) in commands().items():
         own = parser_of(command, f"{PROGRAM} {name}")
         made = below.add_parser(name, parents=[own] if own else [], add_help=False,
                                 help=_(summary).replace("%", "%%"))  # fmt: skip
         for action in made._actions:  # argparse has no other list of them
-            _say_what_follows(action)
+            _say_what_follows(action, shell)
     return whole
 
 
-def _say_what_follows(action: Any) -> None:
+def _say_what_follows(action: Any, shell: str) -> None:
     """Files, directories or one of a few words, as the placeholder of a value has it in --help."""
     import shtab
 
@@ -73,10 +80,13 @@ def _say_what_follows(action: Any) -> None:
     if len(words) > 1 and all(word.islower() for word in words):
         action.choices = action.choices or words
     elif action.option_strings and action.nargs == "?":
-        return  # after it another option may follow, which shtab would complete as a file
-    elif "FILE" in shown or shown == "PATH_OR_NAME":
+        # After it another option may follow. zsh knows that of a value with one colon more; the
+        # others would complete that option as a file.
+        if shell == "zsh":
+            action.metavar, action.complete = f":{shown}", shtab.FILE
+    elif "FILE" in shown or "PATH" in shown:
         action.complete = shtab.FILE
-    elif "DIR" in shown:
+    elif "DIR" in shown or "RUN" in shown:
         action.complete = shtab.DIRECTORY
     elif action.dest == "preset":
         from holdfast.training.presets import PRESETS

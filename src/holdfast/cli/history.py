@@ -7,6 +7,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from holdfast.i18n import N_, _
 from holdfast.manage import history
 from holdfast.manage.rundir import look
 from holdfast.manage.table import Screen, printable
+from holdfast.monitor.run_view import RunView
 
 if TYPE_CHECKING:
     from holdfast.monitor.curves import Curves
@@ -25,21 +27,29 @@ if TYPE_CHECKING:
 def run_history(argv: Sequence[str], prog: str) -> int:
     """`holdfast history`: 0, or an error that names the directories that are not there."""
     given = _history_parser(prog).parse_args(argv)
-    found, problems = [], []
+    found: list[history.History] = []
+    views: list[RunView] = []
+    problems = []
     for directory in given.directories:
         try:
-            found.append(history.history_of(look(directory)))
+            run = look(directory)
+            view = RunView(run.directory)
+            view.refresh()
+            told = replace(history.history_of(run), state=view.state, ends=view.ends)
+            views.append(view)
+            found.append(told)
         except HoldfastError as error:
             problems.append(str(error))
     if given.csv is not None and found:
         history.write_csv(found, given.csv)
     if given.json:
-        told = [one.to_json() for one in found]
-        show_json(told[0] if told and len(given.directories) == 1 else {"directories": told})
+        records = [one.to_json() for one in found]
+        one_run = records and len(given.directories) == 1
+        show_json(records[0] if one_run else {"directories": records})
     else:
         _print_tables(found, several=len(given.directories) > 1, everything=given.events)
-    if found:
-        _plot(found, given)
+    if views:
+        _plot(views, given)
     if problems:
         raise HoldfastError("\n".join(problems))
     return 0
@@ -82,20 +92,16 @@ def _print_tables(found: Sequence[history.History], *, several: bool, everything
         show([*above, *one.lines(screen, everything=everything)])
 
 
-def _plot(found: Sequence[history.History], given: argparse.Namespace) -> None:
+def _plot(views: Sequence[RunView], given: argparse.Namespace) -> None:
     """Draw all runs in one, wherever that was asked for; on a terminal without being asked."""
     screen = Screen.of(sys.stdout)
     drawn = not given.json and (screen.terminal if given.plot is None else given.plot)
     if not (drawn or given.png or given.html):
         return
     from holdfast.monitor.curves import curves_of, labels_of
-    from holdfast.monitor.run_view import RunView
 
-    runs = []
-    for one, label in zip(found, labels_of([h.run.directory for h in found]), strict=True):
-        view = RunView(one.run.directory)
-        view.refresh()
-        runs.append(curves_of(view, label))
+    labels = labels_of([view.directory for view in views])
+    runs = [curves_of(view, label) for view, label in zip(views, labels, strict=True)]
     if drawn and (given.plot or any(runs)):
         _draw(runs, screen, asked=bool(given.plot))
     if given.png or given.html:

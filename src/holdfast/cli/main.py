@@ -186,9 +186,11 @@ def _fail(message: str, status: int, error: BaseException, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
+    from holdfast.manage.table import printable
+
     try:
         for line in message.splitlines():
-            print(f"holdfast: {line}", file=sys.stderr)
+            print(f"holdfast: {printable(line)}", file=sys.stderr)
         sys.stdout.flush()
     except OSError:  # the terminal is gone; the status still tells
         _silence_stdout()
@@ -205,6 +207,7 @@ def _explain(error: OSError) -> str:
         errno.EPERM: _("permission denied. Choose one that you may read and write."),
         errno.ENOENT: _("there is no such file or directory. Check the name."),
         errno.ENOTDIR: _("a file is where a directory should be. Choose another path."),
+        errno.EISDIR: _("a directory is where a file should be. Name a file."),
         errno.ENAMETOOLONG: _("the name is too long. Choose a shorter one."),
     }.get(error.errno or 0, str(error.strerror or error))
     return where + what

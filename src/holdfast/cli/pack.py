@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from holdfast.cli.progress import ProgressLine
 from holdfast.errors import CheckpointError, ConfigError, Interrupted
 from holdfast.formatting import format_bytes
 from holdfast.i18n import N_, _
-from holdfast.manage.table import Screen, printable
+from holdfast.manage.table import Screen, printable, wrapped
 from holdfast.manage.verify import Progress
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def run_pack(argv: Sequence[str], prog: str) -> int:
     if given.json:
         common.show_json(packed.to_json())
     else:
-        common.show(map(printable, _told(packed, given.directory)))
+        _show(_told(packed, given.directory))
     return CheckpointError.exit_code if packed.damaged else 0
 
 
@@ -129,8 +129,8 @@ def _check(given: argparse.Namespace) -> int:
     if given.json:
         common.show_json(found.to_json())
     else:
-        common.show([printable(_("✓ {path}: {summary}. Every checksum is right.", path=found.path,
-                            summary=found.summary()))])  # fmt: skip
+        _show([_("✓ {path}: {summary}. Every checksum is right.", path=found.path,
+                 summary=found.summary())])  # fmt: skip
     return 0
 
 
@@ -145,11 +145,19 @@ def _unpack(given: argparse.Namespace) -> int:
         return 0
     lines = [_("✓ {directory}: {summary}. Every checksum was right, and every checkpoint was read "
                "back.", directory=target, summary=found.summary())]  # fmt: skip
+    commands = []
     if (target / "config.json").is_file():  # our own trainer's; a stranger's loop has its own way
         command = f"holdfast train --checkpoint-dir {shlex.quote(str(target))}"
-        lines.append(_("To go on: {command}", command=command))
-    common.show(map(printable, lines))
+        commands.append(_("To go on: {command}", command=command))
+    _show(lines)
+    common.show(map(printable, commands))
     return 0
+
+
+def _show(lines: Iterable[str]) -> None:
+    screen = Screen.of(sys.stdout)
+    for line in lines:
+        common.show(wrapped(printable(line), screen))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -13,7 +14,7 @@ from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import N_, _
 from holdfast.manage import verify
 from holdfast.manage.rundir import DAMAGED
-from holdfast.manage.table import printable
+from holdfast.manage.table import Screen, printable, wrapped
 
 
 def run_verify(argv: Sequence[str], prog: str) -> int:
@@ -38,6 +39,7 @@ def run_verify(argv: Sequence[str], prog: str) -> int:
         raise ConfigError(_("--jobs {value}: expected a positive number; see {prog} --help",
                             value=given.jobs, prog=prog))  # fmt: skip
     targets = verify.targets_of(given.sources, everything=given.everything)
+    screen = Screen.of(sys.stdout)
     began, verdicts = time.monotonic(), []
     bar = ProgressLine()
     try:
@@ -46,7 +48,8 @@ def run_verify(argv: Sequence[str], prog: str) -> int:
                 verdicts.append(verdict)
                 if not given.json:
                     bar.clear()
-                    common.show([_verdict_line(verdict)])
+                    mark, told = _verdict_line(verdict)
+                    common.show(wrapped(told, screen, mark))
     finally:
         bar.clear()
     failed = any(verdict.failed for verdict in verdicts)
@@ -59,20 +62,22 @@ def run_verify(argv: Sequence[str], prog: str) -> int:
     if not verdicts:
         common.show([_("There is nothing to check.")])
         return 0
-    common.show(dict.fromkeys(verdict.note for verdict in verdicts if verdict.note))
+    for note in dict.fromkeys(verdict.note for verdict in verdicts if verdict.note):
+        common.show(wrapped(printable(note), screen))
     checked = [v.size for v in verdicts if v.state in (verify.INTACT, DAMAGED)]
     told = _("Files checked: {count}, {size} in {time}. Damaged: {damaged}.", count=len(checked),
              size=format_bytes(sum(checked)), time=format_seconds(time.monotonic() - began),
              damaged=damaged)  # fmt: skip
-    common.show([told])
+    common.show(wrapped(told, screen))
     if any(v.state == DAMAGED and v.target.place == verify.RUN for v in verdicts):
         told = _("Nothing was moved: the next start of the training sets damaged files aside and "
                  "goes on from the newest that is intact.")  # fmt: skip
-        common.show([told])
+        common.show(wrapped(told, screen))
     return CheckpointError.exit_code if failed else 0
 
 
-def _verdict_line(verdict: verify.Verdict) -> str:
+def _verdict_line(verdict: verify.Verdict) -> tuple[str, str]:
+    """The sign of what was found, with the space behind it, and the words."""
     path, *others = verdict.target.paths
     names = ", ".join(other.name for other in others)
     what = f"{path} ({names})" if names else str(path)
@@ -86,7 +91,7 @@ def _verdict_line(verdict: verify.Verdict) -> str:
         line = _("✗ {path}: DAMAGED: {reason}", path=what, reason=verdict.reason)
     else:
         line = _("- {path}: not checked: {reason}", path=what, reason=verdict.reason)
-    return printable(line)
+    return line[:2], printable(line[2:])
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {

@@ -46,9 +46,10 @@ def choose(run: RunDirectory, wanted: str) -> Choice:
         found = _here(run, path) or _archived(run, path)
         if found is not None:
             return found
-    for name, reason in run.contents.damaged:
-        if any(filesystem.same_data(run.directory / name, path) for path in files):
-            raise DamagedCheckpoint(reason)
+    for name, why in run.contents.damaged:
+        path = run.directory / name
+        if any(filesystem.same_data(path, file) for file in files):
+            raise DamagedCheckpoint(_("{path} is damaged: {why}.", path=path, why=why), why)
     raise CheckpointError(
         _("{path} is no checkpoint of {directory}; `holdfast list` shows what is there.",
           path=files[0], directory=run.directory)

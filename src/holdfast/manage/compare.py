@@ -182,11 +182,10 @@ def _subject(label: str, source: Path) -> Subject:
         if entry is None:
             raise HoldfastError(_("There are no checkpoints in {directory}.", directory=source))
         path, chosen = run.catalog.path(entry), "best" if run.contents.best else "newest"
-    try:
-        with Reader(path) as reader:
-            manifest, size = reader.manifest, reader.size
-    except FileNotFoundError as error:
-        raise HoldfastError(_("There is no checkpoint at {path}.", path=path)) from error
+    if not path.is_file():  # a pipe would be waited for
+        raise HoldfastError(_("There is no checkpoint at {path}.", path=path))
+    with Reader(path) as reader:
+        manifest, size = reader.manifest, reader.size
     entry = summary(manifest, size)
     metrics = {k: v for k, v in ((k, number(v)) for k, v in entry.metrics.items()) if v is not None}
     if "val_loss" in metrics and "perplexity" not in metrics:

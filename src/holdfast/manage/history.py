@@ -11,14 +11,14 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.container import read_manifest
 from holdfast.errors import CheckpointError
-from holdfast.formatting import NOTHING, format_loss, format_time
+from holdfast.formatting import NOTHING, format_loss, format_time, parse_time
 from holdfast.i18n import _
 from holdfast.manage.output import write_output
 from holdfast.manage.rundir import RunDirectory, names_of, number
@@ -53,10 +53,16 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The epochs of a run in their order, and its events, oldest first."""
+    """The epochs of a run in their order, and its events, oldest first.
+
+    `state` and `ends` are of those who have read the metrics (monitor/run_view.py): "training",
+    "finished", "stopped" or "empty"; and in the form of events, when it was finished, or broke off.
+    """
 
     run: RunDirectory
     epochs: list[Epoch]
+    state: str | None = None
+    ends: Sequence[dict[str, Any]] = ()
 
     @property
     def best(self) -> Epoch | None:
@@ -68,6 +74,8 @@ class History:
         """The documented form."""
         return {
             "directory": str(self.run.directory),
+            "state": self.state,
+            "ends": list(self.ends),
             "epochs": self.records(),
             "events": self.run.events,
         }
@@ -81,7 +89,7 @@ class History:
 
     def lines(self, screen: Screen, *, everything: bool = False) -> list[str]:
         """What a person sees: the table, then the story, or every event."""
-        told = story(self.run.events, everything=everything)
+        told = story(_in_time(self.run.events, self.ends), everything=everything, screen=screen)
         if not self.epochs and not told:
             nothing = _("There is no history of a training in {directory}.",
                         directory=self.run.directory)  # fmt: skip
@@ -123,6 +131,23 @@ def history_of(run: RunDirectory) -> History:
     _add_events(run, epochs)
     _add_checkpoints(run, epochs)
     return History(run, [epochs[key] for key in sorted(epochs)])
+
+
+def _in_time(
+    events: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """`more` behind what had happened by then; the events themselves keep the order in which they
+    were written, whatever a clock said."""
+    merged = list(events)
+    for event in more:
+        before = [i for i, one in enumerate(merged) if _moment(one) <= _moment(event)]
+        merged.insert(before[-1] + 1 if before else 0, event)
+    return merged
+
+
+def _moment(event: Mapping[str, Any]) -> float:
+    time = parse_time(event.get("time"))
+    return 0.0 if time is None else time.timestamp()
 
 
 def write_csv(histories: Sequence[History], path: Path) -> None:

@@ -23,7 +23,7 @@ from holdfast.manage.rundir import (
     number,
     set_aside,
 )
-from holdfast.manage.table import Column, Screen, printable, render
+from holdfast.manage.table import Column, Screen, printable, render, wrapped
 
 _Key = Callable[[Entry], Any]
 _EPOCH = datetime.datetime.fromtimestamp(0, datetime.timezone.utc)
@@ -74,11 +74,11 @@ class Listing:
         """What a person sees; `now` is for the ages."""
         if not self.entries and not self.run.contents.damaged:
             empty = _("There are no checkpoints in {directory}.", directory=self.run.directory)
-            return [printable(empty), *self._remarks()]
+            return [printable(empty), *self._remarks(screen)]
         now = now or datetime.datetime.now().astimezone()
         rows = [self._row(entry, screen, now) for entry in self.entries]
         table = render(_columns(), rows, screen) if rows else []
-        return [*table, *([""] if table else []), *self._footer(screen), *self._remarks()]
+        return [*table, *([""] if table else []), *self._footer(screen), *self._remarks(screen)]
 
     def _row(self, entry: Entry, screen: Screen, now: datetime.datetime) -> list[str]:
         created = parse_time(entry.created)
@@ -107,15 +107,18 @@ class Listing:
               count=len(self.entries), names=names, size=format_bytes(self.disk_bytes))
         ]  # fmt: skip
         if screen.terminal and self.entries:
-            lines.append(
-                _("{best} best · {latest} newest, training goes on from it",
-                  best=_best(screen), latest=_latest(screen))
-            )  # fmt: skip
+            marks = {"best": _best(screen), "latest": _latest(screen)}
+            if self.latest in self.run.distrusted:  # recovery passes it over
+                lines.append(_("{best} best · {latest} newest, but damaged", **marks))
+            else:
+                lines.append(
+                    _("{best} best · {latest} newest, training goes on from it", **marks)
+                )  # fmt: skip
             if any(entry.pinned for entry in self.entries):
                 lines[-1] += _(" · {pinned} pinned: no clean-up takes it", pinned=_pinned(screen))
         return lines
 
-    def _remarks(self) -> list[str]:
+    def _remarks(self, screen: Screen) -> list[str]:
         """What lies here besides the checkpoints, by name."""
         contents, lines = self.run.contents, []
         for place, (count, size) in (
@@ -126,7 +129,10 @@ class Listing:
                     _("{place}/: checkpoint files: {count}, {size} in all", place=place,
                       count=count, size=format_bytes(size))
                 )  # fmt: skip
-        lines += [_("damaged: {reason}", reason=reason) for _name, reason in contents.damaged]
+        lines += [
+            _("damaged: {name}: {reason}", name=name, reason=reason)
+            for name, reason in contents.damaged
+        ]
         lines += [
             _("cannot be read: {name}: {reason}", name=name, reason=reason)
             for name, reason in contents.unreadable
@@ -135,7 +141,7 @@ class Listing:
             lines.append(
                 _("not written by holdfast: {names}", names=", ".join(contents.foreign))
             )  # fmt: skip
-        return [printable(line) for line in lines]
+        return [part for line in lines for part in wrapped(printable(line), screen)]
 
 
 def record_of(entry: Entry, *, damaged: bool, best: bool, latest: bool) -> dict[str, Any]:

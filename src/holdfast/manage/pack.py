@@ -169,7 +169,7 @@ def pack(
             except DamagedCheckpoint as error:
                 if broken.data is None:  # what was written, not what was read
                     raise
-                damaged |= not run.drop(broken.data, str(error))
+                damaged |= not run.drop(broken.data, error.why)
                 if run.newest is None:
                     raise
 

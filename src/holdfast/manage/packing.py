@@ -343,7 +343,8 @@ class Payloads:
                 reader.check_structure()
                 self._records = sorted(reader.records, key=lambda record: record.offset)
         except DamagedCheckpoint as error:
-            raise DamagedCheckpoint(str(error).replace(str(name), str(path))) from error
+            told = str(error).replace(str(name), str(path))
+            raise DamagedCheckpoint(told, error.why) from error
 
     def take(self, chunk: bytes) -> None:
         """The next bytes of the file. Raises `DamagedCheckpoint`."""
@@ -356,7 +357,8 @@ class Payloads:
                 break
             if self._xxh3.hexdigest() != record.xxh3:
                 why = _("the content of record {name} has changed", name=record.name)
-                raise DamagedCheckpoint(_("{path} is damaged: {why}.", path=self._path, why=why))
+                told = _("{path} is damaged: {why}.", path=self._path, why=why)
+                raise DamagedCheckpoint(told, why)
             self._records.pop(0)
             self._xxh3 = xxhash.xxh3_128()
         self._at = end

@@ -130,7 +130,7 @@ def show(source: str | os.PathLike[str]) -> Shown:
         if run.contents.newest is None:
             raise CheckpointError(_("There are no checkpoints in {directory}.", directory=path))
         path = run.catalog.path(run.contents.newest)
-    elif not path.exists():
+    elif not path.is_file():  # a pipe would be waited for
         raise CheckpointError(
             _("There is no checkpoint at {source}; `holdfast list` shows what is there.",
               source=path)
@@ -144,16 +144,16 @@ def show(source: str | os.PathLike[str]) -> Shown:
             inside = _inside(reader.manifest, path, size, run)
             state, reason = _health(reader, inside, run)
     except DamagedCheckpoint as error:
-        return Shown(path, size, DAMAGED, str(error), run=run, form=OURS,
+        return Shown(path, size, DAMAGED, error.why, run=run, form=OURS,
                      records=zip_look.salvage(path))  # fmt: skip
     except NewerFormat as error:
-        return _foreign(path, size, run, str(error))
+        return _foreign(path, size, run, error.why)
     except ForeignCheckpoint as error:
         announced = run is not None and _was_ours(run, path)
         if announced:
-            return Shown(path, size, DAMAGED, str(error), run=run, form=OURS,
+            return Shown(path, size, DAMAGED, error.why, run=run, form=OURS,
                          records=zip_look.salvage(path))  # fmt: skip
-        return _foreign(path, size, run, str(error))
+        return _foreign(path, size, run, error.why)
     return Shown(path, size, state, reason, inside, run)
 
 
@@ -175,7 +175,7 @@ def _health(reader: Reader, inside: Inside, run: RunDirectory | None) -> tuple[s
     try:
         reader.check_structure()
     except DamagedCheckpoint as error:
-        return DAMAGED, str(error)
+        return DAMAGED, error.why
     if run is not None and inside.entry.id in run.distrusted:
         return DAMAGED, _("its last check found damage; `holdfast verify` says what")
     if QUARANTINE in reader.path.absolute().parent.parts:

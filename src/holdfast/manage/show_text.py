@@ -22,15 +22,23 @@ from holdfast.manage.layers import MODEL, OPTIMIZER, OTHER, Tensor
 from holdfast.manage.rundir import kind_in_words, number
 from holdfast.manage.show import DAMAGED, FOREIGN, Inside, Shown, commands_for
 from holdfast.manage.story import ENDS
-from holdfast.manage.table import Column, Screen, printable, render
+from holdfast.manage.table import Column, Screen, printable, render, wrapped
 from holdfast.manage.values import flatten
 
+_PIPE = Screen()
 _RECORDS = 12  # of a file that is not ours, the largest first
 _LONG = 60  # characters of a value; a longer one is cut on a terminal
 _MODEL_FACTS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                 "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "n_embd",
                 "n_layer", "n_head", "n_positions", "tie_word_embeddings")  # fmt: skip
 _KINDS = {MODEL: N_("model"), OPTIMIZER: N_("optimizer"), OTHER: N_("other")}
+_REASONS = {
+    "scheduled": N_("on schedule"),
+    "save_every": N_("by --save-every"),
+    "best": N_("the best so far"),
+    "end": N_("the end of the training"),
+    "unsafe": N_("too long nothing had been saved"),
+}
 _FORMS = {
     zip_look.TORCH: N_("a file of torch.save"),
     zip_look.ZIP: N_("a ZIP archive, not one of torch.save"),
@@ -44,7 +52,7 @@ def lines(shown: Shown, screen: Screen, *, tensors: bool = False) -> list[str]:
     """The whole text; every tensor instead of the layers where `tensors` asks for it."""
     blocks = [[screen.bold(printable(str(shown.path)))]]
     if shown.inside is None:
-        blocks[0] += _without_manifest(shown)
+        blocks[0] += _without_manifest(shown, screen)
         blocks += [_records(shown, screen)] if shown.records else []
     else:
         blocks[0] += _facts(shown, shown.inside, screen)
@@ -93,7 +101,7 @@ def _facts(shown: Shown, inside: Inside, screen: Screen) -> list[str]:
         (_("format"), _("version {version}, every byte under xxh3-128 and CRC-32",
                         version=inside.format_version)),
     ]  # fmt: skip
-    return _pairs(facts)
+    return _pairs(facts, screen)
 
 
 def _reason(kind: str, reason: str) -> str:
@@ -101,7 +109,9 @@ def _reason(kind: str, reason: str) -> str:
     words = kind_in_words(kind)
     if reason in ENDS:
         return words + _(ENDS[reason])
-    return words if reason in (kind, "") else f"{words} ({reason})"
+    if reason in (kind, ""):
+        return words
+    return f"{words} ({_(_REASONS[reason]) if reason in _REASONS else reason})"
 
 
 def _health(shown: Shown, inside: Inside) -> str:
@@ -160,12 +170,14 @@ def _flow(items: Iterable[str], screen: Screen) -> list[str]:
     return found
 
 
-def _pairs(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Names and what they are, the second in one column."""
+def _pairs(pairs: Sequence[tuple[str, str]], screen: Screen = _PIPE) -> list[str]:
+    """Names and what they are, the second in one column, wrapped there on a `screen`."""
     width = max(cell_len(name) for name, _value in pairs)
-    return [
-        f"  {name}{' ' * (width - cell_len(name))}  {printable(value)}" for name, value in pairs
-    ]
+    found: list[str] = []
+    for name, value in pairs:
+        head = f"  {name}{' ' * (width - cell_len(name))}  "
+        found += wrapped(printable(value), screen, head)
+    return found
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -241,7 +253,7 @@ def _count(count: int) -> str:
 # ------------------------------------------------------------------------------ without a manifest
 
 
-def _without_manifest(shown: Shown) -> list[str]:
+def _without_manifest(shown: Shown, screen: Screen) -> list[str]:
     size = _size(shown.size)
     if shown.state == DAMAGED:
         whole = [record for record in shown.records if record.whole]
@@ -252,7 +264,7 @@ def _without_manifest(shown: Shown) -> list[str]:
             (_("state"), _("DAMAGED: {reason}", reason=shown.reason)),
             (_("readable"), told),
             (_("size"), size),
-        ])  # fmt: skip
+        ], screen)  # fmt: skip
     facts = [(_("state"), _("not a checkpoint of ours: {reason}", reason=shown.reason)),
              (_("what it is"), _(_FORMS[shown.form])), (_("size"), size)]  # fmt: skip
     if shown.records:
@@ -262,7 +274,7 @@ def _without_manifest(shown: Shown) -> list[str]:
     if shown.imports:
         names = _("{names} (nothing was unpickled)", names=", ".join(shown.imports))
         facts.append((_("its pickle names"), names))
-    return _pairs(facts)
+    return _pairs(facts, screen)
 
 
 def _records(shown: Shown, screen: Screen) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from holdfast.formatting import format_bytes, format_seconds, format_time
 from holdfast.i18n import N_, _
-from holdfast.manage.table import printable
+from holdfast.manage.table import Screen, printable, wrapped
 
 # What happens all the time while everything goes well; shown with `--events` only.
 ROUTINE = ("durable", "verified", "removed")
@@ -42,6 +42,7 @@ _SENTENCES = {
     "rescued": N_("step {step} was found in memory and made durable"),
     "finished": N_("training was finished at step {step}"),
 }
+_PIPE = Screen()
 _REASONS = {
     "retention": N_("older than what is kept"),
     "clean": N_("holdfast clean"),
@@ -50,13 +51,16 @@ _REASONS = {
 }
 
 
-def story(events: Iterable[Mapping[str, Any]], *, everything: bool = False) -> list[str]:
+def story(
+    events: Iterable[Mapping[str, Any]], *, everything: bool = False, screen: Screen = _PIPE
+) -> list[str]:
     """Interruptions, resumes, quarantines, failures, each with its local time; or all events."""
-    return [
-        f"{format_time(event.get('time'))}  {printable(describe(event))}"
-        for event in events
-        if everything or is_story(event)
-    ]
+    lines: list[str] = []
+    for event in events:
+        if everything or is_story(event):
+            time = f"{format_time(event.get('time'))}  "
+            lines += wrapped(printable(describe(event)), screen, time)
+    return lines
 
 
 def is_story(event: Mapping[str, Any]) -> bool:

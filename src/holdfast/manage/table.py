@@ -14,6 +14,8 @@ from typing import TextIO
 
 from rich.cells import cell_len
 
+from holdfast.formatting import wrap_cells
+
 _GAP = "  "
 _BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"
 
@@ -87,6 +89,19 @@ def _fitting(
             break
         shown.remove(weakest)
     return shown
+
+
+def wrapped(text: str, screen: Screen, head: str = "") -> list[str]:
+    """`head` and `text` in lines that fit a terminal, the further ones under the beginning of
+    `text`; one whole line in a pipe. What is meant for copying, a command, does not come here."""
+    if screen.width is None or cell_len(head) + cell_len(text) <= screen.width:
+        return [head + text]
+    indent = cell_len(head)
+    if indent > screen.width // 2:  # too little room beside it
+        first, *rest = wrap_cells(head + text, screen.width)
+        return [first, *(_GAP + line for line in wrap_cells(" ".join(rest), screen.width - 2))]
+    first, *rest = wrap_cells(text, screen.width - indent)
+    return [head + first, *(" " * indent + line for line in rest)]
 
 
 def printable(text: str) -> str:

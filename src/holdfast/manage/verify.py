@@ -327,10 +327,10 @@ def _read(path: Path, count: Callable[[int], None]) -> _Check | None:
     except FileNotFoundError:
         return None
     except DamagedCheckpoint as error:
-        check.state, check.reason = DAMAGED, str(error)
+        check.state, check.reason = DAMAGED, error.why
     except CheckpointError as error:
         check.state = UNREADABLE if isinstance(error, NewerFormat) else FOREIGN
-        check.reason = str(error)
+        check.reason = error.why
     except OSError as error:  # only a medium that fails says something about the file
         check.state = DAMAGED if error.errno == errno.EIO else UNREADABLE
         check.reason = str(error)

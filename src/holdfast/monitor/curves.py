@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.manage.history import Epoch, history_of
-from holdfast.monitor.run_view import RunView
+from holdfast.monitor.run_view import BROKE_OFF, RunView
 
 MOST = 2000  # points of one curve: more than any screen shows, less than any browser minds
 
@@ -20,6 +20,7 @@ CHECKPOINT, INTERRUPTED, RESUMED, TROUBLE = "checkpoint", "interrupted", "resume
 KINDS = (CHECKPOINT, INTERRUPTED, RESUMED, TROUBLE)
 _KIND_OF = {
     "interrupted": INTERRUPTED,
+    BROKE_OFF: INTERRUPTED,
     "resumed": RESUMED,
     "rescued": RESUMED,
     "rolled_back": RESUMED,

@@ -225,6 +225,7 @@ def _figure(runs: Sequence[Curves]) -> tuple[list[dict[str, Any]], dict[str, Any
         layout["yaxis" if j == 1 else f"yaxis{j}"] = {
             "domain": [low, high],
             "rangemode": "tozero" if title == _STALL else "normal",
+            "exponentformat": "e",  # a learning rate of 3e-4, not of 300 µ
         }
         layout["annotations"].append({  # above its panel: turned by 90 degrees it fits no phone
             "text": _(title), "xref": "paper", "yref": "paper", "x": 0, "y": high,

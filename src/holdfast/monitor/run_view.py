@@ -87,7 +87,7 @@ class RunView:
         self.started: dict[str, Any] = {}  # the line of the last start: plan, device, model
         self._own_marks: list[Mark] = []
         self._own_notices: list[dict[str, Any]] = []
-        self._ended = False
+        self._ended = self._said = False  # finished; or ended in another way, and said so
         self._last_line = ""
 
     def _forget_events(self) -> None:
@@ -121,7 +121,7 @@ class RunView:
         if not isinstance(step, int):
             return
         time = str(line.get("time") or "")
-        self._last_line, self._ended = time, kind == "finished"
+        self._last_line, self._ended, self._said = time, kind == "finished", kind == "ended"
         if kind == "step":
             self._undo_after(step - 1)
             point = Point(
@@ -181,7 +181,7 @@ class RunView:
     def marks(self) -> list[Mark]:
         """What happened on the way, in the order of time."""
         found = self._event_marks + self._own_marks
-        broken = self._broken_off
+        broken = self.broke_off
         if broken is not None:
             found = [*found, Mark(BROKE_OFF, broken["step"], broken["time"], broken)]
         return sorted(found, key=lambda mark: _seconds(mark.time))
@@ -190,16 +190,24 @@ class RunView:
     def notices(self) -> list[dict[str, Any]]:
         """The events that a person wants to know of, in the order of time; `manage.story.describe`
         has the words for each."""
-        broken = self._broken_off
-        found = self._event_notices + self._own_notices + ([broken] if broken is not None else [])
-        return sorted(found, key=lambda event: _seconds(str(event.get("time"))))
+        return sorted(
+            self._event_notices + self.ends, key=lambda event: _seconds(str(event.get("time")))
+        )
 
     @property
-    def _broken_off(self) -> dict[str, Any] | None:
-        """The end of a training that could write nothing any more: it was killed, or its machine
-        failed. None where the newest step is on the disk, as after every end of its own; the end of
-        a stranger's loop is not known. Its next start writes what that has cost."""
-        if self.state != STOPPED or not self.started:
+    def ends(self) -> list[dict[str, Any]]:
+        """What the metrics alone tell, in the form of events: when it was finished, and that it
+        broke off."""
+        broken = self.broke_off
+        return [*self._own_notices, *([broken] if broken is not None else [])]
+
+    @property
+    def broke_off(self) -> dict[str, Any] | None:
+        """The end of a training that could write nothing any more, in the form of an event: it was
+        killed, or its machine failed. None where the newest step is on the disk, and where it has
+        said how it ended; a stranger's loop says neither. Its next start writes what it has cost.
+        """
+        if self.state != STOPPED or not self.started or self._said:
             return None
         safety = self.safety
         if not safety.disk_steps:

@@ -298,7 +298,7 @@ class Console:
             self._on_resumed(fields["resumed"])
         elif event == "quarantined":
             self.warn(
-                _("{names}: {reason} Moved to quarantine/.", names=", ".join(fields["names"]),
+                _("{names}: {reason}. Moved to quarantine/.", names=", ".join(fields["names"]),
                   reason=fields["reason"])
             )  # fmt: skip
         elif event == "archived":
@@ -401,8 +401,9 @@ class Console:
         )
         if resumed.steps_lost:
             self.warn(
-                _("{steps} steps ({minutes} minutes) that were saved are lost with the damaged "
-                  "files.", steps=resumed.steps_lost, minutes=f"{resumed.minutes_lost:.1f}")
+                _("{steps} steps ({time} of work) that were saved are lost with the damaged "
+                  "files.", steps=resumed.steps_lost,
+                  time=format_seconds(60 * resumed.minutes_lost))
             )  # fmt: skip
 
 

@@ -246,6 +246,9 @@ def _train(
         records.event("finished", trainer.progress.step)
         _tell_finished(trainer, console, command, before=False)
         notifier.send("finished", _finished_words(trainer))
+    except BaseException as error:  # so that who watches can tell an end from a kill
+        records.event("ended", trainer.progress.step, reason=type(error).__name__)
+        raise
     finally:
         records.close()
 
