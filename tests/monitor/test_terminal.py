@@ -91,7 +91,7 @@ def test_everything_that_matters_is_on_the_screen(directory: Path, size: tuple[i
     async def story(pilot: Pilot[Any]) -> None:
         text = await until(pilot, "step 480/1000")
         for part in (
-            str(directory)[-20:], "training", "epoch 5/10", "48.0 %", " left", "5000 tokens/s",
+            str(directory)[-20:], "training", "epoch 5/10", "48.0 %", " left", "5,000 tokens/s",
             "train 0.2041", "smoothed 0.2041", "validation 2.2500",
             "power cut  80 steps", "kill       80 steps", "disk loss  all, no remote copy",
             "durable    step 400", "disk free", "disk full", "machine", "GPU",

@@ -73,7 +73,7 @@ def model(snapshot: Snapshot) -> list[str]:
     """What is trained, where, and how fast, the most important first."""
     parts = []
     if snapshot.last is not None and snapshot.last.tokens_per_second is not None:
-        parts.append(f"{snapshot.last.tokens_per_second:.0f} tokens/s")
+        parts.append(_("{rate} tokens/s", rate=f"{snapshot.last.tokens_per_second:,.0f}"))
     if snapshot.last is not None and snapshot.last.learning_rate is not None:
         parts.append(_("learning rate {rate}", rate=f"{snapshot.last.learning_rate:.2e}"))
     started = snapshot.started
