@@ -82,6 +82,24 @@ def test_a_signal_lets_the_answers_under_way_end(server: Server) -> None:
     assert f"{server.url}/v1" in server.said and "Traceback" not in err
 
 
+def test_a_script_learns_the_address_and_the_models(run: Path) -> None:
+    call = [sys.executable, "-m", "holdfast", "serve", str(run), "--port", "0", "--json"]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    said = ""
+    while not said.endswith("\n}\n") and (line := process.stdout.readline()):
+        said += line
+    told = json.loads(said)
+    with urllib.request.urlopen(f"{told['api']}/models", timeout=60) as answer:
+        served = json.load(answer)["data"]
+    process.send_signal(signal.SIGTERM)
+    rest, _err = process.communicate(timeout=30)
+    assert (process.returncode, rest) == (0, "")
+    assert [one["id"] for one in told["models"]] == [one["id"] for one in served]
+    best = {"id": "best", "step": 100, "path": str(run / "model_epoch_1.pt")}
+    assert told["models"][0] == best
+
+
 def test_a_second_ctrl_c_ends_at_once(server: Server) -> None:
     with server.ask(CONTEXT) as answer:
         answer.readline()

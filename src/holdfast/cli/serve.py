@@ -39,7 +39,7 @@ def run_serve(argv: Sequence[str], prog: str) -> int:
     from holdfast.serving.server import serve
 
     with _speaking():
-        if serve(sources, _settings(given), _say_ready):
+        if serve(sources, _settings(given), _show_ready if given.json else _say_ready):
             return 0
     raise KeyboardInterrupt(_("Ended at once; requests under way were not answered."))
 
@@ -57,7 +57,6 @@ def _serve_parser(prog: str) -> Parser:
         _("Examples:\n  {prog}\n  {prog} checkpoints/best_model.pt --port 9000\n"
           "  {prog} runs/a runs/b\n  {prog} --host 0.0.0.0 --api-key $(openssl rand -hex 16)",
           prog=prog),
-        scripts=False,
     )  # fmt: skip
     parser.add_argument("sources", nargs="*", metavar="FILE|RUN",
                         help=_("checkpoints or run directories (default: ${variable}, else "
@@ -165,6 +164,14 @@ def _say_ready(ready: Ready) -> None:
         lines.append(_("Also: {names}", names=shown))
     lines.append(_("OpenAI API: {url}/v1 · page: {url}/ · Ctrl-C ends", url=ready.url))
     common.show([printable(line) for line in lines])
+
+
+def _show_ready(ready: Ready) -> None:
+    """One document when the server answers: with --port 0 a script learns the address by it."""
+    models = [
+        {"id": card.name, "step": card.entry.step, "path": str(card.path)} for card in ready.cards
+    ]
+    common.show_json({"url": ready.url, "api": f"{ready.url}/v1", "models": models})
 
 
 @contextlib.contextmanager
