@@ -67,7 +67,7 @@ def rows() -> list[Row]:
     """The whole matrix, in the order of the table."""
     found = [_calls(savers.Ours, kind, "ours", quick=_QUICK[kind]) for kind in calls.KINDS]
     found += [
-        _calls(savers.TorchSaveLatest, "killed at a call", "caught", quick=2),
+        _calls(savers.TorchSaveLatest, "killed at a call", "caught", quick=4),
         _calls(savers.TorchSaveLatest, "a call fails once", "caught", quick=8),
         _calls(savers.TorchSaveLatest, "a lying write", "caught", quick=2),
         _calls(savers.Believes, "a lying write", "caught", quick=1),

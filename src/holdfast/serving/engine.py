@@ -162,6 +162,12 @@ class Engine:
                 rounds = 1 + len(self._waiting) / self._batch.limit
                 raise QueueFull(max(1, min(60, math.ceil(rounds * self._seconds))))
             self._waiting.extend(sequences)
+        # Two rounds of the event loop later: requests that come together begin together, where the
+        # first alone would have the others wait for a pass and a step of its own.
+        self._loop.call_soon_threadsafe(self._loop.call_soon, self._wake)
+
+    def _wake(self) -> None:
+        with self._changed:
             self._changed.notify()
 
     def cancel(self, sequences: Iterable[Text]) -> None:
