@@ -363,6 +363,22 @@ def test_an_end_that_was_said_is_no_kill(run: Recorded) -> None:
     assert view.broke_off is None and view.state == STOPPED
 
 
+def test_a_kill_stays_told_when_training_has_gone_on(run: Recorded) -> None:
+    run.started(0, ago(90))
+    run.step(10, ago(80))
+    run.step(20, ago(79))
+    run.started(12, ago(70))  # steps 13 to 20 are made again
+    run.step(20, ago(60))
+    run.metric("ended", 20, ago(59), reason="Interrupted")
+    run.started(15, ago(50))  # gone back, of one's own will
+    run.step(30, ago(40))
+    run.metric("finished", 30, ago(39))
+    view = seen(run)
+    assert [(one["event"], one["step"]) for one in view.ends] == [("finished", 30), (BROKE_OFF, 20)]
+    assert [mark.step for mark in view.marks if mark.kind == BROKE_OFF] == [20]
+    assert [event["event"] for event in view.notices] == [BROKE_OFF, "finished"]
+
+
 @pytest.mark.usefixtures("training")
 def test_a_training_that_runs_has_not_broken_off(run: Recorded) -> None:
     run.started(0, ago(2))

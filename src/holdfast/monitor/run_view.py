@@ -87,6 +87,7 @@ class RunView:
         self.started: dict[str, Any] = {}  # the line of the last start: plan, device, model
         self._own_marks: list[Mark] = []
         self._own_notices: list[dict[str, Any]] = []
+        self._breaks: list[dict[str, Any]] = []  # ends of earlier processes that wrote nothing
         self._ended = self._said = False  # finished; or ended in another way, and said so
         self._last_line = ""
 
@@ -120,7 +121,7 @@ class RunView:
         kind, step = line.get("event"), line.get("step")
         if not isinstance(step, int):
             return
-        time = str(line.get("time") or "")
+        time, last, spoken = str(line.get("time") or ""), self._last_line, self._ended or self._said
         self._last_line, self._ended, self._said = time, kind == "finished", kind == "ended"
         if kind == "step":
             self._undo_after(step - 1)
@@ -140,6 +141,9 @@ class RunView:
             epoch, text = _integer(line.get("epoch")) or 0, str(line.get("text") or "")
             self.samples.append(Sample(step, epoch, text, time))
         elif kind == "started":
+            if self.points and self.points[-1].step > step and not spoken:
+                broken = {"time": last, "event": BROKE_OFF, "step": self.points[-1].step}
+                self._breaks.append(broken)
             self._undo_after(step)
             self.started = dict(line)
         elif kind in ("resumed", "diverged"):
@@ -181,9 +185,7 @@ class RunView:
     def marks(self) -> list[Mark]:
         """What happened on the way, in the order of time."""
         found = self._event_marks + self._own_marks
-        broken = self.broke_off
-        if broken is not None:
-            found = [*found, Mark(BROKE_OFF, broken["step"], broken["time"], broken)]
+        found = found + [Mark(BROKE_OFF, one["step"], one["time"], one) for one in self._all_breaks]
         return sorted(found, key=lambda mark: _seconds(mark.time))
 
     @property
@@ -196,16 +198,20 @@ class RunView:
 
     @property
     def ends(self) -> list[dict[str, Any]]:
-        """What the metrics alone tell, in the form of events: when it was finished, and that it
+        """What the metrics alone tell, in the form of events: when it was finished, and when it
         broke off."""
-        broken = self.broke_off
-        return [*self._own_notices, *([broken] if broken is not None else [])]
+        return self._own_notices + self._all_breaks
+
+    @property
+    def _all_breaks(self) -> list[dict[str, Any]]:
+        now = self.broke_off
+        return self._breaks + ([now] if now is not None else [])
 
     @property
     def broke_off(self) -> dict[str, Any] | None:
         """The end of a training that could write nothing any more, in the form of an event: it was
         killed, or its machine failed. None where the newest step is on the disk, and where it has
-        said how it ended; a stranger's loop says neither. Its next start writes what it has cost.
+        said how it ended; a stranger's loop says neither.
         """
         if self.state != STOPPED or not self.started or self._said:
             return None
