@@ -160,7 +160,7 @@ def make_thousand(directory: Path, source: Path) -> None:
 
 
 def test_a_thousand_checkpoints_are_listed_at_once(tmp_path: Path) -> None:
-    """0.3 s is the promise; benchmarks/list_speed.py measures 0.16 s with the cache and 0.28 s
+    """0.3 s is the promise; benchmarks/list_speed.py measures 0.19 s with the cache and 0.29 s
     without. Here it is the processor's time, however busy the machine is, and three times that."""
     make_thousand(tmp_path / "run", make_run(tmp_path / "one", (1.0,)) / "latest.pt")
     outputs = []
