@@ -182,6 +182,7 @@ def test_bytes_that_are_no_request_at_all_leave_the_server_up(url: str) -> None:
     for nonsense in (b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\n"):
         with socket.create_connection((host, int(port)), 5) as connection:
             connection.sendall(nonsense)
+        assert httpx.get(f"{url}/health").status_code == 200, nonsense
 
 
 def test_a_limit_beyond_every_vocabulary_is_none(url: str) -> None:

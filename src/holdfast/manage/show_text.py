@@ -22,10 +22,9 @@ from holdfast.manage.layers import MODEL, OPTIMIZER, OTHER, Tensor
 from holdfast.manage.rundir import kind_in_words, number
 from holdfast.manage.show import DAMAGED, FOREIGN, Inside, Shown, commands_for
 from holdfast.manage.story import ENDS
-from holdfast.manage.table import Column, Screen, printable, render, wrapped
+from holdfast.manage.table import PIPE, Column, Screen, printable, render, wrapped
 from holdfast.manage.values import flatten
 
-_PIPE = Screen()
 _RECORDS = 12  # of a file that is not ours, the largest first
 _LONG = 60  # characters of a value; a longer one is cut on a terminal
 _MODEL_FACTS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -170,7 +169,7 @@ def _flow(items: Iterable[str], screen: Screen) -> list[str]:
     return found
 
 
-def _pairs(pairs: Sequence[tuple[str, str]], screen: Screen = _PIPE) -> list[str]:
+def _pairs(pairs: Sequence[tuple[str, str]], screen: Screen = PIPE) -> list[str]:
     """Names and what they are, the second in one column, wrapped there on a `screen`."""
     width = max(cell_len(name) for name, _value in pairs)
     found: list[str] = []

@@ -7,7 +7,7 @@ from typing import Any
 
 from holdfast.formatting import format_bytes, format_seconds, format_time
 from holdfast.i18n import N_, _
-from holdfast.manage.table import Screen, printable, wrapped
+from holdfast.manage.table import PIPE, Screen, printable, wrapped
 
 # What happens all the time while everything goes well; shown with `--events` only.
 ROUTINE = ("durable", "verified", "removed")
@@ -42,7 +42,6 @@ _SENTENCES = {
     "rescued": N_("step {step} was found in memory and made durable"),
     "finished": N_("training was finished at step {step}"),
 }
-_PIPE = Screen()
 _REASONS = {
     "retention": N_("older than what is kept"),
     "clean": N_("holdfast clean"),
@@ -52,7 +51,7 @@ _REASONS = {
 
 
 def story(
-    events: Iterable[Mapping[str, Any]], *, everything: bool = False, screen: Screen = _PIPE
+    events: Iterable[Mapping[str, Any]], *, everything: bool = False, screen: Screen = PIPE
 ) -> list[str]:
     """Interruptions, resumes, quarantines, failures, each with its local time; or all events."""
     lines: list[str] = []

@@ -52,6 +52,9 @@ class Screen:
         return f"{_BOLD}{text}{_PLAIN}" if self.colour else text
 
 
+PIPE = Screen()  # whole lines, as they come
+
+
 def render(columns: Sequence[Column], rows: Sequence[Sequence[str]], screen: Screen) -> list[str]:
     """The lines of a table, its header first. Cells are shown as they are, on one line each."""
     clean = [[printable(cell) for cell in row] for row in rows]
