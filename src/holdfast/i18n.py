@@ -1,4 +1,4 @@
-"""Chinese and English: gettext catalogues, the choice of language, and nothing else.
+"""Chinese and English: gettext catalogues, the choice of language, and characters on a console.
 
 `_("... {name} ...", name=value)` translates and fills in. English is the source text and the
 fall-back. argparse and everything else that uses gettext's default domain speaks the same language.
@@ -7,10 +7,12 @@ fall-back. argparse and everything else that uses gettext's default domain speak
 from __future__ import annotations
 
 import gettext
+import io
 import locale
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 DOMAIN = "holdfast"
 LOCALE_DIR = Path(__file__).parent / "locale"
@@ -23,6 +25,16 @@ _catalogue: gettext.NullTranslations = gettext.NullTranslations()
 def language() -> str:
     """The language in force: "en" or "zh"."""
     return _current
+
+
+def encode_anything(stream: TextIO) -> None:
+    """Let `stream` write "?" for a character that its encoding lacks.
+
+    Otherwise the first emoji on a GBK or latin-1 console raises UnicodeEncodeError, and the lines
+    that say what was saved are never seen.
+    """
+    if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+        stream.reconfigure(errors="replace")
 
 
 def detect_language(environ: Mapping[str, str] | None = None) -> str:

@@ -172,7 +172,7 @@ def test_a_file_where_temp_should_be_hides_nothing(run: Path) -> None:
 
 def test_a_pipe_that_only_knows_ascii_gets_every_line(run: Path) -> None:
     done = desk("list", run, env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
-    assert done.returncode == 0 and "\\u2b50 best" in done.stdout
+    assert done.returncode == 0 and "? best" in done.stdout
     found = desk("list", run, "--json", env={"PYTHONIOENCODING": "ascii"})
     assert json.loads(found.stdout)["directories"][0]["checkpoints"]
 

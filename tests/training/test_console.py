@@ -244,3 +244,23 @@ def test_chinese_speaks_chinese() -> None:
     assert "同一份数据，不占额外空间" in said.getvalue()
     assert "[首个最佳]" in said.getvalue()
     assert "[用于恢复训练]" in said.getvalue()
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "latin-1", "ascii"])
+def test_a_console_of_another_encoding_gets_every_line(encoding: str) -> None:
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(stream=narrow, terminal=False)
+    console.warn("检查点")
+    console.on_event("durable", {"saved": saved()})
+    narrow.flush()
+    lines = narrow.buffer.getvalue().decode(encoding).splitlines()  # type: ignore[attr-defined]
+    assert ("检查点" if encoding == "gbk" else "???") in lines[0]
+    assert any("model_epoch_1.pt" in line for line in lines[1:])
+
+
+def test_the_log_takes_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    with Console(stream=io.StringIO(), terminal=False, log_file=log) as console:
+        console.say("caf\udce9.txt")
+        console.say("after")
+    assert "caf\\udce9.txt" in log.read_text("utf-8") and "after" in log.read_text("utf-8")

@@ -633,13 +633,27 @@ def test_any_causal_model_of_transformers_goes_on_training(tmp_path: Path, corpu
     assert "This run is finished" in train(config_for(tmp_path / "run", corpus, **options))
 
 
-def test_tensorboard_gets_its_curves(tmp_path: Path, corpus: Path) -> None:
+def board_steps(run: Path) -> dict[str, list[int]]:
+    """The steps at which TensorBoard shows a point of each curve."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(config_for(tmp_path / "run", corpus, epochs=1, tensorboard=True))
-    curves = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    curves.Reload()
-    assert {"loss", "learning_rate", "val_loss"} <= set(curves.Tags()["scalars"])
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    return {tag: [point.step for point in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def test_tensorboard_has_every_point_after_a_resume_and_none_of_an_older_run(
+    tmp_path: Path, corpus: Path
+) -> None:
+    options = {"tensorboard": True, "log_every": 1, "eval_every": 2, "epochs": None}
+    train(config_for(tmp_path / "run", corpus, num_steps=4, **options))
+    train(config_for(tmp_path / "run", corpus, num_steps=6, resume="auto", **options))
+    steps = board_steps(tmp_path / "run")
+    assert steps["loss"] == steps["learning_rate"] == [1, 2, 3, 4, 5, 6]
+    assert sorted(set(steps["val_loss"])) == [2, 4, 6]
+    train(config_for(tmp_path / "run", corpus, num_steps=2, fresh=True, **options))
+    steps = board_steps(tmp_path / "run")
+    assert steps["loss"] == [1, 2] and set(steps["val_loss"]) == {2}
 
 
 @pytest.mark.usefixtures("shape_as_shipped")

@@ -5,7 +5,6 @@ No torch here, and nothing of any one command: whatever this imports, `holdfast 
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import sys
@@ -62,8 +61,6 @@ def agreed(question: str, without: str) -> bool:
 def show(lines: Iterable[str]) -> None:
     """Write lines to stdout at once: a reader that has gone is noticed here, by the one place that
     deals with it (cli/main.py), and not when the interpreter exits."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII pipe gets \u2b50, no traceback
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
 

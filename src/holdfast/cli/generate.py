@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import math
 import random
 import sys
@@ -309,8 +308,6 @@ def _name_of(loaded: Loaded) -> str:
 
 def _write(text: str) -> None:
     """To stdout at once; a model's control characters must not drive a terminal."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout.write("".join(_harmless(text)) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 

@@ -15,7 +15,7 @@ from importlib import import_module
 from holdfast import __version__
 from holdfast.cli.parsing import language_of
 from holdfast.errors import ConfigError, HoldfastError
-from holdfast.i18n import N_, _, detect_language, set_language
+from holdfast.i18n import N_, _, detect_language, encode_anything, set_language
 
 Command = Callable[[Sequence[str], str], int]
 
@@ -214,11 +214,16 @@ def _explain(error: OSError) -> str:
 
 
 def _open_streams() -> None:
-    """Let the streams that were closed by whoever started us (`>&-`) lead nowhere: Python has None
-    in their place, and their descriptors would go to the files that are opened next."""
+    """Make the standard streams safe to use.
+
+    A stream that was closed by the parent (`>&-`) is None here: it is pointed at nothing, since its
+    descriptor would go to the file that is opened next.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
+    encode_anything(sys.stdout)
+    encode_anything(sys.stderr)
 
 
 def _silence_stdout() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import math
 import sys
 import time
@@ -26,12 +27,14 @@ from rich.text import Text
 
 from holdfast.checkpoint import risk
 from holdfast.formatting import format_age, format_bytes, format_seconds, parse_time
-from holdfast.i18n import _
+from holdfast.i18n import _, encode_anything
 from holdfast.training import trouble
 
 if TYPE_CHECKING:
     from holdfast.checkpoint.manager import Resumed, Saved
     from holdfast.checkpoint.schedule import Choice
+
+log = logging.getLogger("holdfast")
 
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 TELL_STALL = 0.5  # seconds of standing still that are worth a word
@@ -76,6 +79,7 @@ class Console:
         terminal: bool | None = None,
     ) -> None:
         self._stream = stream or sys.stdout
+        encode_anything(self._stream)
         self._quiet = quiet
         self.terminal = self._stream.isatty() if terminal is None else terminal
         # Plain lines must not be wrapped: a pipe has no width.
@@ -155,7 +159,7 @@ class Console:
     def open_log(self, path: Path) -> None:
         """From now on, write everything that is said to `path` as well."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._log, self._log_path = path.open("a", encoding="utf-8"), path
+        self._log, self._log_path = path.open("a", encoding="utf-8", errors="backslashreplace"), path
 
     def reopen_log(self) -> None:
         """Begin the log file anew, where its directory was deleted or renamed. Raises OSError."""
@@ -177,11 +181,15 @@ class Console:
 
     @contextlib.contextmanager
     def _survive(self) -> Iterator[None]:
-        """A terminal that is gone (EIO, EPIPE, a closed file) silences us, nothing more."""
+        """Stop talking when the terminal is gone (EIO, EPIPE, a closed file); training goes on."""
         try:
             yield
             self._stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and not self._stream.closed:
+                # Not the end of the terminal: to be silent from here on would hide every alarm.
+                log.warning("%s", error)
+                return
             self._dead = True
             self._live = None
 

@@ -41,8 +41,10 @@ class Records:
                     _("--tensorboard needs the package tensorboard: pip install "
                       "'holdfast[tensorboard]'")
                 ) from error  # fmt: skip
-            # purge_step: curves of steps that a crash has undone disappear.
-            self._board = SummaryWriter(str(directory / _BOARD), purge_step=resumed_step or None)
+            # Hide the points of steps that will be done again, and all of an earlier run here. The
+            # point of the resumed step itself is not drawn again: purge behind it.
+            purge = resumed_step + 1 if resumed_step else 0
+            self._board = SummaryWriter(str(directory / _BOARD), purge_step=purge)
 
     def step(self, step: int, **values: float | int | None) -> None:
         """One line of metrics.jsonl for a logging interval."""
@@ -80,6 +82,7 @@ class Records:
         with self._survive(_BOARD):
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+            self._board.flush()  # by default after two minutes: a kill would lose those for good
 
     @contextlib.contextmanager
     def _survive(self, name: str) -> Iterator[None]:
