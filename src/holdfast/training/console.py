@@ -159,7 +159,8 @@ class Console:
     def open_log(self, path: Path) -> None:
         """From now on, write everything that is said to `path` as well."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._log, self._log_path = path.open("a", encoding="utf-8", errors="backslashreplace"), path
+        self._log = path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._log_path = path
 
     def reopen_log(self) -> None:
         """Begin the log file anew, where its directory was deleted or renamed. Raises OSError."""
