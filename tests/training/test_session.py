@@ -29,9 +29,11 @@ from holdfast.errors import (
     SaveFailed,
     StateMismatch,
 )
+from holdfast.training import continuing
 from holdfast.training.presets import resolve
 from holdfast.training.session import save_policies
 from holdfast.training.trainer import Trainer
+from holdfast.training.unattended import RESTART
 from tests.training.runs import (
     HARD,
     Killed,
@@ -251,7 +253,7 @@ def test_data_that_is_gone_is_found_in_the_cache_by_its_content(run: Path, corpu
 
 def test_going_back_begins_a_generation_and_archives_what_is_newer(run: Path, corpus: Path) -> None:
     newest = final_state(run)
-    said = train(config_for(run, corpus, checkpoint=str(run / "model_epoch_1.pt")))
+    said = train(config_for(run, corpus, checkpoint=str(run / "model_epoch_1.pt"), epochs=1))
     contents = Catalog(run).scan()
     assert contents.newest is not None
     assert contents.newest.generation == 2
@@ -654,6 +656,45 @@ def test_tensorboard_has_every_point_after_a_resume_and_none_of_an_older_run(
     train(config_for(tmp_path / "run", corpus, num_steps=2, fresh=True, **options))
     steps = board_steps(tmp_path / "run")
     assert steps["loss"] == [1, 2] and set(steps["val_loss"]) == {2}
+
+
+def test_with_checkpoint_epochs_and_steps_count_from_that_file(
+    run: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load(run / "model_epoch_1.pt")
+    per_epoch = first["global_step"]
+    options = {"checkpoint": str(run / "model_epoch_1.pt"), "epochs": 1, "learning_rate": 5e-5}
+    said = train(config_for(run, corpus, **options))
+    assert f"count from step {per_epoch} of model_epoch_1.pt" in said
+    state = load(run / "latest.pt")
+    assert (state["epoch"], state["global_step"]) == (2, 2 * per_epoch)
+    assert "finished" in train(config_for(run, corpus, epochs="2", resume="auto"))
+    # The same words again, by a supervisor after a crash: counted once, from the first start.
+    monkeypatch.setenv(RESTART, "an earlier one")
+    assert "This run is finished: " in train(config_for(run, corpus, **options))
+    assert load(run / "latest.pt")["global_step"] == 2 * per_epoch
+
+
+def test_a_finished_run_repeats_in_its_advice_what_was_asked_for(run: Path, corpus: Path) -> None:
+    said = train(config_for(run, corpus, learning_rate=5e-5, dropout="none"))
+    advice = next(line for line in said.splitlines() if "To train further" in line)
+    assert "--learning-rate 5e-5" in advice and "--dropout none" in advice
+
+
+def test_another_model_is_refused_by_the_option_that_wants_it(run: Path, corpus: Path) -> None:
+    flags = {"checkpoint_dir": str(run), "data_file": str(corpus)}
+    with pytest.raises(StateMismatch, match=r"model \(set by --preset\) was \S+ and is now gpt2"):
+        train(resolve(preset="standard", flags=flags))
+    questions: list[tuple[str, bool]] = []
+
+    def ask(question: str, *, default: bool = True) -> bool:
+        questions.append((question, default))
+        return True
+
+    contents = Catalog(run).scan()
+    start = continuing.decide(resolve(preset="standard", flags=flags), contents, ask)
+    assert start.archive and start.saved is None  # "yes" begins the run that was asked for
+    assert "another model" in questions[0][0] and questions[0][1] is False
 
 
 @pytest.mark.usefixtures("shape_as_shipped")

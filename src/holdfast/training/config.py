@@ -274,7 +274,10 @@ class CheckpointConfig:
     )
     checkpoint: str | None = option(
         None,
-        help=N_("go back to this file of the run, or start a new run from another's weights"),
+        help=N_(
+            "go back to this file of the run, or start a new run from another's weights; --epochs "
+            "and --num-steps count from there"
+        ),
         metavar="FILE",
         near=("init_from",),
         of_this_start=True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from holdfast.errors import CheckpointError, StateMismatch
 from holdfast.i18n import N_, _
 from holdfast.training import unattended
 from holdfast.training.config import OPTIONS, Config
-from holdfast.training.fields import format_value
+from holdfast.training.fields import flag_of, format_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class Start:
 
 
 def decide(  # noqa: PLR0911 - one return a way to begin
-    config: Config, contents: Contents, ask: Callable[[str], bool] | None
+    config: Config, contents: Contents, ask: Callable[..., bool] | None
 ) -> Start:
     """Decide from the options and from what lies in the run directory.
 
-    `ask` puts a question to a person; None where there is nobody to ask. Raises `CheckpointError`
+    `ask(question, default=…)` asks a person; None where nobody can answer. Raises `CheckpointError`
     where a file that was named is not there or not a checkpoint.
     """
     options, catalog = config.checkpoint, Catalog(config.checkpoint.checkpoint_dir)
@@ -68,13 +68,22 @@ def decide(  # noqa: PLR0911 - one return a way to begin
         path = _newest_of(str(options.resume), catalog.directory)
         here = _belongs(path, catalog, contents)
         return Start(saved=read_saved(path), source=path, archive=occupied and not here)
+    saved = _first_readable(catalog, contents.entries)
     if occupied and options.resume is None and ask is not None:
+        refused = []
+        if saved is not None:
+            refused = fixed_differences(saved, merged(config, saved, start=Start(saved=saved)))
+        if refused:  # "yes" to going on could only end in a refusal
+            question = _("{directory} holds a run of another model ({refused}). Move it to "
+                         "archive/ and start a new one?",
+                         directory=catalog.directory, refused="; ".join(refused))  # fmt: skip
+            return Start(archive=True) if ask(question, default=False) else Start(saved=saved)
         newest = contents.newest
         question = _("{directory} holds a run (newest step {step}). Go on from it?",
                      directory=catalog.directory, step=newest.step if newest else "?")  # fmt: skip
         if not ask(question):
             return Start(archive=True)
-    return Start(saved=_first_readable(catalog, contents.entries))
+    return Start(saved=saved)
 
 
 def read_saved(path: Path) -> SavedRun:
@@ -94,13 +103,20 @@ def read_saved(path: Path) -> SavedRun:
         return SavedRun(path, reader.manifest["identity"]["step"], **values)
 
 
-def merged(config: Config, saved: SavedRun) -> Config:
-    """`config` with the run's own values for whatever the user has not said this time."""
+def merged(config: Config, saved: SavedRun, *, start: Start) -> Config:
+    """Return `config` with the run's own values for what the user has not said this time.
+
+    With `--checkpoint FILE`, `epochs` and `num_steps` count from that file, whether it belongs to
+    this run or begins a new one.
+    """
     values = {n: getattr(getattr(config, o.section), n) for n, o in OPTIONS.items()}
     sources = dict(config.sources)
     old = Config.from_dict(_known(saved.config))
     said = {name for name, source in sources.items() if source != "default"}
     length = {"epochs", "num_steps"}
+    counted = config.checkpoint.checkpoint is not None and start.saved is not None
+    if counted and start.source is None:
+        said -= length  # `holdfast run` starts it again: counted from there at the first start
     for name, option in OPTIONS.items():
         if name in said or option.meta.of_this_start or name == "checkpoint_dir":
             continue
@@ -108,6 +124,12 @@ def merged(config: Config, saved: SavedRun) -> Config:
             continue  # how long to train is one decision: steps and epochs exclude each other
         values[name] = getattr(getattr(old, option.section), name)
         sources[name] = "run"
+    if counted:
+        done = saved.progress
+        if "epochs" in said and values["epochs"] is not None:
+            values["epochs"] += done["epoch"] - (0 if done["position"] else 1)
+        if "num_steps" in said and values["num_steps"] is not None:
+            values["num_steps"] += saved.step
     return Config.from_values(values, sources)
 
 
@@ -144,32 +166,51 @@ _FIXED = {"model", "context_length", "vocab_size"}
 
 
 def differences(saved: SavedRun, config: Config) -> list[list[str]]:
-    """Rows (option, saved, now, what it means) of everything that is different now.
+    """Return rows (option, saved, now, what it means) of everything that is different now.
 
     Raises `StateMismatch` with the words of the difference where it makes going on impossible.
     """
+    refused = fixed_differences(saved, config)
+    if refused:
+        raise StateMismatch(
+            _("This run cannot go on with another model: {refused}. Leave these options out to go "
+              "on; for a new run add --checkpoint-dir DIR, or --fresh, which moves this one to "
+              "archive/.", refused="; ".join(refused))
+        )  # fmt: skip
+    return [
+        [name, format_value(before), format_value(now), _(_FREE[name])]
+        for name, before, now in _changed(saved, config)
+        if name in _FREE
+    ]
+
+
+def fixed_differences(saved: SavedRun, config: Config) -> list[str]:
+    """Return, in words, what of the model is to be another now, and which option says so."""
+    return [
+        _("{option} was {before} and is now {now}", option=_origin(name, config),
+          before=format_value(before), now=format_value(now))
+        for name, before, now in _changed(saved, config)
+        if name in _FIXED
+    ]  # fmt: skip
+
+
+def _changed(saved: SavedRun, config: Config) -> Iterator[tuple[str, object, object]]:
+    """Yield name, saved value and present value of each option that differs."""
     old = Config.from_dict(_known(saved.config))
-    rows: list[list[str]] = []
-    refused: list[str] = []
     for name, option in OPTIONS.items():
         before = getattr(getattr(old, option.section), name)
         now = getattr(getattr(config, option.section), name)
-        if before == now:
-            continue
-        if name in _FIXED:
-            refused.append(
-                _("--{flag} was {before} and is now {now}", flag=name.replace("_", "-"),
-                  before=format_value(before), now=format_value(now))
-            )  # fmt: skip
-        elif name in _FREE:
-            rows.append([name, format_value(before), format_value(now), _(_FREE[name])])
-    if refused:
-        raise StateMismatch(
-            _("This run cannot go on with another model: {refused}. Leave these options out, or "
-              "start a new run with --fresh or another --checkpoint-dir.",
-              refused="; ".join(refused))
-        )  # fmt: skip
-    return rows
+        if before != now:
+            yield name, before, now
+
+
+def _origin(name: str, config: Config) -> str:
+    """Return the option that the user typed to get this value of `name`."""
+    source, option = config.sources[name], flag_of(name)
+    if source in ("preset", "file"):
+        by = "--preset" if source == "preset" else "--config"
+        return _("{option} (set by {by})", option=name, by=by)
+    return option
 
 
 def check_model(saved: SavedRun, model_config: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from holdfast.training import continuing, telling
 from holdfast.training.batches import validation_batch_count
 from holdfast.training.config import OPTIONS, CheckpointConfig, Config
 from holdfast.training.console import Console
-from holdfast.training.continuing import Start
 from holdfast.training.fields import format_value
 from holdfast.training.records import Records
 from holdfast.training.session import Workshop, prepare, save_policies
@@ -92,7 +91,7 @@ def dry_run(
     directory = Path(config.checkpoint.checkpoint_dir)
     with guard.SignalGuard() as signals:
         start = continuing.decide(config, Catalog(directory).scan(), ask=None)
-        start = Start(saved=start.saved, weights=start.weights)
+        start = replace(start, archive=False)
         workshop = prepare(config, start, console, signals)
         estimate = _measure(workshop, console, signals)
     if tell is None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from holdfast.training import continuing, models
 from holdfast.training.config import OPTIONS, CheckpointConfig, Config
 from holdfast.training.console import Console
 from holdfast.training.continuing import SavedRun, Start
+from holdfast.training.fields import flag_of, format_value
 from holdfast.training.layers import save_config
 from holdfast.training.notify import Notifier
 from holdfast.training.prepare import PreparedData, prepare_data, reopen_data
@@ -113,7 +115,10 @@ def prepare(config: Config, start: Start, console: Console, guard: guards.Signal
     """Data, model, optimizer and state, as the start and the options want them."""
     origin = start.saved or _model_of(start.weights)
     if origin is not None:
-        config = continuing.merged(config, origin)
+        config = continuing.merged(config, origin, start=start)
+        if start.saved is not None and start.source is not None and config.checkpoint.checkpoint:
+            console.say(_("--checkpoint: --epochs and --num-steps count from step {step} of "
+                          "{name}.", step=start.saved.step, name=start.source.name))  # fmt: skip
         if start.saved is not None:
             rows = continuing.differences(start.saved, config)
             if rows:
@@ -443,4 +448,19 @@ def _tell_finished(trainer: Trainer, console: Console, command: str, *, before: 
         if trainer.plan.epochs
         else f"--num-steps {2 * trainer.plan.total_steps}"
     )
+    if before:  # nothing was trained: what the user asked for is recorded nowhere yet
+        more = " ".join([more, *_asked_for(trainer.config)])
     say(_("   To train further: {command} --resume {more}", command=command, more=more))
+
+
+def _asked_for(config: Config) -> Iterator[str]:
+    """Yield the flags of this start that say how to train, as they can be typed again."""
+    for name, option in OPTIONS.items():
+        elsewhere = name in ("epochs", "num_steps", "checkpoint_dir") or option.meta.of_this_start
+        if config.sources[name] != "flag" or elsewhere:
+            continue
+        value = getattr(getattr(config, option.section), name)
+        if isinstance(value, bool):
+            yield option.flag if value else flag_of(f"no_{name}")
+        else:
+            yield f"{option.flag} {'none' if value is None else shlex.quote(format_value(value))}"
