@@ -185,6 +185,38 @@ def test_parquet_gives_the_column_without_nulls(tmp_path: Path) -> None:
     assert "not a Parquet file" in refusal(write(tmp_path / "fake.parquet", SENTENCE * 9))
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),  # Polars, DataFusion
+        pa.dictionary(pa.int32(), pa.string()),  # pandas' categories
+        pa.dictionary(pa.int32(), pa.large_string()),
+        pa.binary(),  # Spark and Hive, where they do not annotate strings
+        pa.binary_view(),
+    ],
+    ids=str,
+)
+def test_every_type_that_writers_give_a_parquet_text_column_is_text(
+    tmp_path: Path, kind: pa.DataType
+) -> None:
+    texts = [f"{number}。{SENTENCE}" for number in range(8)]
+    values = pa.array([*texts, None, "", texts[0]])
+    if pa.types.is_dictionary(kind):
+        values = values.dictionary_encode()
+    parquet.write_table(pa.table({"text": values.cast(kind)}), tmp_path / "data.parquet")
+    assert read(tmp_path / "data.parquet") == [*texts, texts[0]]
+
+
+def test_a_parquet_file_of_nulls_among_others_has_no_documents(tmp_path: Path) -> None:
+    texts = [f"{number}。{SENTENCE}" for number in range(8)]
+    parquet.write_table(pa.table({"text": pa.nulls(9)}), tmp_path / "empty.parquet")
+    assert "empty" in refusal(tmp_path / "empty.parquet")
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "full.parquet")
+    assert read(tmp_path) == texts
+
+
 def test_gz_and_zst_read_the_same_and_damage_in_them_is_noticed(tmp_path: Path) -> None:
     lines = [f"{number}。{SENTENCE}" for number in range(200)]
     data = "\n".join(lines).encode()

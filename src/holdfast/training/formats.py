@@ -10,8 +10,9 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from holdfast.errors import DataError
 from holdfast.i18n import _
@@ -222,11 +223,27 @@ def _parquet(path: Path, data: bytes, column: str) -> Iterator[str]:
         file = parquet.ParquetFile(pa.BufferReader(data))
         _check_column(path, file.schema_arrow, column)
         for batch in file.iter_batches(columns=[column]):
-            yield from (text for text in batch.column(0).to_pylist() if text)
+            values = (value for value in batch.column(0).to_pylist() if value)
+            yield from (v.decode() if isinstance(v, bytes) else v for v in values)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         message = _("{path} is damaged or not a Parquet file ({reason}).", path=path, reason=reason)
         raise DataError(message) from error
+
+
+def _text_kinds() -> list[Callable[[Any], bool]]:
+    """Tests for the Arrow types that hold text, as pandas, Spark, DuckDB and Polars write it.
+
+    Binary is text whose writer did not say so: its bytes are decoded, and refused where they are
+    none. A column of nulls has no documents.
+    """
+    import pyarrow as pa
+
+    kinds = pa.types
+    return [
+        kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_binary,
+        kinds.is_large_binary, kinds.is_binary_view, kinds.is_null,
+    ]  # fmt: skip
 
 
 def _check_column(path: Path, schema: object, column: str) -> None:
@@ -245,7 +262,7 @@ def _check_column(path: Path, schema: object, column: str) -> None:
     kind = schema.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not any(is_text(kind) for is_text in _text_kinds()):
         message = _(
             '{path}: the column "{column}" holds {kind}, not text.',
             path=path,
