@@ -290,7 +290,7 @@ def test_a_state_that_grows_leaves_no_old_slots_behind(tmp_path: Path) -> None:
             (remains,) = left(tmp_path)
             newest = memory.newest_in(remains)
             assert newest is not None
-            assert newest.order[1] == step
+            assert newest.step == step
         assert len(list(remains.directory.glob("slot-*.pt"))) <= writer.MEMORY_SLOTS
 
 

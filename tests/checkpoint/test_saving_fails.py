@@ -343,7 +343,7 @@ def test_a_run_that_was_not_resumed_is_archived_by_the_first_save(tmp_path: Path
         for epoch in (1, 2, 3):
             toy.step()
             end_epoch(engine, epoch, step=epoch)
-        assert [entry.order[:2] for entry in engine.list()] == [(2, 3), (2, 2)]
+        assert [(entry.generation, entry.step) for entry in engine.list()] == [(2, 3), (2, 2)]
     assert told[0] == ("archived", {"count": 5, "to": str(tmp_path / "archive" / "generation_1")})
     assert {f"model_epoch_{i}.pt" for i in range(1, 6)} < tree_of(
         tmp_path / "archive" / "generation_1"

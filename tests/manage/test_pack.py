@@ -348,11 +348,11 @@ def test_a_snapshot_that_only_memory_holds_is_said(
     run = make_run(tmp_path / "run")
 
     class Left:
-        order = (1, 450, 9)
+        order, step = (1, 999), 450
 
     monkeypatch.setattr(packing.memory, "left_by", lambda *_given: [Left])
     assert pack(run, tmp_path / "a.tar").unsaved == 450
-    Left.order = (1, 400, 1)
+    Left.order = (1, 0)
     assert pack(run, tmp_path / "b.tar").unsaved is None
 
 

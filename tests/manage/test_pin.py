@@ -74,7 +74,7 @@ def test_a_temporary_one_stays_too(tmp_path: Path) -> None:
     assert "temp/temp_epoch1_step20.pt" not in names_in(tmp_path / "run")
 
 
-def test_saved_once_more_the_pinned_file_goes_to_the_archive(tmp_path: Path) -> None:
+def test_saved_once_more_the_pinned_file_keeps_a_name(tmp_path: Path) -> None:
     toy = Toy()
     with toy.manager(tmp_path, keep_last=0) as manager:
         manager.resume()
@@ -82,8 +82,10 @@ def test_saved_once_more_the_pinned_file_goes_to_the_archive(tmp_path: Path) -> 
         manager.save(step=1, strict=True)
         first = pin(tmp_path, "1").entry
         manager.save(step=1, strict=True)
-    (kept,) = (tmp_path / "archive" / "replaced").iterdir()
-    assert [entry.id for entry in Catalog(kept.parent).scan().entries] == [first.id]
+    (kept,) = tmp_path.glob("checkpoint_step_1-*.pt")
+    assert {entry.id: entry.names for entry in Catalog(tmp_path).scan().entries}[first.id] == (
+        kept.name,
+    )
 
 
 def test_clean_says_why_it_stays(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def goes_on_from(directory: Path, step: int, generation: int) -> None:
         assert_same(snapshot(toy.state), snapshot(after(step + 1).state))
         saved = manager.save(step=step + 1, strict=True)
     assert saved is not None
-    assert saved.entry.order[:2] == (generation, step + 1)
+    assert (saved.entry.generation, saved.entry.step) == (generation, step + 1)
     assert saved.entry.parent is not None
     assert saved.entry.parent["step"] == step
 

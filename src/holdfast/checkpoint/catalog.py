@@ -24,7 +24,7 @@ from typing import Any
 from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.container import NewerFormat, Reader, read_manifest
 from holdfast.checkpoint.lock import FileLock
-from holdfast.checkpoint.retention import Candidate, KeepBest
+from holdfast.checkpoint.retention import Candidate, KeepBest, Order
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
 
@@ -59,13 +59,19 @@ class Entry:
     pinned: bool = False  # by the user: retention never takes it
 
     @property
-    def order(self) -> tuple[int, int, int]:
-        """Newer is greater. Clocks and mtimes decide nothing."""
-        return (self.generation, self.step, self.sequence)
+    def order(self) -> Order:
+        """Newer is greater. What was saved last in a generation is its newest: the step is a label,
+        which many loops count anew in each epoch. Clocks and mtimes decide nothing."""
+        return (self.generation, self.sequence)
+
+    def precedes(self, event: Mapping[str, Any]) -> bool:
+        """Whether `event`, one of `Catalog.announced`, tells of a later save than this one."""
+        return is_later(event, self.order, self.step)
 
     def candidate(self) -> Candidate:
         marks = self.verified, self.pinned
-        return Candidate(self.id, self.order, self.kind, self.loss, *marks, epoch=self.epoch)
+        return Candidate(self.id, self.order, self.kind, self.loss, *marks, epoch=self.epoch,
+                         step=self.step)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,17 @@ class Contents:
     def best(self) -> Entry | None:
         mask = KeepBest(1)([entry.candidate() for entry in self.entries])
         return next((e for e, chosen in zip(self.entries, mask, strict=True) if chosen), None)
+
+
+def is_later(event: Mapping[str, Any], order: Order, step: int) -> bool:
+    """Whether `event`, one of `Catalog.announced`, tells of a later save than that of `order`.
+
+    Lines of earlier versions do not say the sequence; there the step decides, as it did then.
+    """
+    generation, sequence = event["generation"], event.get("sequence")
+    if isinstance(sequence, int):
+        return (generation, sequence) > order
+    return (generation, event["step"]) > (order[0], step)
 
 
 def now() -> str:
@@ -229,6 +246,11 @@ class Catalog:
             for event in self.events("durable")
             if all(isinstance(event.get(name), kind) for name, kind in wanted.items())
         ]
+
+    def sequence(self) -> int:
+        """The highest number of a save that was ever announced here."""
+        found = [event.get("sequence") for event in self.announced()]
+        return max((number for number in found if isinstance(number, int)), default=0)
 
     def _announced(self, name: str) -> bool:
         return any(name in event["names"] for event in self.announced())

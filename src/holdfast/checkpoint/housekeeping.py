@@ -18,12 +18,13 @@ from holdfast.errors import CheckpointError, DamagedCheckpoint
 from holdfast.i18n import _
 
 
-def keep_old(catalog: Catalog, target: Path) -> Path | None:
-    """Give what already bears the name `target` a second one in `archive/replaced/`, which is
-    returned: nothing is ever silently overwritten."""
+def keep_old(catalog: Catalog, target: Path, old: Entry | None) -> Path | None:
+    """Give what already bears the name `target` a second one, which is returned: nothing is ever
+    silently overwritten. The checkpoint `old` stays where retention sees it; what is no checkpoint
+    of ours goes to `archive/replaced/`."""
     if not target.exists():
         return None
-    place = catalog.directory / ARCHIVE / REPLACED
+    place = target.parent if old is not None else catalog.directory / ARCHIVE / REPLACED
     filesystem.make_directory(place)
     kept = place / f"{target.stem}-{uuid.uuid4().hex[:8]}.pt"
     with catalog.lock():
@@ -57,16 +58,21 @@ def verify_back(catalog: Catalog, entry: Entry, target: Path, kept: Path | None)
         raise DamagedCheckpoint(str(error), why) from error
 
 
-def settle_old(catalog: Catalog, entry: Entry, before: Contents, kept: Path) -> None:
+def settle_old(
+    catalog: Catalog, entry: Entry, before: Contents, old: Entry | None, kept: Path
+) -> None:
     """Decide what becomes of a verified save's predecessor of the same name: the same moment of the
-    same run, saved once more, goes; anything else, and what is pinned, stays in the archive."""
-    name = entry.names[0]
-    old = next((e for e in before.entries if name in e.names), None)
-    moment = (entry.run_id, *entry.order[:2])
-    if old is not None and not old.pinned and (old.run_id, *old.order[:2]) == moment:
+    same run, saved once more, goes. Another moment, as where steps are counted anew in each epoch,
+    keeps the name that `keep_old` gave it, and is retention's to judge; so is what is pinned."""
+    if old is None:
+        to = f"{ARCHIVE}/{REPLACED}/{kept.name}"
+        catalog.record("archived", names=[entry.names[0]], to=to)
+    elif old == before.newest and not old.pinned and _moment(old) == _moment(entry):
         filesystem.remove(kept)
-    else:
-        catalog.record("archived", names=[name], to=f"{ARCHIVE}/{REPLACED}/{kept.name}")
+
+
+def _moment(entry: Entry) -> tuple[object, ...]:
+    return (entry.run_id, entry.generation, entry.epoch, entry.step)
 
 
 def prune(catalog: Catalog, policies: Sequence[Policy]) -> None:

@@ -272,7 +272,8 @@ class CheckpointManager:
         }
         contents = self.catalog.scan()
         past = [*contents.entries, *found.newer, entry]
-        run.sequence = max(e.sequence for e in past)
+        # It never comes again, whatever is gone: the newest of a generation is known by it.
+        run.sequence = max(run.sequence, self.catalog.sequence(), *(e.sequence for e in past))
         if found.newer:
             place = self.catalog.directory / ARCHIVE / f"generation_{known}"
             self._reporter.tell("archived", count=len(found.newer), to=str(place))
@@ -302,8 +303,11 @@ class CheckpointManager:
         Returns None, and nothing has changed, where there is none. Raises as `resume` does.
         """
         self.wait()
+        last, earlier = max(before, self._saver.seen), False
         for entry in self.list():
-            if entry.step >= before or entry.run_id != self.run_id:
+            earlier = earlier or entry.step > last  # saved before the steps were counted anew
+            last = entry.step
+            if entry.run_id != self.run_id or (entry.step >= before and not earlier):
                 continue
             try:
                 resumed = self.resume(self.catalog.path(entry), branch=True)
@@ -338,6 +342,7 @@ class CheckpointManager:
         """
         self._reporter.deliver()
         saver = self._saver
+        saver.sees(step)
         measured = saver.stepped()
         choice = self._save_when.learn(measured) if measured is not None else None
         if choice is not None:
@@ -345,7 +350,7 @@ class CheckpointManager:
         last = max(saver.at, saver.asked_at)  # a full disk is not tried at every step
         improved = saver.improves(metrics)
         moment = Moment(
-            step, time.monotonic(), max(saver.step, saver.asked_step), last,
+            step, time.monotonic(), saver.counted, last,
             epoch, saver.epoch_of_last_save(epoch), improved,
         )  # fmt: skip
         saver.look()

@@ -33,6 +33,7 @@ from holdfast.checkpoint import filesystem, image
 from holdfast.checkpoint.container import Reader
 from holdfast.checkpoint.layout import MANIFEST, Record, place, plan
 from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.retention import Order
 from holdfast.checkpoint.slot import Slot
 from holdfast.errors import CheckpointError, RunLocked
 from holdfast.i18n import _
@@ -58,11 +59,8 @@ def free_bytes() -> int:
     return filesystem.free_bytes(PLACE)
 
 
-Order = tuple[int, int, int]  # generation, step, sequence, as Entry.order
-
-
 def _order(identity: Mapping[str, Any]) -> Order:
-    return (identity["generation"], identity["step"], identity["sequence"])
+    return (identity["generation"], identity["sequence"])
 
 
 # -------------------------------------------------------------------------------------- writing
@@ -85,7 +83,7 @@ class MemoryTier:
         # For people who look at what is left; nothing that resuming does depends on it.
         (self.directory / _RUN).write_bytes(os.fsencode(run_directory.absolute()))
         self._slots = 0
-        self._newest = self._durable = (0, 0, 0)
+        self._newest = self._durable = (0, 0)
 
     def in_memory(self, order: Order) -> None:
         """A snapshot of this order is whole here."""
@@ -259,7 +257,12 @@ class Left:
 
     @property
     def order(self) -> Order:
+        """As `Entry.order`."""
         return _order(self.identity)
+
+    @property
+    def step(self) -> int:
+        return int(self.identity["step"])
 
 
 def remains() -> list[Remains]:

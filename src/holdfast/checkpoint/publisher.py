@@ -102,7 +102,8 @@ class Publisher:
         name = name_of(entry)
         target = catalog.directory / name
         filesystem.make_directory(target.parent)
-        kept = housekeeping.keep_old(catalog, target)
+        old = next((e for e in contents.entries if name in e.names), None)
+        kept = housekeeping.keep_old(catalog, target, old)
         try:
             filesystem.write_file(
                 target, draft.pieces, draft.size, ready=draft.ready, limit=self._limit
@@ -127,7 +128,8 @@ class Publisher:
                       contents.best.loss if contents.best else None, stall)  # fmt: skip
         self._reporter.record(
             "durable", id=entry.id, run_id=entry.run_id, generation=entry.generation,
-            step=entry.step, epoch=entry.epoch, kind=entry.kind, reason=entry.reason,
+            sequence=entry.sequence, step=entry.step, epoch=entry.epoch, kind=entry.kind,
+            reason=entry.reason,
             size=entry.size, names=list(how), seconds=round(saved.seconds, 3),
             stall=round(stall, 4),
         )  # fmt: skip
@@ -141,7 +143,7 @@ class Publisher:
         self._reporter.report("verified", id=entry.id, step=entry.step)
         try:
             if kept is not None:
-                housekeeping.settle_old(catalog, entry, contents, kept)
+                housekeeping.settle_old(catalog, entry, contents, old, kept)
             if self._keep:
                 housekeeping.prune(catalog, self._keep)
         except (OSError, HoldfastError) as error:  # what cannot go now goes after the next save

@@ -21,6 +21,7 @@ from holdfast.checkpoint import codec, container, filesystem, memory, rollback
 from holdfast.checkpoint.catalog import QUARANTINE, Catalog, Entry, summary
 from holdfast.checkpoint.publisher import Draft, Publisher
 from holdfast.checkpoint.reporting import Reporter
+from holdfast.checkpoint.retention import Order
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint, SaveFailed
 from holdfast.i18n import _
 
@@ -43,18 +44,18 @@ def rescue(catalog: Catalog, reporter: Reporter) -> Entry | None:
     rescued: Entry | None = None
     left = memory.left_by(catalog.directory, *run)
     for snapshot in left:
-        if newest is not None and snapshot.order[:2] <= newest.order[:2]:
+        if newest is not None and snapshot.order <= newest.order:
             break
         try:
             rescued = _make_durable(catalog, reporter, snapshot)
         except CheckpointError as error:
-            reporter.report("failed", step=snapshot.order[1], reason=str(error))
+            reporter.report("failed", step=snapshot.step, reason=str(error))
             continue  # the one before it is whole: a slot is not touched while another is filled
         except OSError as error:
             raise SaveFailed(
                 _("Step {step} lies in memory ({path}) and could not be written to the disk: "
                   "{error}. Mend that and start again: it goes on from there.",
-                  step=snapshot.order[1], path=snapshot.path, error=error)
+                  step=snapshot.step, path=snapshot.path, error=error)
             ) from error  # fmt: skip
         break
     for remains in {snapshot.remains for snapshot in left}:
@@ -133,22 +134,30 @@ def find(catalog: Catalog, source: str | os.PathLike[str] | None, tell: Tell) ->
 def lost(catalog: Catalog, entry: Entry) -> tuple[int, float]:
     """Steps and minutes between `entry` and the newest that was announced and is gone.
 
-    What went to the archive when the user went back is not lost, nor what he went back behind.
+    What went to the archive when the user went back is not lost, nor what he went back behind. In a
+    loop that counts its steps anew, the steps of each count are added up.
     """
     kept = {event.get("id") for event in catalog.events("archived")}
     back = rollback.last(catalog)
-    mine = [
-        event
-        for event in catalog.announced()
-        if event["run_id"] == entry.run_id
-        and event.get("id") not in kept
-        and not (back is not None and back.abandons(event["generation"], event["step"]))
-    ]
-    newest = max(mine, key=lambda event: (event["generation"], event["step"]), default=None)
-    if newest is None or (newest["generation"], newest["step"]) <= entry.order[:2]:
+    gone: list[dict[str, Any]] = []
+    for event in catalog.announced():
+        if event.get("id") == entry.id:
+            gone.clear()  # the history is in the order of the saves
+        elif (
+            event["run_id"] == entry.run_id
+            and event.get("id") not in kept
+            and not (back is not None and back.abandons(event))
+            and entry.precedes(event)
+        ):
+            gone.append(event)
+    steps, at = 0, entry.step
+    for event in gone:
+        steps += event["step"] - (at if event["step"] >= at else 0)
+        at = event["step"]
+    if not steps:
         return 0, 0.0
-    minutes = (_seconds(newest["time"]) - _seconds(entry.created)) / 60
-    return max(0, newest["step"] - entry.step), max(0.0, minutes)
+    minutes = (_seconds(gone[-1]["time"]) - _seconds(entry.created)) / 60
+    return steps, max(0.0, minutes)
 
 
 def _refuse_to_start_over(catalog: Catalog, damaged: Collection[str]) -> None:
@@ -244,11 +253,11 @@ def _matches(pattern: str, base: Path) -> list[Path]:
     return [base / name for name in sorted(glob.glob(pattern, root_dir=base))]  # noqa: PTH207
 
 
-def _order(path: Path) -> tuple[int, int, int]:
+def _order(path: Path) -> Order:
     try:
         return summary(container.read_manifest(path), 0).order
     except (CheckpointError, OSError):
-        return (-1, -1, -1)
+        return (-1, -1)
 
 
 def _is_one_of(catalog: Catalog, entry: Entry, files: Sequence[Path]) -> bool:

@@ -17,6 +17,7 @@ from holdfast.checkpoint.catalog import Catalog
 log = logging.getLogger("holdfast")
 
 EventHandler = Callable[[str, dict[str, Any]], None]
+_WARNINGS = ("failed", "quarantined", "step_back")  # for those who listen to nothing else
 
 
 class Reporter:
@@ -49,7 +50,7 @@ class Reporter:
     def tell(self, event: str, **fields: Any) -> None:
         """Tell an event: now in the thread that made this object, from others with `deliver`."""
         if self._on_event is None:
-            level = logging.WARNING if event in ("failed", "quarantined") else logging.INFO
+            level = logging.WARNING if event in _WARNINGS else logging.INFO
             log.log(level, "%s %s", event, fields)
             return
         self._waiting.put((event, fields))

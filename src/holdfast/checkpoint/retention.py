@@ -11,18 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+Order = tuple[int, int]  # generation, and the number of the save in it: newer is greater
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A checkpoint as retention sees it; `order` is (generation, step, sequence)."""
+    """A checkpoint as retention sees it."""
 
     id: str
-    order: tuple[int, int, int]
+    order: Order
     kind: str  # "epoch", "step" or "temp"
     loss: float | None = None
     verified: bool = False
     pinned: bool = False
     epoch: int | None = None
+    step: int = 0  # a label: it may go back from one save to the next
 
 
 class Policy(Protocol):
@@ -65,7 +68,7 @@ class KeepEvery:
     interval: int
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[bool]:
-        numbers = [{"epoch": c.epoch, "step": c.order[1]}.get(c.kind) for c in candidates]
+        numbers = [{"epoch": c.epoch, "step": c.step}.get(c.kind) for c in candidates]
         return [number is not None and number % self.interval == 0 for number in numbers]
 
 
@@ -77,7 +80,7 @@ class KeepRollingTemps:
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[bool]:
         lasting = max((c.order for c in candidates if c.kind != "temp" and c.verified),
-                      default=(0, 0, 0))  # fmt: skip
+                      default=(0, 0))  # fmt: skip
         rolling = sorted(
             (c.order for c in candidates if c.kind == "temp" and c.order > lasting), reverse=True
         )
@@ -90,10 +93,7 @@ def select(candidates: Sequence[Candidate], policies: Sequence[Policy]) -> list[
     The floor: the newest, the best, the pinned, and the two newest verified states, of two distinct
     steps. Nothing goes at all before there are two, nor anything newer than the newest verified.
     """
-    newest: dict[tuple[int, int], tuple[int, int, int]] = {}  # of each step, saved twice or not
-    for order in sorted(c.order for c in candidates if c.verified):
-        newest[order[:2]] = order
-    verified = sorted(newest.values(), reverse=True)[:2]
+    verified = verified_states(candidates)[:2]
     if len(verified) < 2:
         return [True] * len(candidates)
     masks = [policy(candidates) for policy in (*policies, KeepBest(1))]
@@ -104,3 +104,15 @@ def select(candidates: Sequence[Candidate], policies: Sequence[Policy]) -> list[
         or any(mask[i] for mask in masks)
         for i, candidate in enumerate(candidates)
     ]
+
+
+def verified_states(candidates: Sequence[Candidate]) -> list[Order]:
+    """The verified states, newest first. One step that was saved twice in a row is one state, its
+    later save; the same step of a later epoch, in a loop that counts anew, is another."""
+    states: list[Order] = []
+    label: tuple[int, int] | None = None
+    for c in sorted((c for c in candidates if c.verified), key=lambda c: c.order, reverse=True):
+        if label != (c.order[0], c.step):
+            states.append(c.order)
+        label = (c.order[0], c.step)
+    return states

@@ -15,8 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.catalog import ARCHIVE, Catalog, Entry, summary
+from holdfast.checkpoint.catalog import ARCHIVE, Catalog, Entry, is_later, summary
 from holdfast.checkpoint.container import Reader, read_manifest
+from holdfast.checkpoint.retention import Order
 from holdfast.errors import CheckpointError, DamagedCheckpoint
 
 log = logging.getLogger("holdfast")
@@ -30,7 +31,8 @@ class Rollback:
     """A line of the history: to which state the run went back."""
 
     id: str
-    order: tuple[int, int, int]  # of the state, as Entry.order
+    order: Order  # of the state, as Entry.order
+    step: int
     generation: int  # the one that begins with it
     source: str | None  # where the state lies in the archive; None: among the others
 
@@ -39,9 +41,9 @@ class Rollback:
         """Where under `archive/` the abandoned ones go."""
         return f"generation_{self.generation - 1}"
 
-    def abandons(self, generation: int, step: int) -> bool:
-        """Whether what was saved at `step` of `generation` lies behind us now."""
-        return generation < self.generation and (generation, step) > self.order[:2]
+    def abandons(self, event: Mapping[str, Any]) -> bool:
+        """Whether what `event`, one of `Catalog.announced`, tells of lies behind us now."""
+        return event["generation"] < self.generation and is_later(event, self.order, self.step)
 
 
 def last(catalog: Catalog) -> Rollback | None:
@@ -103,8 +105,9 @@ def roll_back(catalog: Catalog, entry: Entry, source: str | None = None) -> Roll
     if back is None or back.id != entry.id:
         generation = catalog.generation() + 1
         catalog.record(EVENT, id=entry.id, run_id=entry.run_id, step=entry.step,
-                       generation=generation, order=list(entry.order), source=source)  # fmt: skip
-        back = Rollback(entry.id, entry.order, generation, source)
+                       generation=generation, source=source,
+                       order=[entry.generation, entry.step, entry.sequence])  # fmt: skip
+        back = Rollback(entry.id, entry.order, entry.step, generation, source)
     finish(catalog)
     with catalog.lock():
         contents = catalog.scan()
@@ -149,7 +152,7 @@ def _read(event: Mapping[str, Any]) -> Rollback | None:
         return None
     if source is not None and not is_archived(source):
         return None
-    return Rollback(id_, (order[0], order[1], order[2]), generation, source)
+    return Rollback(id_, (order[0], order[2]), order[1], generation, source)
 
 
 def is_archived(source: object) -> bool:

@@ -78,6 +78,8 @@ class Saver:
         self.random = RandomState() if rng else None
         self.step, self.at = 0, time.monotonic()  # of the newest durable checkpoint
         self.asked_step, self.asked_at = 0, -math.inf
+        self.seen = 0  # the step that training has told last
+        self.counted = 0  # the step that was last saved, or asked for, since steps began to count
         self._epoch: int | None = None  # in which was last saved, or the first one that was seen
         self._best: float | None = None  # score, lower is better, of all that was asked for
         self.remembered = 0  # the step of the last snapshot that was for the memory alone
@@ -131,6 +133,7 @@ class Saver:
         step, self._epoch, self._best = entry.step, entry.epoch, best
         self.snapshots.leave_memory(abandon=abandon)
         self.step, self.at = step, time.monotonic()
+        self.seen = self.counted = step
         self.watch.saved(self.at)
         self.asked_step = self.remembered = 0
         self.run.settled = True
@@ -150,8 +153,10 @@ class Saver:
         for the memory alone. Whatever goes wrong is told, and is the outcome."""
         asked = time.monotonic()
         pending = PendingSave(int(step))
+        self.sees(int(step))
         if to_disk:
-            self.asked_step, self.asked_at, self._saving = int(step), asked, True
+            self.asked_step = self.counted = int(step)
+            self.asked_at, self._saving = asked, True
             self._epoch = self._epoch if epoch is None else int(epoch)
             if self.improves(metrics):
                 self._best = self._loss(metrics)
@@ -213,6 +218,17 @@ class Saver:
             measured = Measured(now - began, self._saving or writing, costs)
         self._stepped, self._saving = (now, stalled), writing
         return measured
+
+    def sees(self, step: int) -> None:
+        """Training is at `step`. Where that is less than before, its loop counts anew: say so, and
+        measure intervals from the new beginning."""
+        if step < self.seen:
+            advice = _("Step {step} comes after step {before}. What is saved last counts as the "
+                       "newest; count optimizer steps over all epochs, so that a step names one "
+                       "state.", step=step, before=self.seen)  # fmt: skip
+            self._reporter.tell("step_back", step=step, before=self.seen, reason=advice)
+            self.counted = self.remembered = 0
+        self.seen = step
 
     def improves(self, metrics: Mapping[str, float] | None) -> bool:
         """Whether `metrics` are better than all that was saved or asked for before."""
@@ -278,7 +294,7 @@ class Saver:
 
     def remember(self, step: int, epoch: int | None) -> None:
         """Keep a snapshot in memory, if that is wanted and one is due."""
-        since = step - max(self.remembered, self.asked_step)
+        since = step - max(self.remembered, self.counted)
         if not self.snapshots.in_memory or since < self._pace.interval:
             return
         self.remembered = step
@@ -313,7 +329,7 @@ class Saver:
         if saved is None:
             return
         step = saved.entry.step
-        failures, seconds = self.watch.saved(time.monotonic(), wanted=self.asked_step > step)
+        failures, seconds = self.watch.saved(time.monotonic(), wanted=self.asked_step != step)
         if failures:
             self._reporter.report(
                 "recovered", step=step, failures=failures, minutes=round(seconds / 60, 1)

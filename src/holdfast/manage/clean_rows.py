@@ -21,6 +21,7 @@ from holdfast.checkpoint.retention import (
     KeepLast,
     Policy,
     select,
+    verified_states,
 )
 from holdfast.errors import CheckpointError
 from holdfast.i18n import N_, _
@@ -195,7 +196,7 @@ def _floor_reason(candidates: Sequence[Candidate], i: int) -> str:
 
 def too_few_verified(candidates: Sequence[Candidate]) -> bool:
     """Whether nothing may go at all: a step that was saved twice is one state."""
-    return len({candidate.order[:2] for candidate in candidates if candidate.verified}) < 2
+    return len(verified_states(candidates)) < 2
 
 
 # ---------------------------------------------------------------------------------- other files

@@ -109,7 +109,7 @@ def execute(shown: Plan) -> Plan:
 
 def _row(remains: memory.Remains) -> Row:
     newest = memory.newest_in(remains)
-    step = None if newest is None else newest.order[1]
+    step = None if newest is None else newest.step
     run = remains.run
     here = run is not None and run.is_dir() and remains.belongs_to(run)
     if memory.in_use(remains.directory):
@@ -119,6 +119,6 @@ def _row(remains: memory.Remains) -> Row:
     elif run is None or not here:
         reason = "gone"
     else:
-        saved = [entry.order[:2] for entry in Catalog(run).scan().entries]
-        reason = "saved" if max(saved, default=(0, -1)) >= newest.order[:2] else "unsaved"
+        saved = Catalog(run).scan().newest
+        reason = "saved" if saved is not None and saved.order >= newest.order else "unsaved"
     return Row(remains, run, step, reason)

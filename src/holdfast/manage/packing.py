@@ -292,8 +292,8 @@ def _only_in_memory(catalog: Catalog, newest: Entry | None) -> int | None:
     """The step of a newer snapshot that a killed training has left in shared memory."""
     run = catalog.current_run()
     left = [] if run is None else memory.left_by(catalog.directory, *run)
-    if left and newest is not None and left[0].order[:2] > newest.order[:2]:
-        return left[0].order[1]
+    if left and newest is not None and left[0].order > newest.order:
+        return left[0].step
     return None
 
 

@@ -156,6 +156,6 @@ def _left(catalog: Catalog) -> list[memory.Left]:
 
 def _step_in_memory(catalog: Catalog, chosen: Entry, newest: Entry | None) -> int | None:
     """The step of the snapshot that the next start would go on from instead of `chosen`."""
-    least = max(chosen.order[:2], newest.order[:2] if newest is not None else (0, 0))
+    least = max(chosen.order, newest.order if newest is not None else (0, 0))
     left = _left(catalog)
-    return left[0].order[1] if left and left[0].order[:2] > least else None
+    return left[0].step if left and left[0].order > least else None

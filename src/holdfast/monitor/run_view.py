@@ -364,7 +364,7 @@ class RunView:
                     left.identity[name] == event[name]
                     for event in run for name in ("run_id", "generation")
                 ):  # fmt: skip
-                    steps.append(left.order[1])
+                    steps.append(left.step)
         if steps:
             return max(steps)
         return self.points[-1].memory_step if self.points and self._elsewhere else None

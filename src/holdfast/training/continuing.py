@@ -258,7 +258,7 @@ def _newest_of(name: str, directory: Path) -> Path:
     """The newest checkpoint that a file, a glob or a directory names."""
     found = [path for path in (Path(name), directory / name) if path.exists()][:1]
     found = found or [Path(match) for match in sorted(glob.glob(name))]  # noqa: PTH207 - absolute
-    best: tuple[tuple[int, int, int], Path] | None = None
+    best: tuple[tuple[int, int], Path] | None = None
     for path in found:
         for entry, file in _entries_at(path):
             if best is None or entry.order > best[0]:
