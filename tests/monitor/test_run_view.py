@@ -163,6 +163,17 @@ def test_a_step_that_is_made_again_is_drawn_once(run: Recorded) -> None:
     assert steps(seen(run)) == [10, 20, 30, 40]
 
 
+def test_an_evaluation_that_is_made_again_after_a_kill_counts_once(run: Recorded) -> None:
+    run.started(0, 0)
+    for begins in (0, 10):  # killed between the line and the save of what it says
+        run.metric("evaluation", 10, begins + 1, val_loss=4.0)
+        run.metric("sample", 10, begins + 2, epoch=1, text="今天")
+        run.started(10, begins + 3)
+    view = seen(run)
+    assert [each.step for each in view.evaluations] == [10]
+    assert [each.step for each in view.samples] == [10]
+
+
 def test_a_divergence_undoes_what_it_went_back_over(run: Recorded) -> None:
     run.started(0, 0)
     run.steps(10, 90, 1)

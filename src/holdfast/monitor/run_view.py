@@ -135,9 +135,11 @@ class RunView:
             if "loss" in line and not _finite(point.loss):  # the trainer writes null for NaN
                 self.wild.append(point)
         elif kind == "evaluation":
+            _forget_step(step, self.evaluations)
             values = (number(line.get(n)) for n in ("val_loss", "perplexity", "bits_per_byte"))
             self.evaluations.append(Evaluation(step, time, *values))
         elif kind == "sample":
+            _forget_step(step, self.samples)
             epoch, text = _integer(line.get("epoch")) or 0, str(line.get("text") or "")
             self.samples.append(Sample(step, epoch, text, time))
         elif kind == "started":
@@ -381,6 +383,12 @@ class RunView:
             plan = Plan.of(self.config, per_epoch, left, self.pace)
         free = filesystem.free_bytes(self.directory)
         return forecast(self.entries, free, plan, settled=self._settled or not growing)
+
+
+def _forget_step(step: int, measured: list[Evaluation] | list[Sample]) -> None:
+    """A kill between such a line and the save of what it tells of has training write it again."""
+    while measured and measured[-1].step >= step:
+        measured.pop()
 
 
 def _follow(

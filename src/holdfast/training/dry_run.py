@@ -121,8 +121,7 @@ def _measure(workshop: Workshop, console: Console, signals: guard.SignalGuard) -
     timed = max(1, min(batches, EVALUATION_BATCHES))
     evaluation = (time.perf_counter() - began) * batches / timed
     began = time.perf_counter()
-    if workshop.config.training.sample_tokens:
-        telling.sample(trainer)
+    telling.sample(trainer)
     sample = time.perf_counter() - began
     size = checkpoint_size(trainer.state, reserve=workshop.reserve)
     lack = lack_of_shared_memory(MEMORY_SLOTS * size) if options.memory_every != "0" else ""

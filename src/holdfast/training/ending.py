@@ -139,7 +139,6 @@ def leave_out(trainer: Trainer) -> None:
     progress.left_out.remove([progress.epoch, progress.position])
     progress.loss_sum += progress.loss_sum / max(1, progress.position)
     trainer.scheduler.step()
-    progress.step += 1
-    progress.position += 1
+    progress.count_step()
     trainer.whole = True
     trainer.records.event("left_out", progress.step)

@@ -25,6 +25,13 @@ class Progress:
     stale: int = 0  # evaluations since the best one
     stopped_early: bool = False
     left_out: list[list[int]] = field(default_factory=list)  # [epoch, position] that lie ahead
+    owed: bool = False  # the last step's evaluation, saves and epoch's end are still to be done
+
+    def count_step(self) -> None:
+        """One more step is done, and nothing yet of what is due after it."""
+        self.step += 1
+        self.position += 1
+        self.owed = True
 
     def state_dict(self) -> dict[str, Any]:
         return {each.name: getattr(self, each.name) for each in fields(self)}

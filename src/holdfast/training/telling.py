@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
 
 
-def tell_epoch(trainer: Trainer, epoch: int, metrics: dict[str, float]) -> None:
-    """The block that a person reads at the end of an epoch. The next's time counts from here."""
+def tell_epoch(trainer: Trainer, epoch: int, metrics: dict[str, float], text: str | None) -> None:
+    """The block that a person reads at the end of an epoch, with the `text` that the model has
+    written (`sample`). The next's time counts from here."""
     seconds = time.monotonic() - trainer.epoch_began
     trainer.epoch_began = time.monotonic()
     say = trainer.console.say
@@ -29,8 +30,7 @@ def tell_epoch(trainer: Trainer, epoch: int, metrics: dict[str, float]) -> None:
         say(_("  🔢 Perplexity: {perplexity} · bits per byte: {bits}",
               perplexity=f"{metrics['perplexity']:.2f}",
               bits=f"{metrics['bits_per_byte']:.3f}"))  # fmt: skip
-    if trainer.config.training.sample_tokens:
-        text = _one_line(sample(trainer))
+    if text is not None:
         trainer.records.event("sample", trainer.progress.step, epoch=epoch, text=text)
         say(_("  ✍️  Sample: {text}", text=text))
 
@@ -41,15 +41,20 @@ def evaluation_line(step: int, metrics: dict[str, float]) -> str:
              loss=f"{metrics['val_loss']:.4f}", bits=f"{metrics['bits_per_byte']:.3f}")  # fmt: skip
 
 
-def sample(trainer: Trainer) -> str:
-    """A short text as the model continues the prompt now; its own generator, so that the run
-    stays the same with and without it."""
+def sample(trainer: Trainer) -> str | None:
+    """A short text as the model continues the prompt now, in one line; None where none is wanted.
+
+    It has a generator of its own, so that the run stays the same with and without it.
+    """
     training = trainer.config.training
-    return sample_text(
+    if not training.sample_tokens:
+        return None
+    text = sample_text(
         trainer.model, trainer.data.tokenizer, training.sample_prompt, training.sample_tokens,
         context_length=trainer.context_length, seed=training.seed + trainer.progress.step,
         may_end=False, stop=lambda: trainer.guard.requested is not None,
     )  # fmt: skip
+    return _one_line(text)
 
 
 def _one_line(text: str) -> str:

@@ -7,9 +7,11 @@ of a step are never cut in two.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -108,8 +110,6 @@ class Trainer:
                     self._go_on()
                 except Diverged as error:
                     ending.recover(self, error)
-            if self.plan.epochs is None or self.progress.position:
-                self.end_run()
             self.check_end_is_durable()
         except (Interrupted, Diverged, SaveFailed):  # what could be saved is saved
             raise
@@ -120,26 +120,28 @@ class Trainer:
             self.console.stop_bar()
 
     def _go_on(self) -> None:
+        """Do one step and then its duties, or only the duties that the last start left owed."""
         progress = self.progress
-        if progress.position < self.plan.steps_per_epoch:
+        if not progress.owed:
             if [progress.epoch, progress.position] in progress.left_out:
                 ending.leave_out(self)
             else:
                 self.one_step()
-            self.after_step()
-        if progress.position == self.plan.steps_per_epoch:
-            self.end_epoch()
+        self.after_step()
         self.stop_if_asked()
         self.stop_if_unsafe()
 
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
-        if self.progress.stopped_early:
+        progress = self.progress
+        if progress.owed:
+            return False
+        if progress.stopped_early:
             return True
         if self.plan.epochs is None:
-            return self.progress.step >= self.plan.total_steps
-        return self.progress.epoch > self.plan.epochs
+            return progress.step >= self.plan.total_steps
+        return progress.epoch > self.plan.epochs
 
     def one_step(self) -> None:
         """One optimizer update: `accumulation` micro-batches, clipped, scheduled.
@@ -165,67 +167,90 @@ class Trainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        progress.step += 1
-        progress.position += 1
+        progress.count_step()
         self._account(mean.item(), time.perf_counter() - began)
         self.whole = True
 
     def after_step(self) -> None:
-        """Evaluate and save where this step is one of those; at most one checkpoint."""
-        progress, checkpoint = self.progress, self.config.checkpoint
-        if progress.position == self.plan.steps_per_epoch and self.plan.epochs is not None:
-            return  # the end of the epoch evaluates and saves
-        if progress.step >= self.plan.total_steps and self.plan.epochs is None:
-            return  # the end of the run does
+        """Do the duties of the last step: evaluate, tell, save; at most one checkpoint.
+
+        First what takes time and changes nothing. A signal that comes meanwhile leaves all duties
+        owed, and the next start does them. After that everything is done, whatever comes: half a
+        duty would be done twice, or never.
+        """
+        progress, plan = self.progress, self.plan
+        ends_epoch = plan.epochs is not None and progress.position == plan.steps_per_epoch
+        ends_run = plan.epochs is None and progress.step >= plan.total_steps
         metrics: dict[str, float] = {}
-        improved = False
-        if _every(self._evaluation_interval, progress.step):
+        if ends_epoch or ends_run or _every(self._evaluation_interval, progress.step):
             metrics = self.evaluate()
-            improved = self._note(metrics)
-            if metrics:
-                self.console.say(telling.evaluation_line(progress.step, metrics))
-        if _every(checkpoint.save_every, progress.step):
-            self._save("step", metrics, reason="save_every")
-        elif improved:
-            self._save("best", metrics, reason="best")
-        # A loss that is high may turn out to be one to go back behind: nothing rolls on meanwhile.
-        if not self.guard.requested and not self.watch.suspects:
-            self.manager.after_step(progress.step, epoch=progress.epoch)
+        gives_up = bool(metrics) and self._stale_after(metrics) >= self._patience
+        ends_run = ends_run or (gives_up and not ends_epoch)
+        text = telling.sample(self) if ends_epoch or ends_run else None
+        if self.guard.requested:
+            return
+        if ends_epoch:
+            self.end_epoch(metrics, text)
+        elif ends_run:
+            self.end_run(metrics, text)
+        else:
+            self._go_past(metrics)
         self.console.status.memory_step = self.manager.memory_step
         self.console.status.failing = self.manager.failing
 
-    def end_epoch(self) -> None:
-        """Validation, history, checkpoint, and the block that tells of them."""
+    def end_epoch(self, metrics: dict[str, float], text: str | None) -> None:
+        """History, checkpoint, and the block that tells of them, after an epoch's evaluation."""
         progress = self.progress
         epoch, mean = progress.epoch, progress.loss_sum / max(1, progress.position)
-        if self.plan.epochs is None:  # counted in steps: data begins anew, nothing else happens
-            self._begin_epoch()
-            return
-        metrics = self.evaluate()
-        if self.guard.requested:
-            return  # evaluated again after the resume, which lands here
         metrics = {"train_loss": mean, **metrics}
-        self.whole = False  # or the epoch would be in the history twice
-        improved = self._note(metrics)
-        self._remember(epoch, metrics)
-        self._begin_epoch()
-        self.whole = True
-        telling.tell_epoch(self, epoch, metrics)
+        with self._settling():
+            improved = self._note(metrics)
+            self._remember(epoch, metrics)
+        telling.tell_epoch(self, epoch, metrics, text)
         self.console.say(_("💾 Saving the checkpoint..."))
         if self.config.checkpoint.save_every_epoch:
             self._save("epoch", metrics, reason="epoch", epoch=epoch)
         else:
             self._save("best" if improved else "temp", metrics, reason="epoch", epoch=epoch)
 
-    def end_run(self) -> None:
-        """The last evaluation and checkpoint of a run that does not end with an epoch's."""
-        metrics = self.evaluate()
-        self._note(metrics)
-        metrics = {"train_loss": self.progress.smoothed, **metrics}
-        self._remember(self.progress.epoch, metrics)
-        telling.tell_epoch(self, self.progress.epoch, metrics)
-        self._save("step", metrics, reason="end")
-        self.stop_if_asked()
+    def end_run(self, metrics: dict[str, float], text: str | None) -> None:
+        """The history and the last checkpoint of a run that does not end with an epoch's."""
+        epoch, metrics = self.progress.epoch, {"train_loss": self.progress.smoothed, **metrics}
+        with self._settling():
+            self._note(metrics)
+            self._remember(epoch, metrics)
+        telling.tell_epoch(self, epoch, metrics, text)
+        self._save("step", metrics, reason="end", epoch=epoch)
+
+    def _go_past(self, metrics: dict[str, float]) -> None:
+        """The duties of a step that ends nothing."""
+        progress = self.progress
+        epoch = progress.epoch
+        with self._settling():
+            improved = self._note(metrics)
+        if metrics:
+            self.console.say(telling.evaluation_line(progress.step, metrics))
+        if _every(self.config.checkpoint.save_every, progress.step):
+            self._save("step", metrics, reason="save_every", epoch=epoch)
+        elif improved:
+            self._save("best", metrics, reason="best", epoch=epoch)
+        elif metrics and self.manager.saved_step == progress.step:
+            # What is durable of this step still owes them: they would be done a second time.
+            self._save("temp", metrics, reason="scheduled", epoch=epoch)
+        # A loss that is high may turn out to be one to go back behind: nothing rolls on meanwhile.
+        if not self.guard.requested and not self.watch.suspects:
+            self.manager.after_step(progress.step, epoch=epoch)
+
+    @contextlib.contextmanager
+    def _settling(self) -> Iterator[None]:
+        """Around the changes that duties make to the state: no save may have half of them."""
+        progress = self.progress
+        self.whole = False
+        yield
+        if progress.position == self.plan.steps_per_epoch:
+            self._begin_epoch()
+        progress.owed = False
+        self.whole = True
 
     def check_end_is_durable(self) -> None:
         """A training whose end nobody could save is not finished. Raises SaveFailed."""
@@ -353,17 +378,15 @@ class Trainer:
         return training.eval_every
 
     def _note(self, metrics: dict[str, float]) -> bool:
-        """Keep the best loss and count evaluations without a better one; NaN is never better."""
-        loss, best = metrics.get("val_loss"), self.state["best_loss"]
-        if loss is None:
+        """Keep the best loss and count evaluations without a better one."""
+        if "val_loss" not in metrics:
             return False
-        self.state["val_loss"] = loss
-        improved = math.isfinite(loss) and (best is None or loss < best)
+        self.state["val_loss"] = metrics["val_loss"]
+        self.progress.stale = self._stale_after(metrics)
+        improved = self.progress.stale == 0
         if improved:
-            self.state["best_loss"] = loss
-        self.progress.stale = 0 if improved else self.progress.stale + 1
-        patience = self.config.training.patience
-        if patience is not None and self.progress.stale >= patience:
+            self.state["best_loss"] = metrics["val_loss"]
+        if self.progress.stale >= self._patience:
             self.progress.stopped_early = True
             self.console.say(
                 _("🛑 No better validation loss in {count} evaluations: stopping early.",
@@ -371,6 +394,20 @@ class Trainer:
             )  # fmt: skip
         self.records.event("evaluation", self.progress.step, **metrics)
         return improved
+
+    def _stale_after(self, metrics: dict[str, float]) -> int:
+        """Evaluations since the best one, with these counted; NaN is never better."""
+        loss, best = metrics.get("val_loss"), self.state["best_loss"]
+        if loss is None:
+            return self.progress.stale
+        better = math.isfinite(loss) and (best is None or loss < best)
+        return 0 if better else self.progress.stale + 1
+
+    @property
+    def _patience(self) -> float:
+        """Evaluations without a better one after which training stops."""
+        patience = self.config.training.patience
+        return math.inf if patience is None else patience
 
     def _remember(self, epoch: int, metrics: dict[str, float]) -> None:
         history = self.state["history"]
@@ -429,8 +466,8 @@ class Trainer:
         self.plan = Plan.of(self.config, self.batches, done=progress)
         if self.plan.epochs is not None:
             # Early stopping is decided anew: the user may have given it more patience.
-            patience = self.config.training.patience
-            progress.stopped_early = patience is not None and progress.stale >= patience
+            progress.stopped_early = progress.stale >= self._patience
+        progress.owed = progress.owed or progress.position == self.plan.steps_per_epoch
         self._settle_schedule()
         return notes
 
