@@ -1,5 +1,7 @@
 """The only door to the disk on the write side: every call that durability hangs on is made here.
 
+Files of a run directory, which a stranger may have packed, are opened by `open_regular` alone.
+
 One small seam on purpose: faults are injected here, and platforms differ here and nowhere else.
 `HOLDFAST_DISABLE=hardlinks,reflink,copyrange,fallocate,direct,sharedmemory` switches fast paths
 off, for tests and odd systems.
@@ -14,6 +16,7 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -28,6 +31,7 @@ log = logging.getLogger("holdfast")
 _FICLONE = 0x40049409  # ioctl(2): share the blocks of another file (Btrfs, XFS, bcachefs)
 _WRITE_MAX = 1 << 30  # Linux writes at most 2 GiB - 4 KiB a call
 READ_ONLY = 0o444
+SMALL = 64 << 20  # bytes: far more than any settings, cache or tokenizer of a run takes
 _said: set[str] = set()
 _seek_lock = threading.Lock()
 
@@ -41,6 +45,37 @@ def _say_once(message: str, *args: object) -> None:
     if message not in _said:
         _said.add(message)
         log.info(message, *args)
+
+
+# ------------------------------------------------------------------------- files of a stranger
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
+    """Open `path` and return its descriptor, only if it is a regular file.
+
+    A FIFO would block the open for ever, a device never ends, and a symbolic link leads out of the
+    run directory: `follow` one only where the user has named it. Raises OSError.
+    """
+    flags |= _EXTRA_FLAGS | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    if follow:
+        flags &= ~getattr(os, "O_NOFOLLOW", 0)
+    fd = os.open(path, flags, 0o644)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    except BaseException:  # an interrupt, too, leaks no descriptor
+        os.close(fd)
+        raise
+    return fd
+
+
+def read_small(path: Path, most: int = SMALL) -> bytes:
+    """Return the bytes of a regular file of at most `most` bytes. Raises OSError."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return data
 
 
 # ---------------------------------------------------------------------------------- durability
@@ -74,10 +109,23 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def check_links(path: Path) -> None:
+    """Raise OSError (ENOLINK, with both names) if `path` or a parent is a link to nothing.
+
+    As a rule it leads to a disk that is not mounted: to create what is missing there would put a
+    run on another disk, where the next mount hides it.
+    """
+    for each in (path, *path.parents):
+        if each.is_symlink() and not each.exists():
+            said = os.strerror(errno.ENOLINK)
+            raise OSError(errno.ENOLINK, said, str(each), None, str(each.readlink()))
+
+
 def make_directory(path: Path) -> None:
-    """Create `path` and its parents, each durable before what is put into it."""
+    """Create `path` and its parents, each durable before what is put into it. Raises OSError."""
     if path.is_dir():
         return
+    check_links(path)
     make_directory(path.parent)
     with contextlib.suppress(FileExistsError):
         path.mkdir()
@@ -162,7 +210,7 @@ def write_json(target: Path, value: Any) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append `line` durably in one write; a torn last line of a crash is closed off first."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _EXTRA_FLAGS, 0o644)
+    fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
         end = os.lseek(fd, 0, os.SEEK_END)
         torn = end > 0 and _last_byte(fd, end) != b"\n"

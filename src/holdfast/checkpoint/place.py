@@ -114,6 +114,7 @@ def check_rights(directory: Path) -> None:
     """Raise `ResourceError` where a run directory is there and this user could save nothing in it:
     another one, perhaps root, has trained there before. `OSError` where nobody can write it now."""
     if not directory.is_dir():
+        filesystem.check_links(directory)
         return
     try:
         filesystem.try_writing(directory)

@@ -59,7 +59,7 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._fd = os.open(path, _FLAGS)
+        self._fd = filesystem.open_regular(path, follow=True)
         self._direct = -1
         self._tried = False
         try:
@@ -84,7 +84,7 @@ class File:
 
     def _reopen(self) -> None:
         try:
-            self._direct = os.open(self._path, _FLAGS)
+            self._direct = filesystem.open_regular(self._path, follow=True)
             same = os.path.samestat(os.fstat(self._direct), os.fstat(self._fd))
         except OSError:  # the name has gone: what is open still reads
             same = False
@@ -151,9 +151,6 @@ class File:
             if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot say
                 return True
             raise
-
-
-_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 def _behind(got: int, buffers: Sequence[memoryview]) -> list[memoryview]:

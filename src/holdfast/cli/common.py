@@ -5,6 +5,7 @@ No torch here, and nothing of any one command: whatever this imports, `holdfast 
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -56,6 +57,27 @@ def agreed(question: str, without: str) -> bool:
     sys.stdout.write(question)
     sys.stdout.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes", "是")
+
+
+def explain(error: OSError) -> str:
+    """Return what the system refused, where, and what to do, in the user's language."""
+    names = (error.filename, error.filename2)
+    where = f"{' -> '.join(str(name) for name in names if name)}: " if error.filename else ""
+    what = {
+        errno.ENOSPC: _("the disk is full. Free some space and start again."),
+        errno.EDQUOT: _("your disk quota is used up. Free some space and start again."),
+        errno.EROFS: _("the file system is read-only. Choose another directory."),
+        errno.EACCES: _("permission denied. Choose one that you may read and write."),
+        errno.EPERM: _("permission denied. Choose one that you may read and write."),
+        errno.ENOENT: _("there is no such file or directory. Check the name."),
+        errno.ENOTDIR: _("a file is where a directory should be. Choose another path."),
+        errno.EISDIR: _("a directory is where a file should be. Name a file."),
+        errno.ENOLINK: _(
+            "the link leads to nothing. Mount the disk that it leads to, or remove the link."
+        ),
+        errno.ENAMETOOLONG: _("the name is too long. Choose a shorter one."),
+    }.get(error.errno or 0, str(error.strerror or error))
+    return where + what
 
 
 def show(lines: Iterable[str]) -> None:

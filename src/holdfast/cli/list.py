@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from holdfast.cli.common import add_directories, parser, show, show_json
+from holdfast.cli.common import add_directories, explain, parser, show, show_json
 from holdfast.errors import HoldfastError
 from holdfast.i18n import N_, _
 from holdfast.manage import listing
@@ -35,7 +35,7 @@ def run_list(argv: Sequence[str], prog: str) -> int:
         except HoldfastError as error:
             problems.append(str(error))
         except OSError as error:  # the others are shown all the same
-            problems.append(f"{directory}: {error.strerror or error}")
+            problems.append(explain(error) if error.filename else f"{directory}: {error}")
     if given.json:
         show_json({"directories": [one.to_json() for one in found]})
     else:

@@ -6,7 +6,6 @@ the command is known.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -78,7 +77,9 @@ def main(  # noqa: PLR0911 - one return a bad end
             debug,
         )  # fmt: skip
     except OSError as error:
-        return _fail(_explain(error), 1, error, debug)
+        from holdfast.cli.common import explain
+
+        return _fail(explain(error), 1, error, debug)
 
 
 def train_main(
@@ -195,22 +196,6 @@ def _fail(message: str, status: int, error: BaseException, debug: bool) -> int:
     except OSError:  # the terminal is gone; the status still tells
         _silence_stdout()
     return status
-
-
-def _explain(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    what = {
-        errno.ENOSPC: _("the disk is full. Free some space and start again."),
-        errno.EDQUOT: _("your disk quota is used up. Free some space and start again."),
-        errno.EROFS: _("the file system is read-only. Choose another directory."),
-        errno.EACCES: _("permission denied. Choose one that you may read and write."),
-        errno.EPERM: _("permission denied. Choose one that you may read and write."),
-        errno.ENOENT: _("there is no such file or directory. Check the name."),
-        errno.ENOTDIR: _("a file is where a directory should be. Choose another path."),
-        errno.EISDIR: _("a directory is where a file should be. Name a file."),
-        errno.ENAMETOOLONG: _("the name is too long. Choose a shorter one."),
-    }.get(error.errno or 0, str(error.strerror or error))
-    return where + what
 
 
 def _open_streams() -> None:

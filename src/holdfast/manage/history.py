@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.container import read_manifest
 from holdfast.errors import CheckpointError
 from holdfast.formatting import NOTHING, format_loss, format_time, parse_time
@@ -171,7 +172,7 @@ def write_csv(histories: Sequence[History], path: Path) -> None:
 
 def _read_file(path: Path) -> object:
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(filesystem.read_small(path))
     except (OSError, ValueError, RecursionError):
         return None  # the checkpoints know as well
 

@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from holdfast import __version__
-from holdfast.checkpoint import memory
+from holdfast.checkpoint import filesystem, memory
 from holdfast.checkpoint.catalog import (
     ARCHIVE,
     METADATA,
@@ -45,10 +45,6 @@ from holdfast.manage.locking import catalogue_lock
 from holdfast.manage.packed import MANIFEST, SUMS, Contents, Item, is_sane
 from holdfast.manage.rundir import RunDirectory, look
 
-_FLAGS = (
-    os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
-    | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-)  # fmt: skip
 _AGAIN = 5  # looks at a directory that cannot be locked and changes under us
 _SPARE = 64  # descriptors beside those of the run
 
@@ -240,11 +236,9 @@ def _take(
         known.names.append(name)
         return
     path = found.run.directory / name
-    fd = os.open(path, _FLAGS)
+    fd = filesystem.open_regular(path)
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):  # replaced this very moment
-            raise FileNotFoundError(path)
         manifest = _manifest(by_descriptor(fd, path)) if name.endswith(".pt") else None
     except BaseException:  # an interrupt, too, leaks no descriptor
         os.close(fd)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.catalog import ARCHIVE, QUARANTINE, TEMP, Catalog, Contents, Entry
 from holdfast.errors import HoldfastError
 from holdfast.i18n import N_, _
@@ -48,6 +49,7 @@ def look(directory: str | os.PathLike[str]) -> RunDirectory:
     """Look into `directory`. Raises HoldfastError where there is none, OSError as it comes."""
     path = Path(directory)
     if not path.exists():
+        filesystem.check_links(path)
         raise HoldfastError(
             _("There is no directory {directory}. Name the run directory, the one that "
               "--checkpoint-dir named for the training.", directory=path)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from holdfast.checkpoint import filesystem
+
 _PIECE = 8 << 20  # bytes that one look takes in at most: a long history is never whole in memory
+_MOST = 4 << 30  # bytes: twenty million lines; what is larger is no history, or a sparse file
+_LONGEST = 1 << 20  # bytes of a line
+_DEEPEST = 8  # mappings and lists in one another
+_LARGEST = 1 << 63
 _HEAD = 64  # bytes at the beginning by which a file is known: its first time, to the millisecond
 _BEGINNING = b'{"time"'  # of every line that holdfast writes; never inside one: quotes are escaped
 
@@ -35,8 +42,10 @@ class Follower:
         OSError as it comes."""
         self.restarted = self.more = False
         try:
-            with self._path.open("rb") as file:
+            with os.fdopen(filesystem.open_regular(self._path), "rb") as file:
                 status = os.fstat(file.fileno())
+                if status.st_size > _MOST:
+                    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(self._path))
                 head = file.read(_HEAD)
                 if self._position and (
                     status.st_ino != self._inode
@@ -54,6 +63,8 @@ class Follower:
             return []
         self._position += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _LONGEST:  # no line of ours: without an end it would fill the memory
+            self._rest = b""
         return [line for line in map(_parsed, lines) if line is not None]
 
     def _begin_anew(self) -> None:
@@ -66,6 +77,19 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         if beginning >= 0:
             with contextlib.suppress(ValueError, RecursionError):
                 value = json.loads(line[beginning:].decode("utf-8", "surrogatepass"))
-                if isinstance(value, dict):
+                if isinstance(value, dict) and _sane(value):
                     return value
     return None
+
+
+def _sane(value: object, depth: int = 0) -> bool:
+    """Return whether `value` is no deeper, and no number in it larger, than what we write.
+
+    Anybody may have written the line: a list in 900 lists ends whoever walks through it, and a
+    number of 400 digits whoever counts with it.
+    """
+    if isinstance(value, dict):
+        return depth < _DEEPEST and all(_sane(each, depth + 1) for each in value.values())
+    if isinstance(value, list):
+        return depth < _DEEPEST and all(_sane(each, depth + 1) for each in value)
+    return not isinstance(value, int) or abs(value) < _LARGEST

@@ -428,7 +428,7 @@ def find_runs(root: Path, *, depth: int = 3) -> list[Path]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        config = json.loads(path.read_text("utf-8"))
+        config = json.loads(filesystem.read_small(path))
         if isinstance(config, dict):
             return config
     return {}

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.catalog import ARCHIVE, QUARANTINE
 from holdfast.errors import HoldfastError
 from holdfast.formatting import parse_time
@@ -236,8 +237,7 @@ def log_tail(directory: Path, limit: int = LOG_BYTES) -> dict[str, Any]:
         if not own:
             return nothing
         *_when, path = max(own)
-        opened = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-        with open(opened, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+        with os.fdopen(filesystem.open_regular(path), "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - limit))
             data = file.read(limit)

@@ -22,6 +22,7 @@ import torch
 from holdfast.checkpoint import filesystem, guard
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.manager import checkpoint_size
+from holdfast.checkpoint.place import check_rights
 from holdfast.checkpoint.risk import RiskAware
 from holdfast.checkpoint.schedule import Cost, EveryMinutes, EverySteps, Measured
 from holdfast.checkpoint.snapshots import lack_of_shared_memory
@@ -89,6 +90,7 @@ def dry_run(
     """Measure, `tell` (None: a table on the console), and return the estimate. Raises ResourceError
     where it cannot work out."""
     directory = Path(config.checkpoint.checkpoint_dir)
+    check_rights(directory)
     with guard.SignalGuard() as signals:
         start = continuing.decide(config, Catalog(directory).scan(), ask=None)
         start = replace(start, archive=False)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,11 @@ class Records:
     def _append(self, line: dict[str, Any]) -> None:
         text = json.dumps(_finite({"time": now(), **line}), ensure_ascii=False)
         torn = "\n" if METRICS in self._failing else ""  # a full disk may have taken half a line
-        with (
-            self._survive(METRICS),
-            (self._directory / METRICS).open("a", encoding="utf-8") as file,
-        ):
-            file.write(f"{torn}{text}\n")
+        with self._survive(METRICS):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            opened = filesystem.open_regular(self._directory / METRICS, flags)
+            with os.fdopen(opened, "a", encoding="utf-8") as file:
+                file.write(f"{torn}{text}\n")
 
     def _draw(self, step: int, values: dict[str, float]) -> None:
         if self._board is None or _BOARD in self._failing:  # its writer ends with its first error
