@@ -251,9 +251,10 @@ def plain(name: str, content: bytes) -> tuple[tarfile.TarInfo, bytes]:
 def craft(path: Path, items: list[Item], members: Members, **fields: Any) -> Path:
     """An archive that says `items` are in it, and holds `members`."""
     contents = Contents("run", "2026-01-01T00:00:00+00:00", "0", "r", 1, 1, tuple(items))
-    first = encode(replace(contents, **fields))
+    contents = replace(contents, **fields)
+    first = encode(contents)
     with tarfile.open(path, "w") as tar:
-        for info, content in [plain(f"run/{MANIFEST}", first), *members]:
+        for info, content in [plain(f"{contents.top}/{MANIFEST}", first), *members]:
             tar.addfile(info, io.BytesIO(content))
         info, content = plain(f"run/{SUMS}", encode_sums({}))
         tar.addfile(info, io.BytesIO(content))
@@ -345,9 +346,32 @@ def test_a_bomb_takes_neither_memory_nor_disk(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert most < 8 << 20
     vast = craft(tmp_path / "v.tar", [Item("x", 1 << 60)], iter([]))
-    with pytest.raises(ResourceError, match="free"):
+    with pytest.raises(HoldfastError, match="no run can be packed so small"):
         unpack(vast, str(tmp_path / "b"))
     assert left_in(tmp_path) == ["a.tar", "v.tar"]
+
+
+@pytest.mark.parametrize("top", [".ssh", "-rf", ".git"])
+def test_a_name_that_is_no_run_directory_must_be_chosen_by_the_user(
+    tmp_path: Path, top: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = craft(tmp_path / "a.tar", [], iter([]), top=top)
+    with pytest.raises(HoldfastError, match=f"calls its run {top}, .* name the one to unpack into"):
+        unpack(path)
+    assert left_in(tmp_path) == ["a.tar"]
+
+
+def test_zeros_that_were_packed_small_do_not_fill_the_disk(tmp_path: Path) -> None:
+    import zstandard
+
+    size = 1 << 30
+    path = craft(tmp_path / "a.tar", [Item("x", size)], iter([]))
+    packed = tmp_path / "a.tar.zst"
+    packed.write_bytes(zstandard.compress(path.read_bytes()))
+    with pytest.raises(HoldfastError, match=r"would take 1\.00 GiB: no run can be packed so small"):
+        unpack(packed, str(tmp_path / "b"))
+    assert left_in(tmp_path) == ["a.tar", "a.tar.zst"]
 
 
 def test_a_manifest_that_makes_no_sense_is_damage_and_a_newer_one_is_not(

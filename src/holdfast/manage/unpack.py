@@ -17,9 +17,14 @@ from holdfast.checkpoint import filesystem, guard
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.container import NewerFormat, Reader
 from holdfast.errors import HoldfastError
+from holdfast.formatting import format_bytes
 from holdfast.i18n import _
 from holdfast.manage.pack import Meter, Packed, Show, check_room
 from holdfast.manage.packed import Chunks, Contents, Item, PackedRun, check
+
+# How much smaller than its run an archive may be: weights shrink by a sixth, texts twentyfold, and
+# moments that are still zero vanish.
+_MOST_RATIO, _MOST_SMALL = 100, 64 << 20
 
 
 def contents_of(path: str | os.PathLike[str]) -> Packed:
@@ -49,8 +54,9 @@ def unpack(
     """
     with PackedRun(path) as packed:
         found = Packed(packed.path, packed.path.stat().st_size, packed.contents)
-        target = Path(directory) if directory is not None else Path(packed.contents.top)
+        target = Path(directory if directory is not None else _own_name(found))
         _check_target(target)
+        _check_ratio(found)
         filesystem.make_directory(target.absolute().parent)
         check_room(target, packed.contents.size + guard.RESERVE)
         with _beside(target) as place:
@@ -68,6 +74,28 @@ def _meter(contents: Contents, show: Show | None) -> Meter:
     """Checkpoints are counted when they are written and when they are read back."""
     again = sum(i.size for i in contents.items if i.step is not None and i.link is None)
     return Meter(contents.files + contents.checkpoints, contents.size + again, show)
+
+
+def _own_name(found: Packed) -> str:
+    """Return the name that the archive gives its run. Raises HoldfastError for a name that no run
+    has: `.ssh` would be read by ssh, `-rf` by the next command that takes it for an option."""
+    name = found.contents.top
+    if name[0] in ".-":
+        raise HoldfastError(
+            _("{path} calls its run {name}, which is no name for a run directory: name the one to "
+              "unpack into.", path=found.path, name=name)
+        )  # fmt: skip
+    return name
+
+
+def _check_ratio(found: Packed) -> None:
+    """Raise HoldfastError where a small archive wants to fill the disk with zeros."""
+    if found.contents.size > _MOST_SMALL + _MOST_RATIO * found.size:
+        raise HoldfastError(
+            _("{path} has {size} and would take {unpacked}: no run can be packed so small. Nothing "
+              "was unpacked.", path=found.path, size=format_bytes(found.size),
+              unpacked=format_bytes(found.contents.size))
+        )  # fmt: skip
 
 
 def _check_target(target: Path) -> None:
