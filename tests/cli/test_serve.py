@@ -133,6 +133,8 @@ def test_a_port_is_taken_before_the_model_is_loaded() -> None:
         (["{run}", "--api-key", "a b"], 2, "no header can carry"),
         (["{run}", "--precision", "int3"], 2, "--precision"),
         (["{run}", "--host", "no.such.host.invalid"], 2, "needs an --api-key"),
+        (["{run}", "--allowed-host", "*"], 2, "is not the name of a host"),
+        (["{run}", "--allowed-origin", "llm.example.com"], 2, "is not the address of a site"),
         (["{foreign}"], 4, "was not written by holdfast"),
     ],
 )

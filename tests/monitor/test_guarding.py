@@ -12,6 +12,7 @@ from holdfast.monitor.guarding import (
     HEADERS,
     Guard,
     Hosts,
+    Origins,
     host_name,
     is_loopback,
     new_token,
@@ -30,7 +31,7 @@ async def _app(_scope: Any, _receive: Any, send: Any) -> None:
 
 def ask(
     query: str = "", *, bound: str = "127.0.0.1", method: str = "GET", token: str | None = TOKEN,
-    **headers: str | list[str],
+    allowed: tuple[list[str], list[str]] = ([], []), **headers: str | list[str],
 ) -> tuple[int, dict[str, str], bytes]:  # fmt: skip
     """One request through a guard: status, headers, body."""
     given = {"host": "127.0.0.1:8765", **headers}
@@ -39,7 +40,8 @@ def ask(
         for name, values in given.items()
         for value in ([values] if isinstance(values, str) else values)
     ]
-    guard = Guard(_app, hosts=Hosts(bound), token=token, cookie="c", refusal=("Open <the> URL",))
+    guard = Guard(_app, hosts=Hosts(bound, allowed[0]), origins=Origins(allowed[1]), token=token,
+                  cookie="c", refusal=("Open <the> URL",))  # fmt: skip
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -61,6 +63,7 @@ def test_the_token_opens_once_and_the_cookie_from_then_on() -> None:
     status, headers, _body = ask(cookie=f"other=1; c={TOKEN}")
     assert status == 200 and "set-cookie" not in headers
     assert ask(authorization=f"Bearer {TOKEN}")[0] == 200
+    assert ask(authorization=f"bearer  {TOKEN}")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,21 @@ def test_pages_of_other_origins_are_refused() -> None:
         assert ask(f"token={TOKEN}", origin=origin)[0] == 403, origin
     assert ask(f"token={TOKEN}", origin="http://127.0.0.1:8765")[0] == 200
     assert same_origin("https://Box:1", "box:1") and not same_origin("ftp://box:1", "box:1")
+
+
+def test_names_and_origins_that_the_user_allowed_are_answered_and_others_told_how() -> None:
+    allowed = (["Box.example:8443", "172.17.0.1"], ["https://box.example/"])
+    for host in ("box.example", "BOX.example:8443", "172.17.0.1:8765"):
+        assert ask(f"token={TOKEN}", host=host, allowed=allowed)[0] == 200, host
+        status, _headers, body = ask(f"token={TOKEN}", host=host)
+        assert status == 421 and b"--allowed-host" in body
+    for origin in ("https://box.example", "https://BOX.example:443"):
+        assert ask(f"token={TOKEN}", origin=origin, allowed=allowed)[0] == 200, origin
+        status, _headers, body = ask(f"token={TOKEN}", origin=origin)
+        assert status == 403 and b"--allowed-origin" in body
+    for origin in ("http://box.example", "https://box.example:444", "https://evil.example"):
+        assert ask(f"token={TOKEN}", origin=origin, allowed=allowed)[0] == 403, origin
+    assert same_origin("https://box.example", "box.example:443"), "a proxy may write the port"
 
 
 def test_only_reading_is_allowed() -> None:

@@ -51,8 +51,8 @@ def test_a_greedy_completion_is_what_transformers_generates(
     assert answer.choices[0].text == tokenizer.decode(output.tolist()) == REST
     assert answer.choices[0].finish_reason == "stop", "the poem has an end, and the model knows it"
     assert answer.usage.prompt_tokens == given.shape[1]
-    assert answer.usage.completion_tokens == len(output) - 1, "the end itself is no token of it"
-    assert answer.usage.total_tokens == given.shape[1] + len(output) - 1
+    assert answer.usage.completion_tokens == len(output), "the end of text was drawn as well"
+    assert answer.usage.total_tokens == given.shape[1] + len(output)
     assert answer.system_fingerprint.startswith("step_200_")
 
 
@@ -169,6 +169,76 @@ def test_echo_repeats_the_prompt_and_with_logprobs_says_how_likely_it_was(
     stream = complete(client, START, echo=True, logprobs=1, stream=True)
     told = [lp for chunk in stream for lp in chunk.choices[0].logprobs.token_logprobs]
     assert told[1 : len(tokens)] == pytest.approx(expected, abs=1e-3) and len(told) > len(tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_end_of_text_is_a_token_with_a_logprob(
+    client: openai.OpenAI, run: Path, tokenizer: TextTokenizer, stream: bool
+) -> None:
+    """What lm-evaluation-harness sums up, `token_logprobs[context:-1]`, is the continuation only
+    where the one token after it is always there."""
+    model = load_for_inference(run, device="cpu").model
+    tokens = tokenizer.encode(POEM)
+    truth = model(input_ids=torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+    options: Any = {"echo": True, "logprobs": 1, "max_tokens": 1}
+    if stream:
+        chunks = [c.choices[0] for c in complete(client, POEM, stream=True, **options)]
+        values = [v for c in chunks if c.logprobs for v in c.logprobs.token_logprobs]
+        offsets = [v for c in chunks if c.logprobs for v in c.logprobs.text_offset]
+        finish = chunks[-1].finish_reason
+    else:
+        answer = complete(client, POEM, **options)
+        choice = answer.choices[0]
+        values, offsets = choice.logprobs.token_logprobs, choice.logprobs.text_offset
+        finish = choice.finish_reason
+        assert choice.text == POEM, "it adds nothing to the text"
+        assert answer.usage.completion_tokens == 1
+        assert choice.logprobs.tokens[-1] == "<|endoftext|>"
+    assert finish == "stop" and len(values) == len(tokens) + 1
+    assert values[-1] == pytest.approx(float(truth[tokenizer.eos_id]), abs=1e-3)
+    assert offsets[-1] == len(POEM)
+
+
+def test_the_end_of_text_is_told_in_a_chat_without_bytes(client: openai.OpenAI) -> None:
+    choice = chat(client, POEM[:-1], logprobs=True, max_tokens=20).choices[0]
+    last = choice.logprobs.content[-1]
+    assert (choice.finish_reason, last.token, last.bytes) == ("stop", "<|endoftext|>", [])
+
+
+def test_stop_token_ids_end_a_text_as_its_end_does(
+    client: openai.OpenAI, tokenizer: TextTokenizer
+) -> None:
+    text = tokenizer.encode(REST)
+    body = {"stop_token_ids": [text[3], 5]}
+    answer = complete(client, max_tokens=60, logprobs=0, extra_body=body)
+    choice = answer.choices[0]
+    before = tokenizer.decode(text[:3]).rstrip("\ufffd")  # a character that was cut is left out
+    assert (choice.text, choice.finish_reason) == (before, "stop")
+    assert len(choice.logprobs.tokens) == 4, "which token ended it is told"
+    assert len(choice.logprobs.tokens) == answer.usage.completion_tokens
+    ignoring = complete(client, max_tokens=60, extra_body={**body, "ignore_eos": True})
+    assert ignoring.choices[0].text == choice.text
+    for bad in ([10**6], [-1], ["a"], "5", [1] * 500):
+        with pytest.raises(openai.BadRequestError, match="stop_token_ids"):
+            complete(client, extra_body={"stop_token_ids": bad})
+
+
+def test_a_short_prompt_keeps_its_room_beside_a_long_one(client: openai.OpenAI) -> None:
+    wanted: Any = {"max_tokens": 30, "extra_body": {"ignore_eos": True}}
+    alone = complete(client, [5, 6, 7], **wanted).choices[0]
+    long, short = complete(client, [[5] * (CONTEXT - 3), [5, 6, 7]], **wanted).choices
+    assert short.text == alone.text and short.finish_reason == "length"
+    assert long.finish_reason == "length" and len(long.text) < len(alone.text)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\x1e"])
+def test_no_character_of_a_text_ends_the_line_of_an_event(url: str, separator: str) -> None:
+    prompt = f"a{separator}b"
+    body = {"prompt": prompt, "echo": True, "max_tokens": 1, "stream": True, "temperature": 0}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body) as answer:
+        lines = [line for line in answer.iter_lines() if line and line != "data: [DONE]"]
+    texts = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines]
+    assert "".join(texts).startswith(prompt)
 
 
 def test_logprobs_of_a_completion_belong_to_its_tokens(client: openai.OpenAI) -> None:

@@ -124,6 +124,10 @@ def test_why_a_field_is_refused_is_said_in_the_user_s_language(
         {"messages": [{"role": "user", "content": "a"}], "max_tokens": 0},
         {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]},
         {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json"}},
+        {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
+        {"messages": [{"role": "user", "content": ["a"]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+        {"messages": [{"role": "user", "content": "a"}], "modalities": ["text", "audio"]},
     ],
 )  # fmt: skip
 def test_a_conversation_that_is_wrong_is_refused(url: str, body: Any) -> None:
@@ -143,6 +147,15 @@ def test_a_body_that_is_not_json_is_400(url: str, body: bytes) -> None:
     answer = post(url, body)
     assert answer.status_code == 400
     assert told(answer)["code"] == "invalid_json"
+
+
+def test_fields_of_other_servers_that_change_the_text_are_refused(url: str) -> None:
+    changing = {"repetition_penalty": 1.2, "min_p": 0.1, "min_tokens": 5, "grammar": "root ::= x"}
+    for field, value in changing.items():
+        answer = post(url, {"prompt": "春", "max_tokens": 1, field: value})
+        assert answer.status_code == 400 and told(answer)["param"] == field
+    body = {"prompt": "春", "max_tokens": 1, "repetition_penalty": 1.0, "min_p": 0, "grammar": None}
+    assert post(url, body).status_code == 200, "these say nothing"
 
 
 def test_fields_that_nobody_knows_do_not_matter(url: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import openai
 import pytest
 
 from holdfast.errors import ConfigError
+from holdfast.monitor.guarding import is_loopback
 from holdfast.serving import server
-from holdfast.serving.limits import Gate, Limits, Receive, is_loopback
+from holdfast.serving.limits import Gate, Limits, Receive
 from holdfast.serving.protocol import ApiError
 from tests.serving.models import serving
 
@@ -109,6 +111,114 @@ def test_a_connection_on_which_no_request_comes_is_closed(
                         came += piece
                     assert came.count(b"200 OK") == sent.count(b"\r\n\r\n")
             assert list(stream.iter_lines())[-2:] == ["data: [DONE]", ""], "who is answered stays"
+
+
+def test_a_body_that_comes_in_drops_is_not_waited_for_for_ever() -> None:
+    async def app(_scope: object, receive: Receive, _send: object) -> None:
+        while (await receive()).get("more_body"):
+            pass
+
+    async def drops() -> dict[str, Any]:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        answers.append(message)
+
+    answers: list[MutableMapping[str, Any]] = []
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions",
+             "headers": [(b"host", b"localhost")], "client": ("1.2.3.4", 5)}  # fmt: skip
+    gate = Gate(app, Limits(patience=0.2), lambda _route, _status: None)
+    asyncio.run(asyncio.wait_for(gate(scope, drops, send), 10))
+    assert answers[0]["status"] == 408
+
+
+def test_only_so_many_connections_are_held(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_most_connections", lambda: 4)
+    with serving(run) as url:
+        address = url.removeprefix("http://").split(":")[0], int(url.rpartition(":")[2])
+        held = [socket.create_connection(address, timeout=10) for _ in range(4)]
+        time.sleep(0.1)
+        with socket.create_connection(address, timeout=10) as one_more:
+            came = b""
+            while piece := one_more.recv(4096):
+                came += piece
+        assert came.startswith(b"HTTP/1.1 503 ") and b"too_many_connections" in came
+        for connection in held:
+            connection.close()
+        until = time.monotonic() + 10
+        while True:
+            try:
+                assert httpx.get(f"{url}/health").status_code == 200
+                break
+            except (AssertionError, httpx.TransportError):
+                assert time.monotonic() < until, "there is room again"
+
+
+def test_who_reads_nothing_of_the_answers_is_let_go(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_SLOWEST", 0.3)
+    with serving(run) as url:
+        address = url.removeprefix("http://").split(":")[0], int(url.rpartition(":")[2])
+        asked = f"GET /metrics HTTP/1.1\r\nHost: {address[0]}:{address[1]}\r\n\r\n".encode()
+        with socket.create_connection(address, timeout=20) as connection:
+            try:
+                for _ in range(200_000):  # until it reads no more of what we ask
+                    connection.sendall(asked)
+            except (ConnectionError, TimeoutError) as error:
+                assert isinstance(error, ConnectionError), "it was not let go"
+            else:
+                raise AssertionError("all of it was taken in")
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_who_guesses_keys_is_soon_not_listened_to(run: Path) -> None:
+    with serving(run, api_key="s3cret") as url, httpx.Client() as http:
+
+        def tried(key: str) -> httpx.Response:
+            return http.get(f"{url}/v1/models", headers={"authorization": f"bearer {key}"})
+
+        assert tried("s3cret").status_code == 200, "the scheme is the same in lower case"
+        statuses = [tried(f"guess{i}").status_code for i in range(60)]
+        assert statuses[:5] == [401] * 5 and statuses[-1] == 429
+        answer = tried("s3cret")
+        assert answer.status_code == 429, "or a right guess would be told"
+        assert int(answer.headers["retry-after"]) <= 5
+        assert answer.json()["error"]["code"] == "too_many_wrong_keys"
+
+
+def test_a_proxy_s_name_and_page_are_answered_where_they_were_allowed(run: Path) -> None:
+    site = "https://LLM.example.com"
+    allowed: Any = {
+        "allowed_hosts": ["llm.example.com:8443", "172.17.0.1"],
+        "allowed_origins": [site],
+    }
+    with serving(run, **allowed) as url, httpx.Client(base_url=url) as http:
+
+        def status(**headers: str) -> int:
+            return http.get("/v1/models", headers=headers).status_code
+
+        assert status(host="llm.example.com") == status(host="LLM.example.com:80") == 200
+        assert status(host="172.17.0.1:8000") == 200
+        refused = http.get("/v1/models", headers={"host": "host.docker.internal:8000"})
+        assert refused.status_code == 403
+        assert "--allowed-host host.docker.internal" in refused.json()["error"]["message"]
+
+        assert status(host="llm.example.com:443", origin="https://llm.example.com") == 200
+        page = http.get("/v1/models", headers={"origin": "https://llm.example.com"})
+        assert page.headers["access-control-allow-origin"] == "https://llm.example.com"
+        refused = http.get("/v1/models", headers={"origin": "https://evil.example"})
+        assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
+        assert "--allowed-origin https://evil.example" in refused.json()["error"]["message"]
+
+        asking = {"access-control-request-method": "POST", "origin": "https://llm.example.com",
+                  "access-control-request-headers": "authorization,x-stainless-os"}  # fmt: skip
+        before = http.options("/v1/chat/completions", headers=asking)
+        assert before.status_code == 204
+        assert before.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
+        asking["origin"] = "https://evil.example"
+        assert http.options("/v1/chat/completions", headers=asking).status_code == 403
 
 
 def test_a_rate_that_is_reached_says_when_to_come_again(run: Path) -> None:

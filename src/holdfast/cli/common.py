@@ -5,6 +5,7 @@ No torch here, and nothing of any one command: whatever this imports, `holdfast 
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import shutil
@@ -47,6 +48,37 @@ def add_directories(made: Parser) -> None:
     """The run directories that a command looks at."""
     made.add_argument("directories", nargs="*", default=[DIRECTORY], metavar="DIR",
                       help=_("run directories (default: {value})", value=DIRECTORY))  # fmt: skip
+
+
+def add_ways_in(made: Parser) -> None:
+    """What a server is told of proxies, containers and pages through which it is reached."""
+    made.add_argument("--allowed-host", action="append", type=_host, default=[], metavar="NAME",
+                      help=_("another name that it answers to: a proxy's, or host.docker.internal "
+                             "(may be repeated)"))  # fmt: skip
+    made.add_argument("--allowed-origin", action="append", type=_origin, default=[],
+                      metavar="https://NAME",
+                      help=_("a web page from elsewhere that may ask, or the address at which a "
+                             "proxy shows this one (may be repeated)"))  # fmt: skip
+
+
+def _host(text: str) -> str:
+    from holdfast.monitor.guarding import host_name
+
+    if "*" in text or (host_name(text) is None and host_name(f"[{text}]") is None):
+        raise argparse.ArgumentTypeError(
+            _("{value} is not the name of a host, as in llm.example.com", value=repr(text))
+        )
+    return text
+
+
+def _origin(text: str) -> str:
+    scheme, slashes, place = text.rstrip("/").partition("://")
+    if not (scheme and slashes and place) or any(mark in place for mark in "/*?# "):
+        raise argparse.ArgumentTypeError(
+            _("{value} is not the address of a site, as in https://llm.example.com",
+              value=repr(text))
+        )  # fmt: skip
+    return text
 
 
 def agreed(question: str, without: str) -> bool:

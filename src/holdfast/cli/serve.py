@@ -71,6 +71,7 @@ def _serve_parser(prog: str) -> Parser:
     parser.add_argument("--api-key", metavar="KEY",
                         help=_("what clients must send (default: ${variable}); needed for a host "
                                "that others can reach", variable=_KEY))  # fmt: skip
+    common.add_ways_in(parser)
     parser.add_argument("--device", metavar="NAME",
                         help=_("where the model computes: cpu, cuda, cuda:1, mps (default: the "
                                "fastest there is)"))  # fmt: skip
@@ -115,8 +116,8 @@ def _sources(given: argparse.Namespace) -> list[Path]:
 def _settings(given: argparse.Namespace) -> Settings:
     import torch
 
+    from holdfast.monitor.guarding import is_loopback
     from holdfast.serving.library import Options
-    from holdfast.serving.limits import is_loopback
     from holdfast.serving.server import Settings, check
 
     key = given.api_key or os.environ.get(_KEY) or None
@@ -128,6 +129,7 @@ def _settings(given: argparse.Namespace) -> Settings:
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     settings = Settings(
         host=given.host, port=given.port, api_key=key, rate=rate or None, grace=given.grace,
+        allowed_hosts=given.allowed_host, allowed_origins=given.allowed_origin,
         options=Options(
             device=_device(given.device), dtype=precisions[given.precision], batch=given.batch,
             queue=given.queue, loaded=given.models, reload=given.reload,

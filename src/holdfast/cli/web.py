@@ -43,7 +43,10 @@ def run_dashboard(argv: Sequence[str], prog: str) -> int:
     port, token = int(listener.getsockname()[1]), new_token()
     address = f"http://{_shown_host(given.host)}:{port}/?token={token}"
     hub = Hub(roots)
-    app = guarded(create_app(hub, lang=given.lang), host=given.host, port=port, token=token)
+    app = guarded(
+        create_app(hub, lang=given.lang), host=given.host, port=port, token=token,
+        allowed_hosts=given.allowed_host, allowed_origins=given.allowed_origin,
+    )  # fmt: skip
     if given.json:
         common.show_json({"url": address, "host": given.host, "port": port, "token": token})
     else:
@@ -121,6 +124,7 @@ def _dashboard_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--host", default=HOST, metavar="ADDRESS",
                         help=_("address to listen at (default: {value}, this machine alone)",
                                value=HOST))  # fmt: skip
+    common.add_ways_in(parser)
     parser.add_argument("--open", action="store_true", help=_("open the browser"))
     return parser
 

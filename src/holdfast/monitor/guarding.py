@@ -14,7 +14,7 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -56,6 +56,12 @@ def same_secret(given: str | None, expected: str) -> bool:
     )
 
 
+def bearer_of(header: str) -> str | None:
+    """The secret in an `Authorization` header; the scheme may be written in any case (RFC 9110)."""
+    kind, _space, given = header.strip().partition(" ")
+    return (given.strip() or None) if kind.lower() == "bearer" else None
+
+
 def is_loopback(host: str) -> bool:
     """Whether `host`, a name or an address, is this machine and nobody else's way in."""
     if host == "localhost":
@@ -70,13 +76,14 @@ class Hosts:
     A page of a stranger can make its own name resolve to our address (DNS rebinding); the browser
     then still sends that name as `Host`. So only names that are ours are answered: bound to the
     loopback, its addresses and localhost; else any literal address, which nobody can rebind, what
-    was bound to, and the names of this machine. Ports are not compared: a tunnel changes them.
+    was bound to, and the names of this machine; and in any case the names in `also`, by which a
+    proxy or a container asks. Ports are not compared: a tunnel changes them.
     """
 
     def __init__(self, bound: str, also: Iterable[str] = ()) -> None:
         self._loopback_only = is_loopback(bound)
         own = socket.gethostname().lower()
-        names = {"localhost", bound.lower(), *(name.lower() for name in also)}
+        names = {"localhost", bound.lower(), *(host_name(name) or name.lower() for name in also)}
         self._names = names if self._loopback_only else {*names, own, f"{own}.local"}
 
     def knows(self, header: str) -> bool:
@@ -85,8 +92,8 @@ class Hosts:
         if name is None:
             return False
         address = _address(name)
-        if address is not None:
-            return address.is_loopback or not self._loopback_only
+        if address is not None and (address.is_loopback or not self._loopback_only):
+            return True
         return name in self._names
 
 
@@ -100,11 +107,37 @@ def host_name(header: str) -> str | None:
 
 def same_origin(origin: str, host: str) -> bool:
     """Whether an `Origin` header names the server that `host`, the `Host` header, names."""
-    try:
-        parts = urlsplit(origin)
-    except ValueError:
+    scheme, _slashes, place = origin.lower().partition("://")
+    if scheme not in _PORTS or not place:
         return False
-    return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
+    port = _PORTS[scheme]  # browsers leave it out, some proxies write it
+    return place.removesuffix(port) == host.lower().removesuffix(port)
+
+
+_PORTS = {"http": ":80", "https": ":443"}
+
+
+class Origins:
+    """The web pages that may ask beside our own: those that the user has named.
+
+    A proxy may tell us another `Host` than the one that the browser sees.
+    """
+
+    def __init__(self, also: Iterable[str] = ()) -> None:
+        self._also = frozenset(_plain_origin(origin) for origin in also)
+
+    def named(self, origin: str) -> bool:
+        """Whether the user has named `origin`."""
+        return _plain_origin(origin) in self._also
+
+    def allow(self, origin: str, host: str) -> bool:
+        """Whether a page of `origin` may ask where `host` is the `Host` header."""
+        return same_origin(origin, host) or self.named(origin)
+
+
+def _plain_origin(origin: str) -> str:
+    scheme, slashes, place = origin.strip().lower().rstrip("/").partition("://")
+    return scheme + slashes + place.removesuffix(_PORTS.get(scheme, ":"))
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -131,10 +164,12 @@ class Guard:
         token: str | None,
         cookie: str,
         methods: Sequence[str] = ("GET", "HEAD"),
+        origins: Origins | None = None,
         refusal: Sequence[str] = (),
         headers: Mapping[str, str] = HEADERS,
     ) -> None:
         self._app, self._hosts, self._token, self._cookie = app, hosts, token, cookie
+        self._origins = origins or Origins()
         self._methods, self._refusal = frozenset(methods), tuple(refusal)
         self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
@@ -157,7 +192,7 @@ class Guard:
         host, origin = headers.only("host"), headers.all("origin")
         if host is None or not self._hosts.knows(host):
             return 421, False  # Misdirected Request
-        if any(not same_origin(each, host) for each in origin):
+        if not all(self._origins.allow(each, host) for each in origin):
             return 403, False
         if scope["method"] not in self._methods:
             return 405, False
@@ -171,8 +206,7 @@ class Guard:
         if asked is not None:
             right = len(asked) == 1 and same_secret(asked[0], self._token)
             return (200, True) if right else (401, False)
-        bearer = (headers.only("authorization") or "").removeprefix("Bearer ")
-        given = bearer or headers.cookie(self._cookie)
+        given = bearer_of(headers.only("authorization") or "") or headers.cookie(self._cookie)
         return (200, False) if same_secret(given, self._token) else (401, False)
 
     def _with_headers(self, send: Send, remember: bool) -> Send:
@@ -190,7 +224,8 @@ class Guard:
         return wrapped
 
     async def _refuse(self, status: int, send: Send) -> None:
-        body = _refusal_page(status, self._refusal if status == 401 else ())
+        said = self._refusal if status == 401 else _WAYS_IN.get(status, ())
+        body = _refusal_page(status, said)
         headers = [
             (b"content-type", b"text/html; charset=utf-8"),
             (b"content-length", str(len(body)).encode()),
@@ -226,6 +261,18 @@ class _Headers:
         return None
 
 
+_WAYS_IN = {
+    403: (
+        "This request comes from a page of another origin. Behind a proxy, start the dashboard "
+        "with --allowed-origin https://NAME.",
+        "这个请求来自另一个来源的网页。若经由代理访问，请在启动时加上 --allowed-origin https://名称。",
+    ),
+    421: (
+        "This is not a name that the dashboard answers to. Behind a proxy or from a container, "
+        "start it with --allowed-host NAME.",
+        "仪表板不认得这个主机名。若经由代理或从容器访问，请在启动时加上 --allowed-host 名称。",
+    ),
+}  # both languages: who asks has shown nothing yet by which to tell
 _REASONS = {401: "401 Unauthorized", 403: "403 Forbidden", 405: "405 Method Not Allowed",
             421: "421 Misdirected Request"}  # fmt: skip
 

@@ -17,7 +17,7 @@ from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 
 from holdfast.monitor import web_data
-from holdfast.monitor.guarding import App, Guard, Hosts
+from holdfast.monitor.guarding import App, Guard, Hosts, Origins
 from holdfast.monitor.web_files import SCRIPTS, TYPES, WEB, packed_script, plotting_script
 from holdfast.monitor.web_hub import Cursor, Hub, whole
 
@@ -45,10 +45,16 @@ def create_app(hub: Hub, *, lang: str | None = None) -> FastAPI:
     return app
 
 
-def guarded(app: App, *, host: str, port: int, token: str) -> Guard:
+def guarded(
+    app: App, *, host: str, port: int, token: str, allowed_hosts: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
+) -> Guard:  # fmt: skip
     """`app` for whoever has the token. The cookie bears the port: on one machine all ports share
     their cookies, and two dashboards must not turn each other out."""
-    return Guard(app, hosts=Hosts(host), token=token, cookie=f"holdfast-{port}", refusal=REFUSAL)
+    return Guard(
+        app, hosts=Hosts(host, allowed_hosts), origins=Origins(allowed_origins), token=token,
+        cookie=f"holdfast-{port}", refusal=REFUSAL,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- the page

@@ -7,10 +7,11 @@ into the words of the two APIs.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from holdfast.i18n import _
@@ -22,6 +23,8 @@ from holdfast.serving.streaming import BROKEN, StopFilter, TextStream, Vocabular
 DONE = "data: [DONE]\n\n"
 # Made once: `json.dumps` with options makes one a call, and a stream has a call a token.
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+# JSON lets them stand; `str.splitlines`, and with it many a client, ends a line there.
+_SEPARATOR = re.compile("[\x85\u2028\u2029]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,14 @@ class Prompt:
 
     tokens: list[int]
     text: str
+
+    def within(self, wanted: int, context: int) -> int:
+        """The tokens that may be generated: what is wanted, as far as the model can see.
+
+        The original refuses what would not fit; models of ours see 128 tokens and more, and would
+        refuse what most clients ask for by default. `finish_reason` says "length" instead.
+        """
+        return min(wanted, context - len(self.tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +86,13 @@ class Choice:
             piece.text, self._echo = self._echo, None
         if step.prompt is not None:
             piece.told += self._of_prompt(step.prompt)
+        elif step.finish is not None:
+            self._show(piece, self._filter.finish())
+            piece.told += self._told
+            if step.token is not None:  # the end of text: a token that was drawn, without a text
+                self.tokens += 1
+                piece.told.append(Told(step.token, step.logprob, self._come))
+            self.finish = step.finish
         elif step.token is not None:
             self.tokens += 1
             self._told.append(Told(step.token, step.logprob, self._come))
@@ -83,10 +101,6 @@ class Choice:
             self._show(piece, self._filter.push(come))
             if self._filter.stopped:
                 self.finish = "stop"
-        else:
-            self._show(piece, self._filter.finish())
-            piece.told += self._told
-            self.finish = step.finish
         return piece
 
     def _show(self, piece: Piece, text: str) -> None:
@@ -113,17 +127,20 @@ class Generation:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
+        context: int,
         n: int = 1,
         stops: Sequence[str] = (),
         echo: bool = False,
     ) -> None:
-        """`n` texts for each prompt. Raises QueueFull, and has begun nothing then."""
+        """`n` texts for each prompt, each as long as it is wanted and `context` has room for that
+        prompt. Raises QueueFull, and has begun nothing then."""
         self.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         self._engine, self._inbox = engine, Inbox()
         self._choices: dict[Text, Choice] = {}
         for i, prompt in enumerate(prompts):
+            own = replace(sampling, max_tokens=prompt.within(sampling.max_tokens, context))
             for j in range(n):
-                text = Text(i * n + j, prompt.tokens, sampling, self._inbox)
+                text = Text(i * n + j, prompt.tokens, own, self._inbox)
                 self._choices[text] = Choice(text, prompt, vocabulary, stops, echo)
         engine.submit(list(self._choices))
 
@@ -319,7 +336,9 @@ class ChatForm(_Form):
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, value: float) -> dict[str, Any]:
-        data = self._vocabulary.bytes_of(token)
+        # The bytes of all tokens together are the text: the end of one adds nothing to it.
+        special = token in self._vocabulary.special
+        data = b"" if special else self._vocabulary.bytes_of(token)
         return {"token": self._name(token), "logprob": value, "bytes": list(data)}
 
 
@@ -349,8 +368,12 @@ async def events(generation: Generation, form: Form, *, usage: bool) -> AsyncIte
 
 
 def event(value: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {_JSON.encode(value)}\n\n"
+    """One server-sent event, on one line whatever a client takes for the end of one."""
+    return f"data: {_SEPARATOR.sub(_escaped, _JSON.encode(value))}\n\n"
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
 
 
 def shown(text: str) -> str:

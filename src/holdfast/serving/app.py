@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 import logging
 import mimetypes
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -33,7 +33,7 @@ log = logging.getLogger("holdfast")
 
 _WEB = Path(__file__).parent / "web"
 _READ = ["GET", "HEAD"]  # HEAD: what looks whether a server is up often asks so
-_LARGE = 20_000  # characters from which on a prompt is tokenized beside the event loop
+_LARGE = 20_000  # bytes from which on a request is read and tokenized beside the event loop
 
 # Nothing from elsewhere, nothing inline, no frame around the page.
 _POLICY = {
@@ -54,7 +54,7 @@ def create_app(library: Library, limits: Limits) -> Gate:
     """The whole server over `library`, as an ASGI application."""
     app = FastAPI(title="Holdfast", version=__version__, docs_url=None, redoc_url=None,
                   openapi_url=None)  # fmt: skip
-    app.state.library = library
+    app.state.library, app.state.reading = library, asyncio.Semaphore(1)
     app.add_api_route("/v1/models", _models, methods=_READ)
     app.add_api_route("/v1/models/{name:path}", _model, methods=_READ)
     app.add_api_route("/v1/completions", _completions, methods=["POST"])
@@ -89,17 +89,31 @@ async def _model(name: str, request: Request) -> Response:
 # --------------------------------------------------------------------------------- the completions
 
 
+_Asked = TypeVar("_Asked")
+
+
+async def _read(request: Request, parse: Callable[[bytes], _Asked]) -> _Asked:
+    """What the body says. A large one is read beside the event loop, where others' streams go on,
+    and one at a time: what is made of a body takes up to 50 times its size."""
+    body = await request.body()
+    if len(body) < _LARGE:
+        return parse(body)
+    reading: asyncio.Semaphore = request.app.state.reading
+    async with reading:
+        return await asyncio.to_thread(parse, body)
+
+
 async def _completions(request: Request) -> Response:
-    asked = protocol.parse_completion(await request.body())
+    asked = await _read(request, protocol.parse_completion)
     library = _library(request)
     name, served = await library.acquire(asked.model)
     with _Lease(library, served) as lease:
-        given = [""] if asked.prompt is None else asked.prompt
+        given = "" if asked.prompt is None else asked.prompt
         limit = served.context - (0 if asked.max_tokens == 0 else 1)
         prompts = await _prompts(served, given, limit)
         wanted = 16 if asked.max_tokens is None else asked.max_tokens
         sampling = asked.sampling(
-            max_tokens=_within(served, prompts, wanted),
+            max_tokens=wanted,
             vocabulary=served.vocabulary.size,
             logprobs=asked.logprobs,
             prompt_logprobs=bool(asked.echo) and asked.logprobs is not None,
@@ -113,17 +127,17 @@ async def _completions(request: Request) -> Response:
 
 
 async def _chat(request: Request) -> Response:
-    asked = protocol.parse_chat(await request.body())
+    asked = await _read(request, protocol.parse_chat)
     library = _library(request)
     name, served = await library.acquire(asked.model)
     with _Lease(library, served) as lease:
-        messages = [{"role": m.role, "content": m.text} for m in asked.messages]
+        messages = [{"role": m.role, "content": m.content} for m in asked.messages]
         text = served.template.render(messages)
         prompts = await _prompts(served, text, served.context - 1, param="messages")
         wanted = asked.max_completion_tokens or asked.max_tokens or served.context
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = asked.sampling(
-            max_tokens=_within(served, prompts, wanted),
+            max_tokens=wanted,
             vocabulary=served.vocabulary.size,
             logprobs=logprobs,
             prompt_logprobs=False,
@@ -138,31 +152,16 @@ def _begin(
     served: Served, prompts: Sequence[Prompt], sampling: Any, asked: Any, *, echo: bool
 ) -> Generation:
     n = asked.n or 1
-    if len(prompts) * n > min(protocol.CHOICES, served.engine.room):
-        limit = min(protocol.CHOICES, served.engine.room)
-        raise ApiError(
-            400, _("{count} texts are asked for at a time; at most {limit} can be.",
-                   count=len(prompts) * n, limit=limit),
-            param="n", code="invalid_value",
-        )  # fmt: skip
+    protocol.check_count(len(prompts) * n, min(protocol.CHOICES, served.engine.room))
     try:
-        return Generation(served.engine, served.vocabulary, prompts, sampling, n=n,
-                          stops=asked.stops, echo=echo)  # fmt: skip
+        return Generation(served.engine, served.vocabulary, prompts, sampling,
+                          context=served.context, n=n, stops=asked.stop, echo=echo)  # fmt: skip
     except QueueFull as error:
         raise too_many(
             _("The server is busy: the queue is full. Try again in {seconds} s.",
               seconds=error.retry_after),
             error.retry_after, "server_overloaded",
         ) from error  # fmt: skip
-
-
-def _within(served: Served, prompts: Sequence[Prompt], wanted: int) -> int:
-    """The tokens that may be generated: what is wanted, as far as the model can see.
-
-    The original refuses what would not fit; models of ours see 128 tokens and more, and would
-    refuse what most clients ask for by default. `finish_reason` says "length" instead.
-    """
-    return min(wanted, served.context - max(len(prompt.tokens) for prompt in prompts))
 
 
 async def _prompts(
@@ -174,27 +173,27 @@ async def _prompts(
     if not given:
         raise ApiError(400, _("Invalid '{name}': it is empty.", name=param), param=param,
                        code="invalid_value")  # fmt: skip
-    prompts = []
-    for one in given:
-        prompt = await _prompt(served, one, limit, param)
-        if len(prompt.tokens) > limit:
-            raise _too_long(served, len(prompt.tokens), limit, param)
-        prompts.append(prompt)
-    return prompts
+
+    def tokenized() -> list[Prompt]:
+        return [
+            _prompt(served, one, limit, f"{param}[{i}]" if len(given) > 1 else param)
+            for i, one in enumerate(given)
+        ]
+
+    large = sum(map(len, given)) >= _LARGE
+    return await asyncio.to_thread(tokenized) if large else tokenized()
 
 
-async def _prompt(served: Served, given: str | list[int], limit: int, param: str) -> Prompt:
+def _prompt(served: Served, given: str | list[int], limit: int, param: str) -> Prompt:
     tokenizer = served.tokenizer
     if isinstance(given, str):
         least = -(-len(given.encode()) // served.longest)
         if least > limit:  # no need to tokenize what cannot fit
             raise _too_long(served, least, limit, param)
-        tokens = (
-            tokenizer.encode(given)
-            if len(given) < _LARGE
-            else await asyncio.to_thread(tokenizer.encode, given)
-        )
-        return Prompt(tokens or [tokenizer.eos_id], given)
+        prompt = Prompt(tokenizer.encode(given) or [tokenizer.eos_id], given)
+        if len(prompt.tokens) > limit:
+            raise _too_long(served, len(prompt.tokens), limit, param)
+        return prompt
     if len(given) > limit:
         raise _too_long(served, len(given), limit, param)
     if not all(0 <= token < served.vocabulary.size for token in given):

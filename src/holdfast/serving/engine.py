@@ -49,9 +49,10 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A token of a text, or its end: exactly one of `token`, `finish`, `prompt` is set."""
+    """A token of a text, its end, or what is known of its prompt."""
 
     token: int | None = None
+    """With `finish` set: the token that ended the text, which is no part of what it says."""
     logprob: LogProb | None = None
     finish: str | None = None
     """"stop" (end of text), "length", "cancelled", or "error"."""
@@ -287,8 +288,8 @@ class Engine:
                 self._leave(row, "error")
             elif wanted.max_tokens == 0:
                 self._leave(row, "length")
-            elif token in self._ends:
-                self._leave(row, "stop")
+            elif token in self._ends or token in wanted.stop_token_ids:
+                self._leave(row, "stop", token, probabilities[row - first])
             else:
                 sequence.next = token
                 sequence.generated += 1
@@ -298,12 +299,14 @@ class Engine:
                 if sequence.generated >= wanted.max_tokens:
                     self._leave(row, "length")
 
-    def _leave(self, row: int, finish: str) -> None:
+    def _leave(
+        self, row: int, finish: str, token: int | None = None, logprob: LogProb | None = None
+    ) -> None:
         sequence = self._rows[row]
         self._batch.remove(row)
         self._rows[row] = self._rows[-1]
         self._rows.pop()
-        self._events.append((sequence, Step(finish=finish)))
+        self._events.append((sequence, Step(token, logprob, finish)))
         if finish in ("stop", "length"):
             self._seconds += 0.1 * (time.monotonic() - sequence.arrived - self._seconds)
 

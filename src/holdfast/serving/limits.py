@@ -7,17 +7,16 @@ rate. Nothing about models is known here.
 from __future__ import annotations
 
 import asyncio
-import hmac
-import ipaddress
 import json
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.i18n import _
+from holdfast.monitor.guarding import Hosts, Origins, bearer_of, host_name, is_loopback, same_secret
 from holdfast.serving.protocol import ApiError, too_many
 
 Scope = MutableMapping[str, Any]
@@ -27,15 +26,33 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _CLIENTS = 10_000  # that a rate is kept for; the ones that were quiet longest are forgotten
 _OPEN = ("/health", "/", "/favicon.ico")  # answered without a key: they tell nothing of a model
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+_WRONG_KEYS = 30.0  # a minute and client: then no key of that client is looked at
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+class _Rate:
+    """A bucket a client: it holds a minute's worth and fills evenly."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def wait(self, client: str) -> int:
+        """Seconds until `client` may take one; 0: now."""
+        left = self._left(client)
+        return 0 if left >= 1 else max(1, math.ceil((1 - left) * 60 / self._rate))
+
+    def take(self, client: str) -> None:
+        """One less for `client`."""
+        left = self._left(client)
+        self._buckets.pop(client, None)
+        self._buckets[client] = (left - 1, time.monotonic())
+        if len(self._buckets) > _CLIENTS:
+            self._buckets.popitem(last=False)
+
+    def _left(self, client: str) -> float:
+        now = time.monotonic()
+        left, then = self._buckets.get(client, (self._rate, now))
+        return min(self._rate, left + (now - then) * self._rate / 60)
 
 
 @dataclass(slots=True)
@@ -46,77 +63,97 @@ class Limits:
     api_key: str | None = None
     max_body: int = 1 << 20
     """Bytes of a request's body."""
+    max_held: int = 64 << 20
+    """Bytes of the bodies of all requests under way."""
     patience: float = 30.0
-    """Seconds until the next piece of a body must have come."""
+    """Seconds until the whole body must have come."""
     rate: float | None = None
     """Requests a minute and client; None: as many as they like."""
-    _buckets: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
+    allowed_hosts: Sequence[str] = ()
+    """Names beside its own that a server which only this machine can reach answers to."""
+    allowed_origins: Sequence[str] = ()
+    """Web pages from elsewhere that may ask."""
+    _hosts: Hosts = field(init=False)
+    _origins: Origins = field(init=False)
+    _asked: _Rate | None = field(init=False)
+    _wrong_keys: _Rate = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._hosts = Hosts(self.host, self.allowed_hosts)
+        self._origins = Origins(self.allowed_origins)
+        self._asked = _Rate(self.rate) if self.rate is not None else None
+        self._wrong_keys = _Rate(_WRONG_KEYS)
 
     def check(self, scope: Scope) -> None:
         """Raise ApiError where a request must not go on."""
-        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        headers = headers_of(scope)
         self._check_host(headers)
-        path = scope["path"]
+        path, client = scope["path"], (scope.get("client") or ["?"])[0]
         if path in _OPEN or path.startswith("/static/"):
             return
-        self._check_key(headers)
+        if scope["method"] == "OPTIONS" and self.page_of(headers) is not None:
+            return  # a browser asks without the key whether the page may ask with it
+        self._check_key(headers, client)
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self.max_body:
+        if length.isdigit() and int(length[:20]) > self.max_body:
             raise self.too_large()
-        if self.rate is not None and scope["method"] == "POST":
-            self._check_rate((scope.get("client") or ["?"])[0])
+        if self._asked is not None and scope["method"] == "POST":
+            wait = self._asked.wait(client)
+            if wait:
+                raise too_many(
+                    _("Rate limit reached: {rate:g} requests a minute.", rate=self.rate),
+                    wait, "rate_limit_exceeded",
+                )  # fmt: skip
+            self._asked.take(client)
 
     def _check_host(self, headers: dict[str, str]) -> None:
         """A web page must not reach a server on this machine: neither by a name of its own that
         it points at 127.0.0.1 (DNS rebinding), nor by a form that it sends here."""
         host = headers.get("host", "")
-        if is_loopback(self.host) and _name_of(host) not in (*_LOCAL_NAMES, self.host):
-            raise ApiError(403, _("The Host header {host} is not this server.", host=host[:100]),
-                           code="forbidden_host")  # fmt: skip
-        origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != host:
+        if is_loopback(self.host) and not self._hosts.knows(host):
             raise ApiError(
-                403, _("Requests from the web page {origin} are not answered.",
-                       origin=origin[:100]),
+                403, _("The Host header {host} is not this server. Behind a proxy or from a "
+                       "container, start the server with --allowed-host {name}.",
+                       host=host[:100], name=(host_name(host) or "NAME")[:100]),
+                code="forbidden_host",
+            )  # fmt: skip
+        origin = headers.get("origin")
+        if origin is not None and not self._origins.allow(origin, host):
+            raise ApiError(
+                403, _("Requests from the web page {origin} are not answered. To answer them, "
+                       "start the server with --allowed-origin {origin}.", origin=origin[:100]),
                 code="forbidden_origin",
             )  # fmt: skip
 
-    def _check_key(self, headers: dict[str, str]) -> None:
+    def page_of(self, headers: dict[str, str]) -> str | None:
+        """The origin of the web page that asks, where it is one of those that were named."""
+        origin = headers.get("origin")
+        return origin if origin is not None and self._origins.named(origin) else None
+
+    def _check_key(self, headers: dict[str, str], client: str) -> None:
         if self.api_key is None:
             return
-        kind, _space, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not given.strip():
+        given = bearer_of(headers.get("authorization", ""))
+        if given is None:
             raise ApiError(
                 401, _("You didn't provide an API key: send it in an Authorization header "
                        "(Authorization: Bearer YOUR_KEY)."),
                 code="missing_api_key", headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
-        # utf-8 on both sides: compare_digest refuses text that is not ASCII.
-        if not hmac.compare_digest(given.strip().encode(), self.api_key.encode()):
+        # Before the key is looked at: whoever guesses must not learn that a guess was right.
+        wait = self._wrong_keys.wait(client)
+        if wait:
+            raise too_many(_("Too many wrong API keys: try again in {seconds} s.", seconds=wait),
+                           wait, "too_many_wrong_keys")  # fmt: skip
+        if not same_secret(given, self.api_key):
+            self._wrong_keys.take(client)
             raise ApiError(401, _("Incorrect API key provided."), code="invalid_api_key",
                            headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
-
-    def _check_rate(self, client: str) -> None:
-        """A bucket a client: it holds a minute's requests and fills evenly."""
-        assert self.rate is not None
-        now = time.monotonic()
-        tokens, then = self._buckets.pop(client, (self.rate, now))
-        tokens = min(self.rate, tokens + (now - then) * self.rate / 60)
-        allowed = tokens >= 1
-        self._buckets[client] = (tokens - allowed, now)
-        if len(self._buckets) > _CLIENTS:
-            self._buckets.popitem(last=False)
-        if not allowed:
-            raise too_many(
-                _("Rate limit reached: {rate:g} requests a minute.", rate=self.rate),
-                max(1, math.ceil((1 - tokens) * 60 / self.rate)), "rate_limit_exceeded",
-            )  # fmt: skip
 
     def too_slow(self) -> ApiError:
         """What is said where the rest of a body does not come."""
         return ApiError(
-            408, _("The rest of the request did not come within {seconds:g} s.",
-                   seconds=self.patience),
+            408, _("The whole request did not come within {seconds:g} s.", seconds=self.patience),
             code="request_timeout", headers={"Connection": "close"},
         )  # fmt: skip
 
@@ -128,11 +165,9 @@ class Limits:
         )  # fmt: skip
 
 
-def _name_of(host: str) -> str:
-    """The host of a Host header, without its port and brackets."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if ":" in host else host
+def headers_of(scope: Scope) -> dict[str, str]:
+    """The headers of a request by their names in lower case."""
+    return {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
 
 
 class Gate:
@@ -141,11 +176,16 @@ class Gate:
     def __init__(self, app: App, limits: Limits, counted: Callable[[str, int], None]) -> None:
         """`counted` is told the route and the status of every answer."""
         self._app, self._limits, self._counted = app, limits, counted
+        self._held = 0  # bytes of the bodies of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limits = self._limits
+        headers = headers_of(scope)
+        page = limits.page_of(headers)
+        until = time.monotonic() + limits.patience
         read = 0
         started = complete = False
 
@@ -154,13 +194,18 @@ class Gate:
             if complete:  # from now on only the end of the connection comes, whenever that is
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), self._limits.patience)
+                message = await asyncio.wait_for(receive(), until - time.monotonic())
             except asyncio.TimeoutError as error:
-                raise self._limits.too_slow() from error
+                raise limits.too_slow() from error
             complete = not message.get("more_body", False)
-            read += len(message.get("body", b""))
-            if read > self._limits.max_body:
-                raise self._limits.too_large()
+            size = len(message.get("body", b""))
+            read += size
+            self._held += size
+            if read > limits.max_body:
+                raise limits.too_large()
+            if self._held > limits.max_held:
+                raise too_many(_("The server is busy: too many large requests at once."), 1,
+                               "server_overloaded")  # fmt: skip
             return message
 
         async def send_counted(message: MutableMapping[str, Any]) -> None:
@@ -170,15 +215,35 @@ class Gate:
                 route = getattr(scope.get("route"), "path", "other")  # not what anybody may write
                 self._counted(route, message["status"])
                 message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
+                if page is not None:
+                    message["headers"] += _for_page(page, headers)
             await send(message)
 
         try:
-            self._limits.check(scope)
+            limits.check(scope)
+            if page is not None and scope["method"] == "OPTIONS":
+                await send_counted({"type": "http.response.start", "status": 204, "headers": []})
+                await send_counted({"type": "http.response.body", "body": b""})
+                return
             await self._app(scope, receive_limited, send_counted)
         except ApiError as error:
             if started:
                 raise
             await _send_error(error, send_counted)
+        finally:
+            self._held -= read
+
+
+def _for_page(page: str, headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    """What lets a browser show our answer to a web page from elsewhere (CORS)."""
+    said = {
+        "access-control-allow-origin": page,
+        "access-control-allow-methods": "GET, POST",
+        "access-control-allow-headers": headers.get("access-control-request-headers", "*"),
+        "access-control-expose-headers": "retry-after",
+        "vary": "origin",
+    }
+    return [(name.encode(), value.encode("latin-1")) for name, value in said.items()]
 
 
 async def _send_error(error: ApiError, send: Send) -> None:

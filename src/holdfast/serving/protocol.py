@@ -7,18 +7,36 @@ knows is not. No engine and no network in this room.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic_core import PydanticCustomError
 
 from holdfast.i18n import _
 from holdfast.serving.sampling import Sampling
 
 CHOICES = 128  # most choices of a request, prompts times n, as in the original
 _STOPS, _STOP_SIZE = 4, 500
+_STOP_IDS = 128
+_MESSAGES = 2048  # messages of a conversation, and parts of a message
+_BIASES = 1024  # tokens that `logit_bias` may name
 _SEED = 1 << 63
+_TOLD = 600  # characters of an error's message: what was sent is not sent back whole
+
+# Fields that other servers know and that change the text, with the value that says nothing. To
+# leave them out in silence would be a wrong answer.
+_ELSEWHERE: dict[str, object] = {
+    "tools": None, "functions": None, "suffix": None, "audio": None, "modalities": ["text"],
+    "repetition_penalty": 1, "length_penalty": 1, "typical_p": 1, "min_p": 0, "min_tokens": 0,
+    "mirostat": 0, "use_beam_search": None, "bad_words": None, "grammar": None,
+    "json_schema": None, "guided_json": None, "guided_regex": None, "guided_choice": None,
+    "guided_grammar": None, "structured_outputs": None, "chat_template": None,
+    "continue_final_message": None, "include_stop_str_in_output": None,
+    "truncate_prompt_tokens": None,
+}  # fmt: skip
 
 
 class ApiError(Exception):
@@ -34,10 +52,10 @@ class ApiError(Exception):
         kind: str = "invalid_request_error",
         headers: dict[str, str] | None = None,
     ) -> None:
+        message = _shortened(message, _TOLD)
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.kind = (
-            status, message, param, code, kind,
-        )  # fmt: skip
+        self.status, self.message, self.code, self.kind = status, message, code, kind
+        self.param = None if param is None else _shortened(param, 100)
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
@@ -50,6 +68,10 @@ class ApiError(Exception):
                 "code": self.code,
             }
         }
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def server_error(message: str, *, status: int = 500, code: str | None = None) -> ApiError:
@@ -65,6 +87,82 @@ def too_many(message: str, retry_after: int, code: str) -> ApiError:
 
 
 # ------------------------------------------------------------------------------------- requests
+
+
+# What may be one thing or a list is read by hand. As a union, pydantic tries every alternative on
+# every item and keeps an error for each: a body of 1 MiB took seconds and a gigabyte.
+
+
+def _prompt(value: object) -> object:
+    if value is None or isinstance(value, str) or _whole_numbers(value):
+        return value
+    if isinstance(value, list):
+        check_count(len(value), CHOICES)
+        if all(isinstance(one, str) for one in value) or all(map(_whole_numbers, value)):
+            return value
+    raise PydanticCustomError(
+        "prompt_type",
+        "{reason}",
+        {"reason": _("a text, a list of texts, a list of token ids, or a list of such lists is "
+                     "needed")},
+    )  # fmt: skip
+
+
+def _whole_numbers(value: object) -> bool:
+    return isinstance(value, list) and set(map(type, value)) <= {int}
+
+
+def _stops(value: object) -> object:
+    stops: list[Any] = value if isinstance(value, list) else [value] if value else []
+    if len(stops) > _STOPS:
+        raise ValueError(_("at most {count} stop strings", count=_STOPS))
+    if not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError(
+            "stop_type", "{reason}", {"reason": _("a text or a list of texts is needed")}
+        )
+    if not all(0 < len(stop) <= _STOP_SIZE for stop in stops):
+        raise ValueError(_("a stop string has 1 to {count} characters", count=_STOP_SIZE))
+    return stops
+
+
+def _text(value: object) -> object:
+    """The words of a message, whose content may come in parts. Raises ApiError over pictures and
+    sounds."""
+    parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
+    if len(parts) > _MESSAGES:
+        raise ValueError(_("at most {count} content parts", count=_MESSAGES))
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise ApiError(
+                400, _("Only text is understood here: content parts of the type 'text'."),
+                param="messages", code="unsupported_value",
+            )  # fmt: skip
+        text = part.get("text") or "" if kind else None
+        if not isinstance(text, str):
+            raise PydanticCustomError(
+                "content_type", "{reason}",
+                {"reason": _("a text or a list of content parts is needed")},
+            )  # fmt: skip
+        texts.append(text)
+    return "".join(texts)
+
+
+def _few(value: object) -> object:
+    if isinstance(value, dict) and len(value) > _BIASES:
+        raise ValueError(_("it may name at most {count} tokens", count=_BIASES))
+    return value
+
+
+def check_count(count: int, limit: int) -> None:
+    """Raise ApiError where a request asks for `count` texts and at most `limit` can be made."""
+    if count > limit:
+        raise ApiError(
+            400, _("{count} texts are asked for at a time; at most {limit} can be.", count=count,
+                   limit=limit),
+            param="n", code="invalid_value",
+        )  # fmt: skip
 
 
 class _Object(BaseModel):
@@ -89,26 +187,14 @@ class _Request(_Object):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-_SEED, lt=_SEED)] | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[list[str], PlainValidator(_stops)] = []
+    stop_token_ids: Annotated[list[int], Field(max_length=_STOP_IDS, fail_fast=True)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_few)
+    ] = None
     ignore_eos: bool | None = None
-
-    @field_validator("stop")
-    @classmethod
-    def _stops(cls, value: str | list[str] | None) -> str | list[str] | None:
-        stops = value if isinstance(value, list) else [value or "-"]
-        if len(stops) > _STOPS:
-            raise ValueError(_("at most {count} stop strings", count=_STOPS))
-        if not all(0 < len(stop) <= _STOP_SIZE for stop in stops):
-            raise ValueError(_("a stop string has 1 to {count} characters", count=_STOP_SIZE))
-        return value
-
-    @property
-    def stops(self) -> list[str]:
-        """The stop strings; none is []."""
-        return [self.stop] if isinstance(self.stop, str) and self.stop else list(self.stop or ())
 
     @property
     def wants_usage(self) -> bool:
@@ -133,63 +219,42 @@ class _Request(_Object):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             ignore_eos=bool(self.ignore_eos),
+            stop_token_ids=_known_tokens(self.stop_token_ids or [], vocabulary),
         )
 
 
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    prompt: Annotated[str | list[Any] | None, PlainValidator(_prompt)] = None
+    """A text, texts, token ids, or lists of token ids."""
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
-    suffix: str | None = None
 
     def check(self) -> None:
         """Raise ApiError over what this server does not do."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             _unsupported("best_of")
-        if self.suffix:
-            _unsupported("suffix")
-
-
-class Part(_Object):
-    """A part of a message's content."""
-
-    type: str
-    text: str | None = None
 
 
 class Message(_Object):
     """A message of a conversation."""
 
     role: str
-    content: str | list[Part] | None = None
-    name: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The words of the message. Raises ApiError over pictures and sounds."""
-        if isinstance(self.content, list):
-            if any(part.type != "text" for part in self.content):
-                raise ApiError(
-                    400, _("Only text is understood here: content parts of the type 'text'."),
-                    param="messages", code="unsupported_value",
-                )  # fmt: skip
-            return "".join(part.text or "" for part in self.content)
-        return self.content or ""
+    content: Annotated[str, PlainValidator(_text)] = ""
+    tool_calls: Any = None
+    function_call: Any = None
 
 
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
     response_format: dict[str, Any] | None = None
 
     def check(self) -> None:
@@ -197,10 +262,9 @@ class ChatRequest(_Request):
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, _("'top_logprobs' needs 'logprobs': true."), param="top_logprobs",
                            code="invalid_value")  # fmt: skip
-        if self.tools:
-            _unsupported("tools")
-        if self.functions:
-            _unsupported("functions")
+        for name in ("tool_calls", "function_call"):
+            if any(getattr(message, name) for message in self.messages):
+                _unsupported(name)
         if self.response_format and self.response_format.get("type", "text") != "text":
             _unsupported("response_format")
 
@@ -224,43 +288,82 @@ def _bias(given: dict[str, float], vocabulary: int) -> dict[int, float]:
     return bias
 
 
+def _known_tokens(given: list[int], vocabulary: int) -> frozenset[int]:
+    unknown = [token for token in given if not 0 <= token < vocabulary]
+    if unknown:
+        raise ApiError(
+            400, _("Invalid '{name}': a token is not in the vocabulary (0 to {last}).",
+                   name="stop_token_ids", last=vocabulary - 1),
+            param="stop_token_ids", code="invalid_value",
+        )  # fmt: skip
+    return frozenset(given)
+
+
 # -------------------------------------------------------------------------------------- parsing
+
+_CONTAINERS = 20_000  # lists and objects in a body: far more than messages and their parts
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
     """The JSON object in `body`. Raises ApiError where there is none."""
+    if _containers(body) > _CONTAINERS:
+        raise _no_json(_("it has more than {count} lists and objects", count=_CONTAINERS))
     try:
-        value = json.loads(body, parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        raise ApiError(
-            400, _("The body of the request is not JSON: {reason}", reason=error),
-            code="invalid_json",
-        ) from error  # fmt: skip
+        text = body.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=_no_constant)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except RecursionError as error:
+        raise _no_json(_("it is nested too deeply")) from error
+    except (json.JSONDecodeError, UnicodeError) as error:
+        raise _no_json(error) from error
+    except ValueError as error:  # Python's limit for the digits of a whole number
+        raise _no_json(_("a number has too many digits")) from error
     if not isinstance(value, dict):
         raise ApiError(400, _("The body of the request must be a JSON object."),
                        code="invalid_json")  # fmt: skip
     return value
 
 
+def _no_json(reason: object) -> ApiError:
+    return ApiError(400, _("The body of the request is not JSON: {reason}", reason=reason),
+                    code="invalid_json")  # fmt: skip
+
+
+def _containers(body: bytes) -> int:
+    """Lists and objects in `body`. Each takes 60 times its text, and Python's garbage collector
+    goes through all of them again and again: half a million held every thread up for a second."""
+    if len(body) <= _CONTAINERS:
+        return 0
+    outside = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]
+    return sum(b"".join(outside).count(bracket) for bracket in (b"[", b"{"))
+
+
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(_("{name} is not a number in JSON", name=name))
+    raise _no_json(_("{name} is not a number in JSON", name=name))
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """The request in `body`. Raises ApiError with the field that is wrong."""
-    try:
-        request = CompletionRequest.model_validate(parse_json(body))
-    except ValidationError as error:
-        raise _told(error) from error
-    request.check()
-    return request
+    return _parse(CompletionRequest, body)
 
 
 def parse_chat(body: bytes) -> ChatRequest:
     """The request in `body`. Raises ApiError with the field that is wrong."""
+    return _parse(ChatRequest, body)
+
+
+_Kind = TypeVar("_Kind", CompletionRequest, ChatRequest)
+
+
+def _parse(kind: type[_Kind], body: bytes) -> _Kind:
+    value = parse_json(body)
+    for name, neutral in _ELSEWHERE.items():
+        if value.get(name) and value[name] != neutral:
+            _unsupported(name)
     try:
-        request = ChatRequest.model_validate(parse_json(body))
+        request = kind.model_validate(value)
     except ValidationError as error:
         raise _told(error) from error
     request.check()
@@ -270,14 +373,12 @@ def parse_chat(body: bytes) -> ChatRequest:
 def _told(error: ValidationError) -> ApiError:
     """The first problem, as the original says it."""
     first = error.errors(include_url=False, include_input=False)[0]
-    where = [part for part in first["loc"] if part not in _UNIONS]
-    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).lstrip(".")
+    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p[:40]}" for p in first["loc"])
+    param = param.lstrip(".")
     if first["type"] == "missing":
         return ApiError(400, _("You must provide '{name}'.", name=param), param=param,
                         code="missing_required_parameter")  # fmt: skip
-    in_union = len(where) < len(first["loc"])
-    known = _alternatives().get(str(where[-1])) if in_union else None
-    known = known or _reasons(first.get("ctx", {})).get(first["type"])
+    known = _reasons(first.get("ctx", {})).get(first["type"])
     reason = known or str(first["msg"]).removeprefix("Value error, ")
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
     return ApiError(400, _("Invalid '{name}': {reason}", name=param, reason=reason), param=param,
@@ -296,21 +397,8 @@ def _reasons(limits: Mapping[str, Any]) -> dict[str, str]:
         "dict_type": an_object,
         "model_type": an_object,
         "too_short": _("at least one is needed"),
+        "too_long": _("it may have at most {most} items", most=limits.get("max_length")),
         "greater_than_equal": _("it must be at least {least}", least=limits.get("ge")),
         "less_than_equal": _("it may be at most {most}", most=limits.get("le")),
         "less_than": _("it must be less than {limit}", limit=limits.get("lt")),
     }
-
-
-def _alternatives() -> dict[str, str]:
-    """What the fields may be that may be several things: pydantic tells of the first alone."""
-    return {
-        "prompt": _("a text, a list of texts, a list of token ids, or a list of such lists is "
-                    "needed"),
-        "stop": _("a text or a list of texts is needed"),
-        "content": _("a text or a list of content parts is needed"),
-    }  # fmt: skip
-
-
-# What pydantic puts into a place for the alternative of a union that it tried.
-_UNIONS = ("str", "list[str]", "list[int]", "list[list[int]]", "list[Part]")

@@ -35,6 +35,8 @@ class Sampling:
     prompt_logprobs: bool = False
     ignore_eos: bool = False
     """The end-of-text token is never drawn: what has learned little ends early."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end the text, as the end-of-text token does."""
 
     @property
     def penalises(self) -> bool:

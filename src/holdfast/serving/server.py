@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
+import json
 import logging
 import os
 import signal
@@ -15,17 +17,21 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from holdfast.errors import ConfigError
 from holdfast.i18n import _
+from holdfast.monitor.guarding import is_loopback
 from holdfast.serving.app import create_app
 from holdfast.serving.library import Library, Options
-from holdfast.serving.limits import Limits, is_loopback
+from holdfast.serving.limits import Limits
 from holdfast.serving.metrics import Metrics
 from holdfast.serving.names import Card
+from holdfast.serving.protocol import server_error
 from holdfast.serving.reload import Watcher
 
 log = logging.getLogger("holdfast")
@@ -35,6 +41,9 @@ log = logging.getLogger("holdfast")
 # 32 clients get 10 % more tokens with this (benchmarks/serve_speed.py).
 _SWITCH = 0.001
 _PATIENCE = 30.0  # seconds until the head of a request must have come
+_SLOWEST = 60.0  # seconds in which a client must read some of what waits for it
+_CONNECTIONS = 1000  # at a time: each may hold a body, and open files are few
+_PIECES = 5000  # of a body: a chunk of one byte costs as much time as one of 64 KiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +56,10 @@ class Settings:
     api_key: str | None = None
     rate: float | None = None
     """Requests a minute and client."""
+    allowed_hosts: Sequence[str] = ()
+    """Names beside its own that the server answers to."""
+    allowed_origins: Sequence[str] = ()
+    """Web pages from elsewhere that may ask."""
     grace: float = 20.0
     """Seconds that requests under way have at the end."""
     look_every: float = 1.0
@@ -103,7 +116,10 @@ class Running:
             library = Library(self._sources, settings.options, Metrics(), loop)
             await asyncio.to_thread(library.open)
             watcher = Watcher(library, settings.look_every)
-            limits = Limits(settings.host, settings.api_key, rate=settings.rate)
+            limits = Limits(
+                settings.host, settings.api_key, rate=settings.rate,
+                allowed_hosts=settings.allowed_hosts, allowed_origins=settings.allowed_origins,
+            )  # fmt: skip
             config = uvicorn.Config(
                 create_app(library, limits), log_config=None, access_log=False, lifespan="off",
                 server_header=False, timeout_graceful_shutdown=max(1, round(settings.grace)),
@@ -131,24 +147,66 @@ class Running:
             self._server.should_exit = True
 
 
+class _Requests(h11.Connection):
+    """A connection whose bodies come in pieces of a decent size."""
+
+    _pieces = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._pieces = 0
+        elif isinstance(event, h11.Data):
+            self._pieces += 1
+            if self._pieces > _PIECES:
+                raise h11.RemoteProtocolError("too many pieces")
+        return event
+
+
 class _Connection(H11Protocol):
-    """A connection that is closed where no request comes: uvicorn waits for the first one, and for
-    the rest of a head that has begun, for ever, and open files are few."""
+    """A connection that is closed where no request comes, or nobody reads the answer: uvicorn waits
+    for both for ever, and open files are few. Where there are too many, a new one is refused."""
 
     _timer: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
+
+    def __init__(self, config: uvicorn.Config, *args: Any, **more: Any) -> None:
+        super().__init__(config, *args, **more)
+        self.conn = _Requests(h11.SERVER)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait()
+        if len(self.connections) > _most_connections():
+            transport.write(_full())
+            transport.close()
+        else:
+            self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._reading):
+            if timer is not None:
+                timer.cancel()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._wait()
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's, where no answer has begun: there cannot be a second one."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._reading = self.loop.call_later(_SLOWEST, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._reading is not None:
+            self._reading.cancel()
 
     def _wait(self) -> None:
         if self._timer is not None:
@@ -158,6 +216,28 @@ class _Connection(H11Protocol):
     def _give_up(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
+
+
+@functools.cache
+def _most_connections() -> int:
+    """Half of the files that this process may have open, and no more than are of use."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return _CONNECTIONS
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _CONNECTIONS if soft == resource.RLIM_INFINITY else min(_CONNECTIONS, soft // 2)
+
+
+def _full() -> bytes:
+    """The answer to a connection too many: no request of it is read."""
+    error = server_error(_("The server has too many connections: try again in a moment."),
+                         status=503, code="too_many_connections")  # fmt: skip
+    body = json.dumps(error.body(), ensure_ascii=False).encode()
+    return (
+        b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+        b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    )
 
 
 class _Server(uvicorn.Server):
