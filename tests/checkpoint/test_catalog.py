@@ -232,14 +232,14 @@ def test_the_history_only_grows_and_survives_torn_lines(tmp_path: Path) -> None:
         file.write(b'\xff\xfe garbage\n[1, 2]\n"text"\n{"event": "verified", "id": "def"}\n')
     assert [event["event"] for event in catalog.events()] == ["durable", "verified", "verified"]
     assert next(catalog.events())["note"] == "汉 \u2028 \x85 字"
-    assert catalog.verified_ids() == {"abc", "def"}
+    assert catalog.history.known.verified == {"abc", "def"}
 
 
 def test_a_history_of_nonsense_is_passed_over(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path)
     for fields in ({}, {"generation": "x", "step": 1}, {"names": 7}, {"generation": 2}):
         catalog.record("durable", **fields)
-    assert catalog.announced() == []
+    assert catalog.history.known.announced == {}
     assert catalog.generation() == 2
 
 

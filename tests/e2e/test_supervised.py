@@ -51,7 +51,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def durable(directory: Path) -> int:
     """The newest step that was announced as durable; 0 where none was."""
-    return max((event["step"] for event in Catalog(directory).announced()), default=0)
+    return max(
+        (event["step"] for event in Catalog(directory).history.known.announced.values()), default=0
+    )
 
 
 def pids(directory: Path) -> list[int]:

@@ -9,7 +9,6 @@ grows; `metadata.json` is a cache that can be thrown away. Whatever changes the 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import json
 import logging
@@ -23,6 +22,7 @@ from typing import Any
 
 from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.container import NewerFormat, Reader, read_manifest
+from holdfast.checkpoint.history import Event, History, is_later, now
 from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.retention import Candidate, KeepBest, Order
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
@@ -93,27 +93,12 @@ class Contents:
         return next((e for e, chosen in zip(self.entries, mask, strict=True) if chosen), None)
 
 
-def is_later(event: Mapping[str, Any], order: Order, step: int) -> bool:
-    """Whether `event`, one of `Catalog.announced`, tells of a later save than that of `order`.
-
-    Lines of earlier versions do not say the sequence; there the step decides, as it did then.
-    """
-    generation, sequence = event["generation"], event.get("sequence")
-    if isinstance(sequence, int):
-        return (generation, sequence) > order
-    return (generation, event["step"]) > (order[0], step)
-
-
-def now() -> str:
-    """The local time with its zone, ISO 8601."""
-    return datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
-
-
 class Catalog:
     """The checkpoints of one run directory."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
+        self.history = History(self.directory / EVENTS)
 
     def lock(self, wait: float = 30.0) -> FileLock:
         """The short lock of whoever changes the catalogue; not the lock of the run."""
@@ -127,7 +112,7 @@ class Catalog:
     def scan(self) -> Contents:
         """All checkpoints here, from their manifests; what cannot be read is named, not raised."""
         cache = self._read_cache()
-        verified, pinned = self._marks()
+        known = self.history.known
         found: dict[str, Entry] = {}
         names: dict[str, list[str]] = {}
         by_inode: dict[tuple[int, int], Entry] = {}
@@ -144,7 +129,7 @@ class Catalog:
             except NewerFormat as error:
                 unreadable.append((name, str(error)))
             except ForeignCheckpoint:
-                if self._announced(name):  # what was once ours and no longer looks like it
+                if name in known.names:  # what was once ours and no longer looks like it
                     damaged.append((name, _("something else has been written over it")))
                 else:
                     foreign.append(name)
@@ -157,10 +142,14 @@ class Catalog:
                 found.setdefault(entry.id, entry)
                 names.setdefault(entry.id, []).append(name)
         entries = [
-            replace(entry, names=tuple(sorted(names[id_], key=_telling)), verified=id_ in verified,
-                    pinned=id_ in pinned)
+            replace(
+                entry,
+                names=tuple(sorted(names[id_], key=_telling)),
+                verified=id_ in known.verified,
+                pinned=id_ in known.pinned,
+            )
             for id_, entry in found.items()
-        ]  # fmt: skip
+        ]
         entries.sort(key=lambda entry: entry.order, reverse=True)
         return Contents(entries, damaged, foreign, unreadable)
 
@@ -180,80 +169,18 @@ class Catalog:
 
     def generation(self) -> int:
         """The highest generation that was ever begun here; 0 where there is no run yet."""
-        begun = [event.get("generation") for event in self.events()]
         present = [entry.generation for entry in self.scan().entries]
-        return max((n for n in (*begun, *present) if isinstance(n, int)), default=0)
-
-    def current_run(self) -> tuple[str, int] | None:
-        """Run id and generation that were begun here last, as the history says."""
-        run: tuple[str, int] | None = None
-        for event in self.events():
-            run_id, generation = event.get("run_id"), event.get("generation")
-            if isinstance(run_id, str) and isinstance(generation, int):
-                run = run_id, generation
-        return run
+        return max([self.history.known.generation, *present])
 
     # -------------------------------------------------------------------------------- history
 
     def record(self, event: str, **fields: Any) -> None:
         """Append one line to the history, durably."""
-        line = json.dumps({"time": now(), "event": event, **fields}, ensure_ascii=False)
-        filesystem.append_line(self.directory / EVENTS, line)
+        self.history.record(event, **fields)
 
-    def events(self, *kinds: str) -> Iterator[dict[str, Any]]:
-        """The history, oldest first, or its events of some kinds; a line that a crash has torn is
-        passed over. A history is long and parsing a line costs: name the kinds."""
-        sought = [kind.encode() for kind in kinds]
-        try:
-            lines = (self.directory / EVENTS).read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return
-        for line in lines:
-            if not sought or any(kind in line for kind in sought):
-                with contextlib.suppress(ValueError, RecursionError):
-                    event = json.loads(line.decode("utf-8", "surrogatepass"))
-                    if isinstance(event, dict) and (not kinds or event.get("event") in kinds):
-                        yield event
-
-    def verified_ids(self) -> set[str]:
-        """Which checkpoints have been read back from the device and found right."""
-        return self._marks()[0]
-
-    def pinned_ids(self) -> set[str]:
-        """Which checkpoints the user has pinned, whether they lie here or in the archive."""
-        return self._marks()[1]
-
-    def _marks(self) -> tuple[set[str], set[str]]:
-        """Ids of what is verified and of what is pinned: the history keeps them, so they outlive
-        the cache and go with a copy of the directory."""
-        verified: set[str] = set()
-        pinned: set[str] = set()
-        for event in self.events("verified", "pinned", "unpinned"):
-            id_ = str(event.get("id"))
-            if event["event"] == "verified":
-                verified.add(id_)
-            elif event["event"] == "pinned":
-                pinned.add(id_)
-            else:
-                pinned.discard(id_)
-        return verified, pinned
-
-    def announced(self) -> list[dict[str, Any]]:
-        """The "durable" events, as far as they say what an order needs."""
-        wanted = {"generation": int, "step": int, "run_id": str, "time": str, "names": list}
-        return [
-            event
-            for event in self.events("durable")
-            if all(isinstance(event.get(name), kind) for name, kind in wanted.items())
-        ]
-
-    def sequence(self) -> int:
-        """The highest number of a save that was ever announced here."""
-        found = [event.get("sequence") for event in self.announced()]
-        return max((number for number in found if isinstance(number, int)), default=0)
-
-    def _announced(self, name: str) -> bool:
-        return any(name in event["names"] for event in self.announced())
+    def events(self, *kinds: str) -> Iterator[Event]:
+        """The whole history, or its events of some kinds, oldest first."""
+        return self.history.events(*kinds)
 
     def _note(self, event: str, **fields: Any) -> bool:
         """Record what has been done where a full disk must not stop it from being done; returns

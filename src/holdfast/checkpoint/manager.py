@@ -273,7 +273,8 @@ class CheckpointManager:
         contents = self.catalog.scan()
         past = [*contents.entries, *found.newer, entry]
         # It never comes again, whatever is gone: the newest of a generation is known by it.
-        run.sequence = max(run.sequence, self.catalog.sequence(), *(e.sequence for e in past))
+        told = self.catalog.history.known.sequence
+        run.sequence = max(run.sequence, told, *(e.sequence for e in past))
         if found.newer:
             place = self.catalog.directory / ARCHIVE / f"generation_{known}"
             self._reporter.tell("archived", count=len(found.newer), to=str(place))

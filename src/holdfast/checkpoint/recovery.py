@@ -37,7 +37,7 @@ def rescue(catalog: Catalog, reporter: Reporter) -> Entry | None:
     does not take it: it stays where it is.
     """
     rollback.finish(catalog)
-    run = catalog.current_run()
+    run = catalog.history.known.run
     if run is None:
         return None
     newest = catalog.scan().newest
@@ -137,15 +137,14 @@ def lost(catalog: Catalog, entry: Entry) -> tuple[int, float]:
     What went to the archive when the user went back is not lost, nor what he went back behind. In a
     loop that counts its steps anew, the steps of each count are added up.
     """
-    kept = {event.get("id") for event in catalog.events("archived")}
-    back = rollback.last(catalog)
+    known = catalog.history.known
+    back = known.back
     gone: list[dict[str, Any]] = []
-    for event in catalog.announced():
+    for event in known.announced.values():
         if event.get("id") == entry.id:
             gone.clear()  # the history is in the order of the saves
         elif (
             event["run_id"] == entry.run_id
-            and event.get("id") not in kept
             and not (back is not None and back.abandons(event))
             and entry.precedes(event)
         ):

@@ -9,57 +9,15 @@ No torch here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.catalog import ARCHIVE, Catalog, Entry, is_later, summary
+from holdfast.checkpoint.catalog import Catalog, Entry, summary
 from holdfast.checkpoint.container import Reader, read_manifest
-from holdfast.checkpoint.retention import Order
+from holdfast.checkpoint.history import ROLLED_BACK, Rollback
 from holdfast.errors import CheckpointError, DamagedCheckpoint
 
 log = logging.getLogger("holdfast")
-
-EVENT = "rolled_back"
-_GONE_ON = ("began", "resumed", "durable")  # after one of these it is a matter of the past
-
-
-@dataclass(frozen=True, slots=True)
-class Rollback:
-    """A line of the history: to which state the run went back."""
-
-    id: str
-    order: Order  # of the state, as Entry.order
-    step: int
-    generation: int  # the one that begins with it
-    source: str | None  # where the state lies in the archive; None: among the others
-
-    @property
-    def label(self) -> str:
-        """Where under `archive/` the abandoned ones go."""
-        return f"generation_{self.generation - 1}"
-
-    def abandons(self, event: Mapping[str, Any]) -> bool:
-        """Whether what `event`, one of `Catalog.announced`, tells of lies behind us now."""
-        return event["generation"] < self.generation and is_later(event, self.order, self.step)
-
-
-def last(catalog: Catalog) -> Rollback | None:
-    """The last roll-back of this run directory, if there ever was one."""
-    found = None
-    for event in catalog.events(EVENT):
-        found = _read(event) or found
-    return found
-
-
-def pending(catalog: Catalog) -> Rollback | None:
-    """The roll-back that no training has gone on from yet."""
-    found = None
-    for event in catalog.events(EVENT, *_GONE_ON):
-        found = None if event["event"] in _GONE_ON else _read(event) or found
-    return found
 
 
 def intact(catalog: Catalog, entry: Entry) -> None:
@@ -101,13 +59,13 @@ def roll_back(catalog: Catalog, entry: Entry, source: str | None = None) -> Roll
 
     The caller holds the run's lock and has found `entry` intact. May be repeated after a crash.
     """
-    back = pending(catalog)
+    back = catalog.history.known.pending
     if back is None or back.id != entry.id:
         generation = catalog.generation() + 1
-        catalog.record(EVENT, id=entry.id, run_id=entry.run_id, step=entry.step,
+        catalog.record(ROLLED_BACK, id=entry.id, run_id=entry.run_id, step=entry.step,
                        generation=generation, source=source,
                        order=[entry.generation, entry.step, entry.sequence])  # fmt: skip
-        back = Rollback(entry.id, entry.order, entry.step, generation, source)
+        back = Rollback(entry.id, entry.run_id, entry.order, entry.step, generation, source)
     finish(catalog)
     with catalog.lock():
         contents = catalog.scan()
@@ -118,7 +76,7 @@ def roll_back(catalog: Catalog, entry: Entry, source: str | None = None) -> Roll
 
 def finish(catalog: Catalog) -> None:
     """Do what a crash has left undone of a roll-back; the caller holds the run's lock."""
-    back = pending(catalog)
+    back = catalog.history.known.pending
     if back is None:
         return
     with catalog.lock():
@@ -140,22 +98,3 @@ def _bring_back(catalog: Catalog, back: Rollback, source: str) -> None:
         return
     if entry.id == back.id:
         catalog.give_name(path, entry)
-
-
-def _read(event: Mapping[str, Any]) -> Rollback | None:
-    """The roll-back of a line of the history; anybody may have written it."""
-    id_, order, generation = (event.get(name) for name in ("id", "order", "generation"))
-    source = event.get("source")
-    if event.get("event") != EVENT or not isinstance(generation, int) or not isinstance(id_, str):
-        return None
-    if not isinstance(order, list) or [type(number) for number in order] != [int] * 3:
-        return None
-    if source is not None and not is_archived(source):
-        return None
-    return Rollback(id_, (order[0], order[2]), order[1], generation, source)
-
-
-def is_archived(source: object) -> bool:
-    """Whether `source`, relative to a run directory, is the name of a file in its archive."""
-    parts = PurePosixPath(source).parts if isinstance(source, str) else ()
-    return parts[:1] == (ARCHIVE,) and ".." not in parts

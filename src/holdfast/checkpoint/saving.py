@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 from holdfast.checkpoint import codec, filesystem, project
 from holdfast.checkpoint import image as images
-from holdfast.checkpoint.catalog import Catalog, Entry, now
+from holdfast.checkpoint.catalog import Catalog, Entry
 from holdfast.checkpoint.describe import environment, plain_metrics, score_of
+from holdfast.checkpoint.history import now
 from holdfast.checkpoint.outcome import PendingSave, Saved
 from holdfast.checkpoint.parallel import Helper
 from holdfast.checkpoint.place import Place

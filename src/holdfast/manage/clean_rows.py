@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from holdfast.checkpoint import filesystem, rollback
+from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.catalog import ARCHIVE, QUARANTINE, ROLES, TEMP
 from holdfast.checkpoint.container import read_manifest
 from holdfast.checkpoint.retention import (
@@ -236,10 +236,10 @@ def _archived(run: RunDirectory) -> list[Row]:
         if path.suffix == ".pt" and not path.is_symlink():
             stat = path.stat()
             groups.setdefault((stat.st_dev, stat.st_ino), []).append(path)
-    back = rollback.pending(run.catalog)
+    known = run.catalog.history.known
+    back = known.pending
     here = {entry.id for entry in run.entries}
     needed = back.source if back is not None and back.id not in here else None
-    pinned = run.catalog.pinned_ids()
     verified = any(entry.verified for entry in run.entries)
     rows = []
     for paths in groups.values():
@@ -247,7 +247,7 @@ def _archived(run: RunDirectory) -> list[Row]:
         row = _file_row(run, telling, stays=False, reason="archived")
         id_, step = _identity(telling[0])
         reason = (
-            "pinned" if id_ in pinned
+            "pinned" if id_ in known.pinned
             else "rolled_back_to" if needed in row.names
             else "archived" if verified
             else "only_archived"

@@ -27,10 +27,10 @@ from holdfast.checkpoint.catalog import (
     TEMP,
     Catalog,
     Entry,
-    now,
     summary,
 )
 from holdfast.checkpoint.container import Reader, read_manifest
+from holdfast.checkpoint.history import now
 from holdfast.checkpoint.layout import Record
 from holdfast.checkpoint.place import LOCKS
 from holdfast.errors import (
@@ -284,7 +284,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 def _only_in_memory(catalog: Catalog, newest: Entry | None) -> int | None:
     """The step of a newer snapshot that a killed training has left in shared memory."""
-    run = catalog.current_run()
+    run = catalog.history.known.run
     left = [] if run is None else memory.left_by(catalog.directory, *run)
     if left and newest is not None and left[0].order > newest.order:
         return left[0].step

@@ -62,7 +62,7 @@ def pin(directory: str | os.PathLike[str], wanted: str, *, remove: bool = False)
     catalog = Catalog(directory)
     with catalog.lock():  # nobody cleans up between choosing and writing it down
         entry = choose(look(directory), wanted).entry
-        changed = (entry.id in catalog.pinned_ids()) == remove
+        changed = (entry.id in catalog.history.known.pinned) == remove
         if changed:
             event = "unpinned" if remove else "pinned"
             catalog.record(event, id=entry.id, step=entry.step, names=list(entry.names))

@@ -114,7 +114,7 @@ def plan(directory: str | os.PathLike[str], wanted: str) -> Plan:
         name, reason = run.contents.unreadable[0]
         raise CheckpointError(_("{name} cannot be read now: {reason}", name=name, reason=reason))
     choice = choose(run, wanted)
-    entry, back = choice.entry, rollback.pending(run.catalog)
+    entry, back = choice.entry, run.catalog.history.known.pending
     newer = [other for other in run.entries if other.order > entry.order]
     step = _step_in_memory(run.catalog, entry, run.contents.newest)
     again = back is not None and back.id == entry.id
@@ -150,7 +150,7 @@ def execute(shown: Plan) -> Plan:
 
 def _left(catalog: Catalog) -> list[memory.Left]:
     """What a killed training of the run as it is now has left in memory, newest first."""
-    run = catalog.current_run()
+    run = catalog.history.known.run
     return [] if run is None else memory.left_by(catalog.directory, *run)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,11 @@ def kind_in_words(kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """What a look into a run directory found; `events` oldest first."""
+    """What a look into a run directory found."""
 
     directory: Path
     catalog: Catalog
     contents: Contents
-    events: list[dict[str, Any]]
     distrusted: frozenset[str]  # ids whose last check found damage, whatever was true before
 
     @property
@@ -44,9 +43,15 @@ class RunDirectory:
         """The checkpoints, newest first."""
         return self.contents.entries
 
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The history as it is now, oldest first: all of it is read."""
+        return list(self.catalog.events())
 
-def look(directory: str | os.PathLike[str]) -> RunDirectory:
-    """Look into `directory`. Raises HoldfastError where there is none, OSError as it comes."""
+
+def look(directory: str | os.PathLike[str], catalog: Catalog | None = None) -> RunDirectory:
+    """Look into `directory`, with the `catalog` of an earlier look, which knows its history. Raises
+    HoldfastError where there is none, OSError as it comes."""
     path = Path(directory)
     if not path.exists():
         filesystem.check_links(path)
@@ -56,28 +61,9 @@ def look(directory: str | os.PathLike[str]) -> RunDirectory:
         )  # fmt: skip
     if not path.is_dir():
         raise HoldfastError(_("{path} is not a directory: name the run directory.", path=path))
-    catalog = Catalog(path)
+    catalog = catalog or Catalog(path)
     contents = catalog.scan()
-    events = list(catalog.events())
-    distrusted = _distrusted(events)
-    entries = [
-        replace(entry, verified=False) if entry.id in distrusted else entry
-        for entry in contents.entries
-    ]
-    return RunDirectory(
-        path, catalog, replace(contents, entries=entries), events, frozenset(distrusted)
-    )
-
-
-def _distrusted(events: Iterable[Mapping[str, Any]]) -> set[str]:
-    """A disk can rot: what was verified once and found damaged later is verified no more."""
-    found: set[str] = set()
-    for event in events:
-        if event.get("event") == DAMAGED:
-            found.add(str(event.get("id")))
-        elif event.get("event") == "verified":
-            found.discard(str(event.get("id")))
-    return found
+    return RunDirectory(path, catalog, contents, frozenset(catalog.history.known.damaged))
 
 
 def number(value: object) -> float | None:

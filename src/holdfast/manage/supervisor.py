@@ -24,7 +24,8 @@ from types import FrameType
 from typing import Any
 
 from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.catalog import Catalog, Entry, now
+from holdfast.checkpoint.catalog import Catalog, Entry
+from holdfast.checkpoint.history import now
 from holdfast.checkpoint.lock import FileLock
 from holdfast.errors import ConfigError, DataError, Diverged, GaveUp, Interrupted, RunLocked
 from holdfast.formatting import format_seconds, parse_time
@@ -298,7 +299,7 @@ class Supervisor:
     def _cause(self, began: float) -> str | None:
         """The last event since `began` that may explain a crash, as a sentence."""
         try:
-            events = [e for e in Catalog(self._directory).events() if e.get("event") in _CAUSES]
+            events = list(Catalog(self._directory).events(*_CAUSES))
         except OSError:
             return None
         time_of = parse_time(events[-1].get("time")) if events else None

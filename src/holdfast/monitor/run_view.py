@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import filesystem, memory
-from holdfast.checkpoint.catalog import EVENTS, Entry
+from holdfast.checkpoint.catalog import EVENTS, Catalog, Entry
+from holdfast.checkpoint.follow import Follower
 from holdfast.checkpoint.lock import FileLock
 from holdfast.errors import HoldfastError
 from holdfast.formatting import parse_time
 from holdfast.manage.rundir import RunDirectory, look, names_of, number
 from holdfast.manage.story import is_story
-from holdfast.monitor.follow import Follower
 from holdfast.monitor.forecast import Disk, Plan, forecast
 from holdfast.monitor.measured import Evaluation, Mark, Point, Safety, Sample
 
@@ -73,6 +73,7 @@ class RunView:
         self.directory = directory
         self._metrics = Follower(directory / METRICS)
         self._events = Follower(directory / EVENTS)
+        self._catalog = Catalog(directory)
         self.run: RunDirectory | None = None
         self.config: dict[str, Any] = {}
         self._seen: tuple[int, int] | None = None  # None: the directory is to be looked at
@@ -106,7 +107,7 @@ class RunView:
         if events or again or anew or seen != self._seen:
             self._seen = None
             try:
-                self.run = look(self.directory)
+                self.run = look(self.directory, self._catalog)
             except HoldfastError:
                 self.run, self.config = None, {}
                 raise

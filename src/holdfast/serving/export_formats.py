@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from holdfast.checkpoint import codec, filesystem, image
-from holdfast.checkpoint.catalog import now
 from holdfast.checkpoint.describe import environment
+from holdfast.checkpoint.history import now
 from holdfast.checkpoint.tree import normalise
 from holdfast.i18n import _
 from holdfast.serving.export_check import Deviation

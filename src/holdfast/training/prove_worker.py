@@ -138,7 +138,7 @@ class _Watch(Console):
         """Wait until `step` is durable, say so, and wait for the kill."""
         catalog = Catalog(self._config.checkpoint.checkpoint_dir)
         deadline = time.monotonic() + SAVE_WITHIN
-        while not any(event["step"] == step for event in catalog.announced()):
+        while not any(event["step"] == step for event in catalog.history.known.announced.values()):
             if time.monotonic() > deadline:
                 raise SaveFailed(_("Step {step} has not become durable.", step=step))
             time.sleep(_POLL)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.catalog import now
+from holdfast.checkpoint.history import now
 from holdfast.errors import ConfigError
 from holdfast.i18n import _
 

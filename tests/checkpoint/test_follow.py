@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from holdfast.monitor import follow
-from holdfast.monitor.follow import Follower
+from holdfast.checkpoint import follow
+from holdfast.checkpoint.follow import Follower
 
 
 @pytest.fixture

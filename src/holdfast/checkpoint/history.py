@@ -1,0 +1,216 @@
+"""The history of a run directory: `events.jsonl`, appended to, and read once.
+
+Several processes append to it (the trainer, clean, pin), so what it says is read from the file and
+never remembered from what was written. A save asks for a handful of facts; parsing all events for
+each would slow every save down with the age of the run. Each line is read once and folded into
+`Known`, which grows with the checkpoints that exist and not with those that ever did. No torch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from holdfast.checkpoint import filesystem
+from holdfast.checkpoint.follow import LARGEST, Follower, parsed
+from holdfast.checkpoint.retention import Order
+
+Event = dict[str, Any]
+
+ROLLED_BACK = "rolled_back"
+_GONE_ON = ("began", "resumed", "durable")  # after one of these a roll-back is a thing of the past
+
+
+def is_later(event: Mapping[str, Any], order: Order, step: int) -> bool:
+    """Whether `event`, one of `Known.announced`, tells of a later save than that of `order`.
+
+    Lines of earlier versions do not say the sequence; there the step decides, as it did then.
+    """
+    generation, sequence = event["generation"], event.get("sequence")
+    if isinstance(sequence, int):
+        return (generation, sequence) > order
+    return (generation, event["step"]) > (order[0], step)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """A line of the history: to which state the run went back."""
+
+    id: str
+    run_id: str
+    order: Order  # of the state, as Entry.order
+    step: int
+    generation: int  # the one that begins with it
+    source: str | None  # where the state lies in the archive; None: among the others
+
+    @property
+    def label(self) -> str:
+        """Where under `archive/` the abandoned ones go."""
+        return f"generation_{self.generation - 1}"
+
+    def abandons(self, event: Mapping[str, Any]) -> bool:
+        """Whether what `event`, one of `Known.announced`, tells of lies behind us now."""
+        return event["generation"] < self.generation and is_later(event, self.order, self.step)
+
+    @classmethod
+    def of(cls, event: Mapping[str, Any]) -> Rollback | None:
+        """The roll-back that a line of the history tells of; any process may have written it."""
+        id_, order, generation = (event.get(name) for name in ("id", "order", "generation"))
+        source = event.get("source")
+        if not isinstance(generation, int) or not isinstance(id_, str):
+            return None
+        if not isinstance(order, list) or [type(number) for number in order] != [int] * 3:
+            return None
+        if source is not None and not is_archived(source):
+            return None
+        run_id = str(event.get("run_id"))
+        return cls(id_, run_id, (order[0], order[2]), order[1], generation, source)
+
+
+def now() -> str:
+    """The local time with its zone, ISO 8601."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
+
+
+def is_archived(source: object) -> bool:
+    """Whether `source`, relative to a run directory, is the name of a file in its archive."""
+    parts = PurePosixPath(source).parts if isinstance(source, str) else ()
+    return parts[:1] == ("archive",) and ".." not in parts
+
+
+@dataclass(slots=True)
+class Known:
+    """What the events until now amount to. Checkpoints that were removed are forgotten."""
+
+    verified: set[str] = field(default_factory=set)  # ids: read back and right when last checked
+    damaged: set[str] = field(default_factory=set)  # ids: `holdfast verify` has found damage since
+    pinned: set[str] = field(default_factory=set)  # ids, whether they lie here or in the archive
+    announced: dict[str, Event] = field(default_factory=dict)  # "durable" by first name, in order
+    names: set[str] = field(default_factory=set)  # every name that a checkpoint was announced under
+    run: tuple[str, int] | None = None  # run id and generation that were begun last
+    generation: int = 0  # the highest that was begun
+    sequence: int = 0  # the highest number of a save that was announced
+    back: Rollback | None = None  # the last roll-back
+    pending: Rollback | None = None  # the same, until a training has gone on from it
+
+    def take(self, event: Event) -> None:
+        """Take in the next event; its fields may be anything."""
+        kind, id_, generation = event.get("event"), event.get("id"), event.get("generation")
+        id_ = id_ if isinstance(id_, str) else str(id_)
+        if isinstance(generation, int) and generation < LARGEST:
+            self.generation = max(self.generation, generation)
+            if isinstance(event.get("run_id"), str):
+                self.run = event["run_id"], generation
+        if kind == "verified":
+            self.verified.add(id_)
+            self.damaged.discard(id_)
+        elif kind == "removed":
+            self._left(event, gone=True)
+            self.verified.discard(id_)
+            self.damaged.discard(id_)
+        elif kind == "durable":
+            self._announced(event)
+        elif kind == "damaged":
+            self.verified.discard(id_)
+            self.damaged.add(id_)
+        elif kind == "archived":
+            self._left(event, gone=False)
+        elif kind == "pinned":
+            self.pinned.add(id_)
+        elif kind == "unpinned":
+            self.pinned.discard(id_)
+        elif kind == ROLLED_BACK:
+            back = Rollback.of(event)
+            if back is not None:
+                self.back = self.pending = back
+        if kind in _GONE_ON:
+            self.pending = None
+
+    def _announced(self, event: Event) -> None:
+        names = _names(event)
+        if (
+            names
+            and isinstance(event.get("step"), int)
+            and isinstance(event.get("generation"), int)
+            and isinstance(event.get("run_id"), str)
+            and isinstance(event.get("time"), str)
+        ):
+            self.names.update(names)
+            self.announced.pop(names[0], None)  # what had this name before is there no more
+            self.announced[names[0]] = event
+            sequence = event.get("sequence")
+            if isinstance(sequence, int) and sequence < LARGEST:
+                self.sequence = max(self.sequence, sequence)
+
+    def _left(self, event: Event, *, gone: bool) -> None:
+        """A checkpoint is no longer here under its names: removed, or in the archive."""
+        for name in _names(event):
+            there = self.announced.get(name)
+            if there is not None and there.get("id") == event.get("id"):
+                del self.announced[name]
+            if gone:
+                self.names.discard(name)
+
+
+def _names(event: Event) -> list[str]:
+    names = event.get("names")
+    return [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
+
+
+class History:
+    """The history at `path`. May be asked by any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._follower, self._known = Follower(path), Known()
+        self._turn, self._looking = threading.RLock(), False
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Append one line, durably."""
+        line = json.dumps({"time": now(), "event": event, **fields}, ensure_ascii=False)
+        filesystem.append_line(self.path, line)
+
+    @property
+    def known(self) -> Known:
+        """What is known now, from all that was appended until now by any process. The object
+        changes with the next look: copy what is to be kept. Raises `OSError` as it comes."""
+        with self._turn:
+            if self._looking:  # a finalizer that saves has interrupted a look in this thread
+                return History(self.path).known
+            self._looking = True
+            try:
+                self._look()
+            except BaseException:  # an interrupt, too: a line that was read and not taken is lost
+                self._follower, self._known = Follower(self.path), Known()
+                raise
+            finally:
+                self._looking = False
+            return self._known
+
+    def _look(self) -> None:
+        while True:
+            lines = self._follower.lines()
+            if self._follower.restarted:
+                self._known = Known()
+            for line in lines:  # parsed one by one: many objects at once are work for the collector
+                event = parsed(line)
+                if event is not None:
+                    self._known.take(event)
+            if not self._follower.more:
+                return
+
+    def events(self, *kinds: str) -> Iterator[Event]:
+        """Every event, or those of some kinds, oldest first: all of the file, for the desk. A line
+        that a crash has torn is passed over."""
+        follower = Follower(self.path)
+        while True:
+            for event in follower.new():
+                if not kinds or event.get("event") in kinds:
+                    yield event
+            if not follower.more:
+                return

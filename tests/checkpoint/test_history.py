@@ -1,0 +1,225 @@
+"""What the history says is read once, whoever appends to it, and stays small and right."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.checkpoint import Catalog
+from holdfast.checkpoint.history import History, Known
+from tests.support import Toy, in_child
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> History:
+    return History(tmp_path / "events.jsonl")
+
+
+def durable(id_: str, step: int, name: str, generation: int = 1) -> dict[str, Any]:
+    return {
+        "time": "2026-01-01T00:00:00.000+00:00", "event": "durable", "id": id_, "run_id": "run",
+        "generation": generation, "step": step, "names": [name, "latest.pt"],
+    }  # fmt: skip
+
+
+def lives(count: int) -> str:
+    """The history of `count` saves of which each is removed again."""
+    lines = []
+    for n in range(count):
+        lines += [
+            durable(f"old{n}", n, f"temp/temp_step{n}.pt"),
+            {"event": "verified", "id": f"old{n}", "step": n},
+            {"event": "removed", "id": f"old{n}", "names": [f"temp/temp_step{n}.pt"]},
+        ]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def append(history: History, *events: dict[str, Any]) -> None:
+    with history.path.open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in events)
+
+
+def anew(history: History) -> Known:
+    """What a reader knows that begins at the beginning."""
+    return History(history.path).known
+
+
+# ------------------------------------------------------------------------------------ what it costs
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read from files until now."""
+    words = Path("/proc/self/io").read_text().split()
+    return int(words[words.index("rchar:") + 1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts what Linux says is read")
+def test_a_save_reads_no_more_after_thirty_thousand_events_than_after_ten(tmp_path: Path) -> None:
+    def three_saves() -> int:
+        toy = Toy(seed=5)
+        with toy.manager(tmp_path) as manager:
+            manager.resume()
+            manager.save(step=toy.now, kind="temp", strict=True)
+            before = bytes_read()
+            for _n in range(3):
+                toy.step()
+                manager.save(step=toy.now, kind="temp", strict=True)
+            return bytes_read() - before
+
+    first = three_saves()
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write(lives(10_000))
+    assert three_saves() < first + 50_000 < (tmp_path / "events.jsonl").stat().st_size / 10
+
+
+def test_what_is_kept_of_removed_checkpoints_takes_no_memory(history: History) -> None:
+    history.path.write_text(lives(10))
+    assert history.known.verified == set() and history.known.announced == {}
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        with history.path.open("a") as file:
+            file.write(lives(10_000))
+        assert history.known.generation == 1
+        assert tracemalloc.get_traced_memory()[0] - before < 100_000
+    finally:
+        tracemalloc.stop()
+    assert history.known == anew(history)
+
+
+# ----------------------------------------------------------------------------------- what it says
+
+
+def test_each_event_counts_whoever_appends_it(history: History, tmp_path: Path) -> None:
+    ours, theirs = Catalog(tmp_path), Catalog(tmp_path)
+    ours.record("began", run_id="run", generation=3)
+    append(history, durable("a", 1, "a.pt"), {"event": "verified", "id": "a"})
+    assert theirs.history.known.verified == ours.history.known.verified == {"a"}
+
+    def in_another_process() -> None:
+        theirs.record("pinned", id="a")
+        theirs.record("damaged", id="a")
+
+    assert in_child(in_another_process) == 0
+    known = ours.history.known
+    assert (known.pinned, known.verified, known.damaged) == ({"a"}, set(), {"a"})
+    ours.record("verified", id="a")
+    theirs.record("unpinned", id="a")
+    for known in (ours.history.known, theirs.history.known, anew(history)):
+        assert (known.pinned, known.verified, known.damaged) == (set(), {"a"}, set())
+        assert (known.run, known.generation) == (("run", 1), 3)
+
+
+def test_a_line_counts_when_its_end_is_there(history: History) -> None:
+    line = json.dumps({"event": "verified", "id": "a"}).encode() + b"\n"
+    for i in range(len(line)):
+        history.path.write_bytes(line[:i])
+        assert history.known.verified == set(), f"after {i} bytes"
+    history.path.write_bytes(line)
+    assert history.known.verified == {"a"}
+
+
+def test_what_a_crash_tore_is_passed_over_and_what_follows_counts(history: History) -> None:
+    history.record("verified", id="a")
+    assert history.known.verified == {"a"}
+    with history.path.open("ab") as file:
+        file.write(b'{"time": "x", "event": "verified", "id": "b"')
+    assert history.known.verified == {"a"}
+    history.record("verified", id="c")
+    assert history.known.verified == anew(history).verified == {"a", "c"}
+
+
+@pytest.mark.parametrize("longer", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_another_history_in_its_place_is_read_anew(
+    history: History, in_place: bool, longer: bool
+) -> None:
+    """A backup that was brought back, over the file or as a file of its own."""
+    for id_ in "abc":
+        history.record("verified", id=id_)
+    assert history.known.verified == {"a", "b", "c"}
+    lines = history.path.read_text().splitlines(keepends=True)
+    text = "".join([lines[0], *(['{"event": "verified", "id": "d"}\n'] * (9 if longer else 1))])
+    if in_place:
+        history.path.write_text(text)
+    else:
+        other = history.path.with_name("other")
+        other.write_text(text)
+        other.replace(history.path)
+    assert history.known.verified == {"a", "d"}
+    history.path.unlink()
+    assert history.known == Known()
+    history.record("verified", id="e")
+    assert history.known.verified == {"e"}
+
+
+def test_an_interrupted_look_forgets_nothing(
+    history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for id_ in "abc":
+        history.record("pinned", id=id_)
+    real, left = Known.take, 2
+
+    def interrupted(known: Known, event: dict[str, Any]) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        real(known, event)
+
+    monkeypatch.setattr(Known, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _known = history.known
+    monkeypatch.undo()
+    assert history.known.pinned == {"a", "b", "c"}
+
+
+def test_threads_may_ask_and_append_at_once(history: History) -> None:
+    def work(who: int) -> None:
+        for n in range(20):
+            history.record("verified", id=f"{who}-{n}")
+            assert f"{who}-{n}" in history.known.verified
+
+    threads = [threading.Thread(target=work, args=(who,)) for who in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(history.known.verified) == 80
+
+
+def test_read_as_it_grows_it_says_what_it_says_read_at_once(history: History) -> None:
+    """Random events, random pieces of lines, tears and nonsense."""
+    seed = int.from_bytes(os.urandom(4))
+    print("seed", seed)
+    chance = random.Random(seed)
+    fields: dict[str, list[Any]] = {
+        "id": ["a", "b", "c", None, ["x"], {"y": 1}],
+        "generation": [1, 2, "x", None],
+        "step": [1, 2, None],
+        "run_id": ["run", "other", 7],
+        "time": ["2026-01-01T00:00:00+00:00", 3],
+        "names": [["a.pt"], ["b.pt", "latest.pt"], 7, [], [[]], None],
+        "order": [[1, 2, 3], [1], "x"],
+        "source": [None, "archive/x.pt", "../x.pt", 3],
+    }
+    kinds = ["began", "resumed", "durable", "verified", "removed", "archived", "pinned", "unpinned",
+             "damaged", "rolled_back", "other", None, ["durable"]]  # fmt: skip
+    for _n in range(300):
+        event = {"event": chance.choice(kinds)}
+        event |= {name: chance.choice(values) for name, values in fields.items()}
+        line = json.dumps(event).encode() + b"\n"
+        if chance.random() < 0.1:
+            line = line[: chance.randrange(len(line))]
+        with history.path.open("ab") as file:
+            file.write(line)
+        if chance.random() < 0.5:
+            assert history.known == anew(history)
+    assert history.known == anew(history)
