@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from holdfast.checkpoint import filesystem, guard, housekeeping, recovery
+from holdfast.checkpoint import filesystem, gradients, guard, housekeeping, recovery
 from holdfast.checkpoint.access import checkpoint_size, load, verify
 from holdfast.checkpoint.catalog import ARCHIVE, Catalog, Entry
 from holdfast.checkpoint.lock import FileLock
@@ -248,6 +248,8 @@ class CheckpointManager:
                     _("{path} has no random streams; nothing was changed. Use strict=False to do "
                       "without them.", path=found.path)
                 )  # fmt: skip
+            gradients_then = found.payload.get(gradients.KEY)
+            transaction.acts.append(gradients.plan(self.state, gradients_then))
             if found.newer:
                 label = f"generation_{known}"
                 transaction.acts.append(housekeeping.ArchiveNewer(self.catalog, found.newer, label))

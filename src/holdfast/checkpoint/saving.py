@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from holdfast.checkpoint import codec, filesystem, project
+from holdfast.checkpoint import codec, filesystem, gradients, project
 from holdfast.checkpoint import image as images
 from holdfast.checkpoint.catalog import Catalog, Entry
 from holdfast.checkpoint.describe import environment, plain_metrics, score_of
@@ -90,6 +90,7 @@ class Saver:
         self._metric, self._lower_is_better = metric, lower_is_better
         self._reserve = reserve
         self._configured = configurations(state)
+        gradients.watch()
         project.ask()  # the first save is far away, as a rule: the answer is there by then
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
         self._looked, self._losses = self.at, 0
@@ -102,6 +103,11 @@ class Saver:
             raise UnsupportedValue(
                 _("A state has no key 'rng' of its own: the random streams are saved under that "
                   "name. Call it otherwise, or use rng=False.")
+            )  # fmt: skip
+        if gradients.KEY in state:
+            raise UnsupportedValue(
+                _("A state has no key 'gradients' of its own: gradients in progress are saved "
+                  "under that name. Call it otherwise.")
             )  # fmt: skip
         normalise(self._payload(step=0, epoch=None))  # what cannot be saved is said now
 
@@ -397,6 +403,9 @@ class Saver:
         payload = {"epoch": epoch, "global_step": step, **self._state}
         if self.random is not None:
             payload["rng"] = self.random
+        left = gradients.in_progress(self._state)
+        if left:
+            payload[gradients.KEY] = left
         return payload
 
 
