@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,20 @@ import pytest
 import torch
 
 from holdfast import load
-from holdfast.errors import CheckpointError, ConfigError, DamagedCheckpoint, StateMismatch
+from holdfast.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedCheckpoint,
+    DataError,
+    HoldfastError,
+    StateMismatch,
+)
 from holdfast.serving import importing
+from holdfast.serving.engine import end_ids_of
 from holdfast.serving.export import export
 from holdfast.serving.importing import Imported, import_model
+from holdfast.training import models
+from holdfast.training.config import ModelConfig
 from holdfast.training.inference import load_for_inference
 from tests.serving.strangers import Stranger, batches, settings, tokenizer
 from tests.training.runs import config_for, train, write_corpus
@@ -333,3 +344,117 @@ def test_where_something_is_already_nothing_is_touched(tmp_path: Path) -> None:
         import_model(str(tmp_path / "plain"), str(tmp_path / "other"))
     assert sorted((p.name, p.stat().st_mtime_ns) for p in done.run.iterdir()) == before
     import_model(str(tmp_path / "theirs.pt"), str(tmp_path / "plain"))  # an empty one will do
+
+
+# ---------------------------------------------------------------- directories as they are found
+
+
+def hugging_face(folder: Path, **changes: Any) -> Path:
+    """A directory of a small Llama as transformers writes it, with our tokenizer."""
+    import transformers
+
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(settings("llama", **changes))
+    model.save_pretrained(folder)
+    tokenizer().save(folder)
+    return folder
+
+
+def rewrite(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **fields}), "utf-8")
+
+
+def test_a_bert_vocabulary_is_a_tokenizer_and_its_separator_ends_a_text(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"今天气很好我们去公园"]
+    theirs = hugging_face(tmp_path / "theirs", vocab_size=len(words), eos_token_id=50256)
+    for file in ("tokenizer.json", "special_tokens_map.json"):
+        (theirs / file).unlink()
+    (theirs / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
+    (theirs / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    rewrite(theirs / "config.json", tokenizer_class="BertTokenizer")
+    import_model(str(theirs), str(tmp_path / "run"))
+    loaded = load_for_inference(tmp_path / "run", device="cpu")
+    assert loaded.tokenizer.encode("今天") == [5, 6] and loaded.tokenizer.eos_id == 3
+
+
+def test_a_sentencepiece_tokenizer_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    theirs = hugging_face(tmp_path / "theirs")
+    (theirs / "tokenizer.json").unlink()
+    (theirs / "tokenizer.model").write_bytes(b"\x0a\x02\x08\x01")
+    rewrite(theirs / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    with pytest.raises(DataError, match="pip install sentencepiece protobuf"):
+        import_model(str(theirs), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("named", [[0, 7], 7])
+def test_every_end_of_text_that_generation_config_names_travels(
+    tmp_path: Path, named: int | list[int]
+) -> None:
+    theirs = hugging_face(tmp_path / "theirs")
+    rewrite(theirs / "generation_config.json", eos_token_id=named)
+    import_model(str(theirs), str(tmp_path / "run"))
+    loaded = load_for_inference(tmp_path / "run", device="cpu")
+    assert end_ids_of(loaded.model, loaded.tokenizer.eos_id) == {0, 7}
+    model = models.load_model(ModelConfig(model=str(theirs)))
+    assert end_ids_of(model, 0) == {0, 7}
+
+
+def test_a_pytorch_model_bin_is_trained_from_as_it_is_imported(tmp_path: Path) -> None:
+    theirs = hugging_face(tmp_path / "theirs")
+    whole = models.load_model(ModelConfig(model=str(theirs))).state_dict()
+    (theirs / "model.safetensors").unlink()
+    torch.save(whole, theirs / "pytorch_model.bin")
+    again = models.load_model(ModelConfig(model=str(theirs))).state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    name = next(iter(whole))
+    torch.save({n: t for n, t in whole.items() if n != name}, theirs / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=f"no weights for {name}"):
+        models.load_model(ModelConfig(model=str(theirs)))
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("way", ["import", "train"])
+def test_code_beside_a_model_is_never_run_and_never_asked_about(
+    tmp_path: Path, where: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, mark = hugging_face(tmp_path / "theirs"), tmp_path / "code was run"
+    (theirs / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass T: pass\n")
+    auto = dict.fromkeys(("AutoTokenizer", "AutoConfig", "AutoModelForCausalLM"), "evil.T")
+    if where == "tokenizer_config.json":
+        (theirs / "tokenizer.json").unlink()
+        (theirs / "vocab.json").write_text("{}")
+        rewrite(theirs / where, auto_map=auto | {"AutoTokenizer": ["evil.T", "evil.T"]},
+                tokenizer_class="EvilTokenizer")  # fmt: skip
+    else:
+        rewrite(theirs / where, auto_map=auto, model_type="evil")
+    monkeypatch.setattr("builtins.input", lambda *_words: pytest.fail("it asked"))
+    with pytest.raises(HoldfastError, match="which holdfast never runs"):
+        if way == "import":
+            import_model(str(theirs), str(tmp_path / "run"))
+        else:
+            data = write_corpus(tmp_path, 5)
+            train(config_for(tmp_path / "run", data, model=str(theirs), dropout="none",
+                             vocab_size="none", context_length="none"))  # fmt: skip
+    assert not mark.exists()
+
+
+def test_a_link_out_of_the_directory_is_not_copied_into_a_checkpoint(tmp_path: Path) -> None:
+    theirs = hugging_face(tmp_path / "theirs")
+    secret = tmp_path / "secret"
+    secret.write_text("root:x:0")
+    (theirs / "chat_template.jinja").symlink_to(secret)
+    with pytest.raises(DataError, match="is a link out of its directory"):
+        import_model(str(theirs), str(tmp_path / "run"))
+    # The cache of huggingface_hub is made of links, and works.
+    cached = tmp_path / "hub" / "snapshots" / "main"
+    (tmp_path / "hub" / "blobs").mkdir(parents=True)
+    cached.mkdir(parents=True)
+    (theirs / "chat_template.jinja").unlink()
+    for number, file in enumerate(sorted(theirs.iterdir())):
+        file.rename(tmp_path / "hub" / "blobs" / str(number))
+        (cached / file.name).symlink_to(f"../../blobs/{number}")
+    import_model(str(cached), str(tmp_path / "run"))
+    assert load_for_inference(tmp_path / "run", device="cpu").tokenizer.encode("今天")

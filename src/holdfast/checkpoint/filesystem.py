@@ -69,9 +69,9 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) 
     return fd
 
 
-def read_small(path: Path, most: int = SMALL) -> bytes:
+def read_small(path: Path, most: int = SMALL, *, follow: bool = False) -> bytes:
     """Return the bytes of a regular file of at most `most` bytes. Raises OSError."""
-    with os.fdopen(open_regular(path), "rb") as file:
+    with os.fdopen(open_regular(path, follow=follow), "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))

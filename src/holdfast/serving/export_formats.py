@@ -82,7 +82,7 @@ def read_pretrained(folder: Path) -> Any:
     with quiet():
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", attn_implementation="sdpa", local_files_only=True,
-            use_safetensors=True, output_loading_info=True,
+            use_safetensors=True, output_loading_info=True, trust_remote_code=False,
         )  # fmt: skip
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]})
     if wrong:
@@ -96,7 +96,9 @@ def check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
     import transformers
 
     with quiet():
-        theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        theirs = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     for text in tricky_texts(tokenizer):
         if theirs.encode(text, add_special_tokens=False) != tokenizer.encode(text):
             raise Deviation(

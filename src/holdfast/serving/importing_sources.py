@@ -6,7 +6,6 @@ Files of others are read with `weights_only`, and no code of theirs is run.
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from holdfast.i18n import _
 from holdfast.serving.export_formats import quiet
 from holdfast.training import models
 from holdfast.training.config import ModelConfig
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.tokenizer import TOKENIZER_FILES, TextTokenizer
 
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
 _STEP_KEYS = ("global_step", "step", "iter_num", "iteration")
@@ -76,7 +75,8 @@ def _read_directory(path: Path) -> Source:
             _("{path} is no Hugging Face directory: {reason}", path=path,
               reason=hint if (path / EVENTS).is_file() else _("it has no config.json"))
         )  # fmt: skip
-    model, info = _pretrained(path)
+    with quiet():
+        model, info = models.read_pretrained(path, local_files_only=True)
     wrong = [_("{name} is missing", name=name) for name in sorted(info["missing_keys"])]
     for name, theirs, ours in info["mismatched_keys"]:
         wrong.append(_shapes(name, theirs, ours))
@@ -85,29 +85,9 @@ def _read_directory(path: Path) -> Source:
     if info["unexpected_keys"]:
         notes.append(_("Left out, since the model has no place for it: {names}",
                        names=_some(sorted(info["unexpected_keys"]))))  # fmt: skip
-    has_tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "vocab.json",
-                                                            "tokenizer.model"))  # fmt: skip
+    has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = TextTokenizer.from_directory(path) if has_tokenizer else None
     return Source("hf", model, list(model.state_dict()), tokenizer, notes=notes)
-
-
-def _pretrained(path: Path) -> tuple[Any, dict[str, Any]]:
-    import transformers
-    from safetensors import SafetensorError
-
-    try:
-        with quiet():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True,
-                trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,
-            )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError,
-            pickle.UnpicklingError) as error:  # fmt: skip
-        raise CheckpointError(
-            _("{path} cannot be loaded by transformers: {reason}", path=path,
-              reason=str(error).strip().partition("\n")[0])
-        ) from error  # fmt: skip
-    return model, info
 
 
 # --------------------------------------------------------------------------------- anybody's file

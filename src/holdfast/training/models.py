@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from holdfast.errors import ConfigError
+from holdfast.errors import CheckpointError, ConfigError
 from holdfast.i18n import _
 from holdfast.training.batches import IGNORED
 from holdfast.training.fields import did_you_mean, nearest
+from holdfast.training.tokenizer import why_not_loaded
 
 if TYPE_CHECKING:
     from holdfast.training.config import ModelConfig
@@ -113,30 +114,67 @@ def check_model_exists(name: str) -> None:
         raise problem
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries, line by line
     try:
-        transformers.AutoConfig.from_pretrained(name)
+        transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise problem from error
 
 
 def load_model(config: ModelConfig) -> Any:
-    """The model that `config.model`, a path or name that transformers knows, stands for.
+    """Return the model that `config.model`, a path or name that transformers knows, stands for.
 
-    Raises ConfigError where its weights cannot be read.
+    Raises ConfigError where its weights cannot be read, or some of them are not there.
+    """
+    try:
+        model, info = read_pretrained(config.model, **_dropout(config))
+    except CheckpointError as error:
+        raise ConfigError(
+            _("--model {model} cannot be loaded: {error}", model=config.model, error=error.why)
+        ) from error
+    missing = sorted({*info["missing_keys"], *(name for name, *_shapes in info["mismatched_keys"])})
+    if missing:
+        raise ConfigError(
+            _("--model {model} has no weights for {names}, or in another shape: they would be "
+              "random. Use a complete model.", model=config.model, names=", ".join(missing[:5]))
+        )  # fmt: skip
+    model.config.use_cache = False
+    return model
+
+
+def read_pretrained(name: str | Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a model of transformers in fp32, and which weights were missing, left or misshapen.
+
+    Code that lies beside the weights is never run, and nothing is asked: transformers' own question
+    "run the custom code? [y/N]" is one keystroke from running a stranger's program. Files of
+    pickles are read with `weights_only`. `options` go to `from_pretrained`. Raises CheckpointError.
     """
     import transformers
 
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
-            **_dropout(config),
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True, **options,
         )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            _("--model {model} cannot be loaded: {error}", model=config.model,
-              error=str(error).strip().partition("\n")[0])
-        ) from error  # fmt: skip
-    model.config.use_cache = False
-    return model
+    except Exception as error:  # of files that a stranger wrote it raises whatever they make it
+        reason = why_not_loaded(error)
+        raise CheckpointError(
+            _("{path} cannot be loaded by transformers: {reason}", path=name, reason=reason), reason
+        ) from error
+    _keep_ends(model)
+    return model, info
+
+
+def _keep_ends(model: Any) -> None:
+    """Note in the model's configuration the ends of text that only generation_config.json names.
+
+    The configuration travels in every checkpoint: without them a chat runs on behind its end.
+    """
+    ends: list[int] = []
+    for config in (model.config, model.generation_config):
+        named = getattr(config, "eos_token_id", None)
+        ends += named if isinstance(named, list | tuple) else [named] if named is not None else []
+    distinct = list(dict.fromkeys(ends))
+    if len(distinct) > 1:
+        model.config.eos_token_id = distinct
 
 
 def rebuild_model(model_config: Mapping[str, Any], config: ModelConfig) -> Any:
@@ -153,11 +191,11 @@ def rebuild_model(model_config: Mapping[str, Any], config: ModelConfig) -> Any:
             {**model_config, "use_cache": False, "attn_implementation": "sdpa", **_dropout(config)}
         )
         return transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # of settings that a stranger wrote it raises what they make it
         raise ConfigError(
             _("This transformers ({version}) cannot build the model ({kind}): {error}",
               version=transformers.__version__, kind=kind,
-              error=str(error).strip().partition("\n")[0])
+              error=why_not_loaded(error))
         ) from error  # fmt: skip
 
 

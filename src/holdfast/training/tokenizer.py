@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import xxhash
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from holdfast.checkpoint import filesystem
 from holdfast.errors import DataError
 from holdfast.i18n import _
 
@@ -42,6 +44,11 @@ _FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+
+
+_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # of sentencepiece
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_PIECES)
+"""One of these lies in a directory of Hugging Face that brings a tokenizer."""
 
 
 class TextTokenizer:
@@ -269,8 +276,9 @@ def _read_files(folder: Path) -> dict[str, str]:
     files = {}
     for name in _FILES:
         try:
-            with (folder / name).open(encoding="utf-8", newline="") as file:
-                files[name] = file.read()
+            _check_link(folder / name)
+            data = filesystem.read_small(folder / name, follow=True)
+            files[name] = data.decode("utf-8")
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:
@@ -279,18 +287,31 @@ def _read_files(folder: Path) -> dict[str, str]:
     return files
 
 
+def _check_link(path: Path) -> None:
+    """Raise DataError for a link out of the directory: what it leads to would be copied into every
+    checkpoint. The cache of huggingface_hub, `snapshots/REVISION/x -> ../../blobs/y`, is one."""
+    folder, target = path.parent.resolve(), path.resolve()
+    hub = folder.parents[1] / "blobs" if len(folder.parents) > 1 else folder
+    if path.is_symlink() and not (target.is_relative_to(folder) or target.is_relative_to(hub)):
+        raise DataError(_("{path} is a link out of its directory, to {target}: copy the file there "
+                          "if you trust it.", path=path, target=target))  # fmt: skip
+
+
 def _converted(name: str) -> dict[str, str]:
     """Files of a tokenizer that only transformers can load (older kinds, names on the hub)."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        message = _(
-            "There is no tokenizer in {path} that transformers can load ({reason}).",
-            path=name,
-            reason=str(error).split("\n", 1)[0],
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # of files that a stranger wrote it raises whatever they make it
+        pieces = any((Path(name) / file).is_file() for file in _PIECES)
+        if pieces and find_spec("sentencepiece") is None:
+            # What transformers says is about the last thing that it has tried instead.
+            message = _("The tokenizer of {path} is one of sentencepiece: pip install "
+                        "sentencepiece protobuf", path=name)  # fmt: skip
+        else:
+            message = _("There is no tokenizer in {path} that transformers can load ({reason}).",
+                        path=name, reason=why_not_loaded(error))  # fmt: skip
         raise DataError(message) from error
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -298,6 +319,15 @@ def _converted(name: str) -> dict[str, str]:
     if "tokenizer.json" not in files:
         raise DataError(_("The tokenizer of {path} has no fast form (tokenizer.json).", path=name))
     return files
+
+
+def why_not_loaded(error: Exception) -> str:
+    """Return the reason of transformers in one line; for a model that brings code, our own words,
+    since theirs tell the user to run it."""
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return _("it needs program code that lies beside it, which holdfast never runs")
+    return text.partition("\n")[0] or type(error).__name__
 
 
 def _check_loads(files: Mapping[str, str], where: str) -> Any:
@@ -313,14 +343,16 @@ def _check_loads(files: Mapping[str, str], where: str) -> Any:
 
 
 def _end_of_text(files: Mapping[str, str]) -> str:
-    """The eos token that the config files name; "" where there is none."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        try:
-            token = json.loads(files.get(name, "{}")).get("eos_token")
-        except (ValueError, AttributeError):
-            continue  # an unreadable config names nothing
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str):
-            return token
+    """Return the token that ends a text as the config files name it: eos, else sep, as the Chinese
+    GPT-2 models with a BertTokenizer have it; our own where they name none."""
+    for kind in ("eos_token", "sep_token"):
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            try:
+                token = json.loads(files.get(name, "{}")).get(kind)
+            except (ValueError, AttributeError):
+                continue  # an unreadable config names nothing
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str):
+                return token
     return END_OF_TEXT
