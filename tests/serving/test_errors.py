@@ -11,10 +11,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from holdfast.i18n import set_language
 from holdfast.serving.protocol import ApiError, parse_completion
-from tests.serving.models import CONTEXT, POEM, serving
+from holdfast.training.tokenizer import TextTokenizer
+from tests.serving.models import CONTEXT, POEM, Training, poet, serving
 
 
 def post(url: str, body: Any, path: str = "/v1/completions", **options: Any) -> httpx.Response:
@@ -238,6 +241,22 @@ def test_a_damaged_checkpoint_is_an_error_of_the_server_and_the_others_go_on(
         assert "model_epoch_1" in told(answer)["message"]
         assert answer.headers["x-should-retry"] == "false", "asking again does not help"
         assert post(url, {"model": "best", "prompt": "春"}).status_code == 200
+
+
+def test_a_tokenizer_that_fails_is_an_error_of_the_server_in_one_line(
+    tmp_path: Path, tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="nowhere")
+    files = {"tokenizer.json": Tokenizer(words).to_str()}
+    training = Training(tmp_path / "run", poet(tokenizer, steps=1), TextTokenizer(files, 0))
+    training.epoch(1.0)
+    training.close()
+    with serving(tmp_path / "run") as url:
+        answer = post(url, {"prompt": "春"})
+        assert answer.status_code == 500 and told(answer)["code"] == "tokenizer_failed"
+        assert "UNK" in told(answer)["message"]
+        assert post(url, {"prompt": "a", "max_tokens": 1}).status_code == 200
+    assert not any(record.exc_info for record in caplog.records), "no traceback"
 
 
 # ------------------------------------------------------------------------ too much, and gone again

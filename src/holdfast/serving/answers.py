@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from holdfast.i18n import _
 from holdfast.serving.engine import Engine, Inbox, Step, Text
-from holdfast.serving.protocol import server_error
+from holdfast.serving.protocol import server_error, tokenizer_failed
 from holdfast.serving.sampling import LogProb, Sampling
 from holdfast.serving.streaming import BROKEN, StopFilter, TextStream, Vocabulary
 
@@ -174,7 +174,12 @@ class Generation:
             together: dict[Text, Piece] = {}
             for text, step in await self._inbox.get():
                 choice = self._choices[text]
-                new = choice.take(step)
+                try:
+                    new = choice.take(step)
+                except (KeyboardInterrupt, SystemExit):
+                    raise
+                except BaseException as error:  # a panic of the tokenizer's Rust is no Exception
+                    raise tokenizer_failed(error) from error
                 piece = together.setdefault(text, new)
                 if piece is not new:
                     piece.text += new.text

@@ -132,7 +132,7 @@ async def _chat(request: Request) -> Response:
     name, served = await library.acquire(asked.model)
     with _Lease(library, served) as lease:
         messages = [{"role": m.role, "content": m.content} for m in asked.messages]
-        text = served.template.render(messages)
+        text = await served.render(messages)
         prompts = await _prompts(served, text, served.context - 1, param="messages")
         wanted = asked.max_completion_tokens or asked.max_tokens or served.context
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
@@ -175,10 +175,15 @@ async def _prompts(
                        code="invalid_value")  # fmt: skip
 
     def tokenized() -> list[Prompt]:
-        return [
-            _prompt(served, one, limit, f"{param}[{i}]" if len(given) > 1 else param)
-            for i, one in enumerate(given)
-        ]
+        try:
+            return [
+                _prompt(served, one, limit, f"{param}[{i}]" if len(given) > 1 else param)
+                for i, one in enumerate(given)
+            ]
+        except (ApiError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the tokenizer's Rust is no Exception
+            raise protocol.tokenizer_failed(error) from error
 
     large = sum(map(len, given)) >= _LARGE
     return await asyncio.to_thread(tokenized) if large else tokenized()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.i18n import _
-from holdfast.serving.protocol import ApiError
+from holdfast.serving.protocol import ApiError, server_error
+from holdfast.serving.rendering import Failed, Refused, Renderer
 from holdfast.training.tokenizer import TextTokenizer
+
+log = logging.getLogger("holdfast")
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -25,16 +30,29 @@ class ChatTemplate:
             name: token for name in _SPECIAL if (token := _content(config.get(name))) is not None
         }
 
+        self._renderer = Renderer(self._template, self._special) if self._template else None
+
     @property
     def own(self) -> bool:
         """Whether the tokenizer brings a template of its own."""
-        return self._template is not None
+        return self._renderer is not None
+
+    def start(self) -> None:
+        """Start the process that renders without waiting for it."""
+        if self._renderer is not None:
+            self._renderer.start()
+
+    def close(self) -> None:
+        """End the process that renders."""
+        if self._renderer is not None:
+            self._renderer.close()
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt for `messages` (role, content).
+        """The prompt for `messages` (role, content). Blocks: for threads beside the event loop.
 
         A model that was trained on plain text knows no roles: it is given the messages' texts, a
-        line each, and goes on behind the last. Raises ApiError where the template refuses them.
+        line each, and goes on behind the last. Raises ApiError where the template refuses them,
+        leaves one of them out, or does not come to an end.
         """
         for message in messages:
             if message["role"] not in _ROLES:
@@ -43,25 +61,50 @@ class ChatTemplate:
                            role=message["role"][:40], roles=", ".join(_ROLES)),
                     param="messages", code="invalid_value",
                 )  # fmt: skip
-        if self._template is None:
+        if self._renderer is None or self._template is None:
             return "\n".join(message["content"] for message in messages if message["content"])
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
-
+        # What the original's clients send instead of "system"; few templates know it by that name.
+        known = "developer" in self._template
+        shown = [
+            {**message, "role": "system"} if message["role"] == "developer" and not known
+            else dict(message)
+            for message in messages
+        ]  # fmt: skip
+        marks = [secrets.token_hex(6) for _message in shown]
+        marked = [
+            {**message, "content": mark} if message["content"].strip() else message
+            for message, mark in zip(shown, marks, strict=True)
+        ]
         try:
-            rendered, _places = render_jinja_template(
-                conversations=[[dict(message) for message in messages]],
-                chat_template=self._template,
-                add_generation_prompt=True,
-                **self._special,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            text, traced = self._renderer.render([shown, marked])
+        except Failed as error:
+            reason = _("The model's chat template cannot be used: {reason}.", reason=error)
+            log.warning(reason)
+            raise server_error(reason, code="chat_template_failed") from error
+        if isinstance(text, Refused):
             raise ApiError(
-                400, _("The model's chat template refuses these messages: {reason}", reason=error),
+                400, _("The model's chat template refuses these messages: {reason}", reason=text),
                 param="messages", code="invalid_value",
-            ) from error  # fmt: skip
-        text: str = rendered[0]
+            )  # fmt: skip
+        for i, (message, mark) in enumerate(zip(shown, marks, strict=True)):
+            if not _is_in(text, traced, message["content"].strip(), mark):
+                raise ApiError(
+                    400, _("The model's chat template leaves out message {number}, of the role "
+                           "{role}: the model would never see it. Send it in another role or "
+                           "place.", number=i + 1, role=messages[i]["role"]),
+                    param=f"messages[{i}]", code="unsupported_value",
+                )  # fmt: skip
         return text
+
+
+def _is_in(text: str, traced: str | Refused, content: str, mark: str) -> bool:
+    """Whether a message's `content` came into the prompt. Short contents stand in others as well,
+    so it is asked of `traced`, the prompt with a mark in place of each content; a template that
+    changes upper to lower case keeps the mark, and one that refuses marks is asked for the content.
+    """
+    if not content:
+        return True
+    return content in text if isinstance(traced, Refused) else mark in traced.lower()
 
 
 def _json_of(text: object) -> dict[str, Any]:

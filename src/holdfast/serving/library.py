@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from holdfast.serving.chatting import ChatTemplate
 from holdfast.serving.engine import Engine, end_ids_of
 from holdfast.serving.metrics import Metrics
 from holdfast.serving.names import Card, labels_of
-from holdfast.serving.protocol import ApiError, server_error
+from holdfast.serving.protocol import ApiError, server_error, too_many
 from holdfast.serving.rows import batch_for
 from holdfast.serving.streaming import Vocabulary
 from holdfast.training.inference import Loaded, load_for_inference
@@ -67,11 +67,34 @@ class Served:
         self.context = loaded.max_context
         self.vocabulary = Vocabulary(loaded.tokenizer)
         self.template = ChatTemplate(loaded.tokenizer)
+        self.template.start()
+        # One thread: a template that takes its time keeps those waiting who ask for this model.
+        self._rendering = ThreadPoolExecutor(1, "holdfast-template")
+        self._to_render = 0
         self.tokenizer = loaded.tokenizer
         self.longest = self.vocabulary.longest
         self.users = 0
         self.retired = False
         self.used = time.monotonic()
+
+    async def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt for a conversation, made beside the event loop. Raises ApiError."""
+        if not self.template.own:
+            return self.template.render(messages)
+        if self._to_render >= self.engine.room:
+            raise too_many(_("The server is busy: too many conversations wait for their template."),
+                           1, "server_overloaded")  # fmt: skip
+        self._to_render += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._rendering, self.template.render, messages)
+        finally:
+            self._to_render -= 1
+
+    def close(self) -> None:
+        """Let the template's process and thread end; the engine ends by itself."""
+        self._rendering.shutdown(wait=False, cancel_futures=True)
+        self.template.close()
 
     @property
     def fingerprint(self) -> str:
@@ -249,6 +272,7 @@ class Library:
         served.users -= 1
         if served.retired and served.users == 0:
             served.engine.close()
+            served.close()
             self._closing.remove(served)
 
     async def card(self, name: str | None) -> Card:
@@ -380,6 +404,7 @@ class Library:
         everyone = self._everyone()
         for served in everyone:
             served.engine.stop()
+            served.close()
         for served in everyone:  # a thread inside torch must not meet the end of the interpreter
             served.engine.join(_LAST_STEP)
 

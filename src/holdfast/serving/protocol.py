@@ -7,6 +7,7 @@ knows is not. No engine and no network in this room.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from pydantic_core import PydanticCustomError
 
 from holdfast.i18n import _
 from holdfast.serving.sampling import Sampling
+
+log = logging.getLogger("holdfast")
 
 CHOICES = 128  # most choices of a request, prompts times n, as in the original
 _STOPS, _STOP_SIZE = 4, 500
@@ -78,6 +81,15 @@ def server_error(message: str, *, status: int = 500, code: str | None = None) ->
     """An error that is ours; the client is told that asking again does not help."""
     headers = {"x-should-retry": "false"} if status == 500 else {"Retry-After": "1"}
     return ApiError(status, message, code=code, kind="server_error", headers=headers)
+
+
+def tokenizer_failed(error: BaseException) -> ApiError:
+    """What is answered, and logged in a line, where a model's tokenizer raises an error."""
+    reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
+    told = server_error(_("The model's tokenizer failed: {reason}", reason=reason),
+                        code="tokenizer_failed")  # fmt: skip
+    log.warning("%s", told)
+    return told
 
 
 def too_many(message: str, retry_after: int, code: str) -> ApiError:
