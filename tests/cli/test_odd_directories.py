@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="needs FIFOs and symbolic links"),
 ]
 
-FILES = ("config.json", "metrics.jsonl", "training_history.json")
+FILES = ("events.jsonl", "metadata.json", "config.json", "metrics.jsonl", "training_history.json")
 COMMANDS = (
     "list", "show", "history", "compare", "verify", "clean --dry-run", "monitor --once",
     "monitor --once --json", "report --out {here}/report.html", "export --to weights",

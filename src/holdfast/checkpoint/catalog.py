@@ -313,7 +313,7 @@ class Catalog:
 
     def _read_cache(self) -> Mapping[tuple[str, str], Entry]:
         try:
-            files = json.loads((self.directory / METADATA).read_text("utf-8"))["files"]
+            files = json.loads(filesystem.read_small(self.directory / METADATA))["files"]
             return {
                 (name, entry.pop("stamp")): _sane(Entry(**entry)) for name, entry in files.items()
             }
