@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -115,3 +116,24 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_named(
             said = capsys.readouterr().err
             assert f"{link} -> /nonexistent/disk: the link leads to nothing" in said, said
     assert not Path("/nonexistent").exists()
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl"])
+def test_the_dashboard_shows_its_other_runs(name: str, tmp_path: Path, original: Path) -> None:
+    from holdfast.monitor.web_hub import Hub
+
+    for each in ("good", "odd"):
+        shutil.copytree(original, tmp_path / each)
+    (tmp_path / "odd" / name).unlink()
+    os.mkfifo(tmp_path / "odd" / name)
+
+    async def looked() -> tuple[list[str], dict[str, str]]:
+        hub = Hub([tmp_path])
+        await hub.fresh()
+        rows, troubles = [row["name"] for row in hub.rows()], hub.troubles()
+        hub.shut()
+        return rows, troubles
+
+    rows, troubles = asyncio.run(looked())
+    assert rows == ["good"]
+    assert "not a regular file" in troubles[str(tmp_path / "odd")]
