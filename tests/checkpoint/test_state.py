@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import json
 import random
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
@@ -25,8 +26,9 @@ from torch.optim.lr_scheduler import (
 )
 
 from holdfast import load
+from holdfast.checkpoint.configured import Configured
 from holdfast.checkpoint.randomness import RandomState
-from holdfast.checkpoint.state import configurations, plan_restore
+from holdfast.checkpoint.state import plan_restore
 from holdfast.errors import StateMismatch
 from tests.support import assert_same, bits, snapshot, write_state
 
@@ -41,6 +43,11 @@ def saved(state: Any, tmp_path: Path) -> dict[str, Any]:
 
 def restore(live: dict[str, Any], state: Any, tmp_path: Path, **options: Any) -> None:
     plan_restore(live, saved(state, tmp_path), **options).commit()
+
+
+def recorded(state: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of what is configured in `state` now."""
+    return {"configured": json.loads(json.dumps(Configured(state).record))}
 
 
 def network(width: int = 4, seed: int = 0) -> torch.nn.Sequential:
@@ -316,11 +323,11 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_scheduled_rate_is_restored_exactly(name: str, tmp_path: Path) -> None:
     began = with_schedule(SCHEDULES[name])
-    configured = configurations(began)
+    configured = recorded(began)
     for _step in range(3):
         train(began)
     live = with_schedule(SCHEDULES[name], seed=9)
-    restore(live, began, tmp_path, configured=configured)
+    restore(live, began, tmp_path, manifest=configured)
     for _step in range(5):
         assert_same(live["optimizer"].state_dict(), began["optimizer"].state_dict())
         assert live["scheduler"].get_last_lr() == began["scheduler"].get_last_lr()
@@ -333,12 +340,12 @@ def test_a_changed_rate_takes_effect_under_a_schedule(name: str, tmp_path: Path)
     """The rate goes on as if the run had been scheduled from the new rate all along."""
     began = with_schedule(SCHEDULES[name], lr=0.1)
     never = with_schedule(SCHEDULES[name], lr=0.3)
-    configured = configurations(began)
+    configured = recorded(began)
     for _step in range(3):
         train(began)
         train(never)
     live = with_schedule(SCHEDULES[name], lr=0.3)
-    restore(live, began, tmp_path, configured=configured)
+    restore(live, began, tmp_path, manifest=configured)
     for _step in range(4):
         assert live["scheduler"].get_last_lr() == pytest.approx(never["scheduler"].get_last_lr())
         now = live["optimizer"].param_groups[0]["lr"]
@@ -352,11 +359,11 @@ def test_a_rate_that_a_plateau_has_lowered_is_restored(tmp_path: Path) -> None:
         return ReduceLROnPlateau(optimizer, patience=0)
 
     began = with_schedule(make)
-    configured = configurations(began)
+    configured = recorded(began)
     for loss in (1.0, 2.0, 3.0):
         began["scheduler"].step(loss)
     live = with_schedule(make)
-    restore(live, began, tmp_path, configured=configured)
+    restore(live, began, tmp_path, manifest=configured)
     assert live["optimizer"].param_groups[0]["lr"] == began["optimizer"].param_groups[0]["lr"]
     assert live["scheduler"].num_bad_epochs == began["scheduler"].num_bad_epochs
 
@@ -364,23 +371,23 @@ def test_a_rate_that_a_plateau_has_lowered_is_restored(tmp_path: Path) -> None:
 def test_a_changed_rate_takes_effect_without_a_schedule(tmp_path: Path) -> None:
     began = trained(lr=0.01)
     live = trained(lr=0.05)
-    restore(live, began, tmp_path, configured=configurations(began))
+    restore(live, began, tmp_path, manifest=recorded(began))
     assert live["optimizer"].param_groups[0]["lr"] == 0.05
 
 
 def test_a_rate_that_the_loop_lowered_by_hand_is_restored(tmp_path: Path) -> None:
     began = trained(lr=0.01)
-    configured = configurations(began)
+    configured = recorded(began)
     began["optimizer"].param_groups[0]["lr"] = 0.002
     live = trained(lr=0.01)
-    restore(live, began, tmp_path, configured=configured)
+    restore(live, began, tmp_path, manifest=configured)
     assert live["optimizer"].param_groups[0]["lr"] == 0.002
 
 
 def test_other_changed_settings_take_effect(tmp_path: Path) -> None:
     began = trained(weight_decay=0.1, betas=(0.9, 0.99))
     live = trained(weight_decay=0.2, betas=(0.8, 0.99), fused=True)
-    restore(live, began, tmp_path, configured=configurations(began))
+    restore(live, began, tmp_path, manifest=recorded(began))
     group = live["optimizer"].param_groups[0]
     assert (group["weight_decay"], group["betas"], group["fused"]) == (0.2, (0.8, 0.99), True)
     train(live)
@@ -396,18 +403,18 @@ def test_each_group_keeps_its_own_settings(tmp_path: Path) -> None:
         return {"model": model, "optimizer": torch.optim.AdamW(groups, lr=0.1)}
 
     began = make(0.2)
-    configured = configurations(began)
+    configured = recorded(began)
     began["optimizer"].param_groups[0]["lr"] = 0.05
     live = make(0.4)
-    restore(live, began, tmp_path, configured=configured)
+    restore(live, began, tmp_path, manifest=configured)
     assert [group["lr"] for group in live["optimizer"].param_groups] == [0.05, 0.4]
 
 
 def test_a_scheduler_that_was_added_or_dropped(tmp_path: Path) -> None:
     with_one, without = with_schedule(halving), trained()
-    configured = configurations(with_one)
+    configured = recorded(with_one)
     train(with_one)
-    restore(without, with_one, tmp_path, configured=configured)
+    restore(without, with_one, tmp_path, manifest=configured)
     assert without["optimizer"].param_groups[0]["lr"] == 0.01, "the user's, not the schedule's"
     live = with_schedule(halving)
     unchanged(live, saved(trained(), tmp_path), ["scheduler is not in the checkpoint"])
@@ -416,24 +423,24 @@ def test_a_scheduler_that_was_added_or_dropped(tmp_path: Path) -> None:
 
 def test_rates_that_are_tensors(tmp_path: Path) -> None:
     began = trained(lr=torch.tensor(0.01))
-    configured = configurations(began)
+    configured = recorded(began)
     began["optimizer"].param_groups[0]["lr"].fill_(0.003)
     live = trained(lr=torch.tensor(0.01))
-    restore(live, began, tmp_path, configured=configured)
+    restore(live, began, tmp_path, manifest=configured)
     assert live["optimizer"].param_groups[0]["lr"].item() == pytest.approx(0.003)
     changed = trained(lr=torch.tensor(0.5))
-    restore(changed, began, tmp_path, configured=configured)
+    restore(changed, began, tmp_path, manifest=configured)
     assert isinstance(changed["optimizer"].param_groups[0]["lr"], torch.Tensor)
     assert changed["optimizer"].param_groups[0]["lr"].item() == 0.5
     plain = trained(lr=0.01)
-    restore(plain, began, tmp_path, configured=configured)
+    restore(plain, began, tmp_path, manifest=configured)
     assert plain["optimizer"].param_groups[0]["lr"] == pytest.approx(0.003)
 
 
 @pytest.mark.parametrize("junk", [None, 7, [], {"optimizer": 7}, {"optimizer": [7]},
                                   {"optimizer": []}])  # fmt: skip
 def test_a_senseless_record_of_the_settings_is_ignored(junk: Any, tmp_path: Path) -> None:
-    restore(trained(), trained(), tmp_path, configured=junk)
+    restore(trained(), trained(), tmp_path, manifest={"configured": junk, "parameters": junk})
 
 
 # ------------------------------------------------------------------------------------- plain values
@@ -526,7 +533,7 @@ def test_optimizers_in_tuples_and_lists_keep_changed_settings(tmp_path: Path) ->
         return {"o": (trained(lr=lr)["optimizer"], [trained(lr=lr)["optimizer"]])}
 
     began, live = make(0.1), make(0.7)
-    restore(live, began, tmp_path, configured=configurations(began))
+    restore(live, began, tmp_path, manifest=recorded(began))
     assert live["o"][0].param_groups[0]["lr"] == live["o"][1][0].param_groups[0]["lr"] == 0.7
 
 

@@ -253,7 +253,8 @@ def test_an_optimizer_goes_back_to_exactly_what_it_was() -> None:
     held = optimizer.param_groups[0]
     state, inner = optimizer.state_dict(), optimizer.state[parameter]
     groups = [{"lr": 9.0, "initial_lr": 9.0, "new": True}]
-    act = LoadOptimizer(optimizer, {parameter: {"step": torch.tensor(7.0)}}, groups)
+    act = LoadOptimizer(optimizer, "optimizer")
+    act.state, act.groups = {parameter: {"step": torch.tensor(7.0)}}, groups
     act.commit()
     assert held["lr"] == 9.0, "the group is changed in place: schedulers hold it"
     act.undo()

@@ -18,8 +18,8 @@ from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoin
 from holdfast.i18n import _
 
 # Where the usual training scripts put the weights: ours and the original guides', the PyTorch
-# tutorials', Lightning's.
-WEIGHT_KEYS = ("model", "model_state_dict", "state_dict")
+# tutorials', Lightning's, DeepSpeed's.
+WEIGHT_KEYS = ("model", "model_state_dict", "state_dict", "module")
 
 # What torch says of a name that it would have to import.
 _GLOBAL = re.compile(r"GLOBAL (\S+)")

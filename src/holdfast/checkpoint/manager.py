@@ -212,6 +212,9 @@ class CheckpointManager:
     ) -> Resumed | None:
         """Restore the newest intact checkpoint, or `source`, into the live state.
 
+        Settings of optimizers and schedulers that you have configured differently from what was
+        configured at the save take effect, and are told; all else is as it was saved.
+
         Args:
             source: None for the newest here; a file, a glob or a directory. An older file of this
                 directory begins a new generation: what is newer is archived first. A file from
@@ -238,7 +241,8 @@ class CheckpointManager:
             transaction = plan_restore(
                 self.state,
                 found.payload,
-                configured=found.manifest.get("configured"),
+                manifest=found.manifest,
+                configured=self._saver.configured_now(),
                 strict=strict,
             )
             if random is not None and "rng" in found.payload:
@@ -255,6 +259,9 @@ class CheckpointManager:
                 transaction.acts.append(housekeeping.ArchiveNewer(self.catalog, found.newer, label))
             with guard.deferred_interrupt():
                 transaction.commit()
+                if transaction.decisions:
+                    changes = [str(decision) for decision in transaction.decisions]
+                    self._reporter.tell("configured", changes=changes)
                 return self._go_on_from(found, known, asked=source is not None, branch=branch)
 
     def _go_on_from(

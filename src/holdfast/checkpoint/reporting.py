@@ -17,7 +17,8 @@ from holdfast.checkpoint.catalog import Catalog
 log = logging.getLogger("holdfast")
 
 EventHandler = Callable[[str, dict[str, Any]], None]
-_WARNINGS = ("failed", "quarantined", "step_back")  # for those who listen to nothing else
+# Told as warnings to those who listen to nothing else.
+_WARNINGS = ("configured", "failed", "quarantined", "step_back")
 
 
 class Reporter:

@@ -21,8 +21,10 @@ from typing import Any, Literal
 from holdfast.checkpoint import codec, filesystem, gradients, project
 from holdfast.checkpoint import image as images
 from holdfast.checkpoint.catalog import Catalog, Entry
+from holdfast.checkpoint.configured import Configured
 from holdfast.checkpoint.describe import environment, plain_metrics, score_of
 from holdfast.checkpoint.history import now
+from holdfast.checkpoint.names import SlotNames
 from holdfast.checkpoint.outcome import PendingSave, Saved
 from holdfast.checkpoint.parallel import Helper
 from holdfast.checkpoint.place import Place
@@ -32,7 +34,6 @@ from holdfast.checkpoint.reporting import Reporter
 from holdfast.checkpoint.safety import Watch
 from holdfast.checkpoint.schedule import Cost, Measured, MemoryPace
 from holdfast.checkpoint.snapshots import Overlap, Snapshots
-from holdfast.checkpoint.state import configurations
 from holdfast.checkpoint.tree import Tree, normalise
 from holdfast.checkpoint.writer import NoRoom, Writer
 from holdfast.errors import (
@@ -89,7 +90,8 @@ class Saver:
         self._catalog, self._state = catalog, state
         self._metric, self._lower_is_better = metric, lower_is_better
         self._reserve = reserve
-        self._configured = configurations(state)
+        self.configured = Configured(state)
+        self._slot_names = SlotNames()
         gradients.watch()
         project.ask()  # the first save is far away, as a rule: the answer is there by then
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
@@ -125,6 +127,13 @@ class Saver:
         self.writer = Writer(publisher, reserve=self._reserve, on_durable=self._on_durable)
         self.snapshots = Snapshots(self.writer, reporter, overlap=overlap, memory=memory_every != 0)
         self._pace = MemoryPace(None if memory_every == "auto" else memory_every)
+
+    def configured_now(self) -> Configured:
+        """What the user has configured; until the first save or resume it may still be changed."""
+        if not self.run.settled:
+            self.configured = Configured(self._state)
+        self.configured.look(self._state)
+        return self.configured
 
     def prepare(self) -> None:
         """Make the buffers for snapshots, in the background."""
@@ -396,7 +405,8 @@ class Saver:
             "metrics": metrics,
             "score": score_of(metrics, self._metric, lower_is_better=self._lower_is_better),
             "environment": environment(),
-            "configured": self._configured,
+            "configured": self.configured.look(self._state),
+            "parameters": self._slot_names(self._state),
         }
 
     def _payload(self, *, step: int, epoch: int | None) -> dict[str, Any]:

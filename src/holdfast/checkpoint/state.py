@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-import math
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -18,17 +18,30 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from holdfast.checkpoint import names
+from holdfast.checkpoint.configured import (
+    LAMBDAS,
+    Configured,
+    Decision,
+    changed_schedule,
+    changed_settings,
+    epoch_of,
+    setting_of,
+    settings_of,
+)
 from holdfast.checkpoint.randomness import RandomState  # noqa: F401 - part of this room
 from holdfast.checkpoint.transaction import (
     Act,
     Assign,
+    Derived,
     Exchange,
-    ExtraState,
+    LoadModule,
     LoadObject,
     LoadOptimizer,
     LoadScheduler,
     Refill,
     Transaction,
+    dressed,
 )
 from holdfast.errors import StateMismatch
 from holdfast.i18n import _
@@ -36,6 +49,7 @@ from holdfast.i18n import _
 _MISSING = object()
 _EXTRA_STATE = "_extra_state"  # the last part of the key under which modules keep theirs
 _SEQUENCES = (list, bytearray, set)
+_DERIVED = {"base_lrs", "_schedule_phases"}  # of a schedule's other settings: not told beside them
 
 # State of torch's own optimizers that has its parameter's shape: checked before anything moves.
 _LIKE_PARAMETER = {
@@ -55,21 +69,28 @@ def plan_restore(
     live: MutableMapping[str, Any],
     saved: Mapping[str, Any],
     *,
-    configured: Mapping[str, Any] | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    configured: Configured | None = None,
     strict: bool = True,
 ) -> Transaction:
     """Compare `saved` with the live state and plan the exchange; nothing is changed yet.
 
-    `configured` are the optimizers' settings when the saved run began (`configurations`): where
-    the live ones differ, the user changed them, and theirs win. With `strict`, every object and
-    tensor that is live must be in the checkpoint, and nested ones may not hold others there.
+    `manifest` says what was configured when `saved` was made and whose the slots of its optimizers
+    are; `configured` is what is configured here. Where the two differ the user has changed it, and
+    that takes effect (`Transaction.decisions`). With `strict`, every object and tensor that is live
+    must be in the checkpoint, and nested ones may not hold others there.
 
     Raises `StateMismatch` that lists every difference.
     """
-    planner = _Planner(configured if isinstance(configured, Mapping) else {}, strict)
-    planner.container(live, saved, "")
-    planner.finish()
+    planner = _Planner(live, manifest or {}, configured or Configured(live), strict)
+    try:
+        planner.container(live, saved, "")
+        planner.finish()
+    except BaseException:
+        planner.forget()
+        raise
     if planner.transaction.problems:
+        planner.forget()
         lines = planner.transaction.problems
         more = _(" … and {count} more", count=len(lines) - 8) if len(lines) > 8 else ""
         raise StateMismatch(
@@ -82,12 +103,24 @@ def plan_restore(
 class _Planner:
     """Walks the live state beside the saved one. `_one` returns what will stand there."""
 
-    def __init__(self, configured: Mapping[str, Any], strict: bool) -> None:
+    def __init__(
+        self, live: Any, manifest: Mapping[str, Any], configured: Configured, strict: bool
+    ) -> None:
         self.transaction = Transaction()
-        self._configured, self._strict = configured, strict
+        self._live, self._strict = live, strict
+        self._then, self._now = _mapping(manifest.get("configured")), configured
+        self._parameters = _mapping(manifest.get("parameters"))
+        self._names: dict[int, list[str]] | None = None
         self._exchanges: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor, str]] = {}
+        self._derived: list[Derived] = []
         self._schedulers: list[tuple[LRScheduler, Any, str]] = []
-        self._rebased: set[int] = set()  # optimizers whose learning rate the user has changed
+        self._began: dict[int, list[Mapping[str, Any]]] = {}  # by optimizer: what was configured
+
+    def forget(self) -> None:
+        """Undo what the hooks of optimizers may have done to them while this was planned."""
+        for act in reversed(self.transaction.acts):
+            if isinstance(act, LoadOptimizer):
+                act.undo()
 
     def container(self, live: Any, saved: Any, path: str) -> Any:
         if not isinstance(saved, Mapping | list | tuple):
@@ -114,14 +147,15 @@ class _Planner:
         return live
 
     def _one(self, live: Any, saved: Any, path: str) -> Any:
+        inner = names.unwrapped(live)
         if isinstance(live, torch.nn.Module):
             self._module(live, saved, path)
-        elif isinstance(live, Optimizer) and _is_like_torch(live):
-            self._optimizer(live, saved, path)
+        elif isinstance(inner, Optimizer):
+            self._optimizer(inner, saved, path)
         elif isinstance(live, torch.Tensor):
             self._tensor(live, saved, path)
-        elif isinstance(live, LRScheduler):
-            self._schedulers.append((live, saved, path))
+        elif isinstance(inner, LRScheduler):
+            self._schedulers.append((inner, saved, path))
         elif callable(getattr(live, "load_state_dict", None)):
             self._act(LoadObject(live, saved, path))
         elif callable(getattr(live, "state_dict", None)):
@@ -192,51 +226,108 @@ class _Planner:
             self._problem(_("{path} is no model in the checkpoint", path=path))
             return
         mine = live.state_dict()
-        for name in [name for name in mine if name not in saved]:
-            self._problem(_("{path}/{name} is not in the checkpoint", path=path, name=name))
-        for name in [name for name in saved if name not in mine]:
-            self._problem(_("{path}/{name} is only in the checkpoint", path=path, name=name))
-        extra = [name for name in mine if name.rpartition(".")[2] == _EXTRA_STATE]
+        pairs = names.matched(list(mine), list(saved))
+        fits = pairs is not None and all(_fits(mine[n], saved[s]) for n, s in pairs.items())
+        if not fits and _converts(live):  # it may know how to load what is of another form
+            self._load_module(live, saved, path, whole=True)
+            return
+        if pairs is None:
+            for name in [name for name in mine if name not in saved]:
+                self._problem(_("{path}/{name} is not in the checkpoint", path=path, name=name))
+            for name in [name for name in saved if name not in mine]:
+                self._problem(_("{path}/{name} is only in the checkpoint", path=path, name=name))
+            pairs = {name: name for name in mine if name in saved}
+        found = OrderedDict((name, saved[there]) for name, there in pairs.items())
+        _keep_metadata(found, mine, saved)
+        extra = {name for name in mine if name.rpartition(".")[2] == _EXTRA_STATE}
         if not _is_memory_of(live, [v for name, v in mine.items() if name not in extra]):
             # What state_dict() gives is made for the occasion: bytes put there would go nowhere.
-            self._act(LoadObject(live, saved, path))
+            self._load_module(live, found, path, whole=True)
             return
-        found = [name for name in mine if name in saved]
-        for name in found:
-            if name not in extra:
-                self._tensor(mine[name], saved[name], f"{path}/{name}")
-        if extra:
-            states = {name: saved[name] for name in found if name in extra}
-            self._act(LoadObject(ExtraState(live, list(states)), states, path))
+        for name in found.keys() - extra if extra else found:
+            self._tensor(mine[name], found[name], f"{path}/{name}")
+        if extra or _listens(live):
+            found.update((name, mine[name]) for name in found if name not in extra)
+            self._load_module(live, found, path, whole=False)
+
+    def _load_module(self, live: torch.nn.Module, state: Any, path: str, *, whole: bool) -> None:
+        self._derived.append(Derived(live, whole=whole))
+        self._act(LoadModule(live, state, path))
 
     # ------------------------------------------------------------------------------ optimizers
 
     def _optimizer(self, live: Optimizer, saved: Any, path: str) -> None:
-        try:
-            groups, entries = list(saved["param_groups"]), dict(saved["state"])
-            indices = [list(group["params"]) for group in groups]
-        except (TypeError, KeyError, ValueError):
-            self._problem(_("{path} is no optimizer in the checkpoint", path=path))
+        act, given = None, saved
+        if _is_like_torch(live):
+            act = LoadOptimizer(live, path)
+            self._act(act)
+            try:
+                given = _through_hooks(live, saved)
+            except Exception as error:  # noqa: BLE001 - a user's hook may raise anything
+                self._problem(f"{path}: {type(error).__name__}: {error}")
+                return
+        if not _is_optimizer_state(given):
+            if act is None:  # a format of its own
+                self._act(LoadObject(live, saved, path))
+            else:
+                self._problem(_("{path} is no optimizer in the checkpoint", path=path))
             return
-        if [len(group) for group in indices] != [len(g["params"]) for g in live.param_groups]:
-            self._problem(_("{path} has other parameter groups in the checkpoint", path=path))
+        aligned = self._aligned(live, saved, given, path)
+        if aligned is None:
             return
+        wanted = self._wanted_groups(live, aligned, path)
+        if act is None:
+            self._act(LoadObject(live, {**given, "param_groups": wanted}, path))
+            return
+        act.groups = [{k: v for k, v in group.items() if k != "params"} for group in wanted]
         slots = {
             index: (param, group)
-            for numbers, group in zip(indices, live.param_groups, strict=True)
-            for index, param in zip(numbers, group["params"], strict=True)
+            for new, group in zip(aligned, live.param_groups, strict=True)
+            for index, param in zip(new["params"], group["params"], strict=True)
         }
-        state: dict[Any, Any] = {}
-        for index, entry in entries.items():
+        for index, entry in given["state"].items():
             if index in slots and isinstance(entry, Mapping):
                 param, group = slots[index]
-                state[param] = {
+                act.state[param] = {
                     name: self._placed(name, value, param, group, f"{path}/{index}/{name}")
                     for name, value in entry.items()
                 }
             else:
-                state[index] = entry  # what an optimizer keeps for itself and not for a parameter
-        self._act(LoadOptimizer(live, state, self._wanted_groups(live, groups, path)))
+                act.state[index] = entry  # what an optimizer keeps for itself, not for a parameter
+
+    def _aligned(
+        self, live: Optimizer, saved: Any, given: Any, path: str
+    ) -> list[dict[str, Any]] | None:
+        """The groups of `given`, each with its slots, in the order of the live optimizer's.
+
+        `given` is what its hooks have made of `saved`: one that has given the slots to other
+        parameters has done so by their places.
+        """
+        groups = given["param_groups"]
+        there = names.saved_slots(groups, self._parameters.get(path))
+        if self._names is None:
+            self._names = names.parameter_names(self._live)
+        here = names.live_slots(live, self._names, there)
+        if not _is_same_order(saved, given):
+            here, there = here.unnamed(), there.unnamed()
+        order = names.aligned(here, there)
+        if order is None:
+            self._problem(
+                _("{path} has other parameter groups ({how})", path=path,
+                  how=names.difference(here, there))
+            )  # fmt: skip
+            return None
+        began = self._then.get(path)
+        if not isinstance(began, list) or len(began) != len(groups):
+            began = [{} for _group in groups]
+        self._began[id(live)] = [_mapping(began[home]) for home, _which in order]
+        result = []
+        for (home, which), group in zip(order, live.param_groups, strict=True):
+            places = groups[home]["params"]
+            result.append({**groups[home], "params": [places[k] for k in which]})
+            if "param_names" in group:
+                result[-1]["param_names"] = group["param_names"]
+        return result
 
     def _placed(
         self, name: str, value: Any, param: torch.Tensor, group: Mapping[str, Any], path: str
@@ -257,77 +348,169 @@ class _Planner:
     def _wanted_groups(
         self, live: Optimizer, groups: Sequence[Mapping[str, Any]], path: str
     ) -> list[dict[str, Any]]:
-        """The saved settings, except those that the user has changed since that run began."""
-        began = self._configured.get(path)
-        known = isinstance(began, list) and all(isinstance(then, Mapping) for then in began)
-        if began is None or not known or len(began) != len(groups):
-            began = [{} for _group in groups]
+        """The saved settings, except those that the user has changed since."""
         result = []
-        for saved, then, now, group in zip(
-            groups, began, configuration_of(live), live.param_groups, strict=True
+        record = self._now.record.get(path, [])
+        for number, (saved, then, group) in enumerate(
+            zip(groups, self._began[id(live)], live.param_groups, strict=True)
         ):
-            changed = {key for key, value in now.items() if key in then and then[key] != value}
-            wanted = {key: value for key, value in saved.items() if key != "params"}
+            now = record[number] if number < len(record) else {}
+            changed = changed_settings(then, now, live.defaults)
+            wanted = dict(saved)
             if "initial_lr" in now and "initial_lr" in then:
                 changed.discard("lr")  # the schedule's, not the user's
-                if "initial_lr" in changed:
-                    self._rebased.add(id(live))
-                    old, new = then["initial_lr"], group["initial_lr"]
-                    wanted["lr"] = saved["lr"] * (new / old) if old and "lr" in saved else new
-            result.append(
-                {k: _dressed(v, group.get(k)) for k, v in wanted.items() if k not in changed}
-            )
+                if "initial_lr" in changed and "lr" in saved:
+                    old, new = then["initial_lr"], now["initial_lr"]
+                    wanted["lr"] = saved["lr"] * (new / old) if old else new
+            elif "initial_lr" in then and "lr" in now and "lr" in then:
+                changed.add("lr")  # what a schedule that is gone has made of it
+            for key in changed:
+                value = now[key]
+                if setting_of(group.get(key)) == value:
+                    value = group[key]  # the user's own object
+                wanted[key] = float(value) if value in ("inf", "-inf", "nan") else value
+                self._decide(path, key, then[key], now[key])
+            result.append({k: dressed(v, group.get(k)) for k, v in wanted.items()})
         return result
 
+    def _decide(self, path: str, setting: str, saved: Any, wanted: Any) -> None:
+        decision = Decision(path, "lr" if setting == "initial_lr" else setting, saved, wanted)
+        if decision not in self.transaction.decisions:
+            self.transaction.decisions.append(decision)
+
+    # ------------------------------------------------------------------------------ schedulers
+
+    def _scheduler(self, live: LRScheduler, saved: Any, path: str) -> None:
+        record = self._now.record.get(path)
+        then = self._then.get(path)
+        if not isinstance(saved, Mapping) or not record:
+            self._act(LoadScheduler(live, saved, path))
+            return
+        now = record[0]
+        if not (isinstance(then, list) and then and isinstance(then[0], Mapping)):
+            # Written before schedules were recorded: only the rates that they start from are known.
+            rates = [group.get("initial_lr") for group in self._began.get(id(live.optimizer), [])]
+            then = [{key: rates for key in now if key.rpartition(".")[2] == "base_lrs"}]
+        changed = changed_schedule(then[0], now, settings_of(saved))
+        if not changed:
+            self._act(LoadScheduler(live, saved, path))
+            return
+        groups: list[dict[str, Any]] = []
+        state = _with_settings(saved, live.state_dict(), changed)
+        if path in self._now.fresh:
+            try:
+                state, groups = self._now.fresh[path].after(saved) or (state, groups)
+            except Exception as error:  # noqa: BLE001 - whatever a schedule says to its settings
+                self._problem(
+                    _("{path} cannot go on after {steps} steps with its new settings ({error})",
+                      path=path, steps=epoch_of(saved), error=error)
+                )  # fmt: skip
+        self._act(LoadScheduler(live, state, path, groups=groups))
+        for key in changed:
+            if key.rpartition(".")[2] not in _DERIVED:
+                self._decide(path, key, then[0][key], now[key])
+
     def finish(self) -> None:
-        pairs = [(live, staged) for live, staged, _path in self._exchanges.values()]
         for scheduler, state, path in self._schedulers:  # last: they read their optimizer's groups
-            rebased = id(getattr(scheduler, "optimizer", None)) in self._rebased
-            self._act(LoadScheduler(scheduler, state, path, rebased=rebased))
-        self.transaction.acts.insert(0, Exchange(_apart(pairs, self.transaction.acts)))
+            self._scheduler(scheduler, state, path)
+        pairs = [(live, staged) for live, staged, _path in self._exchanges.values()]
+        # What is undone last is that which modules derive from their tensors.
+        acts = self.transaction.acts
+        acts[:0] = [*self._derived, Exchange(_apart(pairs, acts))]
 
 
 # ------------------------------------------------------------------------------- small questions
 
 
-def configuration_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The plain settings of each parameter group, as the user made them, as JSON holds them."""
-    settings = [{k: _setting(v) for k, v in group.items()} for group in optimizer.param_groups]
-    return [{k: v for k, v in group.items() if v is not _MISSING} for group in settings]
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
-def _setting(value: Any) -> Any:
-    """`value` as JSON gives it back, or `_MISSING` where it is no plain setting."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()  # learning rates may be tensors: 0.01 in fp32 is the user's 0.01
-        value = float(f"{value:.7g}") if isinstance(value, float) else value
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    if isinstance(value, tuple | list):
-        items = [_setting(item) for item in value]
-        return _MISSING if any(item is _MISSING for item in items) else items
-    return value if isinstance(value, bool | int | float | str | None) else _MISSING
+def _fits(live: Any, saved: Any) -> bool:
+    if not isinstance(live, torch.Tensor) or not isinstance(saved, torch.Tensor):
+        return True
+    return live.shape == saved.shape and live.dtype == saved.dtype
 
 
-def _dressed(value: Any, live: Any) -> Any:
-    """A saved setting as the live one is: learning rates may be tensors, or no longer be."""
-    if isinstance(live, torch.Tensor):
-        return value.to(live.device) if isinstance(value, torch.Tensor) else live.new_tensor(value)
-    if isinstance(value, torch.Tensor) and isinstance(live, float) and value.numel() == 1:
-        return value.item()
-    return value
+def _keep_metadata(found: Any, mine: Any, saved: Any) -> None:
+    """Hang the versions of the modules that were saved on the state that their hooks will see."""
+    said, own = getattr(saved, "_metadata", None), getattr(mine, "_metadata", None)
+    if isinstance(said, Mapping) and isinstance(own, Mapping):
+        pairs = names.matched([f"{n}." for n in own], [f"{n}." for n in said])
+        if pairs is not None:
+            said = {here.removesuffix("."): said[there.removesuffix(".")]
+                    for here, there in pairs.items()}  # fmt: skip
+        found._metadata = OrderedDict(said)
 
 
-def configurations(state: Any, path: str = "") -> dict[str, list[dict[str, Any]]]:
-    """`configuration_of` every optimizer in a state, by path."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for key, value in _items(state):
-        here = _join(path, key)
-        if isinstance(value, Optimizer):
-            found[here] = configuration_of(value)
-        elif isinstance(value, Mapping | list | tuple):
-            found.update(configurations(value, here))
-    return found
+def _listens(module: torch.nn.Module) -> bool:
+    """Whether anything but torch's plain loading happens when the module is loaded."""
+    return type(module).load_state_dict is not torch.nn.Module.load_state_dict or any(
+        part._load_state_dict_pre_hooks
+        or part._load_state_dict_post_hooks
+        or type(part)._load_from_state_dict is not torch.nn.Module._load_from_state_dict
+        for part in module.modules()
+    )
+
+
+def _converts(module: torch.nn.Module) -> bool:
+    """Whether the module may make something else of a state before it takes it."""
+    return type(module).load_state_dict is not torch.nn.Module.load_state_dict or any(
+        part._load_state_dict_pre_hooks
+        or not type(part)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
+        for part in module.modules()
+    )
+
+
+def _is_optimizer_state(value: Any) -> bool:
+    """Whether `value` has the form that `Optimizer.state_dict` gives."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("state"), Mapping):
+        return False
+    groups = value.get("param_groups")
+    return isinstance(groups, list | tuple) and all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple)
+        for group in groups
+    )
+
+
+def _through_hooks(live: Optimizer, saved: Any) -> Any:
+    """`saved` as the optimizer's own hooks give it on, which torch calls before it loads."""
+    hooks = [*live._optimizer_load_state_dict_pre_hooks.values()]
+    if not hooks or not _is_optimizer_state(saved):
+        return saved
+    groups = [{**group, "params": list(group["params"])} for group in saved["param_groups"]]
+    saved = {**saved, "state": dict(saved["state"]), "param_groups": groups}
+    for hook in hooks:
+        given = hook(live, saved)
+        saved = saved if given is None else given
+    return saved
+
+
+def _is_same_order(given: Any, saved: Any) -> bool:
+    """Whether a hook has left the slots of an optimizer's state where they were."""
+    if given is saved or not _is_optimizer_state(given):
+        return given is saved
+    groups = [[list(group["params"]) for group in one["param_groups"]] for one in (given, saved)]
+    entries = [{key: id(entry) for key, entry in one["state"].items()} for one in (given, saved)]
+    return groups[0] == groups[1] and entries[0] == entries[1]
+
+
+def _with_settings(saved: Any, live: Any, changed: Sequence[str]) -> Any:
+    """A scheduler's saved state with the live one's settings where they have changed."""
+    for setting in changed:
+        saved = _with_setting(saved, live, setting.split("."))
+    return saved
+
+
+def _with_setting(saved: Any, live: Any, place: Sequence[str]) -> Any:
+    """`saved` with what `live` has at `place`, where both have something there."""
+    key: Any = int(place[0]) if isinstance(saved, list) else place[0]
+    mine, theirs = _lookup(live, key), _lookup(saved, key)
+    if mine is _MISSING or theirs is _MISSING or key == LAMBDAS == place[-1]:
+        return saved
+    result = list(saved) if isinstance(saved, list) else dict(saved)
+    result[key] = mine if len(place) == 1 else _with_setting(theirs, mine, place[1:])
+    return result
 
 
 def _items(container: Any) -> Iterator[tuple[Any, Any]]:

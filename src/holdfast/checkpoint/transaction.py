@@ -7,6 +7,7 @@ state is needed. A load that fails leaves everything exactly as it was.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim import Optimizer
 
+from holdfast.checkpoint.configured import Decision
 from holdfast.errors import StateMismatch
 from holdfast.i18n import _
 
@@ -30,6 +32,7 @@ class Transaction:
 
     acts: list[Act] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)  # settings that are the user's now
 
     def commit(self) -> None:
         """Do all acts. Raises `StateMismatch` where an object refuses its state; then, and after
@@ -177,10 +180,7 @@ class LoadObject:
         try:
             self.target.load_state_dict(self.state)
         except Exception as error:  # a stranger's object may raise anything
-            raise StateMismatch(
-                _("{path} refused its state from the checkpoint ({error}); nothing was changed.",
-                  path=self.path, error=f"{type(error).__name__}: {error}")
-            ) from error  # fmt: skip
+            raise StateMismatch(_refused(self.path, error)) from error
 
     def undo(self) -> None:
         if self.before is not _MISSING:
@@ -189,74 +189,155 @@ class LoadObject:
 
 @dataclass(slots=True)
 class LoadScheduler(LoadObject):
-    """A learning-rate schedule; with `rebased`, over the rates that the user wants now."""
+    """A learning-rate schedule; `groups` are the settings of its optimizer's groups where the user
+    has changed the schedule, None where they are as they were saved."""
 
-    rebased: bool = False
+    groups: list[dict[str, Any]] | None = None
+    groups_before: list[dict[str, Any]] | None = None
 
     def commit(self) -> None:
+        live = self.target.optimizer.param_groups
+        self.groups_before = [dict(group) for group in live]
         LoadObject.commit(self)
-        if self.rebased:
-            _rebase(self.target)
+        for group, settings in zip(live, self.groups or [], strict=False):
+            group.update({key: dressed(value, group.get(key)) for key, value in settings.items()})
+        if self.groups is not None and hasattr(self.target, "_last_lr"):
+            self.target._last_lr = [group["lr"] for group in live]
+
+    def undo(self) -> None:
+        if self.groups_before is not None:
+            LoadObject.undo(self)
+            _put_back(self.target.optimizer.param_groups, self.groups_before)
 
 
-def _rebase(scheduler: Any) -> None:
-    """Give a schedule, and those that it is made of, the base rates of its optimizer."""
-    groups = scheduler.optimizer.param_groups
-    if hasattr(scheduler, "base_lrs") and all("initial_lr" in group for group in groups):
-        scheduler.base_lrs = [group["initial_lr"] for group in groups]
-    if hasattr(scheduler, "_last_lr"):
-        scheduler._last_lr = [group["lr"] for group in groups]
-    for part in getattr(scheduler, "_schedulers", []):
-        _rebase(part)
+def dressed(value: Any, live: Any) -> Any:
+    """A setting as the live one is: learning rates may be tensors, or no longer be."""
+    if isinstance(live, torch.Tensor):
+        return value.to(live.device) if isinstance(value, torch.Tensor) else live.new_tensor(value)
+    if isinstance(value, torch.Tensor) and isinstance(live, float) and value.numel() == 1:
+        return value.item()
+    if isinstance(live, tuple) and isinstance(value, list):
+        return tuple(value)
+    return value
 
 
-@dataclass(slots=True)
+def _put_back(groups: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> None:
+    for live, group in zip(groups, before, strict=True):
+        live.clear()  # the checkpoint may have brought settings that were not there
+        live.update(group)
+
+
 class LoadOptimizer:
     """State and groups of an optimizer, without what `Optimizer.load_state_dict` does to them.
 
-    That casts fp32 moments of bf16 parameters to bf16 and brings back the old learning rate.
+    That casts fp32 moments of bf16 parameters to bf16 and brings back the old learning rate. What
+    it calls is called: `__setstate__`, and the hooks after it. Made before anything else of the
+    optimizer is touched: what it is then is the undo log.
     """
 
-    target: Optimizer
-    state: dict[Any, Any]  # by parameter
-    groups: list[dict[str, Any]]
-    before: tuple[dict[Any, Any], list[dict[str, Any]]] | None = None
+    def __init__(self, target: Optimizer, path: str) -> None:
+        self.target, self._path = target, path
+        self.state: dict[Any, Any] = {}  # by parameter
+        self.groups: list[dict[str, Any]] = []
+        self._before = dict(target.state), [dict(group) for group in target.param_groups]
+        self._attributes = dict(vars(target))
 
     def commit(self) -> None:
-        groups = [dict(group) for group in self.target.param_groups]
-        self.before = dict(self.target.state), groups
+        optimizer = self.target
         self._set(self.state)
-        for live, group in zip(self.target.param_groups, self.groups, strict=True):
+        for live, group in zip(optimizer.param_groups, self.groups, strict=True):
             live.update(group)  # in place: others may hold these dictionaries
+        try:
+            optimizer.__setstate__(
+                {"state": optimizer.state, "param_groups": optimizer.param_groups}
+            )
+            for hook in [*optimizer._optimizer_load_state_dict_post_hooks.values()]:
+                hook(optimizer)
+        except Exception as error:  # a user's hook may raise anything
+            raise StateMismatch(_refused(self._path, error)) from error
 
     def undo(self) -> None:
-        if self.before is None:
-            return
-        state, groups = self.before
+        attributes = vars(self.target)
+        for name in attributes.keys() - self._attributes.keys():
+            del attributes[name]
+        attributes.update(self._attributes)
+        state, groups = self._before
         self._set(state)
-        for live, group in zip(self.target.param_groups, groups, strict=True):
-            live.clear()  # the checkpoint may have brought settings that were not there
-            live.update(group)
+        _put_back(self.target.param_groups, groups)
 
     def _set(self, state: Mapping[Any, Any]) -> None:
         self.target.state.clear()
         self.target.state.update(state)
 
 
+class Derived:
+    """Undo log of what a module's own loading may change beside the exchanged tensors.
+
+    Attributes, buffers that are not saved, extra state. `whole` keeps the parameters as well, for a
+    module that puts them in place itself.
+    """
+
+    def __init__(self, module: torch.nn.Module, *, whole: bool) -> None:
+        self._module, self._whole = module, whole
+        self._attributes: list[tuple[torch.nn.Module, dict[str, Any]]] = []
+        self._inside: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._bytes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._extra: list[tuple[torch.nn.Module, Any]] = []
+
+    def commit(self) -> None:
+        known = {} if self._whole else self._module.state_dict(keep_vars=True)
+        saved = {id(tensor) for tensor in known.values()}
+        seen: set[int] = set()
+        for module in self._module.modules():
+            attributes = dict(vars(module))
+            self._attributes.append((module, attributes))
+            inside = [attributes[n] for n in ("_parameters", "_buffers", "_modules")]
+            self._inside += [(live, dict(live)) for live in inside]
+            for value in itertools.chain(attributes.values(), *(d.values() for d in inside)):
+                if isinstance(value, torch.Tensor) and id(value) not in saved | seen:
+                    seen.add(id(value))
+                    self._bytes.append((value, value.detach().clone()))
+            if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
+                self._extra.append((module, copy.deepcopy(module.get_extra_state())))
+
+    def undo(self) -> None:
+        try:
+            for module, extra in self._extra:
+                module.set_extra_state(extra)
+        finally:  # after it: what it makes of the state is known as well
+            self._put_back()
+
+    def _put_back(self) -> None:
+        for module, attributes in self._attributes:
+            now = vars(module)
+            for name in now.keys() - attributes.keys():
+                del now[name]
+            now.update(attributes)
+        for live, before in self._inside:
+            live.clear()
+            live.update(before)
+        with torch.no_grad():
+            for tensor, kept in self._bytes:
+                tensor.copy_(kept)
+
+
 @dataclass(slots=True)
-class ExtraState:
-    """What modules keep through `get_extra_state`, as an object that LoadObject can handle."""
+class LoadModule(LoadObject):
+    """A module through its own `load_state_dict`, with all its hooks; `Derived` is the undo log.
 
-    module: torch.nn.Module
-    names: list[str]
+    Where the tensors are in place already, they are given as they stand there.
+    """
 
-    def _owners(self) -> Iterator[tuple[str, torch.nn.Module]]:
-        for name in self.names:
-            yield name, self.module.get_submodule(name.rpartition(".")[0])
+    def commit(self) -> None:
+        try:
+            self.target.load_state_dict(self.state)
+        except Exception as error:  # a user's hook may raise anything
+            raise StateMismatch(_refused(self.path, error)) from error
 
-    def state_dict(self) -> dict[str, Any]:
-        return {name: owner.get_extra_state() for name, owner in self._owners()}
+    def undo(self) -> None:
+        """Nothing: `Derived` puts everything back."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, owner in self._owners():
-            owner.set_extra_state(state[name])
+
+def _refused(path: str, error: Exception) -> str:
+    return _("{path} refused its state from the checkpoint ({error}); nothing was changed.",
+             path=path, error=f"{type(error).__name__}: {error}")  # fmt: skip

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from holdfast.checkpoint.layout import ARCHIVE, Buffer
+from holdfast.checkpoint.names import plain_state
 from holdfast.errors import UnsupportedValue
 from holdfast.i18n import _
 
@@ -293,6 +294,8 @@ class _Normaliser:
             return bytearray(memoryview(value))
         if isinstance(value, torch.Size):
             return value
+        if isinstance(value, torch.nn.Module):
+            return self(plain_state(value), path)
         if callable(getattr(value, "state_dict", None)):
             return self(value.state_dict(), path)
         if isinstance(value, Mapping):

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from holdfast.checkpoint.names import bare
 from holdfast.i18n import _
-from holdfast.serving.importing_sources import Source, plain_name
+from holdfast.serving.importing_sources import Source
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SETTINGS = ("betas", "eps", "weight_decay")
@@ -117,7 +118,7 @@ def _usual_ways(source: Source, groups: list[dict[str, Any]]) -> Iterator[Groups
     scripts and transformers' Trainer have them."""
     named = dict(source.model.named_parameters(remove_duplicate=False))
     with contextlib.suppress(KeyError, TypeError):
-        yield [[named[plain_name(name)] for name in group["param_names"]] for group in groups]
+        yield [[named[bare(name)] for name in group["param_names"]] for group in groups]
     order = list(dict.fromkeys(named[name] for name in source.order if name in named))
     order += [p for p in named.values() if not any(p is q for q in order)]
     if len(groups) == 1:

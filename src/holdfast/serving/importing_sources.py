@@ -16,6 +16,7 @@ import torch
 from holdfast.checkpoint.access import load
 from holdfast.checkpoint.catalog import EVENTS
 from holdfast.checkpoint.foreign import WEIGHT_KEYS, load_foreign
+from holdfast.checkpoint.names import bare
 from holdfast.errors import (
     CheckpointError,
     ConfigError,
@@ -31,7 +32,6 @@ from holdfast.training.tokenizer import TOKENIZER_FILES, TextTokenizer
 
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
 _STEP_KEYS = ("global_step", "step", "iter_num", "iteration")
-_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _LISTED = 5  # problems that a message shows
 
 # Buffers that older versions of the libraries saved and newer ones compute.
@@ -163,8 +163,10 @@ def _read_configuration(path: Path) -> dict[str, Any]:
 
 
 def _as_named(weights: Mapping[str, torch.Tensor], expected: set[str]) -> dict[str, torch.Tensor]:
-    """The weights under the names of the bare model: without what wrappers put before them."""
-    found = {plain_name(name): tensor for name, tensor in weights.items()}
+    """The weights under the names of the bare model: without what wrappers put into them."""
+    found = {n if n in expected else bare(n): tensor for n, tensor in weights.items()}
+    if len(found) < len(weights):  # two names became one: they are no wrappers' words
+        found = dict(weights)
     if not expected & set(found) and all(name.startswith("model.") for name in found):
         found = {name.removeprefix("model."): tensor for name, tensor in found.items()}  # Lightning
     elif "model.model.embed_tokens.weight" in found:
@@ -173,14 +175,6 @@ def _as_named(weights: Mapping[str, torch.Tensor], expected: set[str]) -> dict[s
         name: tensor for name, tensor in found.items()
         if name in expected or not name.endswith(_COMPUTED)
     }  # fmt: skip
-
-
-def plain_name(name: str) -> str:
-    """A name without the prefixes of wrappers, however they are nested."""
-    while name.startswith(_WRAPPERS):
-        for wrapper in _WRAPPERS:
-            name = name.removeprefix(wrapper)
-    return name
 
 
 @torch.no_grad()

@@ -333,6 +333,11 @@ class Console:
             self.warn(
                 _("Saving makes training wait for the disk: {reason}.", reason=fields["reason"])
             )
+        elif event == "configured":
+            self.say(
+                _("Settings that you have changed take effect: {changes}",
+                  changes="; ".join(fields["changes"])), important=True
+            )  # fmt: skip
         elif event == "threads":
             self.warn(
                 _("This run computes with {saved} CPU threads, this machine would take {live}: "

@@ -1,0 +1,299 @@
+"""Names of parameters: those of wrappers left out, and whose the slots of an optimizer are.
+
+`torch.compile`, DistributedDataParallel, Fabric, FSDP and activation checkpointing put a word of
+theirs into every name. A checkpoint is written without them, and read with or without.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from holdfast.i18n import _
+
+# These words are never a user's. `module` may be: it is dropped on the word of the wrapper's type,
+# or where the names fit only without it.
+_CERTAIN = "_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+_CERTAIN_PART = re.compile(rf"(?:(?<=^)|(?<=[./]))(?:{_CERTAIN})\.")
+_ANY_PART = re.compile(rf"(?:(?<=^)|(?<=[./]))(?:{_CERTAIN}|module)\.")
+_MODULE_PART = re.compile(r"(?:(?<=^)|(?<=[./]))module\.")
+_OF_MODULE = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
+
+
+# ------------------------------------------------------------------------------ without wrappers
+
+
+def plain_state(module: torch.nn.Module) -> Any:
+    """Return `module.state_dict()` under the names that the module has without its wrappers."""
+    state = module.state_dict()
+    if not isinstance(state, Mapping):
+        return state
+    names = plain_names(module, list(state))
+    if all(name == plain for name, plain in names.items()):
+        return state
+    result = OrderedDict((names[name], value) for name, value in state.items())
+    metadata = getattr(state, "_metadata", None)
+    if isinstance(metadata, Mapping):
+        plain = _without_wrappers_of(module)  # a wrapper's version gives way to the inner module's
+        places = {plain(f"{name}.").removesuffix("."): item for name, item in metadata.items()}
+        result._metadata = OrderedDict(places)  # type: ignore[attr-defined]
+    return result
+
+
+def plain_names(module: torch.nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Map each of a module's `names` to the one without the words of wrappers inside of it.
+
+    Names that would become one stay as they are.
+    """
+    if any(_ANY_PART.search(name) for name in names):
+        plain = _without_wrappers_of(module)
+        result = {name: plain(name) for name in names}
+        if len(set(result.values())) == len(result):
+            return result
+    return {name: name for name in names}
+
+
+def _without_wrappers_of(module: torch.nn.Module) -> Callable[[str], str]:
+    dropped = {
+        _CERTAIN_PART.sub("", f"{place}.module" if place else "module")
+        for place, inner in module.named_modules(remove_duplicate=False)
+        if any(kind.__name__ in _OF_MODULE for kind in type(inner).__mro__)
+    }
+
+    def plain(name: str) -> str:
+        parts = _CERTAIN_PART.sub("", name).split(".")
+        places = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        kept = [part for part, place in zip(parts, places, strict=True) if place not in dropped]
+        return ".".join(kept)
+
+    return plain
+
+
+def bare(name: str) -> str:
+    """`name` without any word that wrappers put into names, wherever it stands."""
+    return _ANY_PART.sub("", name)
+
+
+def matched(here: Sequence[str], there: Sequence[str]) -> dict[str, str] | None:
+    """Map each name `here` to the one `there` that means the same parameter.
+
+    None where the two sets of names differ by more than the words of wrappers. A reading in which
+    two names become one is not believed.
+    """
+
+    def certain(name: str) -> str:
+        return _CERTAIN_PART.sub("", name)
+
+    def outer(name: str) -> str:
+        return _MODULE_PART.sub("", certain(name), count=1)
+
+    def same(name: str) -> str:
+        return name
+
+    readings: list[tuple[Callable[[str], str], Callable[[str], str]]] = [
+        (same, same), (certain, certain), (outer, certain), (certain, outer), (bare, bare),
+    ]  # fmt: skip
+    for mine, theirs in readings:
+        found = {theirs(name): name for name in there}
+        wanted = {name: mine(name) for name in here}
+        is_injective = len(found) == len(there) and len({*wanted.values()}) == len(here)
+        if is_injective and found.keys() == {*wanted.values()}:
+            return {name: found[plain] for name, plain in wanted.items()}
+    return None
+
+
+# -------------------------------------------------------------------------- slots of an optimizer
+
+
+def unwrapped(value: Any) -> Any:
+    """The torch optimizer or scheduler inside of a wrapper, as Accelerate's and Fabric's are.
+
+    A wrapper with state of its own is returned as it is.
+    """
+    for word, kind in (("optimizer", Optimizer), ("scheduler", LRScheduler)):
+        inner = getattr(value, word, None)
+        if isinstance(value, LRScheduler) or not isinstance(inner, kind) or inner is value:
+            continue
+        inner = unwrapped(inner)
+        if callable(getattr(value, "state_dict", None)) and _is_same_state(value, inner):
+            return inner
+    return value
+
+
+def _is_same_state(outer: Any, inner: Any) -> bool:
+    a, b = outer.state_dict(), inner.state_dict()
+    if not isinstance(a, Mapping) or a.keys() != b.keys():
+        return False
+    if isinstance(inner, LRScheduler):
+        return all(a[key] is b[key] or a[key] == b[key] for key in a)
+    entries = a["state"]
+    return entries.keys() == b["state"].keys() and all(
+        entry is b["state"][key] or entry == {} for key, entry in entries.items()
+    )
+
+
+def parameter_names(state: Any, path: str = "") -> dict[int, list[str]]:
+    """All names of every tensor in a state, by the tensor's id: `model/0.weight`."""
+    found: dict[int, list[str]] = {}
+    for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+        here = f"{path}/{key}" if path else str(key)
+        if isinstance(value, torch.nn.Module):
+            tensors = dict(value.named_parameters(remove_duplicate=False))
+            plain = plain_names(value, list(tensors))
+            for name, tensor in tensors.items():
+                found.setdefault(id(tensor), []).append(f"{here}/{plain[name]}")
+        elif isinstance(value, torch.Tensor):
+            found.setdefault(id(value), []).append(here)
+        elif isinstance(value, Mapping | list | tuple):
+            for tensor_id, names in parameter_names(value, here).items():
+                found.setdefault(tensor_id, []).extend(names)
+    return found
+
+
+def optimizers_of(state: Any, path: str = "") -> dict[str, Any]:
+    """The optimizers in a state by path, without their wrappers."""
+    found: dict[str, Any] = {}
+    for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+        here = f"{path}/{key}" if path else str(key)
+        inner = unwrapped(value)
+        if isinstance(inner, Optimizer):
+            found[here] = inner
+        elif isinstance(value, Mapping | list | tuple):
+            found.update(optimizers_of(value, here))
+    return found
+
+
+class SlotNames:
+    """Whose each slot of each optimizer in a state is, as the manifest says it.
+
+    Kept from save to save while the optimizers hold the same parameters.
+    """
+
+    def __init__(self) -> None:
+        self._ids: Any = None
+        self._names: dict[str, list[list[str | None]]] = {}
+
+    def __call__(self, state: Any) -> dict[str, list[list[str | None]]]:
+        optimizers = optimizers_of(state)
+        ids = {
+            path: [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+            for path, optimizer in optimizers.items()
+        }
+        if ids != self._ids:
+            known = parameter_names(state)
+            self._names = {
+                path: [[known.get(i, [None])[0] for i in group] for group in groups]
+                for path, groups in ids.items()
+            }
+            self._ids = ids
+        return self._names
+
+
+@dataclass(slots=True)
+class Slots:
+    """The parameter groups of an optimizer, live or saved, by name; None where none is known."""
+
+    names: list[list[str | None]]
+    recorded: bool  # in a manifest; else they are those that torch keeps in the groups
+
+    def flat(self) -> list[str]:
+        return [name for group in self.names for name in group if name is not None]
+
+    def unnamed(self) -> Slots:
+        return Slots([[None] * len(group) for group in self.names], False)
+
+    def __str__(self) -> str:
+        return " + ".join(str(len(group)) for group in self.names) or "0"
+
+
+def saved_slots(groups: Sequence[Mapping[str, Any]], recorded: Any) -> Slots:
+    """The slots of saved `groups`, as the manifest has `recorded` them."""
+    sizes = [len(group["params"]) for group in groups]
+    if isinstance(recorded, list) and [len(_list(group)) for group in recorded] == sizes:
+        known = Slots([[n if isinstance(n, str) else None for n in g] for g in recorded], True)
+        if known.flat():
+            return known
+    return Slots([_param_names(group) for group in groups], False)
+
+
+def live_slots(optimizer: Optimizer, known: Mapping[int, Sequence[str]], saved: Slots) -> Slots:
+    """The slots of a live optimizer; `known` are the names of all tensors of its state, by id.
+
+    Tied weights have several names: the one that is in the checkpoint counts.
+    """
+    if not saved.recorded:
+        return Slots([_param_names(group) for group in optimizer.param_groups], False)
+    there = set(saved.flat())
+    rows = [[known.get(id(p), ()) for p in group["params"]] for group in optimizer.param_groups]
+    return Slots([[next((n for n in names if n in there), next(iter(names), None))
+                   for names in row] for row in rows], True)  # fmt: skip
+
+
+def aligned(live: Slots, saved: Slots) -> list[tuple[int, list[int]]] | None:
+    """For each live group the saved one that belongs to it, and the places of its parameters there.
+
+    By name where both have names, else by position. None where that cannot be told.
+    """
+    if not live.flat() or not saved.flat():
+        if str(live) != str(saved):
+            return None
+        return [(i, list(range(len(group)))) for i, group in enumerate(saved.names)]
+    pairs = matched(live.flat(), saved.flat())
+    if pairs is None:
+        return None
+    where = {n: (i, k) for i, g in enumerate(saved.names) for k, n in enumerate(g) if n is not None}
+    result: list[tuple[int, list[int]]] = []
+    for number, group in enumerate(live.names):
+        homes = {where[pairs[name]][0] for name in group if name is not None} or {number}
+        home = homes.pop()
+        if homes or home >= len(saved.names) or home in (known for known, _places in result):
+            return None
+        unknown = [k for k, name in enumerate(saved.names[home]) if name is None]
+        if len(saved.names[home]) != len(group) or len(unknown) != group.count(None):
+            return None
+        places = iter(unknown)
+        result.append(
+            (home, [next(places) if n is None else where[pairs[n]][1] for n in group])
+        )  # fmt: skip
+    return result if len(result) == len(saved.names) else None
+
+
+def difference(live: Slots, saved: Slots) -> str:
+    """How two optimizers' groups differ, as the end of a sentence."""
+    said = [_("of {saved} parameters in the checkpoint, of {live} here", saved=saved, live=live)]
+    here, there = live.flat(), saved.flat()
+    if here and there:
+        only_there = [name for name in there if name not in here]
+        only_here = [name for name in here if name not in there]
+        if only_there:
+            said.append(_("only there {names}", names=_some(only_there)))
+        if only_here:
+            said.append(_("only here {names}", names=_some(only_here)))
+        if not only_there and not only_here:
+            homes = {name: i for i, group in enumerate(saved.names) for name in group}
+            moved = [n for i, group in enumerate(live.names) for n in group if homes.get(n) != i]
+            said.append(_("in another group {names}", names=_some([n for n in moved if n])))
+    return ", ".join(said)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" … (+{len(names) - 3})" if len(names) > 3 else ""
+    return " ".join(names[:3]) + more
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _param_names(group: Mapping[str, Any]) -> list[str | None]:
+    names, size = group.get("param_names"), len(group["params"])
+    if isinstance(names, list | tuple) and len(names) == size:
+        return [name if isinstance(name, str) else None for name in names]
+    return [None] * size
