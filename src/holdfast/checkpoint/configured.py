@@ -8,6 +8,7 @@ is known when an optimizer or a scheduler is made; a manager may be made later t
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import math
 import warnings
@@ -20,7 +21,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LRScheduler
 
-from holdfast.checkpoint.names import unwrapped
+from holdfast.checkpoint.names import steppers_of
+from holdfast.i18n import _
 
 MISSING = object()
 UNSURE = "unsure"  # in a record: the settings of a group that training may have changed
@@ -47,7 +49,7 @@ class Decision:
     def __str__(self) -> str:
         where = f"{self.path}: {self.setting.replace(f'{_PARTS}.', '')}"
         if self.setting.endswith(LAMBDAS):  # functions: there is nothing to show of them
-            return where
+            return f"{where} (" + _("another function of the step") + ")"
         return f"{where} {_shown(self.saved)} → {_shown(self.wanted)}"
 
 
@@ -69,8 +71,11 @@ class Configured:
 
     def look(self, state: Any) -> Record:
         """Record what is new in `state`, and return the record of all that is there."""
-        here = dict(_configurable(state))
-        trained = {id(s.optimizer) for s in here.values() if _is_scheduler(s) and epoch_of(s) > 0}
+        here = dict(steppers_of(state))
+        trained = {
+            id(value.optimizer) for value in here.values()
+            if isinstance(value, LRScheduler) and epoch_of(value) > 0
+        }  # fmt: skip
         for path, value in here.items():
             if self._known.get(path) is not value:
                 self.record.pop(path, None)
@@ -89,20 +94,6 @@ class Configured:
         self.record = {path: [*self.record[path]] for path in here}  # not what a save still holds
         self._known = here
         return self.record
-
-
-def _configurable(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
-        here = f"{path}/{key}" if path else str(key)
-        inner = unwrapped(value)
-        if isinstance(inner, Optimizer) or _is_scheduler(inner):
-            yield here, inner
-        elif isinstance(value, Mapping | list | tuple):
-            yield from _configurable(value, here)
-
-
-def _is_scheduler(value: Any) -> bool:
-    return isinstance(value, LRScheduler) and hasattr(value, "optimizer")
 
 
 # -------------------------------------------------------------------------------------- optimizers
@@ -198,15 +189,15 @@ def settings_of(scheduler: Any, *, late: bool = False, prefix: str = "") -> dict
     return result
 
 
-def _probed(function: Callable[[int], Any]) -> Any:
-    """What a function of the step gives at some steps: two that differ are not the same."""
-    values: list[str | None] = []
+def _probed(function: Callable[[int], Any]) -> str:
+    """A digest of what a function of the step gives at some steps: two that differ are others."""
+    values: list[str] = []
     for step in _PROBES:
         try:
             values.append(f"{float(function(step)):.6g}")
         except Exception:  # noqa: BLE001 - a user's function, at a step that it may not know
-            values.append(None)
-    return values
+            values.append("")
+    return hashlib.blake2b(" ".join(values).encode(), digest_size=8).hexdigest()
 
 
 def changed_schedule(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,10 @@ from holdfast.i18n import _
 _CERTAIN = "_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 _CERTAIN_PART = re.compile(rf"(?:(?<=^)|(?<=[./]))(?:{_CERTAIN})\.")
 _ANY_PART = re.compile(rf"(?:(?<=^)|(?<=[./]))(?:{_CERTAIN}|module)\.")
+_has_words = re.compile(rf"(?:{_CERTAIN}|module)\.").search  # in many names at once, or in vain
 _MODULE_PART = re.compile(r"(?:(?<=^)|(?<=[./]))module\.")
+_SEARCHED = 1000  # entries of a container that is searched for optimizers and schedulers
+_ATOMS = {type(None), bool, int, float, str, torch.Tensor, torch.nn.Parameter}
 _OF_MODULE = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
 
 
@@ -33,11 +36,9 @@ _OF_MODULE = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
 def plain_state(module: torch.nn.Module) -> Any:
     """Return `module.state_dict()` under the names that the module has without its wrappers."""
     state = module.state_dict()
-    if not isinstance(state, Mapping):
+    if not isinstance(state, Mapping) or not _has_words("\n".join(state)):
         return state
     names = plain_names(module, list(state))
-    if all(name == plain for name, plain in names.items()):
-        return state
     result = OrderedDict((names[name], value) for name, value in state.items())
     metadata = getattr(state, "_metadata", None)
     if isinstance(metadata, Mapping):
@@ -52,7 +53,7 @@ def plain_names(module: torch.nn.Module, names: Sequence[str]) -> dict[str, str]
 
     Names that would become one stay as they are.
     """
-    if any(_ANY_PART.search(name) for name in names):
+    if _has_words("\n".join(names)):
         plain = _without_wrappers_of(module)
         result = {name: plain(name) for name in names}
         if len(set(result.values())) == len(result):
@@ -68,7 +69,10 @@ def _without_wrappers_of(module: torch.nn.Module) -> Callable[[str], str]:
     }
 
     def plain(name: str) -> str:
-        parts = _CERTAIN_PART.sub("", name).split(".")
+        name = _CERTAIN_PART.sub("", name)
+        if not dropped:
+            return name
+        parts = name.split(".")
         places = [".".join(parts[: i + 1]) for i in range(len(parts))]
         kept = [part for part, place in zip(parts, places, strict=True) if place not in dropped]
         return ".".join(kept)
@@ -157,17 +161,22 @@ def parameter_names(state: Any, path: str = "") -> dict[int, list[str]]:
     return found
 
 
-def optimizers_of(state: Any, path: str = "") -> dict[str, Any]:
-    """The optimizers in a state by path, without their wrappers."""
-    found: dict[str, Any] = {}
+def steppers_of(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The optimizers and schedulers in a state, and their paths, without their wrappers.
+
+    Called at each save: containers of very many values are not searched.
+    """
+    if len(state) > _SEARCHED:
+        return
     for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+        if type(value) in _ATOMS:
+            continue
         here = f"{path}/{key}" if path else str(key)
         inner = unwrapped(value)
-        if isinstance(inner, Optimizer):
-            found[here] = inner
+        if isinstance(inner, Optimizer | LRScheduler):
+            yield here, inner
         elif isinstance(value, Mapping | list | tuple):
-            found.update(optimizers_of(value, here))
-    return found
+            yield from steppers_of(value, here)
 
 
 class SlotNames:
@@ -181,10 +190,10 @@ class SlotNames:
         self._names: dict[str, list[list[str | None]]] = {}
 
     def __call__(self, state: Any) -> dict[str, list[list[str | None]]]:
-        optimizers = optimizers_of(state)
         ids = {
-            path: [[id(p) for p in group["params"]] for group in optimizer.param_groups]
-            for path, optimizer in optimizers.items()
+            path: [[id(p) for p in group["params"]] for group in value.param_groups]
+            for path, value in steppers_of(state)
+            if isinstance(value, Optimizer)
         }
         if ids != self._ids:
             known = parameter_names(state)
