@@ -8,7 +8,6 @@ to zero it, and it would make every checkpoint a third larger.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,13 +19,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from holdfast.checkpoint.names import bare, plain_names
 from holdfast.errors import StateMismatch
 from holdfast.i18n import _
 
 KEY = "gradients"  # in a checkpoint; absent where there are none
 _USED = "_holdfast_used"  # on a gradient: its version when an optimizer used it
 _BEFORE = "_holdfast_before"  # on a parameter: its version before the step
-_WRAPPER = re.compile(r"(?<=/)(_orig_mod|_forward_module|module)\.")  # compile, Fabric, DDP
 _watching = False
 
 
@@ -129,13 +128,15 @@ def _leaves(state: Any) -> dict[str, torch.Tensor]:
     def take(name: str, tensor: torch.Tensor) -> None:
         if tensor.requires_grad and tensor.is_leaf and id(tensor) not in seen:
             seen.add(id(tensor))
-            bare = _WRAPPER.sub("", name)
-            found[name if bare in found else bare] = tensor
+            plain = bare(name)
+            found[name if plain in found else plain] = tensor
 
     def walk(value: Any, path: str) -> None:
         if isinstance(value, torch.nn.Module):
-            for name, parameter in value.named_parameters():
-                take(f"{path}/{name}", parameter)
+            parameters = dict(value.named_parameters())
+            plain = plain_names(value, list(parameters))
+            for name, parameter in parameters.items():
+                take(f"{path}/{plain[name]}", parameter)
         elif isinstance(value, Optimizer):
             later.append((path, value))
         elif isinstance(value, torch.Tensor):

@@ -238,6 +238,11 @@ class CheckpointManager:
                 self._reporter.report("began", run_id=self.run_id, generation=self.generation)
                 return None
             random, known = self._saver.random, self.catalog.generation()
+            if random is not None and "rng" not in found.payload and strict:
+                raise StateMismatch(
+                    _("{path} has no random streams; nothing was changed. Use strict=False to do "
+                      "without them.", path=found.path)
+                )  # fmt: skip
             transaction = plan_restore(
                 self.state,
                 found.payload,
@@ -247,13 +252,12 @@ class CheckpointManager:
             )
             if random is not None and "rng" in found.payload:
                 transaction.acts.append(LoadObject(random, found.payload["rng"], "rng"))
-            elif random is not None and strict:
-                raise StateMismatch(
-                    _("{path} has no random streams; nothing was changed. Use strict=False to do "
-                      "without them.", path=found.path)
-                )  # fmt: skip
-            gradients_then = found.payload.get(gradients.KEY)
-            transaction.acts.append(gradients.plan(self.state, gradients_then))
+            try:
+                left = found.payload.get(gradients.KEY)
+                transaction.acts.append(gradients.plan(self.state, left))
+            except StateMismatch:
+                transaction.forget()
+                raise
             if found.newer:
                 label = f"generation_{known}"
                 transaction.acts.append(housekeeping.ArchiveNewer(self.catalog, found.newer, label))

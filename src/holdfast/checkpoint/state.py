@@ -87,10 +87,10 @@ def plan_restore(
         planner.container(live, saved, "")
         planner.finish()
     except BaseException:
-        planner.forget()
+        planner.transaction.forget()
         raise
     if planner.transaction.problems:
-        planner.forget()
+        planner.transaction.forget()
         lines = planner.transaction.problems
         more = _(" … and {count} more", count=len(lines) - 8) if len(lines) > 8 else ""
         raise StateMismatch(
@@ -115,12 +115,6 @@ class _Planner:
         self._derived: list[Derived] = []
         self._schedulers: list[tuple[LRScheduler, Any, str]] = []
         self._began: dict[int, list[Mapping[str, Any]]] = {}  # by optimizer: what was configured
-
-    def forget(self) -> None:
-        """Undo what the hooks of optimizers may have done to them while this was planned."""
-        for act in reversed(self.transaction.acts):
-            if isinstance(act, LoadOptimizer):
-                act.undo()
 
     def container(self, live: Any, saved: Any, path: str) -> Any:
         if not isinstance(saved, Mapping | list | tuple):

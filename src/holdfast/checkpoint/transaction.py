@@ -48,6 +48,12 @@ class Transaction:
                 raise interrupt  # noqa: B904 - its context is what failed first
             raise
 
+    def forget(self) -> None:
+        """Undo what hooks have done to their optimizers while it was planned; do none of it."""
+        for act in reversed(self.acts):
+            if isinstance(act, LoadOptimizer):
+                act.undo()
+
 
 def _undo(act: Act) -> BaseException | None:
     """Undo one act. One that cannot go back must not keep the others from going back; a Ctrl-C
