@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from holdfast.serving.json_text import JsonText
 from holdfast.serving.sampling import LogProb, Sampler, Sampling, _limit
 
 SIZE = 3000  # more than are sorted at first
@@ -20,6 +21,7 @@ class One:
     sampling: Sampling
     random: random.Random = field(default_factory=lambda: random.Random("7"))
     counts: dict[int, int] = field(default_factory=dict)
+    guide: JsonText | None = None
 
 
 def row(seed: int = 7, **options: Any) -> One:

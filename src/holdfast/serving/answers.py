@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from holdfast.i18n import _
 from holdfast.serving.engine import Engine, Inbox, Step, Text
+from holdfast.serving.json_text import JsonText
 from holdfast.serving.protocol import server_error, tokenizer_failed
 from holdfast.serving.sampling import LogProb, Sampling
 from holdfast.serving.streaming import BROKEN, StopFilter, TextStream, Vocabulary
@@ -131,16 +132,19 @@ class Generation:
         n: int = 1,
         stops: Sequence[str] = (),
         echo: bool = False,
+        json_object: bool = False,
     ) -> None:
         """`n` texts for each prompt, each as long as it is wanted and `context` has room for that
-        prompt. Raises QueueFull, and has begun nothing then."""
+        prompt; with `json_object` each becomes a JSON object. Raises QueueFull, and has begun
+        nothing then."""
         self.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         self._engine, self._inbox = engine, Inbox()
         self._choices: dict[Text, Choice] = {}
         for i, prompt in enumerate(prompts):
             own = replace(sampling, max_tokens=prompt.within(sampling.max_tokens, context))
             for j in range(n):
-                text = Text(i * n + j, prompt.tokens, own, self._inbox)
+                guide = JsonText(vocabulary.pieces) if json_object else None
+                text = Text(i * n + j, prompt.tokens, own, self._inbox, guide)
                 self._choices[text] = Choice(text, prompt, vocabulary, stops, echo)
         engine.submit(list(self._choices))
 

@@ -155,7 +155,8 @@ def _begin(
     protocol.check_count(len(prompts) * n, min(protocol.CHOICES, served.engine.room))
     try:
         return Generation(served.engine, served.vocabulary, prompts, sampling,
-                          context=served.context, n=n, stops=asked.stop, echo=echo)  # fmt: skip
+                          context=served.context, n=n, stops=asked.stop, echo=echo,
+                          json_object=asked.json_object)  # fmt: skip
     except QueueFull as error:
         raise too_many(
             _("The server is busy: the queue is full. Try again in {seconds} s.",

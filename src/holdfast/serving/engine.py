@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from holdfast.i18n import _
+from holdfast.serving.json_text import JsonText
 from holdfast.serving.rows import Batch
 from holdfast.serving.sampling import LogProb, Sampler, Sampling, describe
 
@@ -86,12 +87,16 @@ class Text:
     """One text under way."""
 
     __slots__ = (
-        "arrived", "cancelled", "counts", "generated", "inbox", "index", "next", "prompt",
-        "random", "sampling",
+        "arrived", "cancelled", "counts", "generated", "guide", "inbox", "index", "next",
+        "prompt", "random", "sampling",
     )  # fmt: skip
 
-    def __init__(self, index: int, prompt: Sequence[int], sampling: Sampling, inbox: Inbox) -> None:
+    def __init__(
+        self, index: int, prompt: Sequence[int], sampling: Sampling, inbox: Inbox,
+        guide: JsonText | None = None,
+    ) -> None:  # fmt: skip
         """`index`: the number of its choice; with the seed it decides what is drawn."""
+        self.guide = guide
         self.index, self.prompt, self.sampling, self.inbox = index, list(prompt), sampling, inbox
         seed = sampling.seed
         # A string, so that choice 1 of seed 0 is another text than choice 0 of seed 1.
@@ -288,6 +293,8 @@ class Engine:
                 self._leave(row, "error")
             elif wanted.max_tokens == 0:
                 self._leave(row, "length")
+            elif sequence.guide is not None and token in self._ends:
+                self._leave(row, "length")  # no token goes on with what must become JSON
             elif token in self._ends or token in wanted.stop_token_ids:
                 self._leave(row, "stop", token, probabilities[row - first])
             else:
@@ -296,7 +303,11 @@ class Engine:
                 if wanted.penalises:
                     sequence.counts[token] = sequence.counts.get(token, 0) + 1
                 self._events.append((sequence, Step(token, probabilities[row - first])))
-                if sequence.generated >= wanted.max_tokens:
+                if sequence.guide is not None:
+                    sequence.guide.take(token)
+                if sequence.guide is not None and sequence.guide.done:
+                    self._leave(row, "stop")
+                elif sequence.generated >= wanted.max_tokens:
                     self._leave(row, "length")
 
     def _leave(

@@ -207,6 +207,23 @@ class _Request(_Object):
         dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_few)
     ] = None
     ignore_eos: bool | None = None
+    response_format: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """Raise ApiError over what this server does not do."""
+        kind = (self.response_format or {}).get("type", "text")
+        if kind not in ("text", "json_object"):
+            raise ApiError(
+                400, _("'response_format' may be of the type text or json_object here, not "
+                       "{kind}: ask for json_object, and describe the form in the prompt.",
+                       kind=str(kind)[:40]),
+                param="response_format", code="unsupported_value",
+            )  # fmt: skip
+
+    @property
+    def json_object(self) -> bool:
+        """Whether the text must become a JSON object."""
+        return (self.response_format or {}).get("type") == "json_object"
 
     @property
     def wants_usage(self) -> bool:
@@ -245,7 +262,7 @@ class CompletionRequest(_Request):
     best_of: int | None = None
 
     def check(self) -> None:
-        """Raise ApiError over what this server does not do."""
+        super().check()
         if self.best_of is not None and self.best_of != (self.n or 1):
             _unsupported("best_of")
 
@@ -267,18 +284,15 @@ class ChatRequest(_Request):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: dict[str, Any] | None = None
 
     def check(self) -> None:
-        """Raise ApiError over what this server does not do."""
+        super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, _("'top_logprobs' needs 'logprobs': true."), param="top_logprobs",
                            code="invalid_value")  # fmt: skip
         for name in ("tool_calls", "function_call"):
             if any(getattr(message, name) for message in self.messages):
                 _unsupported(name)
-        if self.response_format and self.response_format.get("type", "text") != "text":
-            _unsupported("response_format")
 
 
 def _unsupported(name: str) -> NoReturn:

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from holdfast.serving.json_text import JsonText, first_bytes
+
 _NARROW = 1024  # tokens that are sorted for top-p; where their mass does not reach it, all are
 
 
@@ -59,6 +61,8 @@ class Row(Protocol):
     random: random.Random
     counts: dict[int, int]
     """How often each token was generated so far; kept where a penalty asks for it."""
+    guide: JsonText | None
+    """What the text must become; None: anything."""
 
 
 class Sampler:
@@ -71,6 +75,8 @@ class Sampler:
         self._limited = self._draws = False
         self._penalised: list[int] = []  # rows whose change is another at every step
         self._fixed: _Spread | None = None  # the change of the others
+        self._guided: list[int] = []  # rows that may not go on with every token
+        self._firsts: tuple[Sequence[bytes], torch.Tensor] = ((), torch.empty(0))
 
     def choose(
         self, logits: torch.Tensor, rows: Sequence[Row]
@@ -92,6 +98,8 @@ class Sampler:
             drawn = self._draw(logits, torch.tensor(dice, dtype=torch.float64))
             best = torch.where(self._temperature > 0, drawn, best)
         tokens = best.tolist()
+        for i in self._guided:
+            tokens[i] = self._guide(logits[i], i, rows[i])
         probabilities: list[LogProb | None] = [None] * len(rows)
         if told is not None:
             for place, i in enumerate(asked):
@@ -113,6 +121,7 @@ class Sampler:
         self._top_p = tensor([s.top_p for s in every])
         self._draws = any(s.temperature for s in every)
         self._limited = any(s.temperature and (s.top_k or s.top_p < 1) for s in every)
+        self._guided = [i for i, row in enumerate(rows) if row.guide is not None]
         self._penalised = [i for i, s in enumerate(every) if s.penalises]
         fixed = [(i, self._change_of(row)) for i, row in enumerate(rows) if not every[i].penalises]
         self._fixed = _spread(fixed, device) if any(change for _row, change in fixed) else None
@@ -147,6 +156,48 @@ class Sampler:
         total = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
         point = dice.to(total.device)[:, None] * total[:, -1:]
         return torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
+
+    def _guide(self, logits: torch.Tensor, i: int, row: Row) -> int:
+        """The token of row `i`, drawn from those that its guide allows; an end of text where there
+        is none. `logits` [vocabulary].
+
+        Tokens that cannot begin so are left out at once. The others are put in the order in which
+        they would be drawn one after the other, and the first that is allowed is taken: that is a
+        draw among the allowed ones, without asking for each of a hundred thousand.
+        """
+        guide = row.guide
+        assert guide is not None, "only rows with a guide come here"
+        may = torch.tensor(first_bytes(guide.state), device=logits.device)
+        scores = logits.masked_fill(~may[self._first_bytes(guide, logits)], -torch.inf)
+        orders = [scores]
+        if row.sampling.temperature:
+            scores = scores / self._temperature[i].clamp(min=1e-5)
+            limited = _limit(scores[None], self._top_k[i : i + 1], self._top_p[i : i + 1])[0]
+            own = torch.Generator().manual_seed(row.random.getrandbits(63))
+            dice = torch.rand(scores.shape, generator=own, dtype=torch.float64).to(logits.device)
+            gumbel = -(-dice.log()).log()
+            orders = [limited + gumbel, scores + gumbel]  # beyond the limits where they leave none
+        for order in orders:
+            for width in (min(_NARROW, len(order)), len(order)):
+                best = order.topk(width)
+                for token, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                    if score == -torch.inf:
+                        break
+                    if guide.allows(token):
+                        return int(token)
+        return self._end_ids[0]
+
+    def _first_bytes(self, guide: JsonText, logits: torch.Tensor) -> torch.Tensor:
+        """The first byte of each token [vocabulary]; 256 for one without any."""
+        known, firsts = self._firsts
+        if known is not guide.pieces or len(firsts) != len(logits):
+            firsts = torch.full(logits.shape, 256, dtype=torch.long)
+            bytes_ = torch.tensor([piece[0] if piece else 256 for piece in guide.pieces])
+            count = min(len(bytes_), len(firsts))
+            firsts[:count] = bytes_[:count]
+            firsts = firsts.to(logits.device)
+            self._firsts = guide.pieces, firsts
+        return firsts
 
 
 # Places in logits [rows, vocabulary], rows and tokens apart, and what is added there.

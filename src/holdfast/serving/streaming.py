@@ -64,6 +64,11 @@ class Vocabulary:
         return text
 
     @functools.cached_property
+    def pieces(self) -> tuple[bytes, ...]:
+        """The bytes that each token adds to a text; none where it is a special one."""
+        return tuple(b"" if i in self.special else self.bytes_of(i) for i in range(self.size))
+
+    @functools.cached_property
     def longest(self) -> int:
         """The most bytes that one token stands for: what a text of so many bytes needs at least."""
         return max((len(self.bytes_of(token)) for token in range(self.size)), default=1) or 1
