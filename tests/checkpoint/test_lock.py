@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
+import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -75,8 +79,141 @@ def test_the_same_process_is_refused_too(tmp_path: Path) -> None:
     path = tmp_path / ".run.lock"
     with FileLock(path):
         assert "this process" in refused(path)
-        # Looking at the file and closing it again would have dropped a POSIX lock.
         assert in_child(lambda: refused(path)) == 0
+
+
+def test_reading_or_copying_the_lock_file_does_not_drop_the_lock(tmp_path: Path) -> None:
+    """A backup, an upload or an archive of the run directory, made by the training itself."""
+    run = tmp_path / "run"
+    with FileLock(run / ".run.lock"):
+        shutil.copytree(run, tmp_path / "copy")
+        with tarfile.open(tmp_path / "run.tar", "w") as archive:
+            archive.add(run)
+        (run / ".run.lock").read_bytes()
+        with (run / ".run.lock").open("a"):
+            pass
+        assert in_child(lambda: refused(run / ".run.lock")) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="flock elsewhere")
+def test_locks_of_earlier_versions_exclude_ours_and_are_excluded(tmp_path: Path) -> None:
+    """Those are record locks of the process."""
+    path = tmp_path / ".run.lock"
+    with FileLock(path):
+
+        def earlier() -> None:
+            with path.open("r+b") as file, pytest.raises(BlockingIOError):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        assert in_child(earlier) == 0
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        file = path.open("r+b")
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        os.write(tell, b"x")
+        time.sleep(60)
+    os.read(ready, 1)
+    try:
+        refused(path)
+        assert FileLock(path).taken
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert not FileLock(path).taken
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can be asked")
+def test_asking_takes_nothing_and_makes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / ".run.lock"
+    assert not FileLock(path).taken
+    assert not path.exists()
+    holder = Holder(path)
+    assert FileLock(path).taken
+    assert not FileLock(path).in_this_process
+    holder.leave()
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            FileLock(path).owner()
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    try:
+        for _time in range(500):
+            with FileLock(path):
+                pass
+    finally:
+        stop.set()
+        asker.join()
+
+
+def test_a_lock_file_that_is_removed_while_it_is_taken_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else two processes would hold "the" lock, one of them of a file that nobody sees."""
+    path = tmp_path / ".run.lock"
+    real, removed = lock_module._lock, []
+
+    def lock(fd: int) -> bool:
+        if not removed:
+            path.unlink()
+            removed.append(fd)
+        return real(fd)
+
+    monkeypatch.setattr(lock_module, "_lock", lock)
+    with FileLock(path) as held:
+        assert held.in_place
+        assert in_child(lambda: refused(path)) == 0
+
+
+def test_without_locks_of_open_files_flock_does_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def old_kernel(*_args: Any) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    path = tmp_path / ".run.lock"
+    monkeypatch.setattr(fcntl, "fcntl", old_kernel)
+    with FileLock(path) as held:
+        path.read_bytes()
+        refused(path)
+        assert in_child(lambda: refused(path)) == 0
+        assert in_child(held.release) == 0
+        assert in_child(lambda: refused(path)) == 0
+    with FileLock(path):
+        pass
+
+
+def test_a_fork_in_the_middle_of_taking_a_lock_inherits_none(tmp_path: Path) -> None:
+    """Data-loader workers are begun by one thread while another one saves."""
+    path, stop = tmp_path / ".catalog.lock", threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            with FileLock(path):
+                pass
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    children = []
+    try:
+        for _time in range(30):
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(60)
+                os._exit(0)
+            children.append(pid)
+        stop.set()
+        worker.join()
+        with FileLock(path):
+            pass
+    finally:
+        stop.set()
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def test_a_symlinked_path_is_the_same_lock(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ it and makes it durable; and nothing is left behind, or found by the wrong run."
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -10,7 +11,11 @@ import random
 import shutil
 import signal
 import struct
+import subprocess
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +24,13 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint import Catalog, EverySteps, filesystem, memory, verify, writer
+from holdfast.checkpoint import Catalog, EverySteps, filesystem, image, memory, verify, writer
+from holdfast.checkpoint.container import Reader, read_manifest
+from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.recovery import rescue
 from holdfast.checkpoint.reporting import Reporter
-from holdfast.errors import SaveFailed
+from holdfast.errors import CheckpointError, RunLocked, SaveFailed
+from holdfast.manage import leftovers
 from tests.support import (
     Toy,
     after,
@@ -30,6 +38,7 @@ from tests.support import (
     damage,
     die,
     events,
+    flip,
     in_child,
     lie,
     snapshot,
@@ -143,46 +152,198 @@ def test_a_full_disk_keeps_the_snapshot_in_memory(
         assert resumed.step == 5
 
 
-@pytest.mark.parametrize("where", ["values", "tensors", "head"])
-def test_a_damaged_snapshot_is_passed_over_for_the_one_before(tmp_path: Path, where: str) -> None:
-    """A sealed snapshot is verified to the last bit; its predecessor lies in another slot."""
-    killed(tmp_path, 6, then=lambda: (time.sleep(0.3), die()))
-    (remains,) = left(tmp_path)
-    newest = memory.newest_in(remains)
-    assert newest is not None
-    assert newest.sealed
-    path = newest.path if where != "head" else newest.path.with_suffix(".head")
-    offset = {"values": path.stat().st_size - 5000, "tensors": 100, "head": 20}[where]
+def newest_two(directory: Path) -> tuple[Path, Path]:
+    """The slots of the newest snapshot and of the one before it."""
+    steps: dict[int, Path] = {}
+    for path in left(directory)[0].directory.glob("*.pt"):
+        with contextlib.suppress(CheckpointError):  # not filled yet
+            steps[read_manifest(path)["identity"]["step"]] = path
+    return steps[max(steps)], steps[max(steps) - 1]
+
+
+def overwritten(path: Path, offset: int, data: bytes) -> None:
     with path.open("r+b") as file:
         file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte[0] ^ 1]))
+        file.write(data)
+
+
+def half_of_the_step_before(newest: Path, before: Path) -> None:
+    overwritten(newest, 0, before.read_bytes()[: before.stat().st_size // 2])
+
+
+ROT: dict[str, Callable[[Path, Path], Any]] = {
+    "a bit of a tensor": lambda newest, _before: flip(newest, 100),
+    "a bit of the values": lambda newest, _before: flip(newest, newest.stat().st_size - 5000),
+    "a bit of the head": lambda newest, _before: flip(newest.with_suffix(".head"), 20),
+    "a page of zeros": lambda newest, _before: overwritten(newest, 0, bytes(4096)),
+    "half of the step before": half_of_the_step_before,
+    "all of the step before": lambda newest, before: overwritten(newest, 0, before.read_bytes()),
+    "an empty slot": lambda newest, _before: os.truncate(newest, 0),
+    "half a slot": lambda newest, _before: os.truncate(newest, newest.stat().st_size // 2),
+    "no slot": lambda newest, _before: newest.unlink(),
+}
+
+
+@pytest.mark.parametrize("rot", ROT)
+def test_a_damaged_snapshot_is_told_and_passed_over_for_the_one_before(
+    tmp_path: Path, rot: str
+) -> None:
+    """A snapshot is verified to the last bit; its predecessor lies in another slot."""
+    killed(tmp_path, 6)
+    ROT[rot](*newest_two(tmp_path))
+    toy = Toy(seed=9)
+    with toy.manager(tmp_path) as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 5
+    assert_same(snapshot(toy.state), snapshot(after(5).state))
+    failed = [event["step"] for event in events(tmp_path) if event["event"] == "failed"]
+    assert failed == ([] if "head" in rot else [6])
+    assert not left(tmp_path)
+
+
+def test_a_snapshot_without_checksums_is_not_believed(tmp_path: Path) -> None:
+    """Killed between the copy and the checksums: nothing could tell its bytes from rot."""
+
+    def run() -> None:
+        toy = Toy()
+        manager = toy.manager(tmp_path, memory_every=1)
+        manager.resume()
+        real = image.Sealer.advance
+
+        def advance(sealer: image.Sealer, end: int) -> None:
+            if toy.now == 6:
+                die()
+            real(sealer, end)
+
+        image.Sealer.advance = advance  # type: ignore[method-assign]
+        for _step in range(6):
+            toy.step()
+            manager.after_step(toy.now)
+        manager.wait()
+
+    assert in_child(run) == -signal.SIGKILL
+    toy = Toy(seed=9)
+    with toy.manager(tmp_path) as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 5
+    assert_same(snapshot(toy.state), snapshot(after(5).state))
+
+
+def test_no_step_of_an_optimizer_begins_before_the_snapshot_can_be_verified(tmp_path: Path) -> None:
+    """Else a kill in that step would cost two."""
+    toy = Toy()
+    with toy.manager(tmp_path, memory_every=1, overlap="always") as manager:
+        manager.resume()
+        for step in range(1, 6):
+            toy.step()  # its hook waits
+            if step > 1:
+                (remains,) = left(tmp_path)
+                newest = memory.newest_in(remains)
+                assert newest is not None
+                assert newest.step == step - 1
+                assert verify(newest.path) is None
+            manager.after_step(step)
+
+
+# ------------------------------------------------------------------ memory goes last, and on proof
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_memory_is_not_given_back_for_a_damaged_file(tmp_path: Path, verified: bool) -> None:
+    """The disk has the same step, says its manifest, and what it says of its bytes is wrong."""
+
+    def run() -> None:
+        toy = Toy()
+        manager = toy.manager(tmp_path, memory_every=1)
+        manager.resume()
+        for step in (1, 2, 3):
+            toy.step()
+            manager.after_step(step)
+        toy.step()
+        if not verified:
+            Reader.verify = die  # type: ignore[assignment]
+        manager.save(step=4, metrics={"val_loss": 1.0}, strict=True)
+        die()
+
+    assert in_child(run) == -signal.SIGKILL
+    damage(tmp_path / "latest.pt")
+    toy = Toy(seed=9)
+    with toy.manager(tmp_path) as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert (resumed.step, resumed.steps_lost) == (4, 0)
+    assert_same(snapshot(toy.state), snapshot(after(4).state))
+    told = [event["event"] for event in events(tmp_path)]
+    assert told[-4:] == ["durable", "verified", "rescued", "resumed"]
+    assert "quarantined" in told
+    for name in ("latest.pt", "model.pt", "best_model.pt"):
+        assert verify(tmp_path / name) is None
+    assert not left(tmp_path)
+
+
+def test_an_intact_file_is_read_before_the_memory_is_given_back(tmp_path: Path) -> None:
+    def run() -> None:
+        toy = Toy()
+        manager = toy.manager(tmp_path, memory_every=1)
+        manager.resume()
+        toy.step()
+        Reader.verify = die  # type: ignore[assignment]
+        manager.save(step=1, strict=True)
+
+    assert in_child(run) == -signal.SIGKILL
     with Toy(seed=9).manager(tmp_path) as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 1
+    assert [e["event"] for e in events(tmp_path)] == ["began", "durable", "resumed"]
+    assert not left(tmp_path)
+
+
+def test_a_disk_that_damages_what_it_is_given_does_not_get_the_memory_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(tmp_path, 5)
+    with Toy(seed=9).manager(tmp_path) as manager:
+        with monkeypatch.context() as patch:
+            lie(patch, 2, damage)
+            with pytest.raises(SaveFailed, match=r"Step 5 lies in memory.* is damaged"):
+                manager.resume()
+        assert left(tmp_path)
         resumed = manager.resume()
         assert resumed is not None
         assert resumed.step == 5
 
 
-def test_a_snapshot_without_checksums_yet_is_given_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("where", ["write", "fsync", "rename"])
+def test_a_rescue_that_fails_says_why_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
 ) -> None:
-    """Killed between the copy and the hashing: the bytes are all there."""
-    monkeypatch.setattr(writer.Writer, "_seal", lambda _self, _snapshot: None)
-    killed(tmp_path, 6)
-    (remains,) = left(tmp_path)
-    newest = memory.newest_in(remains)
-    assert newest is not None
-    assert not newest.sealed
-    toy = Toy(seed=9)
-    with toy.manager(tmp_path) as manager:
-        manager.resume()
-    assert_same(snapshot(toy.state), snapshot(after(6).state))
-    assert verify(tmp_path / "latest.pt") is None
+    """In the middle of the bytes, while threads hold views of the mapped memory."""
+    killed(tmp_path, 5)
+
+    def fail(*_args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    name = {"write": "_pwrite", "fsync": "sync_file", "rename": "_rename"}[where]
+    with Toy(seed=9).manager(tmp_path) as manager:
+        with monkeypatch.context() as patch:
+            patch.setattr(filesystem, name, fail)
+            with pytest.raises(SaveFailed) as raised:
+                manager.resume()
+        words = str(raised.value)
+        assert words.startswith("Step 5 lies in memory")
+        assert os.strerror(number) in words
+        assert "\n" not in words
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 5
 
 
 def test_each_slot_is_a_checkpoint_that_torch_opens(tmp_path: Path) -> None:
-    killed(tmp_path, 4, then=lambda: (time.sleep(0.3), die()))
+    killed(tmp_path, 4)
     (remains,) = left(tmp_path)
     newest = memory.newest_in(remains)
     assert newest is not None
@@ -373,6 +534,141 @@ def test_another_run_in_the_same_directory_does_not_take_them(tmp_path: Path) ->
     catalog = Catalog(tmp_path)
     catalog.record("began", run_id="f" * 32, generation=1)
     assert rescue(catalog, Reporter(catalog)) is None
+
+
+def test_what_a_lock_is_taken_of_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    """An earlier version asks by taking the lock: the snapshot must not be passed over for that."""
+    killed(tmp_path, 5)
+    lock = left(tmp_path)[0].directory / "owner.lock"
+    with asking(lock) as asker:
+        threading.Timer(0.3, asker.kill).start()
+        with Toy(seed=9).manager(tmp_path) as manager:
+            resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 5
+
+
+def test_what_another_process_keeps_is_not_passed_over_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training from the disk meanwhile, it would meet the older snapshot at a later start."""
+    killed(tmp_path, 5)
+    monkeypatch.setattr(memory, "_PATIENCE", 0.1)
+    lock = left(tmp_path)[0].directory / "owner.lock"
+    with Toy(seed=9).manager(tmp_path) as manager:
+        with asking(lock), pytest.raises(RunLocked, match="are in use by another process"):
+            manager.resume()
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 5
+
+
+@contextlib.contextmanager
+def asking(lock: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has taken `lock` as an earlier version does to ask about it."""
+    script = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'r+'); "
+        "fcntl.lockf(file, fcntl.LOCK_EX); print('taken', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "taken\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_looking_at_what_is_left_takes_no_lock(tmp_path: Path) -> None:
+    """Whoever looks all the time must not be in the way of a start, nor of one that ends."""
+    killed(tmp_path, 3)
+    (remains,) = left(tmp_path)
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(tell, b"x")
+        while True:
+            leftovers.plan()
+            memory.left_by(tmp_path, "x", 1)
+    try:
+        os.read(ready, 1)
+        lock = FileLock(remains.directory / "owner.lock")
+        for _time in range(300):
+            with lock:
+                pass
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_runs_begin_and_end_beside_each_other(tmp_path: Path) -> None:
+    """What belongs to others in shared memory may come and go at any moment."""
+
+    def run(name: str) -> Callable[[], None]:
+        def work() -> None:
+            for number in range(25):
+                toy = Toy()
+                with toy.manager(tmp_path / name / str(number), memory_every=1) as manager:
+                    manager.resume()
+                    toy.step()
+                    manager.after_step(1)
+                    manager.save(step=1, strict=True)
+
+        return work
+
+    def look() -> None:
+        while (tmp_path / "go").exists():
+            ours = list(tmp_path.glob("*/*"))
+            rows = leftovers.plan().rows
+            rows = [row for row in rows if any(row.remains.belongs_to(run) for run in ours)]
+            leftovers.execute(leftovers.Plan(rows))
+
+    (tmp_path / "go").touch()
+    lookers, runs = [begun(look), begun(look)], [begun(run("a")), begun(run("b"))]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in runs]
+    (tmp_path / "go").unlink()
+    codes += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in lookers]
+    assert codes == [0, 0, 0, 0]
+
+
+def begun(work: Callable[[], None]) -> int:
+    """The pid of a forked process that does `work`; it ends with 1 where that fails."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:  # noqa: BLE001 - told, and its end is the forked process's
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def test_an_end_is_not_disturbed_by_a_lock_file_that_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = Toy()
+    manager = toy.manager(tmp_path, memory_every=1)
+    manager.resume()
+    toy.step()
+    manager.after_step(1)
+    manager.save(step=1, strict=True)
+    (remains,) = left(tmp_path)
+    real, times = filesystem.remove, [3]
+
+    def remove(path: Path) -> None:
+        real(path)
+        if path.name == "owner.lock" and times[0]:
+            times[0] -= 1
+            path.touch()
+
+    monkeypatch.setattr(filesystem, "remove", remove)
+    manager.close()
+    assert not remains.directory.exists()
 
 
 def test_a_snapshot_of_a_living_process_is_left_alone(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from holdfast.checkpoint import memory
 from holdfast.cli.main import main
 from holdfast.manage import leftovers
 from tests.checkpoint.test_memory import killed
-from tests.support import Toy
+from tests.support import Toy, damage
 
 pytestmark = pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
 
@@ -60,6 +60,23 @@ def test_what_is_on_the_disk_goes(tmp_path: Path) -> None:
     assert [row.step for row in done.going] == [3]
     assert done.freed > 0
     assert not remains.directory.exists()
+
+
+def test_memory_does_not_go_for_a_file_that_is_damaged(tmp_path: Path) -> None:
+    """Its manifest says that the step is on the disk; the memory has the only intact one."""
+    killed(tmp_path, 3)
+    (remains,) = memory.remains()
+    copy = tmp_path / "copy"
+    shutil.copytree(remains.directory, copy)
+    with Toy(seed=9).manager(tmp_path) as manager:
+        manager.resume()
+    shutil.copytree(copy, remains.directory)
+    damage(tmp_path / "latest.pt")
+    assert not leftovers.execute(leftovers.plan()).going
+    with Toy(seed=9).manager(tmp_path) as manager:
+        resumed = manager.resume()
+    assert resumed is not None
+    assert (resumed.step, resumed.steps_lost) == (3, 0)
 
 
 def test_what_belongs_to_no_run_any_more_goes(tmp_path: Path) -> None:

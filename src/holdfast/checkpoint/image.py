@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -146,7 +147,7 @@ class Sealer:
     """Puts the checksums into a filled image, record by record, no further than a writer needs.
 
     The payloads lie in `buffer`, at the offsets of `blueprint`; or are on their way there, and
-    `arrived(end)` returns when the bytes before `end` have come.
+    `arrived(end)` returns when the bytes before `end` have come. Several threads may `advance`.
     """
 
     def __init__(
@@ -157,20 +158,33 @@ class Sealer:
     ) -> None:
         self._blueprint, self._buffer, self._arrived = blueprint, buffer, arrived
         self._done: list[Record] = []
+        self._turn = threading.Lock()
         self.final = 0  # every byte before this one is as it will be on the disk
 
     def advance(self, end: int) -> None:
-        """Go on until the first `end` bytes are final."""
-        records, buffer = self._blueprint.records, self._buffer
-        while self.final < end and len(self._done) < len(records):
-            record = records[len(self._done)]
-            self._arrived(record.end)
-            crc32, xxh3 = checksums(buffer[record.offset : record.end])
-            sealed = replace(record, crc32=crc32, xxh3=xxh3)
-            buffer[record.header : record.offset] = local_header(sealed)
-            self._done.append(sealed)
-            self.final = record.end
-        if self.final < end:
-            for part in self._blueprint.ending(self._done):
-                buffer[self.final : self.final + len(part)] = part
-                self.final += len(part)
+        """Return when the first `end` bytes are final."""
+        records = self._blueprint.records
+        while self.final < end:
+            with self._turn:  # for one record: the disk is not to wait for the memory's last one
+                if self.final >= end:
+                    return
+                if len(self._done) < len(records):
+                    self._seal(records[len(self._done)])
+                else:
+                    self._end()
+
+    def _seal(self, record: Record) -> None:
+        buffer = self._buffer
+        self._arrived(record.end)
+        crc32, xxh3 = checksums(buffer[record.offset : record.end])
+        sealed = replace(record, crc32=crc32, xxh3=xxh3)
+        buffer[record.header : record.offset] = local_header(sealed)
+        self._done.append(sealed)
+        self.final = record.end
+
+    def _end(self) -> None:
+        end = self.final
+        for part in self._blueprint.ending(self._done):
+            self._buffer[end : end + len(part)] = part
+            end += len(part)
+        self.final = end

@@ -1,12 +1,15 @@
 """Who works in a run directory: one process, by a lock that the kernel drops when its owner dies.
 
-POSIX record locks, not flock: a forked data-loader worker does not inherit them. They belong to the
-process and fall when it closes *any* descriptor of the file, so the lock file is opened here only.
+The lock belongs to the open file: reading, copying or uploading the lock file does not drop it, as
+it would a POSIX record lock. But a forked child inherits the open file, and a data-loader worker
+would hold the lock of its dead parent: the child closes it at once. On Linux these are OFD locks,
+which exclude, and are excluded by, the record locks of earlier versions; elsewhere flock.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -21,19 +24,27 @@ from holdfast.checkpoint import filesystem
 from holdfast.errors import RunLocked
 from holdfast.i18n import _
 
-_held: set[tuple[int, int]] = set()  # record locks do not exclude threads of one process: this does
-_held_guard = threading.Lock()
+if sys.platform != "win32":
+    import fcntl
+
+_held: dict[int, FileLock] = {}  # by descriptor
+_guard = threading.RLock()  # reentrant: a signal handler may fork in the thread that has it
 
 
-def _forget() -> None:
-    """In a forked child: it inherits no record lock, and perhaps a guard that nobody will open."""
-    global _held_guard
-    _held_guard = threading.Lock()
+def _in_child() -> None:
+    """Close what this forked child has inherited; its parent's locks hold on."""
+    for fd, lock in _held.items():
+        os.close(fd)
+        lock._fd = -1
     _held.clear()
+    _guard.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    # A fork waits while a thread opens a lock file: the child could not know its descriptor.
+    os.register_at_fork(
+        before=_guard.acquire, after_in_parent=_guard.release, after_in_child=_in_child
+    )
 
 
 class FileLock:
@@ -43,7 +54,7 @@ class FileLock:
     """
 
     def __init__(self, path: Path, *, wait: float = 0.0) -> None:
-        self._path, self._wait = path, wait
+        self.path, self._wait = path, wait
         self._fd = -1
         self._pid = 0
         self._key: tuple[int, int] = (0, 0)
@@ -56,46 +67,47 @@ class FileLock:
     @property
     def in_place(self) -> bool:
         """Whether the file that is locked is still the one at the path; looked at, not opened."""
-        try:
-            found = self._path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return (found.st_dev, found.st_ino) == self._key
+        return _key_of(self.path) == self._key
+
+    @property
+    def in_this_process(self) -> bool:
+        """Whether this process holds the lock, through whatever object."""
+        with _guard:
+            return _key_of(self.path) in [lock._key for lock in _held.values()]
+
+    @property
+    def taken(self) -> bool:
+        """Whether anybody holds the lock now. Asked without taking it, which would turn away a
+        training that begins at that moment. Where the system cannot be asked (only Linux can) this
+        process's own locks are known and no others."""
+        return self.in_this_process or _held_elsewhere(self.path)
 
     def acquire(self) -> None:
+        filesystem.make_directory(self.path.parent)
         deadline = time.monotonic() + self._wait
         while not self._try():
             if time.monotonic() >= deadline:
                 raise RunLocked(
                     _("Another process works in {directory} ({owner}). Stop it, or choose another "
-                      "--checkpoint-dir.", directory=self._path.parent, owner=self._owner())
+                      "--checkpoint-dir.", directory=self.path.parent, owner=self._owner())
                 )  # fmt: skip
             time.sleep(0.02)
 
     def renew(self) -> None:
         """Take the lock at its path anew, where the file of before is gone from there; the old one
         falls only then. Raises `RunLocked` where somebody else was faster."""
-        fd, key = self._fd, self._key
+        fd = self._fd
         self.acquire()
-        with _held_guard:
-            _held.discard(key)
-            os.close(fd)
+        _close(fd)
 
     def release(self) -> None:
-        if self._fd < 0:
-            return
-        with _held_guard:
-            _held.discard(self._key)
-            os.close(self._fd)
-            self._fd = -1
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            _close(fd)
 
     def owner(self) -> str:
-        """Who holds the lock now, without trying to take it; empty where nobody does, or where
-        this system cannot be asked (only Linux can)."""
-        with _held_guard:
-            # One step with the question: to close the file would drop a lock taken in between.
-            held = self._in_this_process() or _held_elsewhere(self._path)
-        return self._owner() if held else ""
+        """Who holds the lock now; empty where nobody does, or nobody that `taken` can know of."""
+        return self._owner() if self.taken else ""
 
     def __enter__(self) -> FileLock:
         self.acquire()
@@ -110,23 +122,24 @@ class FileLock:
         self.release()
 
     def _try(self) -> bool:
-        filesystem.make_directory(self._path.parent)
-        with _held_guard:
-            with contextlib.suppress(FileNotFoundError):
-                found = self._path.stat()
-                if (found.st_dev, found.st_ino) in _held:
-                    return False  # and do not open it: closing it again would drop the lock
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
-            try:
-                if not _lock(fd):
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+        while True:
+            with _guard:
+                fd = os.open(self.path, flags, 0o644)
+                try:
+                    taken, found = _lock(fd), os.fstat(fd)
+                except BaseException:  # an interrupt, too, leaves nothing open
                     os.close(fd)
-                    return False
-            except OSError:
+                    raise
+                key = (found.st_dev, found.st_ino)
+                if taken and key == _key_of(self.path):
+                    self._fd, self._pid, self._key = fd, os.getpid(), key
+                    _held[fd] = self
+                    break
                 os.close(fd)
-                raise
-            found = os.fstat(fd)
-            self._fd, self._pid, self._key = fd, os.getpid(), (found.st_dev, found.st_ino)
-            _held.add(self._key)
+            if not taken:
+                return False
+            # The file was removed between the two calls: lock the one that has taken its place.
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
             os.truncate(fd, 0)
@@ -134,44 +147,51 @@ class FileLock:
         return True
 
     def _owner(self) -> str:
-        """Who wrote the lock file last. Read by name: `_try` has made sure that it is not ours."""
-        with _held_guard:
-            if self._in_this_process():
-                return _("this process")
-            try:
-                owner = json.loads(self._path.read_text())
-                since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
-                return _("process {pid} on {host}, since {since}", pid=owner["pid"],
-                         host=owner["host"], since=since)  # fmt: skip
-            except (OSError, ValueError, KeyError, TypeError):
-                return _("unknown process")
-
-    def _in_this_process(self) -> bool:
+        """Who wrote the lock file last."""
+        if self.in_this_process:
+            return _("this process")
         try:
-            found = self._path.stat()
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) in _held
+            owner = json.loads(self.path.read_text())
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
+            return _("process {pid} on {host}, since {since}", pid=owner["pid"],
+                     host=owner["host"], since=since)  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError):
+            return _("unknown process")
 
 
-_FLOCK = "hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length, pid
+def _key_of(path: Path) -> tuple[int, int] | None:
+    """Device and inode of the file at `path`, if there is one."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return (found.st_dev, found.st_ino)
+
+
+def _close(fd: int) -> None:
+    with _guard:
+        del _held[fd]
+        if os.name != "nt":  # or the lock stays until a child that is forked just now has closed it
+            _unlock(fd)
+        os.close(fd)
+
+
+def _whole(kind: int) -> bytes:
+    """The struct flock of 64-bit Linux for all of a file: type, whence, start, length, pid."""
+    return struct.pack("hhqqi", kind, os.SEEK_SET, 0, 0, 0)
 
 
 def _held_elsewhere(path: Path) -> bool:
-    """Whether another process has locked `path`: asked by F_GETLK, since taking the lock for a
-    moment would turn away a training that begins in that moment."""
+    """Whether Linux knows of a lock on `path`, of an open file or of a process."""
     if not sys.platform.startswith("linux"):
         return False
-    import fcntl
-
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        found = fcntl.fcntl(fd, fcntl.F_GETLK, wanted)
-        return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
+        found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _whole(fcntl.F_WRLCK))
+        return found[:2] != _whole(fcntl.F_UNLCK)[:2]
     except OSError:
         return False
     finally:
@@ -187,10 +207,28 @@ def _lock(fd: int) -> bool:
         except OSError:
             return False
         return True
-    import fcntl
-
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _lock_open_file(fd, fcntl.F_WRLCK):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
+    return True
+
+
+def _unlock(fd: int) -> None:
+    with contextlib.suppress(OSError):  # closing it does the same, if later
+        if not _lock_open_file(fd, fcntl.F_UNLCK):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def _lock_open_file(fd: int, kind: int) -> bool:
+    """Lock or unlock with an OFD lock; False where the system has none."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _whole(kind))
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # before Linux 3.15, or something that acts as Linux
+            return False
+        raise
     return True

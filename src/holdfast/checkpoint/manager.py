@@ -230,7 +230,8 @@ class CheckpointManager:
             StateMismatch: it does not fit; nothing was changed.
         """
         self.wait()
-        recovery.rescue(self.catalog, self._reporter)
+        # An older state that is asked for by name must not go to make room for what is left behind.
+        recovery.rescue(self.catalog, self._reporter, make_room=source is None)
         with self.catalog.lock():
             found = recovery.find(self.catalog, source, self._reporter.tell)
             if found is None:

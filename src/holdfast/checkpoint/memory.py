@@ -7,21 +7,26 @@ that is a complete `.pt`, and beside it a head that says what it is:
     holdfast-<uid>-<device>-<inode>-<run>-g<generation>/
         owner.lock              held by the process that writes here
         run                     the path of the run directory
-        slot-0.pt  slot-0.head  the image; and one line of JSON, its checksum, the bare manifest
+        slot-0.pt  slot-0.head  the image; and one line of JSON with its checksum
 
-A head is valid only while the slot beside it holds a whole snapshot. No torch here.
+A head is valid only while the slot beside it holds a whole snapshot, checksums included: what has
+none is not believed. Other processes of this user make and remove such directories at any moment,
+so every look at one that is not ours must take it that something has just gone. No torch here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import mmap
 import os
 import re
 import secrets
 import stat
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +34,19 @@ from typing import Any
 
 import xxhash
 
-from holdfast.checkpoint import filesystem, image
+from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.container import Reader
-from holdfast.checkpoint.layout import MANIFEST, Record, place, plan
 from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.retention import Order
 from holdfast.checkpoint.slot import Slot
-from holdfast.errors import CheckpointError, RunLocked
+from holdfast.errors import DamagedCheckpoint, RunLocked
 from holdfast.i18n import _
 
+log = logging.getLogger("holdfast")
+
 PLACE = Path("/dev/shm")
-_RUN = "run"
+_RUN, _LOCK = "run", "owner.lock"
+_PATIENCE = 2.0  # seconds; earlier versions take a lock for a moment only to ask about it
 HEAD_SIZE = 4096  # the first line of a head, padded: one page is written whole or not at all
 _NAME_RE = re.compile(r"holdfast-(\d+)-(\d+)-(\d+)-([0-9a-f]{8})-g(\d+)(-[0-9a-f]+)?")
 NONSENSE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -71,19 +78,17 @@ class MemoryTier:
 
     def __init__(self, run_directory: Path, run_id: str, generation: int) -> None:
         """Claim the directory of this run. Raises `OSError` or `RunLocked`."""
-        self.directory = PLACE / _name(run_directory, run_id, generation)
-        if not _make_private(self.directory) or any(self.directory.glob("slot-*")):
-            # An earlier process has left snapshots that are not to be overwritten yet.
-            self.directory = self.directory.with_name(
-                f"{self.directory.name}-{secrets.token_hex(4)}"
-            )
-            _make_private(self.directory)
-        self._lock = FileLock(self.directory / "owner.lock")
-        self._lock.acquire()
-        # For people who look at what is left; nothing that resuming does depends on it.
-        (self.directory / _RUN).write_bytes(os.fsencode(run_directory.absolute()))
+        self._lock = _claim(_name(run_directory, run_id, generation))
+        self.directory = self._lock.path.parent
         self._slots = 0
         self._newest = self._durable = (0, 0)
+        try:
+            self.directory.chmod(0o700)  # the lock makes it anew where it has just been swept
+            # For people who look at what is left; nothing that resuming does depends on it.
+            (self.directory / _RUN).write_bytes(os.fsencode(run_directory.absolute()))
+        except BaseException:  # no room, an interrupt: nobody will have a tier to close
+            self.close(abandon=True)
+            raise
 
     def in_memory(self, order: Order) -> None:
         """A snapshot of this order is whole here."""
@@ -104,9 +109,16 @@ class MemoryTier:
         """Everything goes, unless a snapshot here is newer than what is on the disk: that stays for
         whoever goes on with the run. With `abandon` nobody will."""
         if self._lock.held:  # a forked child holds nothing
-            if abandon or self._newest <= self._durable:
-                _remove(self.directory)
-            self._lock.release()
+            try:
+                if abandon or self._newest <= self._durable:
+                    _remove(self._lock)
+            except (
+                OSError,
+                RunLocked,
+            ) as error:  # a later sweep removes it
+                log.warning("%s: %s", self.directory, error)
+            finally:
+                self._lock.release()
 
 
 class SharedSlot(Slot):
@@ -122,11 +134,9 @@ class SharedSlot(Slot):
             super().__init__(capacity)
         except BaseException:  # no room, an interrupt: nothing of it stays behind
             self._close_files()
-            path.with_suffix(".head").unlink(missing_ok=True)
-            path.unlink()
+            self.discard()
             raise
         self._size = capacity
-        self._line: dict[str, Any] = {}
 
     def _allocate(self) -> mmap.mmap:
         # Claimed before it is mapped: a hole in a full tmpfs is a SIGBUS, not an exception.
@@ -156,49 +166,29 @@ class SharedSlot(Slot):
                 os.posix_fallocate(self._fd, 0, size)
             self._size = size
 
-    def complete(self, blueprint: image.Blueprint) -> None:
-        told = {
-            "sizes": [[record.name, record.size] for record in blueprint.records],
-            "manifest": blueprint.manifest,
-            "slot": blueprint.slot.size,
-            "size": blueprint.size,
-        }
-        bare = json.dumps(told, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        _pwrite_all(self._head, bare, HEAD_SIZE)
-        self._line = {
-            "holdfast": 1,
-            "identity": blueprint.manifest["identity"],
-            "blueprint": {"size": len(bare), "xxh3_128": xxhash.xxh3_128_hexdigest(bare)},
-            "sealed": False,
-        }
-        self._write_line()
-        self._tier.in_memory(_order(self._line["identity"]))
-
-    def sealed(self) -> None:
-        if self._line:
-            self._line["sealed"] = True
-            self._write_line()
-
-    def _write_line(self) -> None:
-        text = json.dumps(self._line).encode()
+    def complete(self, identity: Mapping[str, Any]) -> None:
+        text = json.dumps({"holdfast": 1, "identity": identity, "sealed": True}).encode()
         line = text + b" " + xxhash.xxh3_128_hexdigest(text).encode() + b"\n"
         assert len(line) <= HEAD_SIZE, "an identity has a fixed size"
         os.pwrite(self._head, line.ljust(HEAD_SIZE, b"\0"), 0)
+        self._tier.in_memory(_order(identity))
 
 
-def _pwrite_all(fd: int, data: bytes, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
-
-
-def _make_private(directory: Path) -> bool:
-    """Create `directory` for us alone; False where it exists. Raises `OSError`."""
-    try:
-        directory.mkdir(mode=0o700)
-    except FileExistsError:
-        return False
-    return True
+def _claim(name: str) -> FileLock:
+    """Make a directory in shared memory that is this process's alone; returns its lock, held.
+    Raises `OSError` or `RunLocked`."""
+    directory = PLACE / name
+    while True:
+        try:
+            directory.mkdir(mode=0o700)
+        except FileExistsError:
+            # An earlier process has left snapshots that are not to be overwritten yet.
+            directory = PLACE / f"{name}-{secrets.token_hex(4)}"
+            continue
+        lock = FileLock(directory / _LOCK, wait=_PATIENCE)
+        with contextlib.suppress(FileNotFoundError):  # another process has swept it, still empty
+            lock.acquire()
+            return lock
 
 
 def _name(run_directory: Path, run_id: str, generation: int) -> str:
@@ -206,10 +196,34 @@ def _name(run_directory: Path, run_id: str, generation: int) -> str:
     return f"holdfast-{os.getuid()}-{found.st_dev}-{found.st_ino}-{run_id[:8]}-g{generation}"
 
 
-def _remove(directory: Path) -> None:
-    for path in sorted(directory.iterdir(), reverse=True):  # slots before the lock
-        filesystem.remove(path)
-    directory.rmdir()
+def _remove(lock: FileLock) -> None:
+    """Remove a directory of shared memory whose `lock` is held, with all that is in it.
+
+    The lock goes last. Another process may make it anew at that moment, to ask or to use what is
+    there: nothing more goes before it is ours again. Raises `OSError`, or `RunLocked`.
+    """
+    directory = lock.path.parent
+    while True:
+        for path in reversed(_listing(directory)):  # slots before the lock
+            filesystem.remove(path)
+        try:
+            directory.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+            lock.renew()
+        else:
+            return
+
+
+def _listing(directory: Path) -> list[Path]:
+    """What is in `directory`; nothing where it is gone."""
+    try:
+        return sorted(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 # ------------------------------------------------------------------------------- finding them again
@@ -225,7 +239,10 @@ class Remains:
     inode: int
 
     def belongs_to(self, run_directory: Path) -> bool:
-        found = run_directory.stat()
+        try:
+            found = run_directory.stat()
+        except OSError:  # gone, or hidden from us
+            return False
         return (self.device, self.inode) == (found.st_dev, found.st_ino)
 
     @property
@@ -236,13 +253,21 @@ class Remains:
         except OSError:
             return None
 
+    @property
+    def lock(self) -> FileLock:
+        """The lock that a living owner holds."""
+        return FileLock(self.directory / _LOCK)
+
     def remove(self) -> bool:
-        """Give the memory back; False where somebody has begun to use it meanwhile."""
+        """Give the memory back; False where a process uses it or it cannot go."""
         try:
-            with FileLock(self.directory / "owner.lock"):
-                _remove(self.directory)
-                return True
-        except (RunLocked, FileNotFoundError):
+            with self.lock as lock:
+                _remove(lock)
+            return True
+        except RunLocked:
+            return False
+        except OSError as error:
+            log.warning("%s: %s", self.directory, error)
             return False
 
 
@@ -252,7 +277,6 @@ class Left:
 
     path: Path
     identity: Mapping[str, Any]
-    sealed: bool
     remains: Remains
 
     @property
@@ -270,33 +294,39 @@ def remains() -> list[Remains]:
     if not sys.platform.startswith("linux"):
         return []
     found = []
-    for directory in sorted(PLACE.glob("holdfast-*")):
+    for directory in _listing(PLACE):
         named = _NAME_RE.fullmatch(directory.name)
-        with contextlib.suppress(FileNotFoundError):
+        if named is None:
+            continue
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             status = directory.lstat()
-            if named is None or not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-                continue
-            size = sum(path.lstat().st_blocks * 512 for path in directory.iterdir())
-            found.append(Remains(directory, size, int(named[2]), int(named[3])))
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
+                found.append(Remains(directory, _size(directory), int(named[2]), int(named[3])))
     return found
 
 
-def in_use(directory: Path) -> bool:
-    """Whether a living process owns this directory of shared memory."""
-    if not (directory / "owner.lock").exists():
-        return False  # and do not create it: its owner is about to be gone altogether
-    try:
-        with FileLock(directory / "owner.lock"):
-            return False
-    except RunLocked:
-        return True
+def _size(directory: Path) -> int:
+    size = 0
+    for path in _listing(directory):
+        with contextlib.suppress(FileNotFoundError):
+            size += path.lstat().st_blocks * 512
+    return size
 
 
-def left_by(run_directory: Path, run_id: str, generation: int) -> list[Left]:
-    """The whole snapshots of this run and generation that a dead process has left, newest first."""
+def left_by(run_directory: Path, run_id: str, generation: int, *, sure: bool = False) -> list[Left]:
+    """The whole snapshots of this run and generation that a dead process has left, newest first.
+
+    `sure`: the caller holds the run's lock, so that no other training can own what belongs to it.
+    Then a lock that another process has taken is waited for, and `RunLocked` raised where it stays
+    taken: a snapshot passed over now would win over what was trained since, later.
+    """
     found = []
     for each in remains():
-        if in_use(each.directory) or not each.belongs_to(run_directory):
+        if not each.belongs_to(run_directory) or each.lock.in_this_process:
+            continue
+        if sure and any(_snapshots(each)):
+            _await_free(each)
+        elif each.lock.taken:
             continue
         for left in _snapshots(each):
             if (left.identity["run_id"], left.identity["generation"]) == (run_id, generation):
@@ -304,24 +334,31 @@ def left_by(run_directory: Path, run_id: str, generation: int) -> list[Left]:
     return sorted(found, key=lambda left: left.order, reverse=True)
 
 
+def _await_free(found: Remains) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while owner := found.lock.owner():
+        if time.monotonic() >= deadline:
+            raise RunLocked(
+                _("Snapshots of this run in shared memory ({path}) are in use by another process "
+                  "({owner}). Stop it and start again.", path=found.directory, owner=owner)
+            )  # fmt: skip
+        time.sleep(0.02)
+
+
 def _snapshots(found: Remains) -> Iterator[Left]:
-    for head in sorted(found.directory.glob("slot-*.head")):
-        line = _read_line(head)
+    for head in _listing(found.directory):
+        line = _read_line(head) if head.suffix == ".head" else None
         if line is not None:
             identity = line["identity"]
             numbers = (identity.get("generation"), identity.get("step"), identity.get("sequence"))
             if all(type(number) is int for number in numbers) and "run_id" in identity:
-                yield Left(head.with_suffix(".pt"), identity, line["sealed"] is True, found)
+                yield Left(head.with_suffix(".pt"), identity, found)
 
 
 def sweep(run_directory: Path) -> None:
     """Remove what processes that were killed before their first snapshot have left of this run."""
     for each in remains():
-        if (
-            each.belongs_to(run_directory)
-            and newest_in(each) is None
-            and not in_use(each.directory)
-        ):
+        if each.belongs_to(run_directory) and newest_in(each) is None and not each.lock.taken:
             each.remove()
 
 
@@ -331,53 +368,34 @@ def newest_in(found: Remains) -> Left | None:
 
 
 def _read_line(head: Path) -> dict[str, Any] | None:
-    """The first line of a head, if it is valid."""
+    """The line of a head, if it is valid. `OSError` as it comes: it says nothing about the slot."""
     try:
         text, _blank, digest = head.read_bytes()[:HEAD_SIZE].partition(b"\n")[0].rpartition(b" ")
         if xxhash.xxh3_128_hexdigest(text).encode() != digest:
             return None
         line = json.loads(text)
-        return line if isinstance(line["identity"], dict) and "sealed" in line else None
-    except (OSError, *NONSENSE):
+        return line if isinstance(line["identity"], dict) and line["sealed"] is True else None
+    except (FileNotFoundError, *NONSENSE):
         return None
 
 
-def make_whole(left: Left) -> None:
-    """Give a snapshot that has no checksums yet what it lacks, from what lies in its head.
+@contextlib.contextmanager
+def opened(left: Left) -> Iterator[tuple[Mapping[str, Any], memoryview]]:
+    """The manifest and the bytes of a snapshot, after every byte has been verified.
 
-    Raises `CheckpointError` or `OSError` where it cannot be made a checkpoint. Afterwards, and for
-    a sealed one, reading it verifies it as any other file.
+    Raises `DamagedCheckpoint` where they are not what was written, or gone; `OSError` as it comes.
     """
-    if not left.sealed:
-        with left.path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
-            buffer = memoryview(mapped)
-            try:
-                blueprint = _blueprint(left.path.with_suffix(".head"))
-                if blueprint.size != len(buffer):
-                    raise _not_whole(left.path)
-                image.Sealer(blueprint, buffer).advance(blueprint.size)
-            finally:
-                buffer.release()
-    with Reader(left.path) as reader:
-        reader.check_structure()
-
-
-def _not_whole(path: Path) -> CheckpointError:
-    return CheckpointError(_("{path} belongs to no whole snapshot.", path=path))
-
-
-def _blueprint(head: Path) -> image.Blueprint:
-    line = _read_line(head)
-    if line is None:
-        raise _not_whole(head)
-    size = int(line["blueprint"]["size"])
-    bare = head.read_bytes()[HEAD_SIZE : HEAD_SIZE + size]
-    if xxhash.xxh3_128_hexdigest(bare) != line["blueprint"]["xxh3_128"]:
-        raise _not_whole(head)
     try:
-        told = json.loads(bare.decode("utf-8", "surrogatepass"))
-        records: list[Record] = plan((str(name), int(count)) for name, count in told["sizes"])
-        slot = place(records[-1].end, MANIFEST, int(told["slot"]))
-        return image.Blueprint(records, told["manifest"], slot, int(told["size"]))
-    except NONSENSE as error:
-        raise _not_whole(head) from error
+        with Reader(left.path) as reader:
+            reader.verify()
+            manifest, size = reader.manifest, reader.size
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(str(error)) from error
+    if manifest["identity"] != left.identity:
+        why = _("it holds another checkpoint")
+        raise DamagedCheckpoint(_("{path} is damaged: {why}.", path=left.path, why=why), why)
+    with left.path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, size)  # reading a hole of a full tmpfs is a SIGBUS
+        # Never closed by hand: views of it in the traceback of an error that is on its way would
+        # make closing fail, with an error that hides the first. It goes with the last view.
+        yield manifest, memoryview(mmap.mmap(file.fileno(), size))

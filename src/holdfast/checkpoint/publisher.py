@@ -53,11 +53,14 @@ class Publisher:
         *,
         limit: float = 0,
         secure: Callable[[], None] | None = None,
+        make_room: bool = False,
     ) -> None:
-        """`keep` says what to keep; without any, nothing is removed. `limit`: bytes a second.
-        `secure` sees to it that the run directory is there, and ours, before each write."""
+        """`keep` says what to keep; without any, nothing is removed, unless the disk is too full
+        and `make_room` lets go of what the floor does not need. `limit`: bytes a second. `secure`
+        sees to it that the run directory is there, and ours, before each write."""
         self._catalog, self._reporter, self._keep = catalog, reporter, keep
         self._limit, self._secure = limit, secure
+        self._make_room = make_room or bool(keep)
         self._turn = threading.Lock()
 
     def publish(
@@ -94,7 +97,7 @@ class Publisher:
         if self._secure is not None:
             self._secure()
         filesystem.make_directory(catalog.directory)
-        if self._keep:
+        if self._make_room:
             self._tell_gone(space.make_room(catalog, draft.size))
         guard.check_space(catalog.directory, draft.size)
         contents = catalog.scan()
@@ -152,7 +155,7 @@ class Publisher:
 
     def _made_room(self, error: Exception, size: int) -> bool:
         """Whether old checkpoints could go for one that the disk has refused."""
-        if not self._keep or not isinstance(error, OSError) or error.errno not in _REFUSED:
+        if not self._make_room or not isinstance(error, OSError) or error.errno not in _REFUSED:
             return False
         gone = space.make_room(self._catalog, size, refused=True)
         self._tell_gone(gone)

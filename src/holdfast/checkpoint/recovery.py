@@ -6,10 +6,10 @@ memory is made durable first. Nothing live is touched here.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import glob
-import mmap
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,40 +22,51 @@ from holdfast.checkpoint.catalog import QUARANTINE, Catalog, Entry, summary
 from holdfast.checkpoint.publisher import Draft, Publisher
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.checkpoint.retention import Order
-from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint, SaveFailed
+from holdfast.errors import (
+    CheckpointError,
+    DamagedCheckpoint,
+    ForeignCheckpoint,
+    HoldfastError,
+    ResourceError,
+    SaveFailed,
+)
 from holdfast.i18n import _
 
 Tell = Callable[..., None]
 
 
-def rescue(catalog: Catalog, reporter: Reporter) -> Entry | None:
+def rescue(catalog: Catalog, reporter: Reporter, *, make_room: bool = False) -> Entry | None:
     """Make a snapshot durable that a killed process has left in shared memory, if it is newer than
-    everything on the disk; then it is a checkpoint like any other. Returns it, or None. A roll-back
-    that was interrupted is finished first: what it abandoned is not to be gone on from.
+    everything intact on the disk; then it is a checkpoint like any other. Returns it, or None. A
+    roll-back that was interrupted is finished first: what it abandoned is not to be gone on from.
 
-    The caller holds the run's lock. Raises `SaveFailed` where there is such a snapshot and the disk
-    does not take it: it stays where it is.
+    The memory is given back once a state as new as all that lies there has been read back whole
+    from the disk. With `make_room`, old checkpoints make way on a full disk as they do for a save.
+
+    The caller holds the run's lock. Raises `SaveFailed`, or `ResourceError` for lack of room, where
+    there is such a snapshot and the disk does not take it: it stays where it is. `RunLocked` where
+    another process uses what lies in memory.
     """
     rollback.finish(catalog)
     run = catalog.history.known.run
     if run is None:
         return None
-    newest = catalog.scan().newest
     rescued: Entry | None = None
-    left = memory.left_by(catalog.directory, *run)
+    left = memory.left_by(catalog.directory, *run, sure=True)
     for snapshot in left:
-        if newest is not None and snapshot.order <= newest.order:
+        if _on_disk(catalog, reporter, snapshot):
             break
         try:
-            rescued = _make_durable(catalog, reporter, snapshot)
-        except CheckpointError as error:
+            rescued = _make_durable(catalog, reporter, snapshot, make_room=make_room)
+        except _Rotten as error:
             reporter.report("failed", step=snapshot.step, reason=str(error))
             continue  # the one before it is whole: a slot is not touched while another is filled
-        except OSError as error:
-            raise SaveFailed(
+        except (OSError, HoldfastError) as error:
+            kind = ResourceError if isinstance(error, ResourceError) else SaveFailed
+            raise kind(
                 _("Step {step} lies in memory ({path}) and could not be written to the disk: "
                   "{error}. Mend that and start again: it goes on from there.",
-                  step=snapshot.step, path=snapshot.path, error=error)
+                  step=snapshot.step, path=snapshot.path, error=str(error).rstrip(".。"))
             ) from error  # fmt: skip
         break
     for remains in {snapshot.remains for snapshot in left}:
@@ -64,21 +75,43 @@ def rescue(catalog: Catalog, reporter: Reporter) -> Entry | None:
     return rescued
 
 
-def _make_durable(catalog: Catalog, reporter: Reporter, snapshot: memory.Left) -> Entry:
+class _Rotten(Exception):
+    """A snapshot in memory is not what was put there."""
+
+
+def _make_durable(
+    catalog: Catalog, reporter: Reporter, snapshot: memory.Left, *, make_room: bool
+) -> Entry:
+    """Publish a snapshot. Raises `_Rotten` for its own faults; all others are the disk's."""
     asked = time.monotonic()
-    memory.make_whole(snapshot)
-    with container.Reader(snapshot.path) as reader:
-        reader.verify()
-        manifest, size = reader.manifest, reader.size
-    with snapshot.path.open("r+b") as file, mmap.mmap(file.fileno(), size) as mapped:
-        image = memoryview(mapped)
+    with contextlib.ExitStack() as stack:
         try:
-            draft = Draft(manifest, size, [(0, image)])
-            saved = Publisher(catalog, reporter).publish(draft, asked=asked)
-        finally:
-            image.release()
+            manifest, image = stack.enter_context(memory.opened(snapshot))
+        except CheckpointError as error:
+            raise _Rotten(str(error)) from error
+        draft = Draft(manifest, len(image), [(0, image)])
+        saved = Publisher(catalog, reporter, make_room=make_room).publish(draft, asked=asked)
     reporter.report("rescued", id=saved.entry.id, step=saved.entry.step)
     return saved.entry
+
+
+def _on_disk(catalog: Catalog, reporter: Reporter, snapshot: memory.Left) -> bool:
+    """Whether a state as new as `snapshot` lies here intact: read now, every byte, since memory is
+    given back on the word of it. Damaged ones are set aside."""
+    for entry in catalog.scan().entries:
+        if entry.order < snapshot.order:
+            break
+        try:
+            reason = rollback.damage_of_all(catalog, entry)
+        except OSError as error:  # it says nothing about the file: that stays, and the memory too
+            reporter.warn(error)
+            continue
+        if reason is None:
+            return True
+        with catalog.lock():
+            names = catalog.quarantine(entry.names, reason)
+        reporter.tell("quarantined", names=names, reason=reason, step=entry.step)
+    return False
 
 
 @dataclass(slots=True)

@@ -54,6 +54,16 @@ def damage_of(path: Path) -> str | None:
     return None
 
 
+def damage_of_all(catalog: Catalog, entry: Entry) -> str | None:
+    """What is wrong with the last of the names of `entry`; None where one of them is intact."""
+    reason = None
+    for name in entry.names:
+        reason = damage_of(catalog.directory / name)
+        if reason is None:
+            break
+    return reason
+
+
 def roll_back(catalog: Catalog, entry: Entry, source: str | None = None) -> Rollback:
     """Make `entry` the newest; `source` where it lies in the archive, else it is one of those here.
 

@@ -9,13 +9,12 @@ import contextlib
 import ctypes
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-
-    from holdfast.checkpoint.image import Blueprint
 
 _PREFAULT = 64 << 20  # bytes a system call: the process must be able to end in between
 _MADV_POPULATE_WRITE = 23  # madvise(2), Linux 5.14: fault all pages in at once
@@ -89,11 +88,8 @@ class Slot:
     def fit(self, size: int) -> None:
         """The next image has `size` bytes. Raises `OSError` where there is no room."""
 
-    def complete(self, blueprint: Blueprint) -> None:
-        """The content is a whole snapshot, its checksums are still missing."""
-
-    def sealed(self) -> None:
-        """The content has its checksums now."""
+    def complete(self, identity: Mapping[str, Any]) -> None:
+        """The content is the whole snapshot that `identity` names, checksums included."""
 
     def discard(self) -> None:
         """Nobody will want the content any more, not even after a crash."""

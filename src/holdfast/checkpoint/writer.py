@@ -198,8 +198,7 @@ class Writer:
             if newest is None or newest.to_disk or self._tier is None:
                 return None
             newest.to_disk, newest.droppable, newest.asked = True, False, time.monotonic()
-        # In the staging thread's turn: it may still be giving this snapshot its checksums.
-        self._submit(self._stager, self._enqueue, newest)
+        self._enqueue(newest)
         return newest.pending
 
     def abandon(self) -> None:
@@ -273,15 +272,17 @@ class Writer:
         must be kept and the caller is not `patient`. Raises `NoRoom` where there is none at all."""
         if any(slot.capacity < capacity for slot in self._slots):
             self._close_slots()  # the state has grown
-        crowded = False  # whether there is memory for fewer slots than there might be
+        crowded: NoRoom | None = None  # why there are fewer slots than there might be
         while True:
             with self._change:
-                busy = [*self._staging, *self._queue, self._writing]
-                if self._tier is not None:
-                    busy.append(self._newest)  # what a crash in mid-copy falls back to
+                under_way = [*self._staging, *self._queue, self._writing]
+                # A crash in mid-copy falls back to the newest that is complete in shared memory.
+                busy = [*under_way, self._newest if self._tier is not None else None]
                 taken = [s.slot for s in busy if s is not None]
                 free = next((slot for slot in self._slots if slot not in taken), None)
-                full = crowded or len(self._slots) >= self._most()
+                full = crowded is not None or len(self._slots) >= self._most()
+                if free is None and crowded is not None and not any(under_way):
+                    raise crowded  # nothing is under way that would free one
                 # What is only on its way to its place is there in a moment.
                 moving = bool(self._staging) or (bool(self._queue) and self._writing is None)
                 if free is None and full and not self._drop_waiting():
@@ -293,10 +294,10 @@ class Writer:
             if not full:
                 try:
                     self._new_slot(capacity)
-                except NoRoom:
+                except NoRoom as error:
                     if not self._slots:
                         raise
-                    crowded = True
+                    crowded = error
 
     def _new_slot(self, capacity: int) -> Slot | None:
         """One more slot; None where there are enough. Raises `NoRoom`."""
@@ -379,17 +380,11 @@ class Writer:
         snapshot.copy.settle()
         _keep(snapshot.pending.staged)
         try:
-            snapshot.slot.complete(blueprint)
-        except OSError as error:  # shared memory is full: it is on its way to the disk all the same
-            log.warning("%s: %s", memory.PLACE, error)
-        with self._change:
-            self._newest = snapshot
-            while self._outlived:
-                self._outlived.pop().discard()
-        self._staged(snapshot)
-        if not snapshot.to_disk:
-            self._seal(snapshot)
-        self.background_seconds += time.thread_time() - began
+            if self._tier is not None:
+                self._remember(snapshot, blueprint)
+        finally:
+            self._staged(snapshot)
+            self.background_seconds += time.thread_time() - began
 
     def _enqueue(self, snapshot: Snapshot) -> None:
         with self._change:
@@ -417,16 +412,20 @@ class Writer:
         snapshot.sealer = Sealer(blueprint, image, snapshot.copy.await_bytes)
         return blueprint
 
-    def _seal(self, snapshot: Snapshot) -> None:
-        """Give a snapshot that stays in memory its checksums, unless a newer one is coming."""
+    def _remember(self, snapshot: Snapshot, blueprint: Blueprint) -> None:
+        """Make a snapshot the newest in memory. Only now, with its checksums: a start after a kill
+        believes nothing that it cannot verify, and falls back to the one before it until then."""
         assert snapshot.sealer is not None
-        assert snapshot.blueprint is not None
-        for record in snapshot.blueprint.records:
-            if self._staging:
-                return
-            snapshot.sealer.advance(record.end)
-        snapshot.sealer.advance(snapshot.blueprint.size)
-        snapshot.slot.sealed()
+        snapshot.sealer.advance(blueprint.size)
+        try:
+            snapshot.slot.complete(blueprint.manifest["identity"])
+        except OSError as error:  # what is on its way to the disk goes there all the same
+            log.warning("%s: %s", memory.PLACE, error)
+            return
+        with self._change:
+            self._newest = snapshot
+            while self._outlived:
+                self._outlived.pop().discard()
 
     def _write_next(self) -> None:
         with self._change:
@@ -466,7 +465,6 @@ class Writer:
         )
 
         def announced(saved: Saved) -> None:
-            snapshot.slot.sealed()
             self._on_durable(saved)
             if not snapshot.pending.durable.done():
                 snapshot.pending.durable.set_result(saved)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import memory
+from holdfast.checkpoint import memory, rollback
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.formatting import NOTHING, format_bytes
 from holdfast.i18n import N_, _
@@ -99,20 +99,37 @@ def plan() -> Plan:
 
 
 def execute(shown: Plan) -> Plan:
-    """Remove what `shown` says goes and still may; returns what has gone."""
+    """Remove what `shown` says goes and still may; returns what has gone. What is on the disk
+    already is read there first, every byte: the memory may have the only intact one."""
     gone = []
     for row in shown.going:
-        if not _row(row.remains).stays and row.remains.remove():
+        now = _row(row.remains)
+        if now.stays or (now.reason == "saved" and not _is_intact(now)):
+            continue
+        if row.remains.remove():
             gone.append(row)
     return Plan(gone)
+
+
+def _is_intact(row: Row) -> bool:
+    """Whether a state as new as the one in memory can be read from the disk."""
+    newest = memory.newest_in(row.remains)
+    if newest is None or row.run is None:
+        return False
+    catalog = Catalog(row.run)
+    entries = [entry for entry in catalog.scan().entries if entry.order >= newest.order]
+    try:
+        return any(rollback.damage_of_all(catalog, entry) is None for entry in entries)
+    except OSError:
+        return False
 
 
 def _row(remains: memory.Remains) -> Row:
     newest = memory.newest_in(remains)
     step = None if newest is None else newest.step
     run = remains.run
-    here = run is not None and run.is_dir() and remains.belongs_to(run)
-    if memory.in_use(remains.directory):
+    here = run is not None and remains.belongs_to(run)
+    if remains.lock.taken:
         reason = "in_use"
     elif newest is None:
         reason = "incomplete"

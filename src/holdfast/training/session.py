@@ -81,7 +81,9 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
     notifier = Notifier(config.checkpoint.notify, directory, console.warn)
     with run_lock(directory) as lock, notifier:
         catalog = Catalog(directory)
-        rescue(catalog, Reporter(catalog, console.on_event))
+        options = config.checkpoint
+        named = options.checkpoint is not None or options.resume not in (None, "auto")
+        rescue(catalog, Reporter(catalog, console.on_event), make_room=not named)
         contents = catalog.scan()
         can_ask = console.terminal and sys.stdin.isatty() and not yes
         start = continuing.decide(config, contents, console.ask if can_ask else None)
