@@ -25,6 +25,7 @@ from holdfast.checkpoint import guard as guards
 from holdfast.checkpoint import space
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.foreign import load_weights
+from holdfast.checkpoint.layout import PAGE
 from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.manager import CheckpointManager, Resumed, checkpoint_size, run_lock
 from holdfast.checkpoint.place import check_rights
@@ -239,7 +240,7 @@ def _train(
     _heed(trainer.guard)
     _write_descriptions(workshop, directory)
     needed = checkpoint_size(trainer.state, reserve=workshop.reserve)
-    space.check_room(manager.catalog, needed)
+    space.check_room(manager.catalog, needed + _moments_to_come(trainer))
     records = Records(
         directory, tensorboard=config.training.tensorboard, resumed_step=trainer.progress.step
     )
@@ -362,6 +363,14 @@ def _reserve(trainer: Trainer) -> int:
     epochs = trainer.plan.epochs or 64
     step = 64 << 10
     return -(-(text + 900 * tensors + 160 * epochs + step) // step) * step
+
+
+def _moments_to_come(trainer: Trainer) -> int:
+    """Bytes of the two moments that AdamW makes for each parameter in its first step: two thirds
+    of a checkpoint, and none of it is there before."""
+    groups, state = trainer.optimizer.param_groups, trainer.optimizer.state
+    new = [p for group in groups for p in group["params"] if p.requires_grad and not state.get(p)]
+    return sum(2 * (p.nbytes + PAGE) for p in new)
 
 
 def _write_descriptions(workshop: Workshop, directory: Path) -> None:
