@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -225,27 +224,6 @@ def test_when_everything_is_damaged_nothing_is_started_over(tmp_path: Path) -> N
             manager.resume()
         assert_same(snapshot(toy.state), before)
     assert "checkpoint_step_3.pt" in tree_of(tmp_path / "quarantine")
-
-
-def test_a_failing_medium_is_damage_and_a_busy_system_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_run(tmp_path, 2)
-    real, number = os.preadv, errno.EMFILE
-
-    def preadv(fd: int, buffers: Any, offset: int) -> int:
-        name = str(Path(f"/proc/self/fd/{fd}").readlink())
-        if offset < 4096 and (name.endswith("step_2.pt") or "latest" in name or "model" in name):
-            raise OSError(number, os.strerror(number))
-        return real(fd, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", preadv)
-    with Toy(seed=5).manager(tmp_path) as manager, pytest.raises(OSError, match="Too many"):
-        manager.resume()
-    assert not (tmp_path / "quarantine").exists()
-    number = errno.EIO
-    _toy, result = resumed(tmp_path)
-    assert result.step == 1
 
 
 def test_what_a_later_version_wrote_is_not_passed_over(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ grows; `metadata.json` is a cache that can be thrown away. Whatever changes the 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -17,6 +16,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.container import NewerFormat, Reader, read_manifest
 from holdfast.checkpoint.history import Event, History, is_later, now
 from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.reading import patiently
 from holdfast.checkpoint.retention import Candidate, KeepBest, Order
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
@@ -93,6 +94,11 @@ class Contents:
         return next((e for e, chosen in zip(self.entries, mask, strict=True) if chosen), None)
 
 
+def in_words(error: BaseException) -> str:
+    """What the system has said; an error without words by its kind."""
+    return str(error) or type(error).__name__
+
+
 class Catalog:
     """The checkpoints of one run directory."""
 
@@ -123,7 +129,10 @@ class Catalog:
             key = (status.st_dev, status.st_ino)
             try:
                 entry = by_inode.get(key) or cache.get((name, _stamp(status)))
-                entry = entry or summary(read_manifest(self.directory / name), status.st_size)
+                if entry is None:
+                    # After one that cannot be read the others are not waited for.
+                    path, patient = self.directory / name, not unreadable
+                    entry = summary(read_manifest(path, patient=patient), status.st_size)
             except DamagedCheckpoint as error:
                 damaged.append((name, error.why))
             except NewerFormat as error:
@@ -135,8 +144,8 @@ class Catalog:
                     foreign.append(name)
             except FileNotFoundError:
                 continue  # the trainer has just replaced it
-            except OSError as error:  # only a medium that fails says something about the file
-                (damaged if error.errno == errno.EIO else unreadable).append((name, str(error)))
+            except (OSError, MemoryError) as error:  # says nothing about the file
+                unreadable.append((name, in_words(error)))
             else:
                 by_inode[key] = entry
                 found.setdefault(entry.id, entry)
@@ -157,7 +166,7 @@ class Catalog:
         for prefix in ("", TEMP):
             place = os.path.join(self.directory, prefix)  # noqa: PTH118 - a Path for each of a
             try:  # thousand files takes longer than looking at them
-                listing = sorted(os.listdir(place))  # noqa: PTH208
+                listing = sorted(patiently(partial(os.listdir, place)))
             except (FileNotFoundError, NotADirectoryError):
                 continue
             for item in listing:
@@ -268,13 +277,20 @@ class Catalog:
 
     def clear_roles(self, contents: Contents) -> None:
         """Nothing is overwritten unseen: what bears the name of a role and is no checkpoint of
-        ours, because it is damaged or somebody else's, makes way."""
+        ours, because it is damaged or somebody else's, makes way. What cannot be read now stays a
+        candidate: it keeps another name, or is given one."""
         for name, reason in contents.damaged:
             if name in ROLES:
                 self.quarantine([name], reason)
-        for name in [*contents.foreign, *(name for name, _why in contents.unreadable)]:
+        for name in contents.foreign:
             if name in ROLES:
                 self.replace(name)
+        unreadable = [name for name, _why in contents.unreadable]
+        for name in unreadable:
+            path = self.directory / name
+            others = (self.directory / other for other in unreadable if other not in ROLES)
+            if name in ROLES and not any(filesystem.same_data(path, other) for other in others):
+                filesystem.move(path, path.with_name(f"unread_{name}"))
 
     def replace(self, name: str) -> Path:
         """Move what is called `name` to `archive/replaced/`; returns where it lies now."""

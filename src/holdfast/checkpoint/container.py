@@ -58,10 +58,11 @@ class NewerFormat(ForeignCheckpoint):
 class Reader:
     """An open checkpoint whose manifest has been checked; headers and payloads are, when read."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open `path`; raise `ForeignCheckpoint` or `DamagedCheckpoint`, `OSError` as it comes."""
+    def __init__(self, path: str | os.PathLike[str], *, patient: bool = True) -> None:
+        """Open `path`; raise `ForeignCheckpoint` or `DamagedCheckpoint`, `OSError` as it comes,
+        which says nothing about the file. `patient`: try again what the system refuses."""
         self.path = Path(path)
-        self._file = reading.File(self.path)
+        self._file = reading.File(self.path, patient=patient)
         try:
             self.size = self._file.size
             self.manifest, self._slot = self._read_manifest()
@@ -313,7 +314,7 @@ class Reader:
         return buffer[:got] if got < size else buffer
 
 
-def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of `path`, its own checksum verified, the payloads unread."""
-    with Reader(path) as reader:
+def read_manifest(path: str | os.PathLike[str], *, patient: bool = True) -> dict[str, Any]:
+    """The manifest of `path`, its own checksum verified, the payloads unread. As `Reader`."""
+    with Reader(path, patient=patient) as reader:
         return reader.manifest

@@ -14,7 +14,7 @@ from pathlib import Path
 from holdfast.checkpoint import container, filesystem
 from holdfast.checkpoint.catalog import ARCHIVE, REPLACED, TEMP, Catalog, Contents, Entry
 from holdfast.checkpoint.retention import Policy, select
-from holdfast.errors import CheckpointError, DamagedCheckpoint
+from holdfast.errors import DamagedCheckpoint
 from holdfast.i18n import _
 
 
@@ -33,11 +33,11 @@ def keep_old(catalog: Catalog, target: Path, old: Entry | None) -> Path | None:
     return kept
 
 
-def verify_back(catalog: Catalog, entry: Entry, target: Path, kept: Path | None) -> None:
+def verify_back(entry: Entry, target: Path) -> None:
     """Read the file that was written back past the page cache; only then may anything old go.
 
-    Raises `DamagedCheckpoint` when the file lies in quarantine and the names mean again what they
-    meant before it was written; `kept` as `keep_old` gave it.
+    Raises `CheckpointError` where what was read is wrong, or there is nothing to read. `OSError`
+    and `MemoryError` say nothing about the file: it is as durable as it was, and not verified.
     """
     try:
         with container.Reader(target) as reader:
@@ -48,14 +48,18 @@ def verify_back(catalog: Catalog, entry: Entry, target: Path, kept: Path | None)
                     _("{path} holds another checkpoint.", path=target),
                     _("it holds another checkpoint"),
                 )
-    except (CheckpointError, OSError) as error:
-        why = error.why if isinstance(error, CheckpointError) else str(error)
-        with catalog.lock():
-            catalog.quarantine(entry.names, why)
-            if kept is not None:
-                filesystem.move(kept, target)
-            catalog.assign_roles(catalog.scan())
-        raise DamagedCheckpoint(str(error), why) from error
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(str(error)) from error
+
+
+def take_back(catalog: Catalog, entry: Entry, target: Path, kept: Path | None, why: str) -> None:
+    """Set a file aside that was not found right; the names mean again what they meant before it was
+    written. `kept` as `keep_old` gave it."""
+    with catalog.lock():
+        catalog.quarantine(entry.names, why)
+        if kept is not None:
+            filesystem.move(kept, target)
+        catalog.assign_roles(catalog.scan())
 
 
 def settle_old(

@@ -292,7 +292,7 @@ class CheckpointManager:
         if found.newer:
             place = self.catalog.directory / ARCHIVE / f"generation_{known}"
             self._reporter.tell("archived", count=len(found.newer), to=str(place))
-        branches = branch or found.newer or found.skipped or steps or not found.here
+        branches = branch or found.newer or found.skipped or found.unread or steps or not found.here
         run.generation = known + 1 if branches else max(known, 1)
         if found.here:
             run.run_id = entry.run_id

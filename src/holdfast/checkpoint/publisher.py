@@ -12,16 +12,26 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import direct, filesystem, guard, housekeeping, space
-from holdfast.checkpoint.catalog import BEST, LATEST, MAIN, Catalog, Entry, name_of
+from holdfast.checkpoint.catalog import (
+    BEST,
+    LATEST,
+    MAIN,
+    Catalog,
+    Contents,
+    Entry,
+    in_words,
+    name_of,
+)
 from holdfast.checkpoint.catalog import summary as entry_of
 from holdfast.checkpoint.layout import Buffer
 from holdfast.checkpoint.outcome import Saved
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.checkpoint.retention import Policy
-from holdfast.errors import DamagedCheckpoint, HoldfastError
+from holdfast.errors import CheckpointError, DamagedCheckpoint, HoldfastError
 
 log = logging.getLogger("holdfast")
 
@@ -138,20 +148,58 @@ class Publisher:
         )  # fmt: skip
         self._reporter.tell("durable", saved=saved)
         announced(saved)
+        return self._verify(saved, contents, old, kept)
+
+    def _verify(
+        self, saved: Saved, before: Contents, old: Entry | None, kept: Path | None
+    ) -> Saved:
+        """Read back what is announced; only then may anything that lay here before go.
+
+        `kept` is the second name of `old`, which had the same name. Raises `DamagedCheckpoint`.
+        """
+        catalog, entry = self._catalog, saved.entry
         try:
-            housekeeping.verify_back(catalog, entry, target, kept)
-        except DamagedCheckpoint as error:
-            self._reporter.tell("quarantined", names=list(how), reason=error.why, step=entry.step)
-            raise
+            housekeeping.verify_back(entry, saved.path)
+        except CheckpointError as error:
+            housekeeping.take_back(catalog, entry, saved.path, kept, error.why)
+            self._tell_aside(entry, list(saved.names), error)
+            raise DamagedCheckpoint(str(error), error.why) from error
+        except (OSError, MemoryError) as error:  # it stays what was announced; nothing older goes
+            reason = in_words(error)
+            self._reporter.report("unverified", id=entry.id, step=entry.step, reason=reason)
+            return saved
         self._reporter.report("verified", id=entry.id, step=entry.step)
         try:
             if kept is not None:
-                housekeeping.settle_old(catalog, entry, contents, old, kept)
+                housekeeping.settle_old(catalog, entry, before, old, kept)
+            if not all(earlier.verified for earlier in before.entries[:2]):
+                self._verify_owed()
             if self._keep:
                 housekeeping.prune(catalog, self._keep)
         except (OSError, HoldfastError) as error:  # what cannot go now goes after the next save
             log.warning("%s: %s", catalog.directory, error)
-        return saved
+        return replace(saved, entry=replace(entry, verified=True))
+
+    def _verify_owed(self) -> None:
+        """Read back what could not be when it was saved, because the system failed or the process
+        was killed: the newest two, which the floor would count."""
+        for entry in self._catalog.scan().entries[1:3]:
+            path = self._catalog.path(entry)
+            if entry.verified:
+                continue
+            try:
+                housekeeping.verify_back(entry, path)
+            except CheckpointError as error:
+                housekeeping.take_back(self._catalog, entry, path, None, error.why)
+                self._tell_aside(entry, entry.names, error)
+            except (OSError, MemoryError):
+                continue  # it was told when it was saved
+            else:
+                self._reporter.report("verified", id=entry.id, step=entry.step)
+
+    def _tell_aside(self, entry: Entry, names: Sequence[str], error: CheckpointError) -> None:
+        names = list(names)
+        self._reporter.tell("quarantined", names=names, reason=error.why, step=entry.step)
 
     def _made_room(self, error: Exception, size: int) -> bool:
         """Whether old checkpoints could go for one that the disk has refused."""

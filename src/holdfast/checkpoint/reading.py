@@ -13,20 +13,43 @@ import mmap
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from holdfast.checkpoint import direct, filesystem
 from holdfast.checkpoint.layout import PAGE
 from holdfast.checkpoint.parallel import together
 
+T = TypeVar("T")
 CHUNK = 1 << 22  # bytes a read: hides the system call, and is still in the caches when hashed
 OWN_PAGES = 1 << 18  # memory from this size on gets pages of its own: direct I/O can fill it
 _WORTH = 1 << 20  # where fewer bytes than this are wanted, no question is asked about the cache
 _SAMPLES = 9  # pages that are asked for: the majority says where the file is
+_PAUSES = (0.02, 0.1, 0.4)  # seconds before the next try at what the system has refused
+# What trying again does not change: there is no such file, or it cannot be read in this way.
+_FINAL = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 _seek_lock = threading.Lock()
 _dice = random.Random()  # its own: the global generator belongs to the training
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """Return `work()`. Try again a few times, half a second in all, where the system fails: it may
+    be short of descriptors or memory for a moment, and one error of a disk says little.
+
+    Raises the last `OSError`. It says nothing about the content of a file.
+    """
+    for pause in _PAUSES:
+        try:
+            return work()
+        except OSError as error:
+            if error.errno in _FINAL:
+                raise
+        time.sleep(pause)
+    return work()
 
 
 def own_pages(size: int) -> mmap.mmap | None:
@@ -57,9 +80,11 @@ def _map(size: int) -> mmap.mmap:
 class File:
     """A file open for reading, a second time for direct I/O once `open_direct` has been called."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, patient: bool = True) -> None:
+        """Open `path`. `patient`: try again what the system refuses, as `patiently` does."""
         self._path = path
-        self._fd = filesystem.open_regular(path, follow=True)
+        self._try: Callable[[Callable[[], int]], int] = patiently if patient else _once
+        self._fd = self._try(lambda: filesystem.open_regular(path, follow=True))
         self._direct = -1
         self._tried = False
         try:
@@ -110,7 +135,8 @@ class File:
         if past_cache and got < size:  # what direct reads have left over, if only the end
             self.forget_cached(offset + got // PAGE * PAGE, size - got // PAGE * PAGE)
         while got < size:
-            count = _preadv(self._fd, _behind(got, buffers), offset + got)
+            rest, at = _behind(got, buffers), offset + got
+            count = self._try(partial(_preadv, self._fd, rest, at))
             if count == 0:
                 break
             got += count
@@ -120,7 +146,8 @@ class File:
         got = 0
         while got < size and got % PAGE == 0:  # it is not at the end of the file
             try:
-                count = os.preadv(self._direct, _behind(got, buffers), offset + got)
+                rest, at = _behind(got, buffers), offset + got
+                count = self._try(partial(_preadv, self._direct, rest, at))
             except OSError as error:
                 if error.errno != errno.EINVAL:  # opened for it and refuses it: odd, and allowed
                     raise
@@ -145,12 +172,12 @@ class File:
         """
         try:
             return os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT) > 0
-        except OSError as error:
-            if error.errno == errno.EAGAIN:
-                return False
-            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot say
-                return True
-            raise
+        except OSError as error:  # a file system that cannot say, or trouble that a read will meet
+            return error.errno != errno.EAGAIN
+
+
+def _once(work: Callable[[], int]) -> int:
+    return work()
 
 
 def _behind(got: int, buffers: Sequence[memoryview]) -> list[memoryview]:
@@ -316,7 +343,7 @@ class _Run:
             self._turn.notify_all()
 
     def _work(self) -> None:
-        scratch = memoryview(_map(self._scratch) if self._scratch else b"")
+        scratch = memoryview(patiently(lambda: _map(self._scratch)) if self._scratch else b"")
         while True:
             with self._turn:
                 index = self._next

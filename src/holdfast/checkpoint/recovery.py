@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import glob
 import os
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import codec, container, filesystem, memory, rollback
-from holdfast.checkpoint.catalog import QUARANTINE, Catalog, Entry, summary
+from holdfast.checkpoint.catalog import QUARANTINE, ROLES, Catalog, Contents, Entry, summary
 from holdfast.checkpoint.publisher import Draft, Publisher
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.checkpoint.retention import Order
@@ -125,27 +124,31 @@ class Found:
     here: bool  # whether it belongs to this run directory
     newer: list[Entry] = field(default_factory=list)  # intact ones here that it goes back behind
     skipped: list[tuple[str, str]] = field(default_factory=list)  # damaged and set aside, and why
+    unread: bool = False  # whether something here that cannot be read now may be newer
 
 
 def find(catalog: Catalog, source: str | os.PathLike[str] | None, tell: Tell) -> Found | None:
     """Read what to go on from; None where this directory holds nothing and nothing was named.
 
     The caller holds the catalogue's lock. Raises `DamagedCheckpoint` where `source` is damaged or
-    where everything is: nothing is ever started over in silence. `CheckpointError` where something
-    here cannot be read now and may be the newest: it is not ours to pass over.
+    where everything is: nothing is ever started over in silence. `CheckpointError` where what is
+    wanted cannot be read now: it may be intact, so nothing older takes its place. Where `source` is
+    another one, what cannot be read stays where it is, behind the generation that begins.
     """
     contents = catalog.scan()
-    if contents.unreadable:
-        name, reason = contents.unreadable[0]
-        raise CheckpointError(_("{name} cannot be read now: {reason}", name=name, reason=reason))
     wanted: Sequence[Entry] = contents.entries
     if source is not None:
         files = _files(catalog, source)
         wanted = [entry for entry in contents.entries if _is_one_of(catalog, entry, files)]
         if not wanted:
             found = _first_intact(files)
-            found.newer = contents.entries
+            found.newer, found.unread = contents.entries, bool(contents.unreadable)
             return found
+    else:
+        for name, reason in _perhaps_newest(catalog, contents):
+            raise cannot_read(catalog.directory / name, reason)
+        for name, reason in contents.unreadable:
+            tell("unread", name=name, reason=reason)
     aside = _Aside(catalog, tell)
     for name, reason in contents.damaged:
         aside.put(name, reason)
@@ -154,7 +157,7 @@ def find(catalog: Catalog, source: str | os.PathLike[str] | None, tell: Tell) ->
         if here is not None:
             newer = [e for e in contents.entries if e.order > entry.order]
             here.newer = [e for e in newer if not aside.names.issuperset(e.names)]
-            here.skipped = aside.skipped
+            here.skipped, here.unread = aside.skipped, bool(source and contents.unreadable)
             return here
     if source is not None:
         name, why = aside.skipped[-1]
@@ -162,6 +165,34 @@ def find(catalog: Catalog, source: str | os.PathLike[str] | None, tell: Tell) ->
         raise DamagedCheckpoint(_("{path} is damaged: {why}.", path=path, why=why), why)
     _refuse_to_start_over(catalog, aside.names)
     return None
+
+
+def cannot_read(path: Path, reason: object) -> CheckpointError:
+    """The error of a checkpoint that the system does not let us read now."""
+    return CheckpointError(
+        _("{path} cannot be read now ({reason}). It may be intact, so nothing older is taken in "
+          "its place: try again, or name another checkpoint to go on from.", path=path,
+          reason=reason)
+    )  # fmt: skip
+
+
+def _perhaps_newest(catalog: Catalog, contents: Contents) -> list[tuple[str, str]]:
+    """The files that cannot be read now and may be newer than all that can, with the reason: those
+    of which the history does not say that they are older."""
+    newest, perhaps = contents.newest, contents.unreadable
+    if newest is None or not perhaps:
+        return perhaps
+    last = {name: event for event in catalog.announced() for name in event["names"]}
+    older = [
+        catalog.directory / name
+        for name, _reason in perhaps
+        if name in last and name not in ROLES and not newest.precedes(last[name])
+    ]
+    return [
+        (name, reason)
+        for name, reason in perhaps
+        if not any(filesystem.same_data(catalog.directory / name, path) for path in older)
+    ]
 
 
 def lost(catalog: Catalog, entry: Entry) -> tuple[int, float]:
@@ -234,7 +265,11 @@ def _read(path: Path) -> Found:
 
 
 def _read_entry(catalog: Catalog, entry: Entry, aside: _Aside) -> Found | None:
-    """Read an entry by the first of its names that is intact: without links they are copies."""
+    """Read an entry by the first of its names that is intact: without links they are copies.
+
+    Raises `CheckpointError` where none is, and one of them cannot be read now.
+    """
+    unread: CheckpointError | None = None
     seen: set[tuple[int, int]] = set()
     for name in entry.names:
         path = catalog.directory / name
@@ -248,14 +283,14 @@ def _read_entry(catalog: Catalog, entry: Entry, aside: _Aside) -> Found | None:
             continue
         except (DamagedCheckpoint, ForeignCheckpoint) as error:
             aside.put(name, error.why, entry.step)
-        except OSError as error:
-            if error.errno != errno.EIO:  # anything else says nothing about the file
-                raise
-            aside.put(name, str(error), entry.step)
+        except OSError as error:  # says nothing about the file
+            unread = unread or cannot_read(path, error)
         else:
             found.entry = replace(found.entry, names=entry.names, verified=entry.verified)
             found.here = True
             return found
+    if unread is not None:
+        raise unread
     return None
 
 
@@ -265,7 +300,8 @@ def _read_entry(catalog: Catalog, entry: Entry, aside: _Aside) -> Found | None:
 def _files(catalog: Catalog, source: str | os.PathLike[str]) -> list[Path]:
     """The files that `source` (file, glob, directory) means, the newest first.
 
-    Looked for from the working directory, then in the run directory.
+    Looked for from the working directory, then in the run directory. Raises `CheckpointError` where
+    one of several cannot be read now, since it may be the newest.
     """
     text = os.fspath(source)
     files: list[Path] = []
@@ -273,7 +309,10 @@ def _files(catalog: Catalog, source: str | os.PathLike[str]) -> list[Path]:
         exists = (base / text).exists()
         for each in [base / text] if exists else _matches(text, base):
             if each.is_dir():
-                files += [each / entry.names[0] for entry in Catalog(each).scan().entries]
+                contents = Catalog(each).scan()
+                for name, reason in contents.unreadable:
+                    raise cannot_read(each / name, reason)
+                files += [each / entry.names[0] for entry in contents.entries]
             else:
                 files.append(each)
         if files:
@@ -288,8 +327,10 @@ def _matches(pattern: str, base: Path) -> list[Path]:
 def _order(path: Path) -> Order:
     try:
         return summary(container.read_manifest(path), 0).order
-    except (CheckpointError, OSError):
+    except CheckpointError:
         return (-1, -1)
+    except OSError as error:
+        raise cannot_read(path, error) from error
 
 
 def _is_one_of(catalog: Catalog, entry: Entry, files: Sequence[Path]) -> bool:
@@ -302,12 +343,15 @@ def _is_one_of(catalog: Catalog, entry: Entry, files: Sequence[Path]) -> bool:
 
 def _first_intact(files: Sequence[Path]) -> Found:
     """Read the newest of `files` that is intact. Raises what the last one has to say."""
-    for file in files[:-1]:
+    for file in files:
         try:
             return _read(file)
         except (DamagedCheckpoint, ForeignCheckpoint):
-            continue
-    return _read(files[-1])
+            if file is files[-1]:
+                raise
+        except OSError as error:
+            raise cannot_read(file, error) from error
+    raise AssertionError("the last one returns or raises")
 
 
 def _seconds(text: str) -> float:

@@ -18,7 +18,7 @@ log = logging.getLogger("holdfast")
 
 EventHandler = Callable[[str, dict[str, Any]], None]
 # Told as warnings to those who listen to nothing else.
-_WARNINGS = ("configured", "failed", "quarantined", "step_back")
+_WARNINGS = ("configured", "failed", "quarantined", "step_back", "unread", "unverified")
 
 
 class Reporter:

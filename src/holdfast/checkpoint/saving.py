@@ -377,7 +377,7 @@ class Saver:
             return
         filesystem.make_directory(self._catalog.directory)
         contents = self._catalog.scan()
-        if contents.entries:
+        if contents.entries or contents.unreadable:  # the latter stay, in the earlier generation
             known = self._catalog.generation()
             with self._catalog.lock():
                 place = self._catalog.archive(contents.entries, f"generation_{known}")

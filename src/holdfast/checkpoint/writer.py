@@ -472,8 +472,8 @@ class Writer:
         saved = self._publisher.publish(
             draft, asked=snapshot.asked, stall=snapshot.stall, announced=announced
         )
-        if self._tier is not None:
-            self._tier.on_disk(saved.entry.order)  # verified: not before may the memory forget it
+        if self._tier is not None and saved.entry.verified:  # not before may the memory forget it
+            self._tier.on_disk(saved.entry.order)
         snapshot.pending.settled.set_result(saved)
 
     def _staged(self, snapshot: Snapshot) -> None:

@@ -21,6 +21,7 @@ _SENTENCES = {
     "began": N_("the run began"),
     "durable": N_("step {step} is durable: {names} ({size})"),
     "verified": N_("step {step} was read back and is intact"),
+    "unverified": N_("step {step} could not be read back to check it: {reason}"),
     "damaged": N_("step {step} is damaged: {reason}"),
     "removed": N_("step {step} was removed ({reason}): {names}"),
     "quarantined": N_("{names} went to quarantine/: {reason}"),

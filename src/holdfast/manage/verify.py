@@ -7,7 +7,6 @@ read at once, each in bounded memory. No torch here.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -331,9 +330,8 @@ def _read(path: Path, count: Callable[[int], None]) -> _Check | None:
     except CheckpointError as error:
         check.state = UNREADABLE if isinstance(error, NewerFormat) else FOREIGN
         check.reason = error.why
-    except OSError as error:  # only a medium that fails says something about the file
-        check.state = DAMAGED if error.errno == errno.EIO else UNREADABLE
-        check.reason = str(error)
+    except OSError as error:  # says nothing about the file
+        check.state, check.reason = UNREADABLE, str(error)
     check.size = check.size or _size(path)
     return check
 

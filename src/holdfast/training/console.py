@@ -310,8 +310,6 @@ class Console:
                 _("{names}: {reason}. Moved to quarantine/.", names=", ".join(fields["names"]),
                   reason=fields["reason"])
             )  # fmt: skip
-        elif event == "step_back":
-            self.warn(fields["reason"])
         elif event == "archived":
             self.say(
                 _("📦 {count} newer checkpoints were moved to {to}.", count=fields["count"],

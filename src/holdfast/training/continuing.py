@@ -54,7 +54,7 @@ def decide(  # noqa: PLR0911 - one return a way to begin
     where a file that was named is not there or not a checkpoint.
     """
     options, catalog = config.checkpoint, Catalog(config.checkpoint.checkpoint_dir)
-    occupied = bool(contents.entries or contents.damaged)
+    occupied = bool(contents.entries or contents.damaged or contents.unreadable)
     if unattended.goes_on(contents.newest.id if contents.newest else None):
         return Start(saved=_first_readable(catalog, contents.entries))
     if options.fresh:

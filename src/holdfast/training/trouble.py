@@ -23,6 +23,9 @@ def tell(console: Console, event: str, fields: Fields) -> None:
         "failed": _failed,
         "recovered": _recovered,
         "unsafe": _unsafe,
+        "unverified": _unverified,
+        "unread": _unread,
+        "step_back": _step_back,
         "room_made": _room_made,
         "directory_lost": _directory_lost,
         "lock_renewed": _lock_renewed,
@@ -63,6 +66,25 @@ def _recovered(console: Console, fields: Fields) -> None:
 
 def _unsafe(console: Console, fields: Fields) -> None:
     console.alarm(unsafe_words(fields))
+
+
+def _unverified(console: Console, fields: Fields) -> None:
+    console.warn(
+        _("Step {step} is durable, but could not be read back to check it ({reason}). Nothing "
+          "older is removed until a later save has been checked.", step=fields["step"],
+          reason=fields["reason"])
+    )  # fmt: skip
+
+
+def _unread(console: Console, fields: Fields) -> None:
+    console.warn(
+        _("{name} cannot be read now ({reason}). It is older than the newest; it stays where it "
+          "is.", name=fields["name"], reason=fields["reason"])
+    )  # fmt: skip
+
+
+def _step_back(console: Console, fields: Fields) -> None:
+    console.warn(fields["reason"])
 
 
 def _room_made(console: Console, fields: Fields) -> None:
