@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import shutil
@@ -387,11 +386,8 @@ def test_a_full_disk_does_not_keep_things_from_being_moved_or_removed(
     (tmp_path / "quarantine").mkdir()
     (tmp_path / "archive" / "x").mkdir(parents=True)
 
-    def full(*_args: Any) -> None:
-        raise OSError(errno.ENOSPC, "no space left")
-
-    monkeypatch.setattr(catalog_module.filesystem, "append_line", full)
-    monkeypatch.setattr(catalog_module.filesystem, "write_json", full)
+    for name in ("append_line", "write_file"):
+        monkeypatch.setattr(catalog_module.filesystem, name, fail_with(errno.ENOSPC))
     catalog = Catalog(tmp_path)
     newest, middle, oldest = catalog.scan().entries
     catalog.delete(oldest, "retention")
@@ -422,7 +418,7 @@ def test_the_cache_spares_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = catalog.scan()
     catalog.write_cache()
     monkeypatch.setattr(catalog_module, "read_manifest", None)
-    assert catalog.scan() == before
+    assert Catalog(tmp_path).scan(cached=True) == before
 
 
 def test_the_cache_is_not_believed_when_a_file_has_changed(tmp_path: Path) -> None:
@@ -441,7 +437,7 @@ def test_the_cache_is_not_believed_when_a_file_has_changed(tmp_path: Path) -> No
 def test_a_cache_of_nonsense_is_not_missed(tmp_path: Path, junk: str) -> None:
     put(tmp_path, "a.pt", 1)
     (tmp_path / "metadata.json").write_bytes(junk.encode("latin-1"))
-    assert steps(tmp_path) == [1]
+    assert [entry.step for entry in Catalog(tmp_path).scan(cached=True).entries] == [1]
 
 
 @pytest.mark.parametrize(("field", "value"), [("step", "9"), ("generation", None), ("loss", "x"),
@@ -450,10 +446,51 @@ def test_a_cache_with_wrong_types_is_not_believed(tmp_path: Path, field: str, va
     put(tmp_path, "a.pt", 1)
     catalog = Catalog(tmp_path)
     catalog.write_cache()
-    cache = json.loads((tmp_path / "metadata.json").read_text())
-    cache["files"]["a.pt"][field] = value
-    (tmp_path / "metadata.json").write_text(json.dumps(cache))
-    assert steps(tmp_path) == [1]
+    contents = catalog.scan()
+    (entry,) = contents.entries
+    catalog.write_cache(replace(contents, entries=[replace(entry, **{field: value})]))
+    assert Catalog(tmp_path).scan(cached=True).entries == [entry]
+
+
+def test_a_flipped_bit_in_the_cache_changes_nothing(tmp_path: Path) -> None:
+    for step in (1, 2):
+        put(tmp_path, f"{step}.pt", step)
+    catalog, path = Catalog(tmp_path), tmp_path / "metadata.json"
+    catalog.write_cache()
+    data, entries = path.read_bytes(), catalog.scan().entries
+    for offset in range(len(data)):
+        rotten = bytearray(data)
+        rotten[offset] ^= 1 << offset % 8
+        path.write_bytes(rotten)
+        assert Catalog(tmp_path).scan(cached=True).entries == entries, f"byte {offset}"
+
+
+def test_what_decides_does_not_look_into_the_cache(tmp_path: Path) -> None:
+    """Its checksum may be right, and what it says wrong."""
+    for step in (1, 2):
+        put(tmp_path, f"{step}.pt", step)
+    catalog = Catalog(tmp_path)
+    contents = catalog.scan()
+    lies = [replace(entry, sequence=9 - entry.sequence) for entry in contents.entries]
+    catalog.write_cache(replace(contents, entries=lies))
+    assert [entry.step for entry in Catalog(tmp_path).scan(cached=True).entries] == [1, 2]
+    assert steps(tmp_path) == [2, 1]
+
+
+def test_what_was_read_once_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training looks at every save, and a manifest may be large."""
+    put(tmp_path, "1.pt", 1)
+    catalog = Catalog(tmp_path)
+    catalog.scan()
+    put(tmp_path, "2.pt", 2)
+    read: list[str] = []
+    real = catalog_module.read_manifest
+    monkeypatch.setattr(catalog_module, "read_manifest", lambda path, **how: (
+        read.append(path.name), real(path, **how))[1])  # fmt: skip
+    assert [entry.step for entry in catalog.scan().entries] == [2, 1]
+    assert read == ["2.pt"]
 
 
 def test_a_thousand_checkpoints_are_scanned_quickly(tmp_path: Path) -> None:
@@ -462,9 +499,9 @@ def test_a_thousand_checkpoints_are_scanned_quickly(tmp_path: Path) -> None:
         with (tmp_path / f"{step}.pt").open("wb") as file:
             file.writelines(piece for _offset, piece in image.pieces)
     catalog = Catalog(tmp_path)
-    for what in ("cold", "with a cache"):
+    for what, how in (("cold", {}), ("again", {}), ("with a cache", {"cached": True})):
         began = time.perf_counter()
-        assert len(catalog.scan().entries) == 1000
+        assert len(catalog.scan(**how).entries) == 1000
         print(f"scan of 1000 checkpoints, {what}: {time.perf_counter() - began:.3f} s")
         catalog.write_cache()
 

@@ -1,5 +1,5 @@
-"""An error of the system says nothing about a file: it is tried again, then told, and the file stays
-a candidate. Only bytes that were read and are wrong condemn one."""
+"""An error of the system says nothing about a file: it is tried again, then told, and the file
+stays a candidate. Only bytes that were read and are wrong condemn one."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def set_aside(directory: Path) -> set[str]:
     return tree_of(directory / "quarantine") | tree_of(directory / "archive")
 
 
-# -------------------------------------------------------------------------------------- after a save
+# ------------------------------------------------------------------------------------ after a save
 
 
 @pytest.mark.parametrize("number", ERRORS)
@@ -207,7 +207,7 @@ def test_an_older_one_that_cannot_be_read_is_told_and_stays(
     assert fields["name"] == "checkpoint_step_1.pt"
     assert (tmp_path / "checkpoint_step_1.pt").exists()
     (tmp_path / "events.jsonl").unlink()  # now nothing says how old it is
-    with pytest.raises(CheckpointError, match="checkpoint_step_1.pt cannot be read now"):
+    with pytest.raises(CheckpointError, match=r"checkpoint_step_1\.pt cannot be read now"):
         start(tmp_path)
 
 

@@ -2,8 +2,8 @@
 
 Reads manifests only (no torch): identity is the manifest's, never the inode's or the clock's, so a
 directory copied without its links is understood as well. `events.jsonl` is the history and only
-grows; `metadata.json` is a cache that can be thrown away. Whatever changes the catalogue holds
-`lock()`.
+grows; `metadata.json` is a cache that can be thrown away: what only shows may look into it, and
+nothing that decides does. Whatever changes the catalogue holds `lock()`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.container import NewerFormat, Reader, read_manifest
 from holdfast.checkpoint.history import Event, History, is_later, now
@@ -35,6 +37,8 @@ LATEST, MAIN, BEST = "latest.pt", "model.pt", "best_model.pt"
 ROLES = (BEST, LATEST, MAIN)  # names that move from checkpoint to checkpoint
 TEMP, QUARANTINE, ARCHIVE, REPLACED = "temp", "quarantine", "archive", "replaced"
 EVENTS, METADATA = "events.jsonl", "metadata.json"
+# metadata.json begins with a checksum of what stands behind "files".
+_CACHE_HEAD, _CACHE_FILES = b'{\n"format_version": 2,\n"xxh3_128": ', b'"files": '
 NONSENSE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
@@ -105,6 +109,7 @@ class Catalog:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
         self.history = History(self.directory / EVENTS)
+        self._read: dict[tuple[str, str], Entry] = {}  # what this object has read of the manifests
 
     def lock(self, wait: float = 30.0) -> FileLock:
         """The short lock of whoever changes the catalogue; not the lock of the run."""
@@ -115,9 +120,14 @@ class Catalog:
 
     # -------------------------------------------------------------------------------- looking
 
-    def scan(self) -> Contents:
-        """All checkpoints here, from their manifests; what cannot be read is named, not raised."""
-        cache = self._read_cache()
+    def scan(self, *, cached: bool = False) -> Contents:
+        """All checkpoints here, from their manifests; what cannot be read is named, not raised.
+
+        `cached` believes metadata.json as well: for a thousand checkpoints on a screen, not for
+        what is removed, moved or gone on from.
+        """
+        read = {**self._read_cache(), **self._read} if cached else self._read
+        seen: dict[tuple[str, str], Entry] = {}
         known = self.history.known
         found: dict[str, Entry] = {}
         names: dict[str, list[str]] = {}
@@ -128,7 +138,8 @@ class Catalog:
         for name, status in self._files():
             key = (status.st_dev, status.st_ino)
             try:
-                entry = by_inode.get(key) or cache.get((name, _stamp(status)))
+                stamp = (name, _stamp(status))
+                entry = by_inode.get(key) or read.get(stamp)
                 if entry is None:
                     # After one that cannot be read the others are not waited for.
                     path, patient = self.directory / name, not unreadable
@@ -147,7 +158,7 @@ class Catalog:
             except (OSError, MemoryError) as error:  # says nothing about the file
                 unreadable.append((name, in_words(error)))
             else:
-                by_inode[key] = entry
+                by_inode[key] = seen[stamp] = entry
                 found.setdefault(entry.id, entry)
                 names.setdefault(entry.id, []).append(name)
         entries = [
@@ -160,6 +171,8 @@ class Catalog:
             for id_, entry in found.items()
         ]
         entries.sort(key=lambda entry: entry.order, reverse=True)
+        if not cached:
+            self._read = seen
         return Contents(entries, damaged, foreign, unreadable)
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
@@ -322,14 +335,22 @@ class Catalog:
                 with contextlib.suppress(FileNotFoundError):
                     stamp = _stamp((self.directory / name).stat())
                     files[name] = {"stamp": stamp, **fields}
+        text = json.dumps(files, ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass")
+        data = b"%s%s,\n%s%s\n}\n" % (_CACHE_HEAD, _digest(text), _CACHE_FILES, text)
         try:
-            filesystem.write_json(self.directory / METADATA, {"format_version": 1, "files": files})
+            filesystem.write_file(self.directory / METADATA, [(0, data)], len(data), mode=0o644)
         except OSError as error:  # it is only a cache
             log.warning("%s: %s", METADATA, error)
 
     def _read_cache(self) -> Mapping[tuple[str, str], Entry]:
+        """What metadata.json says; nothing where a byte of it has changed."""
         try:
-            files = json.loads(filesystem.read_small(self.directory / METADATA))["files"]
+            data = filesystem.read_small(self.directory / METADATA)
+            head, found, rest = data.partition(b",\n" + _CACHE_FILES)
+            text = rest.removesuffix(b"\n}\n")
+            if not found or head != _CACHE_HEAD + _digest(text):
+                return {}
+            files = json.loads(text.decode("utf-8", "surrogatepass"))
             return {
                 (name, entry.pop("stamp")): _sane(Entry(**entry)) for name, entry in files.items()
             }
@@ -406,6 +427,10 @@ def _rejoin(source: Path, target: Path) -> str:
     except (CheckpointError, OSError):
         return "copy"
     return filesystem.publish(source, target, copy=False) or "copy"
+
+
+def _digest(text: bytes) -> bytes:
+    return b'"%s"' % xxhash.xxh3_128_hexdigest(text).encode()
 
 
 def _stamp(found: os.stat_result) -> str:

@@ -18,13 +18,14 @@ from holdfast.errors import DamagedCheckpoint
 from holdfast.i18n import _
 
 
-def keep_old(catalog: Catalog, target: Path, old: Entry | None) -> Path | None:
+def keep_old(catalog: Catalog, target: Path, name: str, before: Contents) -> Path | None:
     """Give what already bears the name `target` a second one, which is returned: nothing is ever
-    silently overwritten. The checkpoint `old` stays where retention sees it; what is no checkpoint
-    of ours goes to `archive/replaced/`."""
+    silently overwritten. A checkpoint stays where retention sees it, and so does what cannot be
+    read now; what is no checkpoint of ours goes to `archive/replaced/`."""
     if not target.exists():
         return None
-    place = target.parent if old is not None else catalog.directory / ARCHIVE / REPLACED
+    stays = any(name in entry.names for entry in before.entries) or name in dict(before.unreadable)
+    place = target.parent if stays else catalog.directory / ARCHIVE / REPLACED
     filesystem.make_directory(place)
     kept = place / f"{target.stem}-{uuid.uuid4().hex[:8]}.pt"
     with catalog.lock():
@@ -62,21 +63,17 @@ def take_back(catalog: Catalog, entry: Entry, target: Path, kept: Path | None, w
         catalog.assign_roles(catalog.scan())
 
 
-def settle_old(
-    catalog: Catalog, entry: Entry, before: Contents, old: Entry | None, kept: Path
-) -> None:
+def settle_old(catalog: Catalog, entry: Entry, before: Contents, kept: Path) -> None:
     """Decide what becomes of a verified save's predecessor of the same name: the same moment of the
     same run, saved once more, goes. Another moment, as where steps are counted anew in each epoch,
     keeps the name that `keep_old` gave it, and is retention's to judge; so is what is pinned."""
-    if old is None:
-        to = f"{ARCHIVE}/{REPLACED}/{kept.name}"
-        catalog.record("archived", names=[entry.names[0]], to=to)
-    elif old == before.newest and not old.pinned and _moment(old) == _moment(entry):
-        filesystem.remove(kept)
-
-
-def _moment(entry: Entry) -> tuple[object, ...]:
-    return (entry.run_id, entry.generation, entry.epoch, entry.step)
+    name, last = entry.names[0], before.newest
+    if kept.parent.name == REPLACED:
+        catalog.record("archived", names=[name], to=f"{ARCHIVE}/{REPLACED}/{kept.name}")
+    elif last is not None and name in last.names and not last.pinned:
+        moments = [(e.run_id, e.generation, e.epoch, e.step) for e in (last, entry)]
+        if moments[0] == moments[1]:
+            filesystem.remove(kept)
 
 
 def prune(catalog: Catalog, policies: Sequence[Policy]) -> None:

@@ -115,8 +115,7 @@ class Publisher:
         name = name_of(entry)
         target = catalog.directory / name
         filesystem.make_directory(target.parent)
-        old = next((e for e in contents.entries if name in e.names), None)
-        kept = housekeeping.keep_old(catalog, target, old)
+        kept = housekeeping.keep_old(catalog, target, name, contents)
         try:
             filesystem.write_file(
                 target, draft.pieces, draft.size, ready=draft.ready, limit=self._limit
@@ -148,14 +147,12 @@ class Publisher:
         )  # fmt: skip
         self._reporter.tell("durable", saved=saved)
         announced(saved)
-        return self._verify(saved, contents, old, kept)
+        return self._verify(saved, contents, kept)
 
-    def _verify(
-        self, saved: Saved, before: Contents, old: Entry | None, kept: Path | None
-    ) -> Saved:
+    def _verify(self, saved: Saved, before: Contents, kept: Path | None) -> Saved:
         """Read back what is announced; only then may anything that lay here before go.
 
-        `kept` is the second name of `old`, which had the same name. Raises `DamagedCheckpoint`.
+        `kept` is the second name of what had the same name. Raises `DamagedCheckpoint`.
         """
         catalog, entry = self._catalog, saved.entry
         try:
@@ -171,7 +168,7 @@ class Publisher:
         self._reporter.report("verified", id=entry.id, step=entry.step)
         try:
             if kept is not None:
-                housekeeping.settle_old(catalog, entry, before, old, kept)
+                housekeeping.settle_old(catalog, entry, before, kept)
             if not all(earlier.verified for earlier in before.entries[:2]):
                 self._verify_owed()
             if self._keep:

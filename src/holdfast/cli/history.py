@@ -32,7 +32,7 @@ def run_history(argv: Sequence[str], prog: str) -> int:
     problems = []
     for directory in given.directories:
         try:
-            run = look(directory)
+            run = look(directory, cached=True)
             view = RunView(run.directory)
             view.refresh()
             told = replace(history.history_of(run), state=view.state, ends=view.ends)

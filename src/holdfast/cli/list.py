@@ -31,7 +31,7 @@ def run_list(argv: Sequence[str], prog: str) -> int:
     found, problems = [], []
     for directory in given.directories:
         try:
-            found.append(listing.listing_of(look(directory), given.sort))
+            found.append(listing.listing_of(look(directory, cached=True), given.sort))
         except HoldfastError as error:
             problems.append(str(error))
         except OSError as error:  # the others are shown all the same

@@ -58,7 +58,7 @@ def _once(given: argparse.Namespace) -> int:
     for view in views:
         view.refresh()
     if all(view.state == EMPTY for view in views):
-        look(root)  # says what is wrong with it
+        look(root, cached=True)  # says what is wrong with it
         raise HoldfastError(_("There is no run in {directory} yet. Name the directory that "
                               "--checkpoint-dir named for the training.",
                               directory=root))  # fmt: skip
@@ -82,7 +82,7 @@ def _watch(given: argparse.Namespace, prog: str) -> int:
                             prog=prog))  # fmt: skip
     root = Path(given.directory)
     if root.exists() and not root.is_dir():
-        look(root)
+        look(root, cached=True)
     try:
         import plotext  # noqa: F401 - here, where a missing package can be named
 

@@ -39,7 +39,7 @@ def run_rollback(argv: Sequence[str], prog: str) -> int:
     if given.json and not (given.yes or given.dry_run):
         raise ConfigError(_("{prog} --json asks no questions: add --yes or --dry-run", prog=prog))
     directory = _directory(given)
-    look(directory)  # says what is wrong with it before a lock makes a file in it
+    look(directory, cached=True)  # says what is wrong with it before a lock makes a file in it
     with nullcontext() if given.dry_run else rollback.run_lock(directory):
         return _roll_back(given, rollback.plan(directory, given.wanted), prog)
 

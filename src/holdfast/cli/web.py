@@ -79,7 +79,7 @@ def run_report(argv: Sequence[str], prog: str) -> int:
                         help=_("where to write it (default: report-NAME.html, here)"))  # fmt: skip
     given = parser.parse_args(argv)
     directory = Path(given.directory)
-    look(directory)  # says what is wrong with it
+    look(directory, cached=True)  # says what is wrong with it
     from holdfast.monitor.report import write_report
 
     out = given.out or Path(f"report-{_file_name(directory)}.html")

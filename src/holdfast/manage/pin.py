@@ -58,7 +58,7 @@ def pin(directory: str | os.PathLike[str], wanted: str, *, remove: bool = False)
 
     Raises `CheckpointError` where there is none, RunLocked where the catalogue is not given free.
     """
-    look(directory)  # says what is wrong with the directory before a lock makes files in it
+    look(directory, cached=True)  # says what is wrong with it before a lock makes files in it
     catalog = Catalog(directory)
     with catalog.lock():  # nobody cleans up between choosing and writing it down
         entry = choose(look(directory), wanted).entry

@@ -49,9 +49,14 @@ class RunDirectory:
         return list(self.catalog.events())
 
 
-def look(directory: str | os.PathLike[str], catalog: Catalog | None = None) -> RunDirectory:
-    """Look into `directory`, with the `catalog` of an earlier look, which knows its history. Raises
-    HoldfastError where there is none, OSError as it comes."""
+def look(
+    directory: str | os.PathLike[str], catalog: Catalog | None = None, *, cached: bool = False
+) -> RunDirectory:
+    """Look into `directory`, with the `catalog` of an earlier look, which knows its history;
+    `cached` as `Catalog.scan` has it.
+
+    Raises HoldfastError where there is none, OSError as it comes.
+    """
     path = Path(directory)
     if not path.exists():
         filesystem.check_links(path)
@@ -62,7 +67,7 @@ def look(directory: str | os.PathLike[str], catalog: Catalog | None = None) -> R
     if not path.is_dir():
         raise HoldfastError(_("{path} is not a directory: name the run directory.", path=path))
     catalog = catalog or Catalog(path)
-    contents = catalog.scan()
+    contents = catalog.scan(cached=cached)
     return RunDirectory(path, catalog, contents, frozenset(catalog.history.known.damaged))
 
 

@@ -155,7 +155,7 @@ def ending(status: int) -> str:
 def newest(directory: Path) -> Entry | None:
     """The newest durable checkpoint in a directory that need not exist."""
     try:
-        return Catalog(directory).scan().newest
+        return Catalog(directory).scan(cached=True).newest
     except OSError:
         return None
 

@@ -107,7 +107,7 @@ class RunView:
         if events or again or anew or seen != self._seen:
             self._seen = None
             try:
-                self.run = look(self.directory, self._catalog)
+                self.run = look(self.directory, self._catalog, cached=True)
             except HoldfastError:
                 self.run, self.config = None, {}
                 raise

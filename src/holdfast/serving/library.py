@@ -214,7 +214,7 @@ class Library:
             entry = summary(read_manifest(source), source.stat().st_size)
             return [Card(self._labels[source], source, entry)]
         catalog, prefix = Catalog(source), self._prefix(source)
-        contents = catalog.scan()
+        contents = catalog.scan(cached=True)
         cards = []
         best = contents.best or contents.newest
         for name, found in (("best", best), ("latest", contents.newest)):
