@@ -182,7 +182,8 @@ def _perhaps_newest(catalog: Catalog, contents: Contents) -> list[tuple[str, str
     newest, perhaps = contents.newest, contents.unreadable
     if newest is None or not perhaps:
         return perhaps
-    last = {name: event for event in catalog.announced() for name in event["names"]}
+    announced = catalog.history.known.announced.values()
+    last = {name: event for event in announced for name in event["names"]}
     older = [
         catalog.directory / name
         for name, _reason in perhaps
