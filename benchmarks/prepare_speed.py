@@ -69,8 +69,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
 
-    documents = corpus.read_documents([options.text])
-    for_training, _val = corpus.split_documents(documents, VAL_FRACTION, SEED)
+    files = corpus.files_by_content([options.text])
+    text = corpus.Corpus(files, val_fraction=VAL_FRACTION, seed=SEED)
+    text.scan()
+    for_training = [n for n, (for_val, _text) in enumerate(text.pieces()) if not for_val]
     rows = []
     for number in range(options.repeat):
         with tempfile.TemporaryDirectory() as name:

@@ -19,6 +19,7 @@ import pytest
 from holdfast.errors import DataError
 from holdfast.training import corpus, prepare
 from holdfast.training.cache import default_cache_dir, read_sealed, write_sealed
+from holdfast.training.formats import documents_in
 from holdfast.training.prepare import PreparedData, prepare_data, reopen_data
 from holdfast.training.tokenizer import train_tokenizer
 
@@ -86,7 +87,7 @@ def test_a_second_start_neither_reads_nor_tokenizes(
     def never(*_args: object, **_options: object) -> None:
         raise AssertionError("the cache is complete")
 
-    monkeypatch.setattr(corpus, "read_documents", never)
+    monkeypatch.setattr(corpus.Corpus, "scan", never)
     monkeypatch.setattr(prepare, "train_tokenizer", never)
     moved = data.parent.parent / "elsewhere" / "renamed.txt"
     shutil.move(data.parent, moved.parent)
@@ -325,7 +326,7 @@ def songci() -> Path:
 
 @pytest.mark.skipif(not songci().is_file(), reason="needs songci.txt (see HOLDFAST_SONGCI)")
 def test_a_real_corpus_of_5_megabytes_is_prepared(cache: Path) -> None:
-    documents = corpus.read_documents([songci()])
+    documents = list(documents_in(songci()))
     assert len(documents) == 19_651
     tokenizer = train_tokenizer(documents[:1000], 1000)  # all of them take many seconds
     result = prepared(songci(), cache, val_fraction=0.05, tokenizer=tokenizer)

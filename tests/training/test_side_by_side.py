@@ -15,7 +15,7 @@ from holdfast import load
 from holdfast.errors import ConfigError, DataError
 from holdfast.training import models, side_by_side
 from holdfast.training.config import ModelConfig
-from holdfast.training.corpus import cut_long_documents, read_documents, split_documents
+from holdfast.training.corpus import Corpus, files_by_content
 from holdfast.training.generate import sample_text
 from holdfast.training.inference import Loaded, load_for_inference
 from holdfast.training.side_by_side import continue_text, evaluate, read_text, shorten
@@ -58,11 +58,11 @@ def made(path: Path, *, passages: int, vocabulary: int, context: int = 32) -> Lo
 
 def test_the_measure_is_the_one_that_the_trainer_takes(loaded: Loaded, folder: Path) -> None:
     """The validation documents of the run as a file give its own validation loss."""
-    documents = read_documents([folder / "corpus.txt"])
-    pieces = cut_long_documents(documents, 0.1)
-    _train, val = split_documents(pieces, 0.1, 42)
+    corpus = Corpus(files_by_content([folder / "corpus.txt"]), val_fraction=0.1, seed=42)
+    corpus.scan()
+    val = [text for for_validation, text in corpus.pieces() if for_validation]
     path = folder / "val.jsonl"
-    lines = [json.dumps({"text": pieces[i]}, ensure_ascii=False) for i in val]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in val]
     path.write_text("\n".join(lines), "utf-8")
     seen: list[tuple[int, int]] = []
     found = evaluate(loaded, read_text(str(path)), lambda done, total: seen.append((done, total)))
@@ -71,7 +71,7 @@ def test_the_measure_is_the_one_that_the_trainer_takes(loaded: Loaded, folder: P
     metrics = loaded.entry.metrics
     assert found.bits_per_byte == pytest.approx(metrics["bits_per_byte"], rel=1e-5)
     assert found.perplexity == pytest.approx(metrics["perplexity"], rel=1e-4)
-    assert found.text_bytes == sum(len(pieces[i].encode()) for i in val)
+    assert found.text_bytes == sum(len(text.encode()) for text in val)
     assert (found.context_length, found.precision) == (16, "float32")
     assert found.speed == found.text_bytes / found.seconds
     assert seen[-1] == (found.text_bytes, found.text_bytes)
@@ -85,7 +85,7 @@ def test_a_text_of_many_chunks_is_measured_as_one(
 
     documents = SAMPLE.read_text("utf-8").split("\n\n")[:12]
     whole = evaluate(loaded, documents)
-    monkeypatch.setattr(tokenizer, "_CHUNK", 50)
+    monkeypatch.setattr(tokenizer, "CHUNK", 50)
     pieces = evaluate(loaded, documents)
     assert (pieces.tokens, pieces.text_bytes) == (whole.tokens, whole.text_bytes)
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-6)

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from holdfast.training.tokenizer import CHUNK
+
 if TYPE_CHECKING:
-    from holdfast.training.corpus import Progress
     from holdfast.training.tokenizer import TextTokenizer
 
 SPLITS = ("train", "val")
@@ -60,6 +61,8 @@ class CachedTokens:
     val: TokenStream
     documents: int
     """Documents in the data, before long ones were cut."""
+    damage: Mapping[str, Any] | None = None
+    """What was left out of the data (Damage.to_json); None: nothing."""
 
 
 def key_of(*parts: object) -> str:
@@ -130,21 +133,20 @@ class TokenCache:
         self,
         key: str,
         tokenizer: TextTokenizer,
-        splits: Sequence[Sequence[str]],
-        *,
-        documents: int,
-        progress: Progress | None = None,
+        pieces: Iterable[tuple[bool, str]],
+        about: Callable[[], Mapping[str, Any]],
     ) -> CachedTokens:
-        """Encode (training, validation) documents into a new entry and open it.
+        """Encode (is for validation, text) of all documents into a new entry and open it.
 
+        `about` is asked afterwards for what else the entry is to hold: `documents`, `damage`.
         Raises OSError where the folder cannot be written. Whatever ends it early, no part of the
         entry remains.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         self._remove_abandoned()
         with _temporary_folder(self.root) as folder:
-            about = _write_entry(folder, tokenizer, splits, documents, progress)
-            write_sealed(folder / "about.json", about)
+            written = _write_entry(folder, tokenizer, pieces)
+            write_sealed(folder / "about.json", {**written, **about()})
             self._publish(folder, key)
         cached = self.open(key)
         if cached is None:
@@ -185,40 +187,64 @@ def _temporary_folder(root: Path) -> Iterator[Path]:
 
 
 def _write_entry(
-    folder: Path,
-    tokenizer: TextTokenizer,
-    splits: Sequence[Sequence[str]],
-    documents: int,
-    progress: Progress | None,
+    folder: Path, tokenizer: TextTokenizer, pieces: Iterable[tuple[bool, str]]
 ) -> dict[str, Any]:
-    counts: dict[str, dict[str, int]] = {}
-    tokens_hash, ends_hash = xxhash.xxh3_128(), xxhash.xxh3_128()
-    with (folder / "tokens.bin").open("xb") as tokens, (folder / "ends.bin").open("xb") as ends:
-        for name, texts in zip(SPLITS, splits, strict=True):
-            position = 0
-            for chunk, lengths in tokenizer.encode_chunks(texts, progress):
-                tokens.write(_hashed(chunk.tobytes(), tokens_hash))
-                chunk_ends = (position + np.cumsum(lengths)).astype("<i8")
-                ends.write(_hashed(chunk_ends.tobytes(), ends_hash))
-                position += len(chunk)
-            counts[name] = {
-                "tokens": position,
-                "documents": len(texts),
-                "characters": sum(map(len, texts)),
-                "text_bytes": sum(len(text.encode()) for text in texts),
-            }
+    with _SplitFile(folder, "train") as train, _SplitFile(folder, "val") as val:
+        for for_validation, text in pieces:
+            (val if for_validation else train).add(text, tokenizer)
+        for split in (train, val):
+            split.flush(tokenizer)
+    files = {}
+    for name in ("tokens.bin", "ends.bin"):
+        (folder / f"train-{name}").rename(folder / name)
+        _append(folder / f"val-{name}", folder / name)
+        files[name] = _digest(folder / name)
     return {
         "dtype": tokenizer.token_dtype.str,
         "eos_id": tokenizer.eos_id,
-        "documents": documents,
-        "splits": counts,
-        "files": {"tokens.bin": tokens_hash.hexdigest(), "ends.bin": ends_hash.hexdigest()},
+        "splits": {"train": train.counts, "val": val.counts},
+        "files": files,
     }
 
 
-def _hashed(data: bytes, digest: xxhash.xxh3_128) -> bytes:
-    digest.update(data)
-    return data
+class _SplitFile:
+    """The tokens of one side of the split on their way to the disk."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._tokens = (folder / f"{name}-tokens.bin").open("xb")
+        self._ends = (folder / f"{name}-ends.bin").open("xb")
+        self._waiting: list[str] = []
+        self._size = 0  # characters that wait
+        self.counts = dict.fromkeys(("tokens", "documents", "characters", "text_bytes"), 0)
+
+    def add(self, text: str, tokenizer: TextTokenizer) -> None:
+        self._waiting.append(text)
+        self._size += len(text)
+        if self._size >= CHUNK:
+            self.flush(tokenizer)
+
+    def flush(self, tokenizer: TextTokenizer) -> None:
+        tokens, lengths = tokenizer.encode_batch(self._waiting)
+        self._tokens.write(tokens.tobytes())
+        self._ends.write((self.counts["tokens"] + np.cumsum(lengths)).astype("<i8").tobytes())
+        self.counts["tokens"] += len(tokens)
+        self.counts["documents"] += len(self._waiting)
+        self.counts["characters"] += self._size
+        self.counts["text_bytes"] += sum(len(text.encode()) for text in self._waiting)
+        self._waiting, self._size = [], 0
+
+    def __enter__(self) -> _SplitFile:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        with self._tokens, self._ends:
+            pass
+
+
+def _append(source: Path, target: Path) -> None:
+    with source.open("rb") as read, target.open("ab") as write:
+        shutil.copyfileobj(read, write, 1 << 20)
+    source.unlink()
 
 
 def _digest(path: Path) -> str:
@@ -231,7 +257,7 @@ def _digest(path: Path) -> str:
 
 def _mapped(folder: Path, about: Mapping[str, Any]) -> CachedTokens:
     tokens = _map(folder / "tokens.bin", np.dtype(about["dtype"]))
-    ends = np.fromfile(folder / "ends.bin", dtype="<i8").astype(np.int64)
+    ends = _map(folder / "ends.bin", np.dtype("<i8"))
     streams = []
     token, document = 0, 0
     for name in SPLITS:
@@ -247,7 +273,7 @@ def _mapped(folder: Path, about: Mapping[str, Any]) -> CachedTokens:
         )
         token += counts["tokens"]
         document += counts["documents"]
-    return CachedTokens(streams[0], streams[1], about["documents"])
+    return CachedTokens(streams[0], streams[1], about["documents"], about.get("damage"))
 
 
 def _map(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -67,6 +67,11 @@ class DataConfig:
     text_field: str = option(
         "text", help=N_("field of .jsonl and .parquet that holds the text"), metavar="NAME"
     )
+    strict_text: bool = option(
+        False,
+        help=N_("refuse a damaged text, instead of leaving out up to 0.1 % of it"),
+        near=("strict", "strict_encoding"),
+    )
     val_fraction: float = option(
         0.05,
         help=N_("share of the documents kept aside for validation; 0 for none"),

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import difflib
 import glob
+import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from holdfast.errors import DataError
 from holdfast.i18n import _
-from holdfast.training.formats import COMPRESSIONS, FORMATS, documents_in, format_of
+from holdfast.training.damage import Damage
+from holdfast.training.formats import COMPRESSIONS, FORMATS, DataFile, Part, format_of
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, done, total): called now and then; what it raises ends the work."""
@@ -26,6 +31,9 @@ Progress = Callable[[str, int, int], None]
 MIN_CHARACTERS = 200
 
 _BLOCK = 1 << 24  # bytes hashed between two calls of progress
+_LONGEST = 1 << 26  # characters of a document that is held as a whole
+_SCORES = 1 << 25  # documents whose scores are held, for a split of few documents
+_SAMPLED = 2000  # characters of a long document that are drawn into a sample together
 _SENTENCE_END = re.compile(r"(?:[\n。！？!?…]|\.(?=\s))+[”’」』）)\"]*")
 
 
@@ -138,94 +146,232 @@ def content_hash(paths: Iterable[Path], progress: Progress | None = None) -> str
     return combined_hash(files_by_content(paths, progress))
 
 
-def read_documents(
-    paths: Iterable[Path], *, text_field: str = "text", progress: Progress | None = None
-) -> list[str]:
-    """All documents of the files, in the order given, stripped, the empty ones dropped.
+class Corpus:
+    """The documents of some files, read in the order given, each on its side of the split.
 
-    `progress` counts files.
-
-    Raises DataError where a file cannot be read or where there is too little text to train on.
+    It is read from the disk once more for every use, in memory that does not grow with it. After
+    `scan` has been called, `pieces` and `sample` give what is in it.
     """
-    paths = list(paths)
-    documents: list[str] = []
-    for done, path in enumerate(paths):
-        if progress:
-            progress(_("Reading the text"), done, len(paths))
-        documents += documents_in(path, text_field=text_field)
-    characters = sum(map(len, documents))
-    where = str(paths[0]) if len(paths) == 1 else _("These {count} files", count=len(paths))
-    if not characters:
-        raise DataError(_("{where}: empty, there is no text to train on.", where=where))
-    if characters < MIN_CHARACTERS:
-        message = _(
-            "{where}: {characters} characters of text, too few to train on; "
-            "at least {needed} are needed, and a useful model needs 100,000 or more.",
-            where=where,
-            characters=characters,
-            needed=MIN_CHARACTERS,
-        )
-        raise DataError(message)
-    return documents
+
+    def __init__(
+        self,
+        files: Sequence[tuple[str, Path]],
+        *,
+        val_fraction: float,
+        seed: int,
+        text_field: str = "text",
+        strict: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """`files`: what `files_by_content` gave. `strict`: damage in the text is refused."""
+        assert 0 <= val_fraction < 1, val_fraction
+        self.content, self.paths = combined_hash(files), [path for _digest, path in files]
+        self.documents = self.characters = self.text_bytes = 0
+        self.damage = Damage(strict)
+        self._files = [DataFile(path) for path in self.paths]
+        self._val_fraction, self._seed, self._text_field = val_fraction, seed, text_field
+        self._progress = progress
+        self._longest = 0  # characters of a document
+        self._cut = Cut(_LONGEST, _LONGEST // 4)
+        self._boundary = (val_fraction, -1)
+
+    # ----------------------------------------------------------------------------------- reading
+
+    def scan(self) -> None:
+        """Count the documents and decide the split.
+
+        Raises DataError where a file cannot be read, where more of it is damaged than may be left
+        out, or where there is too little text to train on.
+        """
+        scores = self._count(self.damage)
+        self.damage.judge()
+        self._check_enough()
+        if self._val_fraction:
+            share = self.characters * self._val_fraction
+            if self._longest > share:
+                longest = min(share, _LONGEST)
+                least = min(MIN_CHARACTERS, self.characters // 4)
+                self._cut = Cut(longest, max(int(longest / 4), least))
+                scores = self._count(Damage())
+            self._boundary = scores.boundary(self._val_fraction)
+
+    def pieces(self, label: str = "") -> Iterator[tuple[bool, str]]:
+        """(is for validation, text) of every document, or piece of a long one.
+
+        `label`: what is being done, for the progress.
+        """
+        for number, text in enumerate(self._texts(Damage(), label)):
+            score = _score(text.encode(), self._seed) if self._val_fraction else 1.0
+            yield (score, number) < self._boundary, text
+
+    def sample(self, most: int) -> list[str]:
+        """The training documents, or a seeded sample of them of about `most` bytes.
+
+        Short documents are drawn whole, long ones in pieces; which of them depends on the seed and
+        on their place in the data alone.
+        """
+        share = most / self.text_bytes
+        texts = (text for for_validation, text in self.pieces() if not for_validation)
+        if share >= 1:
+            return list(texts)
+        draw = random.Random(self._seed)
+        pieces = (piece for text in texts for piece in _pieces(text, _SAMPLED))
+        return [piece for piece in pieces if draw.random() < share]
+
+    def _texts(self, damage: Damage, label: str = "") -> Iterator[str]:
+        """All documents once, long ones cut. Raises DataError where the data was changed: what is
+        made of the text would be kept under the hash of another."""
+        yield from self._cut.applied(self._parts(damage, label or _("Reading the text")))
+        if content_hash(self.paths, self._progress) != self.content:
+            raise DataError(
+                _("The data changed while it was read. Try again when nobody writes to it.")
+            )
+
+    def _parts(self, damage: Damage, label: str) -> Iterator[Part]:
+        done, total = 0, sum(map(_size, self.paths))
+
+        def seen(size: int) -> None:
+            if self._progress:
+                self._progress(label, min(done + size, total), total)
+
+        self.documents, length = 0, 0
+        for file in self._files:
+            seen(0)
+            for text, ends in file.parts(self._text_field, damage, seen):
+                length += len(text)
+                self._longest = max(self._longest, length)
+                if ends:
+                    self.documents, length = self.documents + 1, 0
+                yield text, ends
+            done += _size(file.path)
+
+    def _count(self, damage: Damage) -> _Scores:
+        scores = _Scores()
+        self.characters = self.text_bytes = 0
+        for text in self._texts(damage):
+            data = text.encode()
+            self.characters += len(text)
+            self.text_bytes += len(data)
+            scores.add(_score(data, self._seed), len(text))
+        return scores
+
+    def _check_enough(self) -> None:
+        count = len(self.paths)
+        where = str(self.paths[0]) if count == 1 else _("These {count} files", count=count)
+        if not self.characters:
+            raise DataError(_("{where}: empty, there is no text to train on.", where=where))
+        if self.characters < MIN_CHARACTERS:
+            message = _(
+                "{where}: {characters} characters of text, too few to train on; "
+                "at least {needed} are needed, and a useful model needs 100,000 or more.",
+                where=where,
+                characters=self.characters,
+                needed=MIN_CHARACTERS,
+            )
+            raise DataError(message)
 
 
-def split_documents(
-    documents: Sequence[str], val_fraction: float, seed: int
-) -> tuple[list[int], list[int]]:
-    """Indices of the (training, validation) documents, each in ascending order.
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # reading it says what is wrong
 
-    A document is for validation where the hash of its text and the seed falls below
-    `val_fraction`. So it stays on its side when the data is reordered or added to, and two copies
-    of one document do not sit on different sides. Among few documents chance could give the
-    validation part far too little or too much: it takes or returns documents, in the order of the
-    hashes, until it has between half and twice its share of the characters, and at least one
-    document is on each side. Where `val_fraction` is 0 there is no validation.
+
+# ------------------------------------------------------------------------------------- the split
+
+
+def _score(data: bytes, seed: int) -> float:
+    """A number in [0, 1) that depends on a document's text and the seed alone."""
+    return xxhash.xxh3_64_intdigest(data, seed % 2**64) / 2**64
+
+
+class _Scores:
+    """Scores and lengths of all documents, in their order: 16 bytes each, of the first 2²⁵."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._scores, self._lengths = array("d"), array("q")
+
+    def add(self, score: float, length: int) -> None:
+        self._count += 1
+        if self._count <= _SCORES:
+            self._scores.append(score)
+            self._lengths.append(length)
+
+    def boundary(self, val_fraction: float) -> tuple[float, int]:
+        """(score, number): the documents whose own lies below are for validation.
+
+        A document is for validation where its score falls below `val_fraction`. So it stays on its
+        side when the data is reordered or added to, and two copies of one document do not sit on
+        different sides. Among few documents chance could give the validation part far too little or
+        too much: it takes or returns documents, in the order of the scores, until it has between
+        half and twice its share of the characters, and at least one document is on each side. Among
+        more than 2²⁵ it does not.
+        """
+        if self._count > _SCORES:
+            return val_fraction, -1
+        assert self._count >= 2, "a single document is longer than its share, and was cut"
+        scores, lengths = np.frombuffer(self._scores), np.frombuffer(self._lengths, dtype="q")
+        below = scores < val_fraction
+        size, taken = int(below.sum()), int(lengths[below].sum())
+        share = val_fraction * int(lengths.sum())
+        too_few = size < 1 or (size < len(scores) - 1 and taken < share / 2)
+        if not too_few and size < len(scores) and (size == 1 or taken <= share * 2):
+            return val_fraction, -1
+        order = np.argsort(scores, kind="stable")
+        while size < 1 or (size < len(order) - 1 and taken < share / 2):
+            taken += int(lengths[order[size]])
+            size += 1
+        while size == len(order) or (size > 1 and taken > share * 2):
+            size -= 1
+            taken -= int(lengths[order[size]])
+        return float(scores[order[size]]), int(order[size])
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How long documents are cut: those of more than `longest` characters, after the first line or
+    sentence end behind every `size` of them.
+
+    With a single long text, or with one that outweighs all others, whole documents cannot give the
+    validation part its size. Pieces of a quarter of its share can. At least two pieces come out of
+    any text that has MIN_CHARACTERS.
     """
-    assert 0 <= val_fraction < 1, val_fraction
-    everything = list(range(len(documents)))
-    if val_fraction == 0:
-        return everything, []
-    assert len(documents) >= 2, "cut_long_documents() makes two of one"
-    scores = [xxhash.xxh3_64_intdigest(text.encode(), seed % 2**64) / 2**64 for text in documents]
-    order = sorted(everything, key=lambda index: (scores[index], index))
-    size = sum(score < val_fraction for score in scores)  # of validation: order[:size]
-    share = val_fraction * sum(map(len, documents))
-    taken = sum(len(documents[index]) for index in order[:size])
-    while size < 1 or (size < len(order) - 1 and taken < share / 2):
-        taken += len(documents[order[size]])
-        size += 1
-    while size == len(order) or (size > 1 and taken > share * 2):
-        size -= 1
-        taken -= len(documents[order[size]])
-    return sorted(order[size:]), sorted(order[:size])
+
+    longest: float
+    size: int
+
+    def applied(self, parts: Iterable[Part]) -> Iterator[str]:
+        """Whole documents, and pieces of long ones."""
+        waiting: list[str] = []
+        length = 0
+        for part, ends in parts:
+            waiting.append(part)
+            length += len(part)
+            if length > self.longest:
+                rest = yield from _pieces_so_far("".join(waiting), self.size)
+                waiting = [rest]
+            if ends:
+                text = "".join(waiting)
+                text = text.strip() if length > self.longest else text
+                if text:
+                    yield text
+                waiting, length = [], 0
 
 
-def cut_long_documents(documents: Sequence[str], val_fraction: float) -> list[str]:
-    """The documents, those longer than the whole validation share cut at line or sentence ends.
-
-    With a single long text, or with one that outweighs all others, whole documents cannot give
-    the validation part its size. Pieces of a quarter of the share can. At least two pieces come
-    out of any text that has MIN_CHARACTERS.
-    """
-    total = sum(map(len, documents))
-    share = total * val_fraction
-    if val_fraction == 0 or all(len(text) <= share for text in documents):
-        return list(documents)
-    size = max(int(share / 4), min(MIN_CHARACTERS, total // 4))
-    return [
-        piece
-        for text in documents
-        for piece in (_pieces(text, size) if len(text) > share else [text])
-    ]
-
-
-def _pieces(text: str, size: int) -> list[str]:
+def _pieces(text: str, size: int) -> Iterator[str]:
     """`text` cut at the first sentence end after every `size` characters (or right there)."""
-    pieces, start = [], 0
+    return Cut(0, size).applied([(text, True)])
+
+
+def _pieces_so_far(text: str, size: int) -> Generator[str, None, str]:
+    """Pieces of a text that may go on; returns what is left, for the last piece at the latest."""
+    start = 0
     while len(text) - start > size * 3 // 2:  # what is left over joins the last piece
         end = _SENTENCE_END.search(text, start + size, start + size * 3 // 2)
         cut = end.end() if end else start + size
-        pieces.append(text[start:cut].strip())
+        if piece := text[start:cut].strip():
+            yield piece
         start = cut
-    pieces.append(text[start:].strip())
-    return [piece for piece in pieces if piece]
+    return text[start:]

@@ -1,35 +1,44 @@
-"""From the bytes of one data file to its documents: compression, encoding, .txt, .jsonl, .parquet.
+"""From one data file to its documents: compression, .txt, .jsonl, .parquet.
 
-Nothing here knows about folders, tokenizers or splits. Everything wrong with a file ends in one
-`DataError` that names the file and the place in it.
+A file is read in blocks, as often as is wanted, and never held as a whole. Nothing here knows about
+folders, tokenizers or splits. A file that cannot be read at all ends in one `DataError` that names
+it; single damaged places are counted in a `Damage` and left out.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
+import os
 import re
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from holdfast.errors import DataError
 from holdfast.i18n import _
+from holdfast.training import damage as kinds
+from holdfast.training import encodings
+from holdfast.training.damage import Damage, Place
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 
-# The commonest characters of modern and classical Chinese, simplified and traditional. Big5,
-# EUC-KR, EUC-JP and Shift-JIS mostly decode as GB18030 without an error, into rare characters and
-# private-use code points: of those, 0 to 1 % are in this list; of real Chinese, 11 % (Song lyrics)
-# to 33 % (modern prose), of Japanese in GB18030 6 %.
-_COMMON = frozenset(
-    "的一是不了在人有我他这中大来上国个到说们为子和你地出会时要也得里以那就自之于而者其与无此何如"
-    "日月风山花天春水这這國來時為個們說無"
-)
-_COMMON_SHARE = 0.03
-_CHINESE_PUNCTUATION = frozenset("，。！？、；：“”‘’《》（）…—　")
+Part = tuple[str, bool]
+"""A piece of a document's text, and whether the document ends with it. Most are a whole one."""
+
+Seen = Callable[[int], None]
+"""Bytes of the file that have been read: called now and then; what it raises ends the work."""
+
+_BLOCK = 1 << 18  # bytes read at a time
+_PACKED = 1 << 13  # of zstd, where each byte may become thousands
+_PART = 1_000_000  # characters of a document that are held before they are passed on
+_ROWS = 256  # of Parquet, decoded at a time
+_GAP = re.compile(r"[\s\ufeff]*")
 
 
 def format_of(path: Path) -> str | None:
@@ -41,201 +50,343 @@ def format_of(path: Path) -> str | None:
     return suffix if suffix in FORMATS else None
 
 
-def documents_in(path: Path, *, text_field: str = "text") -> Iterator[str]:
+def documents_in(
+    path: Path, *, text_field: str = "text", damage: Damage | None = None
+) -> Iterator[str]:
     """The documents of one file, stripped, without the empty ones.
 
-    Raises DataError: unreadable, damaged, binary or wrongly encoded file, missing field or column.
+    What cannot be read is left out and counted in `damage`; without one, the file is judged by
+    itself at its end. Raises DataError: unreadable, damaged, binary or wrongly encoded file,
+    missing field or column.
     """
-    data_format = format_of(path)
-    assert data_format is not None, f"discover() lets no {path.name} pass"
-    data = _decompressed(path)
-    texts: Iterable[str]
-    if data_format == ".parquet":
-        texts = _parquet(path, data, text_field)
-    elif data_format == ".jsonl":
-        texts = _jsonl(path, decode(data, path), text_field)
-    else:
-        texts = _plain(decode(data, path))
-    for text in texts:
-        stripped = text.strip()
-        if stripped:
-            yield stripped
+    own = Damage() if damage is None else damage
+    waiting: list[str] = []
+    for text, ends in DataFile(path).parts(text_field, own):
+        waiting.append(text)
+        if ends:
+            yield "".join(waiting)
+            waiting.clear()
+    if damage is None:
+        own.judge()
 
 
-def decode(data: bytes, path: Path) -> str:
-    """Text of `data` with "\\n" line ends: UTF-8 with or without BOM, UTF-16 with BOM, GB18030.
+class DataFile:
+    """One file of the data."""
 
-    Strict: a byte that does not belong there, or a NUL, is a DataError that says where it is.
-    `path` is for the message only.
-    """
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):  # "Unicode" of Windows' Notepad
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._encoding: encodings.Encoding | None = None
+        self._has_blank_lines: bool | None = None
+
+    def parts(
+        self, text_field: str, damage: Damage, seen: Seen = lambda _bytes: None
+    ) -> Iterator[Part]:
+        """The documents, stripped, the empty ones dropped, those of a .txt in parts of about a
+        million characters. Raises DataError."""
+        data_format = format_of(self.path)
+        assert data_format is not None, f"discover() lets no {self.path.name} pass"
+        if data_format == ".parquet":
+            return _stripped((text, True) for text in self._rows(text_field, damage, seen))
+        lines = _lines(self._texts(damage, seen))
+        if data_format == ".jsonl":
+            return _stripped((text, True) for text in self._records(lines, text_field, damage))
+        if self._has_blank_lines is None:
+            self._has_blank_lines = encodings.has_blank_lines(self._texts(Damage(), seen))
+        return _stripped(_blocks_of(lines) if self._has_blank_lines else lines)
+
+    # ---------------------------------------------------------------------------------- as text
+
+    def _texts(self, damage: Damage, seen: Seen) -> Iterator[str]:
+        if self._encoding is None:
+            self._encoding = encodings.find_encoding(lambda: self._blocks(seen), self.path)
+        encoding = self._encoding
+
+        def report(offset: int, size: int, line: int, reason: str) -> None:
+            message = encodings.not_a_character(self.path, encoding.codec, offset, line, reason)
+            damage.add(Place(self.path, line, offset, reason), size, message)
+
+        def counted() -> Iterator[bytes]:
+            for block in self._blocks(seen):
+                damage.size += len(block)
+                yield block
+
+        return encodings.decoded(counted(), encoding, report)
+
+    def _blocks(self, seen: Seen) -> Iterator[bytes]:
+        """What the file holds, decompressed, in blocks."""
+        suffix = self.path.suffix.lower()
         try:
-            return _newlines(data.decode("utf-16"))
-        except UnicodeDecodeError as error:
-            raise _not_text(path, data, error.start) from error
-    nul = data.find(b"\0")
-    if nul >= 0:
-        message = _(
-            "{path} is not a text file: byte {offset} is zero, as in binary data. "
-            "Choose a .txt, .jsonl or .parquet file.",
-            path=path,
-            offset=nul,
-        )
-        raise DataError(message)
-    try:
-        return _newlines(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        not_utf8 = error
-    try:
-        text = data.decode("gb18030")
-    except UnicodeDecodeError as error:
-        raise _not_text(path, data, not_utf8.start) from error
-    if not _reads_like_chinese(text):
-        raise _not_text(path, data, not_utf8.start)
-    return _newlines(text)
+            with self.path.open("rb") as file:
+                for block in _decompressed(file, suffix):
+                    yield block
+                    seen(file.tell())
+        except (OSError, EOFError, zlib.error) as error:
+            raise self._unreadable(error, suffix) from error
 
-
-def _not_text(path: Path, data: bytes, offset: int) -> DataError:
-    return DataError(
-        _(
-            "{path} is neither UTF-8 nor GB18030 text: byte {offset} (line {line}) is where it "
-            "stops being UTF-8. Save the file as UTF-8 and try again.",
-            path=path,
-            offset=offset,
-            line=data.count(b"\n", 0, offset) + 1,
-        )
-    )
-
-
-def _reads_like_chinese(text: str) -> bool:
-    """False for other encodings that happen to be valid GB18030 (see `_COMMON`)."""
-    wide = [char for char in text if char > "\x7f" and char not in _CHINESE_PUNCTUATION]
-    common = sum(char in _COMMON for char in wide)
-    return common >= _COMMON_SHARE * len(wide)
-
-
-def _newlines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-
-
-def _decompressed(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        message = _("Cannot read {path}: {reason}.", path=path, reason=error.strerror or error)
-        raise DataError(message) from error
-    suffix = path.suffix.lower()
-    if not data or suffix not in COMPRESSIONS:
-        return data  # an empty file is reported as empty, not as damaged
-    try:
-        return gzip.decompress(data) if suffix == ".gz" else _unzstd(data)
-    except (OSError, EOFError, zlib.error) as error:
-        message = _(
-            "{path} is damaged or not a {suffix} file ({reason}). Fetch or compress it again.",
-            path=path,
-            suffix=suffix,
-            reason=error,
-        )
-        raise DataError(message) from error
-
-
-def _unzstd(data: bytes) -> bytes:
-    """All frames of `data`. Raises EOFError where the last frame ends too early."""
-    import zstandard
-
-    parts = []
-    while data:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            parts.append(frame.decompress(data))
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from error
-        if not frame.eof:  # the library itself says nothing about a truncated stream
-            raise EOFError(_("it ends too early"))
-        data = frame.unused_data
-    return b"".join(parts)
-
-
-def _plain(text: str) -> list[str]:
-    """Blank-line separated documents where there are blank lines inside, else one a line."""
-    text = text.strip()
-    blocks = re.split(r"\n\s*\n", text)
-    return blocks if len(blocks) > 1 else text.split("\n")
-
-
-def _jsonl(path: Path, text: str, field: str) -> Iterator[str]:
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it splits at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            message = _(
-                "{path}, line {line}: this is not JSON ({reason}). "
-                "A .jsonl file holds one JSON object a line.",
-                path=path,
-                line=number,
+    def _unreadable(self, error: Exception, suffix: str) -> DataError:
+        if suffix not in COMPRESSIONS or (isinstance(error, OSError) and error.errno is not None):
+            reason = getattr(error, "strerror", None) or error
+            return DataError(_("Cannot read {path}: {reason}.", path=self.path, reason=reason))
+        return DataError(
+            _(
+                "{path} is damaged or not a {suffix} file ({reason}). Fetch or compress it again.",
+                path=self.path,
+                suffix=suffix,
                 reason=error,
             )
+        )
+
+    # --------------------------------------------------------------------------------- as JSON
+
+    def _records(self, lines: Iterable[Part], field: str, damage: Damage) -> Iterator[str]:
+        waiting: list[str] = []
+        number = 0
+        for text, ends in lines:
+            waiting.append(text)
+            if not ends:
+                continue
+            line = "".join(waiting)
+            waiting.clear()
+            number += 1
+            try:
+                records = _objects(line)
+            except (ValueError, RecursionError) as error:
+                message = _(
+                    "{path}, line {line}: this is not JSON ({reason}). "
+                    "A .jsonl file holds one JSON object a line.",
+                    path=self.path,
+                    line=number,
+                    reason=error,
+                )
+                self._leave_out(damage, number, line, kinds.NO_JSON, message)
+                continue
+            for record in records:
+                value = record.get(field) if isinstance(record, dict) else None
+                if isinstance(value, str):
+                    # A lone half of a surrogate pair ("\ud83d", cut by some crawler) is no
+                    # character at all.
+                    yield re.sub("[\ud800-\udfff]", "\ufffd", value) if _may_escape(line) else value
+                elif record != {} and not (isinstance(record, dict) and field in record
+                                           and value is None):  # fmt: skip
+                    reason, message = _no_text(self.path, number, field, record)
+                    self._leave_out(damage, number, line, reason, message)
+
+    def _leave_out(self, damage: Damage, number: int, line: str, reason: str, message: str) -> None:
+        byte = self._start_of_line(number) if damage.wants_places else None
+        damage.add(Place(self.path, number, byte, reason), len(line.encode()), message)
+
+    def _start_of_line(self, number: int) -> int | None:
+        """The offset of a line in what the file holds."""
+        if self._encoding is None or self._encoding.codec.startswith("utf-16"):
+            return None
+        position, ends = 0, number - 1
+        for block in self._blocks(lambda _bytes: None):
+            here = block.count(b"\n")
+            if here >= ends:
+                at = -1
+                for _end in range(ends):
+                    at = block.index(b"\n", at + 1)
+                return position + at + 1
+            position += len(block)
+            ends -= here
+        return None
+
+    # ------------------------------------------------------------------------------ as Parquet
+
+    def _rows(self, column: str, damage: Damage, seen: Seen) -> Iterator[str]:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        try:
+            with self._seekable() as source:
+                size = source.seek(0, 2)
+                if not size:
+                    return
+                file = parquet.ParquetFile(source, buffer_size=1 << 20)
+                _check_column(self.path, file.schema_arrow, column)
+                row, rows = 0, max(1, file.metadata.num_rows)
+                for batch in file.iter_batches(columns=[column], batch_size=_ROWS):
+                    values = batch.column(0)
+                    if pa.types.is_dictionary(values.type):
+                        values = values.dictionary_decode()
+                    for value in values:
+                        row += 1
+                        yield self._text_of(value, row, damage)
+                    seen(size * row // rows)
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            message = _(
+                "{path} is damaged or not a Parquet file ({reason}).", path=self.path, reason=reason
+            )
             raise DataError(message) from error
-        value = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(value, str):
-            raise _no_field(path, number, field, record)
-        # A lone half of a surrogate pair ("\ud83d", cut by some crawler) is no character at all.
-        yield re.sub("[\ud800-\udfff]", "\ufffd", value) if "\\ud" in line.lower() else value
+
+    def _text_of(self, value: Any, row: int, damage: Damage) -> str:
+        """The text of one cell, "" where there is none."""
+
+        def report(_offset: int, size: int, _line: int, reason: str) -> None:
+            message = _(
+                "{path}, row {row}: its text is not UTF-8. Write the file anew.",
+                path=self.path,
+                row=row,
+            )
+            damage.add(Place(self.path, row, None, reason), size, message)
+
+        data: bytes = value.as_buffer().to_pybytes() if value.is_valid else b""
+        damage.size += len(data)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "".join(encodings.decoded([data], encodings.Encoding("utf-8", 0), report))
+
+    @contextmanager
+    def _seekable(self) -> Iterator[IO[bytes]]:
+        """The file, or what it holds in a temporary one: Parquet is read from its end."""
+        if self.path.suffix.lower() not in COMPRESSIONS:
+            try:
+                file = self.path.open("rb")
+            except OSError as error:
+                raise self._unreadable(error, "") from error
+            with file:
+                yield file
+            return
+        with tempfile.TemporaryFile() as temporary:
+            for block in self._blocks(lambda _bytes: None):
+                temporary.write(block)
+            yield temporary
 
 
-def _no_field(path: Path, line: int, field: str, record: object) -> DataError:
+def _decompressed(file: IO[bytes], suffix: str) -> Iterator[bytes]:
+    """Blocks of what `file` holds. Raises OSError, EOFError or zlib.error where it is damaged."""
+    if suffix == ".zst":
+        yield from _unzstd(file)
+        return
+    source: Any = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
+    left = math.inf if suffix == ".gz" else os.fstat(file.fileno()).st_size
+    while left > 0 and (block := source.read(_BLOCK)):  # or a file that grows would never end
+        yield block
+        left -= len(block)
+
+
+def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
+    """All frames. Raises EOFError where the last frame ends too early."""
+    import zstandard
+
+    frame = None
+    while data := file.read(_PACKED):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                yield frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+            data = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:  # the library itself says nothing about a truncated stream
+        raise EOFError(_("it ends too early"))
+
+
+def _lines(texts: Iterable[str]) -> Iterator[Part]:
+    """Lines without their ends, long ones in parts.
+
+    Not splitlines(): JSON strings may hold U+2028 and other characters that it splits at.
+    """
+    waiting, size = [""], 0
+    for text in texts:
+        first, *more = text.split("\n")
+        waiting.append(first)
+        size += len(first)
+        if more:
+            yield "".join(waiting), True
+            for line in more[:-1]:
+                yield line, True
+            waiting, size = [more[-1]], len(more[-1])
+        elif size > _PART:
+            yield "".join(waiting), False
+            waiting, size = [""], 0
+    yield "".join(waiting), True
+
+
+def _blocks_of(lines: Iterable[Part]) -> Iterator[Part]:
+    """Documents that blank lines separate."""
+    waiting: list[str] = []
+    size, begins = 0, True  # `begins`: a line begins here
+    for text, ends in lines:
+        if begins and ends and not text.strip():
+            yield "".join(waiting), True
+            waiting, size = [], 0
+            continue
+        waiting.append(text + "\n" if ends else text)
+        size += len(text)
+        begins = ends
+        if size > _PART:
+            yield "".join(waiting), False
+            waiting, size = [], 0
+    yield "".join(waiting), True
+
+
+def _stripped(parts: Iterable[Part]) -> Iterator[Part]:
+    """The documents without white space around them, the empty ones dropped."""
+    begun, held = False, ""
+    for part, ends in parts:
+        text = held + part if begun else part.lstrip()
+        kept = text.rstrip()
+        held = text[len(kept) :]
+        if kept or (begun and ends):
+            yield kept, ends
+        begun = not ends and (begun or bool(kept))
+
+
+def _objects(line: str) -> list[Any]:
+    """The JSON values in a line: one, or none, or several where files without a last line end were
+    put together; each may come with the BOM of its file."""
+    found, position = [], 0
+    while (position := _end_of_gap(line, position)) < len(line):
+        value, position = json.JSONDecoder().raw_decode(line, position)
+        found.append(value)
+    return found
+
+
+def _end_of_gap(line: str, position: int) -> int:
+    gap = _GAP.match(line, position)
+    assert gap is not None, "it may be empty"
+    return gap.end()
+
+
+def _may_escape(line: str) -> bool:
+    return "\\ud" in line or "\\uD" in line
+
+
+def _no_text(path: Path, line: int, field: str, record: object) -> tuple[str, str]:
+    """(reason, message) of a record without the text field."""
     if not isinstance(record, dict):
-        message = _(
+        return kinds.NO_OBJECT, _(
             "{path}, line {line}: a JSON object was expected, such as {example}.",
             path=path,
             line=line,
             example=json.dumps({field: "…"}, ensure_ascii=False),
         )
-    elif field in record:
-        message = _(
+    if field in record:
+        return kinds.NO_TEXT, _(
             '{path}, line {line}: the field "{field}" is not a string.',
             path=path,
             line=line,
             field=field,
         )
-    else:
-        message = _(
-            '{path}, line {line} has no field "{field}"; it has: {fields}. '
-            "Name the one that holds the text with --text-field.",
-            path=path,
-            line=line,
-            field=field,
-            fields=", ".join(record) or "-",
-        )
-    return DataError(message)
-
-
-def _parquet(path: Path, data: bytes, column: str) -> Iterator[str]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    if not data:
-        return
-    try:
-        file = parquet.ParquetFile(pa.BufferReader(data))
-        _check_column(path, file.schema_arrow, column)
-        for batch in file.iter_batches(columns=[column]):
-            values = (value for value in batch.column(0).to_pylist() if value)
-            yield from (v.decode() if isinstance(v, bytes) else v for v in values)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        message = _("{path} is damaged or not a Parquet file ({reason}).", path=path, reason=reason)
-        raise DataError(message) from error
+    return kinds.NO_FIELD, _(
+        '{path}, line {line} has no field "{field}"; it has: {fields}. '
+        "Name the one that holds the text with --text-field.",
+        path=path,
+        line=line,
+        field=field,
+        fields=", ".join(record) or "-",
+    )
 
 
 def _text_kinds() -> list[Callable[[Any], bool]]:
     """Tests for the Arrow types that hold text, as pandas, Spark, DuckDB and Polars write it.
 
-    Binary is text whose writer did not say so: its bytes are decoded, and refused where they are
-    none. A column of nulls has no documents.
+    Binary is text whose writer did not say so: its bytes are decoded. A column of nulls has no
+    documents.
     """
     import pyarrow as pa
 

@@ -9,6 +9,7 @@ import contextlib
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from holdfast.errors import DataError, ResourceError
 from holdfast.i18n import _
@@ -23,11 +24,20 @@ from holdfast.training.cache import (
     write_sealed,
 )
 from holdfast.training.corpus import Progress
-from holdfast.training.tokenizer import TextTokenizer, shrink_note, train_tokenizer
+from holdfast.training.damage import Damage
+from holdfast.training.tokenizer import (
+    MIN_FREQUENCY,
+    SAMPLE,
+    TextTokenizer,
+    shrink_note,
+    train_tokenizer,
+)
 
-# Raised whenever the same text and settings would give other tokens than before: how files are
-# read, documents cut and split, or how the tokenizer is trained.
+# Raised whenever the same text, settings and tokenizer would give other tokens than before: how
+# files are read, documents cut and split. A run that goes on would no longer see its own data.
 RULES = 1
+# Raised whenever the same text and settings would give another tokenizer than before.
+TOKENIZER_RULES = 2
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,7 @@ def prepare_data(
     val_fraction: float,
     seed: int,
     text_field: str = "text",
+    strict: bool = False,
     cache_dir: str | Path | None = None,
     tokenizer: TextTokenizer | None = None,
     progress: Progress | None = None,
@@ -89,18 +100,24 @@ def prepare_data(
     """Read, split, tokenize and map the data of `source` (a file, folder or glob).
 
     With `tokenizer` (of a checkpoint or of a model) none is trained and `vocab_size` is not
-    looked at; else one is trained on the training documents. `progress` may raise to end the
-    work; then nothing half-written remains.
+    looked at; else one is trained on the training documents, or a sample of them. With `strict`
+    text that is damaged in a single place is refused. `progress` may raise to end the work; then
+    nothing half-written remains.
 
     Raises DataError for unusable data and ResourceError where there is no room for the tokens.
     """
     files = corpus.files_by_content(corpus.discover(source), progress)
     job = _Job(
-        paths=[path for _digest, path in files],
-        content=corpus.combined_hash(files),
-        val_fraction=val_fraction,
-        seed=seed,
-        text_field=text_field,
+        text=corpus.Corpus(
+            files,
+            val_fraction=val_fraction,
+            seed=seed,
+            text_field=text_field,
+            strict=strict,
+            progress=progress,
+        ),
+        split_settings=(text_field, val_fraction, seed),
+        strict=strict,
         root=Path(cache_dir) if cache_dir else default_cache_dir(),
         progress=progress,
     )
@@ -141,17 +158,14 @@ def _token_key(
 
 @dataclass
 class _Job:
-    """One call of `prepare_data`: what it was asked, and the documents once they were read."""
+    """One call of `prepare_data`."""
 
-    paths: list[Path]
-    content: str
-    val_fraction: float
-    seed: int
-    text_field: str
+    text: corpus.Corpus
+    split_settings: tuple[str, float, int]
+    strict: bool
     root: Path
     progress: Progress | None
-    documents: int = 0
-    splits: tuple[list[str], list[str]] | None = None
+    scanned: bool = False
     notes: list[str] = field(default_factory=list)
 
     def run(self, tokenizer: TextTokenizer | None, vocab_size: int) -> PreparedData:
@@ -159,51 +173,50 @@ class _Job:
             tokenizer = self.trained(vocab_size)
             if tokenizer.vocab_size < vocab_size:
                 self.notes.append(shrink_note(tokenizer.vocab_size, vocab_size))
-        key = _token_key(self.content, self.split_settings(), tokenizer)
+        key = _token_key(self.text.content, self.split_settings, tokenizer)
         cached, temporary = TokenCache(self.root).open(key), None
+        if cached is not None and cached.damage and self.strict:
+            self.scan()  # raises, with the place
         from_cache = cached is not None
         if cached is None:
             cached, temporary = self.tokenized(key, tokenizer)
+        if cached.damage:
+            self.notes += Damage.from_json(cached.damage, self.text.paths).notes()
         return PreparedData(
             tokenizer=tokenizer,
             train=cached.train,
             val=cached.val,
             documents=cached.documents,
-            content_hash=self.content,
+            content_hash=self.text.content,
             notes=self.notes,
             from_cache=from_cache,
             _temporary=temporary,
         )
 
-    def split_settings(self) -> tuple[str, float, int]:
-        return (self.text_field, self.val_fraction, self.seed)
+    def scan(self) -> None:
+        if not self.scanned:
+            self.text.scan()
+            self.scanned = True
 
-    def texts(self) -> tuple[list[str], list[str]]:
-        """(training, validation) documents, read once."""
-        if self.splits is None:
-            documents = corpus.read_documents(
-                self.paths, text_field=self.text_field, progress=self.progress
-            )
-            if corpus.content_hash(self.paths, self.progress) != self.content:
-                # Or the tokens of one text would be cached under the hash of another.
-                raise DataError(
-                    _("The data changed while it was read. Try again when nobody writes to it.")
-                )
-            self.documents = len(documents)
-            documents = corpus.cut_long_documents(documents, self.val_fraction)
-            train, val = corpus.split_documents(documents, self.val_fraction, self.seed)
-            self.splits = [documents[i] for i in train], [documents[i] for i in val]
-        return self.splits
+    def about(self) -> dict[str, Any]:
+        damage = self.text.damage
+        about: dict[str, Any] = {"documents": self.text.documents}
+        return {**about, "damage": damage.to_json(self.text.paths)} if damage.places else about
 
     def trained(self, vocab_size: int) -> TextTokenizer:
         """A tokenizer for the training documents, from the cache or a new one."""
-        key = key_of(RULES, self.content, self.split_settings(), vocab_size)
+        key = key_of(RULES, TOKENIZER_RULES, self.text.content, self.split_settings, vocab_size)
         path = self.root / "tokenizers" / f"{key}.json"
         if (state := read_sealed(path)) is not None:
             # DataError: written by a newer version of the library, unreadable for this one
             with contextlib.suppress(DataError):
                 return TextTokenizer.from_state(state)
-        tokenizer = train_tokenizer(self.texts()[0], vocab_size, progress=self.progress)
+        self.scan()
+        # In a sample everything is rarer than in the text: what occurs twice there is no chance.
+        frequency = MIN_FREQUENCY if self.text.text_bytes <= SAMPLE else 2
+        tokenizer = train_tokenizer(
+            self.text.sample(SAMPLE), vocab_size, min_frequency=frequency, progress=self.progress
+        )
         # The tokens go to the same place: tokenized() says what is wrong with it.
         with contextlib.suppress(OSError):
             write_sealed(path, tokenizer.to_state())
@@ -213,13 +226,11 @@ class _Job:
         self, key: str, tokenizer: TextTokenizer
     ) -> tuple[CachedTokens, tempfile.TemporaryDirectory[str] | None]:
         """A new cache entry; in a temporary folder where the cache cannot be written."""
-        texts = self.texts()
+        self.scan()
 
         def build(root: Path) -> CachedTokens:
-            cache = TokenCache(root)
-            return cache.build(
-                key, tokenizer, texts, documents=self.documents, progress=self.progress
-            )
+            pieces = self.text.pieces(_("Encoding the text"))
+            return TokenCache(root).build(key, tokenizer, pieces, self.about)
 
         try:
             return build(self.root), None

@@ -305,7 +305,7 @@ def _data(
     try:
         return prepare_data(
             source, vocab_size=vocabulary, tokenizer=tokenizer,
-            progress=progress, **shared,
+            strict=data.strict_text, progress=progress, **shared,
         )  # fmt: skip
     except DataError:
         if origin is None or tokenizer is None or source.exists():

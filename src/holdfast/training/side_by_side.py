@@ -18,6 +18,7 @@ from holdfast.errors import ConfigError, DataError
 from holdfast.i18n import _
 from holdfast.training import corpus, models
 from holdfast.training.batches import IGNORED, bits_per_byte, streamed_batches
+from holdfast.training.damage import Damage
 from holdfast.training.formats import documents_in
 from holdfast.training.generate import sample_text
 from holdfast.training.inference import Loaded
@@ -122,9 +123,16 @@ def _is_ruined(loaded: Loaded) -> bool:
 # ------------------------------------------------------------------------------------ evaluation
 
 
-def read_text(source: str) -> list[str]:
-    """The documents of a data file, folder or glob. Raises DataError where there is no text."""
-    documents = [text for path in corpus.discover(source) for text in documents_in(path)]
+def read_text(source: str, warn: Callable[[str], None] = lambda _note: None) -> list[str]:
+    """The documents of a data file, folder or glob; `warn` is told of damage that was left out.
+
+    Raises DataError where there is no text, or where too much of it is damaged.
+    """
+    damage, files = Damage(), corpus.discover(source)
+    documents = [text for path in files for text in documents_in(path, damage=damage)]
+    damage.judge()
+    for note in damage.notes():
+        warn(note)
     if not documents:
         raise DataError(_("{where}: there is no text in it.", where=source))
     return documents

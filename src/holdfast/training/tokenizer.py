@@ -7,13 +7,15 @@ and caches are not known here.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,8 @@ from holdfast.i18n import _
 if TYPE_CHECKING:
     from holdfast.training.corpus import Progress
 
+T = TypeVar("T")
+
 END_OF_TEXT = "<|endoftext|>"  # its id is 0: BOS, EOS, separator of documents and padding
 
 # A merge is worth a row of the embedding when its pair occurs at least 4 times. On 20,000, 50,000
@@ -35,7 +39,16 @@ END_OF_TEXT = "<|endoftext|>"  # its id is 0: BOS, EOS, separator of documents a
 MIN_FREQUENCY = 4
 
 _LISTEN_EVERY = 0.1  # seconds between two looks at the progress of a training
-_CHUNK = 1_000_000  # characters encoded at a time: what an Encoding holds is many times its text
+CHUNK = 250_000  # characters encoded at a time: what an Encoding holds is many times its text
+_CUTTABLE = re.compile(r"(?<=\S)[\n。！？!?…](?=\w)")  # a line or a sentence ends, another begins
+_CUTS_TRIED = 20
+_AROUND = 200  # characters on both sides of a cut that are compared
+
+# Bytes of text that a tokenizer is trained on: the trainer holds 80 bytes for each of them.
+SAMPLE = 5_600_000
+# What the trainer takes for one word is held as a chain, and walked through for every merge in it.
+_LONGEST_WORD = 1000
+_WORD = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
 
 _FILES = (
     "tokenizer.json",
@@ -96,38 +109,67 @@ class TextTokenizer:
         """The smallest of little-endian uint16 and uint32 that holds every id."""
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
-    def encode_chunks(
-        self, documents: Sequence[str], progress: Progress | None = None
-    ) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.int64]]]:
-        """(tokens, length of each document) of about a million characters at a time.
+    def encode_batch(
+        self, documents: Iterable[str]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """The tokens of all documents in a row, and how many each has.
 
         Every document is followed by the end-of-text id, which its length includes. Documents are
-        encoded in parallel; `progress` counts characters.
+        encoded in parallel, long ones in parts: what encoding holds is some hundred times the text.
         """
-        label, done, total = _("Encoding the text"), 0, sum(map(len, documents))
-        start = 0
-        while start < len(documents):
-            end, characters = start, 0
-            while end < len(documents) and characters < _CHUNK:
-                characters += len(documents[end])
-                end += 1
-            encodings = self._tokenizer.encode_batch_fast(
-                list(documents[start:end]), add_special_tokens=False
-            )
-            ids = [encoding.ids for encoding in encodings]
-            lengths = np.array([len(document) + 1 for document in ids], dtype=np.int64)
-            flat = [token for document in ids for token in (*document, self.eos_id)]
-            yield np.array(flat, dtype=self.token_dtype), lengths
-            start, done = end, done + characters
-            if progress:
-                progress(label, done, total)
+        parts = (part for document in documents for part in self._parts(document))
+        tokens: list[npt.NDArray[Any]] = []
+        lengths: list[int] = []
+        length = 0
+        for group in in_chunks(parts, lambda part: len(part[0])):
+            texts = [text for text, _ends in group]
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            ids: list[int] = []
+            for encoding, (_text, ends) in zip(encodings, group, strict=True):
+                before = len(ids)
+                ids += encoding.ids
+                if ends:
+                    ids.append(self.eos_id)
+                length += len(ids) - before
+                if ends:
+                    lengths.append(length)
+                    length = 0
+            tokens.append(np.array(ids, dtype=self.token_dtype))
+        flat = np.concatenate(tokens) if tokens else np.empty(0, self.token_dtype)
+        return flat, np.array(lengths, dtype=np.int64)
 
-    def encode_documents(
-        self, documents: Sequence[str], progress: Progress | None = None
-    ) -> npt.NDArray[Any]:
+    def encode_chunks(
+        self, documents: Iterable[str]
+    ) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.int64]]]:
+        """What `encode_batch` gives, for some documents at a time."""
+        for chunk in in_chunks(documents, len):
+            yield self.encode_batch(chunk)
+
+    def encode_documents(self, documents: Iterable[str]) -> npt.NDArray[Any]:
         """All documents as one array of `token_dtype`, each followed by the end-of-text id."""
-        chunks = [tokens for tokens, _lengths in self.encode_chunks(documents, progress)]
-        return np.concatenate(chunks) if chunks else np.empty(0, self.token_dtype)
+        return self.encode_batch(documents)[0]
+
+    def _parts(self, document: str) -> Iterator[tuple[str, bool]]:
+        """A document and True; a long one cut where that gives the same tokens, True with its end.
+
+        Tokenizers that change the beginning of every text (SentencePiece puts a space there) give
+        other tokens wherever it is cut: for those it stays whole.
+        """
+        start = 0
+        while len(document) - start > 2 * CHUNK:
+            places = islice(_CUTTABLE.finditer(document, start + CHUNK), _CUTS_TRIED)
+            ends = (place.end() for place in places)
+            cut = next((end for end in ends if self._may_be_cut(document, end)), None)
+            if cut is None:
+                break
+            yield document[start:cut], False
+            start = cut
+        yield document[start:], True
+
+    def _may_be_cut(self, text: str, place: int) -> bool:
+        """True where the text around `place` has the same tokens in one piece and in two."""
+        before, after = text[max(0, place - _AROUND) : place], text[place : place + _AROUND]
+        return self.encode(before + after) == self.encode(before) + self.encode(after)
 
     def to_state(self) -> dict[str, str | int]:
         """Plain values that a checkpoint carries: the texts of the files by name, and `eos_id`."""
@@ -177,6 +219,20 @@ class TextTokenizer:
         return cls(files, eos_id)
 
 
+def in_chunks(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items in lists of about CHUNK characters."""
+    chunk: list[T] = []
+    size = 0
+    for item in items:
+        chunk.append(item)
+        size += length(item)
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
 def train_tokenizer(
     documents: Sequence[str],
     vocab_size: int,
@@ -211,10 +267,10 @@ def train_tokenizer(
 
 
 def shrink_note(size: int, wanted: int) -> str:
-    """The warning that the text was too small for the vocabulary that was asked for."""
+    """The warning that a vocabulary is smaller than the one that was asked for."""
     return _(
-        "The text is small: the vocabulary has {size:,} tokens instead of {wanted:,}; "
-        "rarer ones would hardly be learned.",
+        "The vocabulary has {size:,} tokens instead of {wanted:,}: in the text that it is made "
+        "from, others hardly occur.",
         size=size,
         wanted=wanted,
     )
@@ -234,7 +290,7 @@ def _train(
             if stopped:
                 raise InterruptedError
             batch = list(documents[start : start + 1000])
-            yield batch
+            yield [piece for text in batch for piece in _without_long_words(text)]
             done += sum(map(len, batch))
 
     outcome: Future[None] = Future()
@@ -256,6 +312,17 @@ def _train(
     finally:
         stopped = True
     outcome.result()
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """`text`, cut within words of more than _LONGEST_WORD characters (text without punctuation)."""
+    start = 0
+    for word in _WORD.finditer(text):
+        while word.end() - max(start, word.start()) > _LONGEST_WORD:
+            cut = max(start, word.start()) + _LONGEST_WORD
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
 
 
 def _config_files() -> dict[str, str]:
