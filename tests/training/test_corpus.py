@@ -313,7 +313,7 @@ def test_a_broken_byte_is_left_out_and_strictly_refused_at_its_place(
     assert (found.damage.places, found.damage.left_out) == (1, 1)
     assert f"byte {end} (line {line})" in refusal(path, strict=True)
     note = found.damage.notes()[0]
-    assert f"line {line}, byte {end}" in note and "1 damaged places" in note
+    assert f"line {line}, byte {end}" in note and "places: 1, bytes: 1" in note
 
 
 def test_more_than_a_thousandth_of_damage_is_refused_with_the_first_place(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_broken_text_in_parquet_is_left_out_by_its_row(tmp_path: Path) -> None:
         parquet.write_table(pa.table({"text": column}), tmp_path / "data.parquet")
         found = corpus_of(tmp_path / "data.parquet")
         assert [t for _val, t in found.pieces()] == LINES
-        assert "data.parquet, line 8 (no character" in found.damage.notes()[0]
+        assert "data.parquet, row 8 (not UTF-8)" in found.damage.notes()[0]
         assert "row 8" in refusal(tmp_path / "data.parquet", strict=True)
 
 

@@ -20,6 +20,7 @@ _SHOWN = 5  # places that a note names
 _HOPELESS = 1 << 20  # bytes left out after which reading ends early where they are over 1 %
 
 NO_CHARACTER = N_("no character of its encoding")
+NO_UTF8 = N_("not UTF-8")  # in Parquet, where a place is a row
 ZERO = N_("a zero byte")
 NO_JSON = N_("no JSON")
 NO_OBJECT = N_("no JSON object")
@@ -41,6 +42,8 @@ class Place:
 
     def __str__(self) -> str:
         words = {"path": self.path, "number": f"{self.number:,}", "reason": _(self.reason)}
+        if self.reason == NO_UTF8:
+            return _("{path}, row {number} ({reason})", **words)
         if self.byte is None:
             return _("{path}, line {number} ({reason})", **words)
         return _("{path}, line {number}, byte {byte} ({reason})", byte=self.byte, **words)
@@ -106,8 +109,8 @@ class Damage:
         places = "; ".join(map(str, self.shown)) + ("; …" if self.places > len(self.shown) else "")
         return [
             _(
-                "{count} damaged places of the text were left out ({bytes} bytes, {share}): "
-                "{places}.",
+                "Damage in the text was left out (places: {count}, bytes: {bytes}, {share} of "
+                "it): {places}.",
                 count=f"{self.places:,}",
                 bytes=f"{self.left_out:,}",
                 share=_percent(self._share),

@@ -223,13 +223,13 @@ class DataFile:
     def _text_of(self, value: Any, row: int, damage: Damage) -> str:
         """The text of one cell, "" where there is none."""
 
-        def report(_offset: int, size: int, _line: int, reason: str) -> None:
+        def report(_offset: int, size: int, _line: int, _reason: str) -> None:
             message = _(
                 "{path}, row {row}: its text is not UTF-8. Write the file anew.",
                 path=self.path,
                 row=row,
             )
-            damage.add(Place(self.path, row, None, reason), size, message)
+            damage.add(Place(self.path, row, None, kinds.NO_UTF8), size, message)
 
         data: bytes = value.as_buffer().to_pybytes() if value.is_valid else b""
         damage.size += len(data)
