@@ -1,7 +1,7 @@
-"""An independent tool kills our trainer at the file events of its saves: all of its modes, its words.
+"""An independent tool kills our trainer at the file events of its saves, in all of its modes.
 
 `ckpt-chaos` records every file that a run creates, renames or removes, ends a new run at each of
-these (before it; with the file torn; by SIGTERM; with everything undone that was not synced), has it
+these (before it; with the file torn; by SIGTERM; with all undone that was not synced), has it
 resumed, and compares the end with that of the undisturbed run.
 """
 
@@ -18,7 +18,7 @@ import pytest
 from tests.training.runs import SAMPLE
 
 MODES = ("before", "torn", "term", "unsynced")
-POINTS = 10  # of each mode, spread over the whole run
+POINTS = 5  # of each mode, spread over the whole run
 RESULT = """
 import hashlib, pickle, sys
 import holdfast
@@ -59,7 +59,8 @@ def test_it_passes_every_point_and_loses_no_work(tmp_path: Path) -> None:
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "ckpt_chaos", "run", "--work", "work", "--modes", ",".join(MODES),
-         "--max-points", str(POINTS * len(MODES)), "--checkpoint-glob", "{out}/checkpoint_step_*.pt",
+         "--max-points", str(POINTS * len(MODES)),
+         "--checkpoint-glob", "{out}/checkpoint_step_*.pt",
          "--step-regex", r"Going on from .*step (\d+)",
          "--result-cmd", f"{sys.executable} result.py {{out}}",
          "--fail-on", "HARD_FAIL,SILENT_DIVERGENCE,LOST_WORK", "--", *train],
