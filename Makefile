@@ -66,7 +66,7 @@ bench: $(VENV)/.train  ## saving and training beside the peers; hours; NANOGPT=D
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/holdfast bench --out benchmarks/results $(ARGS)
 	$(BIN)/python benchmarks/train_speed.py
-	$(BIN)/python benchmarks/prepare_speed.py
+	$(BIN)/python benchmarks/prepare_speed.py data/zh_sample.txt
 
 serve: $(VENV)/.serve  ## serve a trained model: LLM_CHECKPOINT=checkpoints/best_model.pt make serve
 	@$(BIN)/holdfast serve --port $(SERVE_PORT) $(ARGS)

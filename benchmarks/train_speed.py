@@ -192,8 +192,7 @@ def interval(ratios: list[float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    songci = ROOT.parent / "shared" / "data" / "songci.txt"
-    default_data = songci if songci.exists() else ROOT / "data" / "zh_sample.txt"
+    default_data = ROOT / "data" / "zh_sample.txt"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nanogpt", default=os.environ.get("NANOGPT"), help="its checkout")
     parser.add_argument("--data", type=Path, default=default_data)

@@ -83,7 +83,8 @@ def no_process_is_left() -> Iterator[None]:
     for process in left:
         with contextlib.suppress(psutil.Error, ChildProcessError):
             process.wait(5)
-    assert not told, "left running: " + "; ".join(told)
+    if told:
+        pytest.fail("left running: " + "; ".join(told), pytrace=False)
 
 
 @pytest.fixture(autouse=True)

@@ -95,3 +95,14 @@ def test_a_bracket_stays_with_what_it_holds() -> None:
         lines = wrap_cells("检查点 latest.pt（最新）：【损坏】记录（data/14）的内容变了。", width)
         assert not any(line[0] in "，。：）】" or line[-1] in "（【" for line in lines), lines
     assert wrap_cells("（（", 1) == ["（（"]
+
+
+def test_a_command_to_copy_is_never_broken() -> None:
+    for text in (
+        "Its check found damage (`holdfast verify runs/a --sections model`), see there.",
+        "检查发现了损坏（`holdfast verify runs/a --sections model`），用它查看。",
+    ):
+        lines = wrap_cells(text, 20)
+        assert any("`holdfast verify runs/a --sections model`" in line for line in lines), lines
+    assert wrap_cells("a ` b ` c", 3) == ["a", "` b `", "c"]
+    assert wrap_cells("one ` alone", 5) == ["one `", "alone"]

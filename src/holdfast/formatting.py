@@ -92,11 +92,13 @@ def format_time(text: object) -> str:
     return NOTHING if time is None else time.strftime("%Y-%m-%d %H:%M:%S %z")
 
 
-# A space; or a word or a wide character with the punctuation that may not end a line before it, and
-# that which may not begin one behind it.
+# A space; or a command in backquotes, a word or a wide character, with the punctuation that may not
+# end a line before it, and that which may not begin one behind it.
 _OPENING, _CLOSING = "（《「『【", "，。、；：！？）》」』】"
+_NARROW = r"[^\s`\u2e80-\uffef]"
 _UNIT = re.compile(
-    rf"\s+|[{_OPENING}]*(?:[^\s\u2e80-\uffef]+|[\u2e80-\uffef])[{_CLOSING}]*|[{_OPENING}]+"
+    rf"\s+|[{_OPENING}]*(?:(?:{_NARROW}*`[^`]*`)+{_NARROW}*|{_NARROW}+|[`\u2e80-\uffef])[{_CLOSING}]*"
+    rf"|[{_OPENING}]+"
 )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.checkpoint import AnyOf, EveryEpoch, EveryMinutes, EverySteps, OnBest
-from holdfast.checkpoint.schedule import Moment
+from holdfast.checkpoint.schedule import MemoryPace, Moment
 from tests.support import Toy
 
 
@@ -81,3 +81,18 @@ def test_a_loop_that_tells_its_epochs_is_saved_in_each(tmp_path: Path) -> None:
             manager.after_step(step, epoch=1 + (step - 1) // 3)
             manager.wait()
         assert [(e.step, e.epoch) for e in manager.list()] == [(7, 3), (4, 2)]
+
+
+def test_a_start_has_a_snapshot_at_each_of_its_first_steps_and_then_as_many_as_they_cost() -> None:
+    pace = MemoryPace()
+    taken, last = [], 0
+    for step in range(1, 400):
+        pace.step(0.05)
+        if step - last >= pace.interval:
+            last = step
+            taken.append(step)
+            pace.cost(0.03)  # 60 % of a step: a hundredth of the time is one in 60
+    first = list(range(1, MemoryPace.AT_FIRST + 1))
+    assert taken[: len(first)] == first
+    assert {b - a for a, b in zip(taken[len(first) - 1 :], taken[len(first) :])} == {60}  # noqa: B905
+    assert MemoryPace(7).interval == 7, "what was asked for is kept from the start"

@@ -264,3 +264,17 @@ def test_the_log_takes_a_name_that_is_not_utf8(tmp_path: Path) -> None:
         console.say("caf\udce9.txt")
         console.say("after")
     assert "caf\\udce9.txt" in log.read_text("utf-8") and "after" in log.read_text("utf-8")
+
+
+def test_a_line_on_a_narrow_terminal_is_copied_as_one() -> None:
+    """The terminal breaks it, which a copy does not see; a line feed would make two commands."""
+    command = "holdfast train --checkpoint-dir a-directory --resume --num-steps 24 --epochs none"
+    said = io.StringIO()
+    console = Console(stream=said, terminal=True)
+    console._rich.width = 40
+    with console:
+        console.start_bar()
+        console.say(f"   To train further: {command}", important=True)
+        console.warn(f"It was saved. Go on: {command}")
+        console.stop_bar()
+    assert said.getvalue().count(command) == 2

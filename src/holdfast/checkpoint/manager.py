@@ -76,8 +76,8 @@ class CheckpointManager:
             optimizer; see `Snapshots` for what a loop must not do then. It is done where it has
             cost less than copying at once; "always" does not ask.
         memory_every: keep a snapshot in shared memory every so many steps, where it outlives the
-            process; "auto": as often as it costs at most 1 % of the time; 0: never.
-            `after_step` takes them.
+            process; "auto": for the first steps each, then as often as it costs at most 1 % of
+            the time; 0: never. `after_step` takes them.
         io_limit: bytes a second that are written at most, 0 for no limit.
         max_unsafe: minutes after which a durable state that is wanted and cannot be made is told
             as "unsafe", by `after_step`; 0: never.

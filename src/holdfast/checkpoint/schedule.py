@@ -131,8 +131,12 @@ class MemoryPace:
     """How many steps from one snapshot in memory to the next: `every`, or as many as it costs at
     most `share` of the training's time.
 
-    Costs and steps are told in seconds as they are measured; until then every step has one.
+    Costs and steps are told in seconds as they are measured. The first `AT_FIRST` steps after a
+    start have one each, whatever it costs: most of what kills a training kills it there, and a
+    measurement needs a few.
     """
+
+    AT_FIRST = 16
 
     def __init__(self, every: int | None = None, *, share: float = 0.01) -> None:
         self._every, self._share = every, share
@@ -163,6 +167,6 @@ class MemoryPace:
         """Steps between two snapshots, at least 1."""
         if self._every is not None:
             return self._every
-        if self._step is None or self._cost is None:
+        if self._told < self.AT_FIRST or self._step is None or self._cost is None:
             return 1
         return max(1, math.ceil(self._cost / (self._share * max(self._step, 1e-6))))

@@ -232,7 +232,10 @@ class CheckpointConfig:
     )
     memory_every: str = option(
         "auto",
-        help=N_("snapshots in memory, safe from kills; auto: at most 1 % of the time; 0 for never"),
+        help=N_(
+            "snapshots in memory, safe from kills; auto: at each of the first steps, then at most "
+            "1 % of the time; 0 for never"
+        ),
         metavar="STEPS|auto",
         count_or="auto",
         near=("memory_steps", "snapshot_every"),

@@ -107,7 +107,10 @@ class Console:
         stamp = "" if self.terminal or not text else f"{_clock()} "
         with self._survive():
             for line in text.split("\n"):
-                self._rich.print(Text(stamp + line, style=style if self.terminal else ""))
+                # A line feed that rich puts into a command makes two of it when it is copied.
+                self._rich.print(
+                    Text(stamp + line, style=style if self.terminal else ""), soft_wrap=True
+                )
 
     def warn(self, text: str) -> None:
         """A line that is shown even with `--quiet`."""

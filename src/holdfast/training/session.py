@@ -276,9 +276,9 @@ def _data(
     """The data in the tokens of the run, or of the model, that it goes on from."""
     data = config.data
     source = Path(data.data_file)
-    unasked = data.data_file == OPTIONS["data_file"].default and (
-        config.sources["data_file"] in ("default", "run")
-    )
+    # A configuration that --save-config wrote names the default too, and is used anywhere.
+    is_default = data.data_file == OPTIONS["data_file"].default
+    unasked = is_default and config.sources["data_file"] != "flag"
     if unasked and not source.exists():
         source = SAMPLE  # installed with pip, or called from elsewhere
     tokenizer, vocabulary = None, 0
