@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import mmap
 import os
 import random
@@ -435,6 +436,46 @@ def test_a_clean_end_leaves_nothing_in_memory(tmp_path: Path) -> None:
         assert left(tmp_path)
         manager.save(step=1, strict=True)
     assert not left(tmp_path)
+
+
+def test_a_closed_manager_keeps_no_memory_mapped(tmp_path: Path) -> None:
+    """Its views of the newest slot would, until the garbage is collected."""
+    toy = Toy()
+    gc.disable()
+    try:
+        with toy.manager(tmp_path, memory_every=1) as manager:
+            manager.resume()
+            toy.step()
+            manager.after_step(1)
+            manager.save(step=1, strict=True)
+            (remains,) = left(tmp_path)
+        assert str(remains.directory) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
+
+
+def test_memory_for_one_slot_only_saves_without_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one slot has what a crash falls back to: nothing that is under way would free it."""
+    toy, real = Toy(), memory.MemoryTier.slot
+
+    def slot(tier: memory.MemoryTier, capacity: int) -> Any:
+        if list(tier.directory.glob("slot-*")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(tier, capacity)
+
+    monkeypatch.setattr(memory.MemoryTier, "slot", slot)
+    with toy.manager(tmp_path, memory_every=1) as manager:
+        manager.resume()
+        toy.step()
+        manager.after_step(1)
+        manager.wait()
+        for step in (2, 3):
+            toy.step()
+            saved = manager.save_async(step=step).durable.result(20)
+            assert saved is not None
+            assert saved.entry.step == step
 
 
 def test_a_state_that_grows_leaves_no_old_slots_behind(tmp_path: Path) -> None:

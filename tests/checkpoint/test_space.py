@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import pytest
 import torch
 
 from holdfast import load, verify
-from holdfast.checkpoint import Catalog, filesystem, guard, safety, space
+from holdfast.checkpoint import Catalog, filesystem, guard, memory, safety, space
 from holdfast.checkpoint.manager import CheckpointManager
 from holdfast.errors import ResourceError
-from tests.support import events, in_child, listener, said, tree_of
+from tests.support import die, events, in_child, listener, said, tree_of
 
 MB = 1 << 20
 SIZE = 0.93  # MB that a checkpoint of these tests takes, nearly
@@ -107,6 +108,40 @@ def test_what_has_names_elsewhere_frees_nothing_and_stays(small_disk: Disk) -> N
         os.link(run / "checkpoint_step_1.pt", disk / "mine.pt")
         manager.save(step=5, strict=True)
     assert steps(run) == [1, 3, 4, 5]
+
+
+@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+@pytest.mark.parametrize("named", [False, True])
+def test_a_snapshot_of_a_killed_training_makes_room_as_a_save_does(
+    small_disk: Disk, named: bool
+) -> None:
+    """But not for one that the user goes back behind: what he has named might have to go."""
+    run = small_disk(4 * MB) / "run"
+
+    def killed() -> None:
+        with training(run, memory_every=1) as manager:
+            manager.resume()
+            for step in range(1, 6):
+                manager.state["weights"].fill_(step)
+                if step < 5:
+                    manager.save(step=step, strict=True)
+                manager.after_step(step)
+            manager.wait()
+            die()
+
+    assert in_child(killed) == -signal.SIGKILL
+    told, tell = listener()
+    with training(run, on_event=tell) as manager:
+        if named:
+            with pytest.raises(ResourceError, match="Step 5 lies in memory"):
+                manager.resume(run / "checkpoint_step_1.pt")
+            assert steps(run) == [1, 2, 3, 4]
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 5
+    assert steps(run) == [2, 3, 4, 5]
+    assert gone_for_space(run) == [1]
+    assert "room_made" in said(told)
 
 
 def test_the_start_counts_what_can_be_let_go(

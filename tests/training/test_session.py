@@ -429,6 +429,23 @@ def test_a_disk_that_cannot_hold_one_checkpoint_is_said_before_step_one(
         train(config_for(tmp_path / "new", corpus))
 
 
+def test_the_room_for_what_the_optimizer_makes_is_asked_for_before_step_one(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its moments are two thirds of each checkpoint, and not there at the start."""
+    from holdfast.checkpoint import space
+
+    asked: list[int] = []
+    monkeypatch.setattr(space, "check_room", lambda _catalog, needed: asked.append(needed))
+    directory = tmp_path / "new"
+    train(config_for(directory, corpus))
+    train(config_for(directory, corpus, epochs=3, resume="auto"))
+    size = (directory / "latest.pt").stat().st_size
+    assert len(asked) == 2
+    assert size <= asked[0] < 1.1 * size
+    assert asked[1] == size, "after a resume they are there"
+
+
 def test_a_failed_save_is_told_and_training_goes_on(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,7 +97,8 @@ class Saver:
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
         self._looked, self._losses = self.at, 0
         self._looking: Helper | None = None  # the look that was begun last
-        self._background = 0.0  # processor time of snapshots when the last one was asked for
+        # Seconds of processors and of training, spent on snapshots when the last one was asked for.
+        self._background = self._stalled = 0.0
         self.usual = 0.0  # seconds that the last save took from the wish until it was durable
         self._saving = False  # whether anything was on its way to the disk since the last step
         self._costs: queue.SimpleQueue[Cost] = queue.SimpleQueue()  # of what has become durable
@@ -314,11 +315,12 @@ class Saver:
         if not self.snapshots.in_memory or since < self._pace.interval:
             return
         self.remembered = step
-        stalled = self.snapshots.stalled
         self.request(step, epoch, None, "temp", "memory", kept=False, to_disk=False)
-        spent = self.writer.background_seconds - self._background  # since the snapshot before
-        self._background += spent
-        self._pace.cost(self.snapshots.stalled - stalled + spent / (os.cpu_count() or 1))
+        # What came before is counted here as well: the optimizer's step has waited for it since.
+        spent, stalled = self.writer.background_seconds, self.snapshots.stalled_for_memory
+        background, self._background = spent - self._background, spent
+        stall, self._stalled = stalled - self._stalled, stalled
+        self._pace.cost(stall + background / (os.cpu_count() or 1))
 
     @property
     def rest(self) -> float:

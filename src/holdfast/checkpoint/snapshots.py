@@ -48,6 +48,7 @@ class Snapshots:
         self._tier: memory_tier.MemoryTier | None = None
         self._said_no_room = False
         self.stalled = 0.0  # seconds that training has stood still, ever
+        self.stalled_for_memory = 0.0  # of them, for snapshots that are for the memory alone
         self._hook: Any = None
         if overlap or memory:
             self._hook = register_optimizer_step_pre_hook(_waiting(weakref.WeakMethod(self.wait)))
@@ -120,8 +121,8 @@ class Snapshots:
             snapshot.copy.wait()  # a GPU waits for its copy; on a CPU it is done
         self._copying = snapshot, overlapped
         spent = time.monotonic() - asked
-        self.stalled += spent
-        snapshot.stall = spent
+        snapshot.stall = 0.0  # what it has been until now is part of it
+        self._stalled(snapshot, spent)
         if not overlapped and self._overlap:
             self._modes.record(spent, overlapped=False)
         return True
@@ -137,11 +138,16 @@ class Snapshots:
             snapshot.complete.wait()  # or a kill after the step would cost two
         self._copying = None  # last: whoever asks meanwhile, in whatever thread, waits as well
         spent = time.monotonic() - began
-        self.stalled += spent
-        snapshot.stall += spent
+        self._stalled(snapshot, spent)
         if overlapped:
             # On a CPU the copier has taken what training would have computed with meanwhile.
             self._modes.record(snapshot.stall + snapshot.copy.taken, overlapped=True)
+
+    def _stalled(self, snapshot: Snapshot, seconds: float) -> None:
+        snapshot.stall += seconds
+        self.stalled += seconds
+        if not snapshot.to_disk:
+            self.stalled_for_memory += seconds
 
     def close(self) -> None:
         """Wait for what is under way, and give memory and hook back."""

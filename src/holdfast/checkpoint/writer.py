@@ -246,6 +246,7 @@ class Writer:
         self.wait()
         with self._change:
             last = self._newest.slot if self._newest is not None else None
+            self._newest = None  # with its views of the slot, which would keep the memory
             for slot in self._slots:
                 slot.close()
                 if slot is not last:
@@ -253,7 +254,6 @@ class Writer:
             self._slots.clear()
             if last is not None:
                 self._outlived.append(last)
-            self._newest = None
 
     # --------------------------------------------------------------------------------------- slots
 
