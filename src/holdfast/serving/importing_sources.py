@@ -5,6 +5,7 @@ Files of others are read with `weights_only`, and no code of theirs is run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from holdfast.i18n import _
 from holdfast.serving.export_formats import quiet
 from holdfast.training import models
 from holdfast.training.config import ModelConfig
+from holdfast.training.plausible import check_configuration
 from holdfast.training.tokenizer import TOKENIZER_FILES, TextTokenizer
 
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
@@ -75,6 +77,9 @@ def _read_directory(path: Path) -> Source:
             _("{path} is no Hugging Face directory: {reason}", path=path,
               reason=hint if (path / EVENTS).is_file() else _("it has no config.json"))
         )  # fmt: skip
+    with contextlib.suppress(OSError, ValueError):  # transformers says what is wrong with it
+        said = json.loads((path / "config.json").read_text("utf-8"))
+        check_configuration(said, [[_bytes_of_weights(path)]], path)
     with quiet():
         model, info = models.read_pretrained(path, local_files_only=True)
     wrong = [_("{name} is missing", name=name) for name in sorted(info["missing_keys"])]
@@ -90,6 +95,12 @@ def _read_directory(path: Path) -> Source:
     return Source("hf", model, list(model.state_dict()), tokenizer, notes=notes)
 
 
+def _bytes_of_weights(path: Path) -> int:
+    """Return how many bytes of weights lie in a directory: there are no more numbers than that."""
+    files = (*path.glob("*.safetensors"), *path.glob("*.bin"))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 # --------------------------------------------------------------------------------- anybody's file
 
 
@@ -97,6 +108,7 @@ def _read_file(path: Path, model_config: str | None) -> Source:
     state = _load(path)
     form, weights = _weights_in(state, path)
     settings = _configuration(state, path, model_config)
+    check_configuration(settings, [list(tensor.shape) for tensor in weights.values()], path)
     model = models.rebuild_model(settings, ModelConfig())
     weights = _as_named(weights, set(model.state_dict()))
     _fill(model, weights, path)

@@ -20,6 +20,7 @@ from holdfast.i18n import N_, _
 from holdfast.training import unattended
 from holdfast.training.config import OPTIONS, Config
 from holdfast.training.fields import flag_of, format_value
+from holdfast.training.plausible import check_configuration
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,8 @@ def read_saved(path: Path) -> SavedRun:
                 _("{path} holds no run of this trainer. Use --checkpoint to start from its "
                   "weights.", path=path)
             ) from error  # fmt: skip
+        tensors = [t for t in reader.manifest["tensors"] if str(t["path"]).startswith("model/")]
+        check_configuration(values["model_config"], [t["shape"] for t in tensors], path)
         return SavedRun(path, reader.manifest["identity"]["step"], **values)
 
 

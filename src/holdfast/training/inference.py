@@ -22,7 +22,8 @@ from holdfast.checkpoint.container import Reader
 from holdfast.errors import CheckpointError, DataError, ForeignCheckpoint, HoldfastError
 from holdfast.i18n import _
 from holdfast.training import models
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.plausible import check_configuration
+from holdfast.training.tokenizer import TextTokenizer, why_not_loaded
 
 _LISTED = 3  # names of weights that a message shows
 
@@ -121,7 +122,16 @@ def _load(
         tokenizer = TextTokenizer.from_state(tokenizer_state)
     except DataError as error:
         raise ForeignCheckpoint(f"{path}: {error}") from error
+    tensors = [t for t in reader.manifest["tensors"] if str(t["path"]).startswith("model/")]
+    check_configuration(model_config, [t["shape"] for t in tensors], path)
     model = _bare_model(model_config, path)
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise ForeignCheckpoint(
+            _("The tokenizer in {path} has {tokens} tokens, and the model knows {rows}: it is "
+              "another model's.", path=path, tokens=f"{tokenizer.vocab_size:,}",
+              rows=f"{rows:,}")
+        )  # fmt: skip
     _fill(model, codec.read(reader, only="model"), path, dtype)
     model.to(models.choose_device() if device is None else torch.device(device))
     options = config.get("model")
@@ -163,12 +173,12 @@ def _bare_model(model_config: Mapping[str, Any], path: Path) -> Any:
             {**model_config, "use_cache": True, "attn_implementation": "sdpa"}
         )
         with _weights_without_memory():
-            model = transformers.AutoModelForCausalLM.from_config(settings)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            model = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    except Exception as error:  # of settings that a stranger wrote it raises what they make it
         raise ForeignCheckpoint(
             _("{path} is of a model that this transformers {version} does not know ({kind}): "
               "{reason}", path=path, version=transformers.__version__, kind=kind,
-              reason=str(error).strip().partition("\n")[0])
+              reason=why_not_loaded(error))
         ) from error  # fmt: skip
     model.requires_grad_(False)
     return model.eval()

@@ -190,7 +190,9 @@ def rebuild_model(model_config: Mapping[str, Any], config: ModelConfig) -> Any:
         settings = transformers.AutoConfig.for_model(kind).from_dict(
             {**model_config, "use_cache": False, "attn_implementation": "sdpa", **_dropout(config)}
         )
-        return transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+        return transformers.AutoModelForCausalLM.from_config(
+            settings, dtype=torch.float32, trust_remote_code=False
+        )
     except Exception as error:  # of settings that a stranger wrote it raises what they make it
         raise ConfigError(
             _("This transformers ({version}) cannot build the model ({kind}): {error}",

@@ -6,6 +6,7 @@ and caches are not known here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tempfile
@@ -25,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from holdfast.checkpoint import filesystem
 from holdfast.errors import DataError
 from holdfast.i18n import _
+from holdfast.training.plausible import check_tokenizer
 
 if TYPE_CHECKING:
     from holdfast.training.corpus import Progress
@@ -74,6 +76,7 @@ class TextTokenizer:
     def __init__(self, files: Mapping[str, str], eos_id: int, notes: Sequence[str] = ()) -> None:
         """`files`: name to text, "tokenizer.json" among them. `notes`: warnings to show."""
         self._files = dict(files)
+        check_tokenizer(files["tokenizer.json"])
         self._tokenizer: Any = Tokenizer.from_str(files["tokenizer.json"])
         self._tokenizer.no_truncation()  # some models' files ask for it; it would lose text here
         self._tokenizer.no_padding()
@@ -81,17 +84,25 @@ class TextTokenizer:
         self.notes = list(notes)
         self.fingerprint = xxhash.xxh3_128_hexdigest(files["tokenizer.json"].encode())
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1  # there may be holes: a model needs all rows
+        # There may be holes: a model needs all rows.
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if not 0 <= eos_id < self.vocab_size:
+            raise DataError(_("The tokenizer has no token {token}, which is to end a text.",
+                              token=eos_id))  # fmt: skip
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, nothing added."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        """Return the token ids of `text`, nothing added. Raises DataError where the tokenizer,
+        which may be a stranger's, cannot."""
+        with _in_words():
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text, special tokens left out; bytes that are no whole character become U+FFFD."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
+        """Return the text, special tokens left out; bytes that are no whole character become
+        U+FFFD. Raises DataError as `encode` does."""
+        with _in_words():
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+            return text
 
     @property
     def json(self) -> str:
@@ -398,15 +409,22 @@ def why_not_loaded(error: Exception) -> str:
 
 
 def _check_loads(files: Mapping[str, str], where: str) -> Any:
-    try:
+    with _in_words(_("{where}: tokenizer.json is damaged or of an unknown kind ({reason}).",
+                     where=where, reason="{reason}")):  # fmt: skip
         return Tokenizer.from_str(files["tokenizer.json"])
-    except Exception as error:  # tokenizers raises nothing more specific
-        message = _(
-            "{where}: tokenizer.json is damaged or of an unknown kind ({reason}).",
-            where=where,
-            reason=error,
-        )
-        raise DataError(message) from error
+
+
+@contextlib.contextmanager
+def _in_words(message: str = "") -> Iterator[None]:
+    """Raise what the library raises as a DataError. A panic of its Rust code is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).partition("\n")[0]
+        message = message or _("The tokenizer cannot do this: {reason}", reason="{reason}")
+        raise DataError(message.replace("{reason}", reason)) from error
 
 
 def _end_of_text(files: Mapping[str, str]) -> str:
