@@ -10,10 +10,11 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from holdfast.checkpoint.foreign import load_weights
+from holdfast.checkpoint.foreign import load_foreign, load_weights
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from tests.support import damage, make_run
 
@@ -103,3 +104,98 @@ def test_damage_ends_in_our_own_errors(tmp_path: Path) -> None:
             load_weights(path)
         except CheckpointError as error:
             assert "\n" not in str(error)
+
+
+# ------------------------------------------------------------------------------------------- NumPy
+
+
+@pytest.mark.parametrize("value", [
+    np.float64(1.5), np.float32(-0.25), np.float16(2), np.int64(3), np.uint8(200), np.bool_(True),
+    np.complex64(1 + 2j), np.dtype(">i4").type(7),
+])  # fmt: skip
+def test_numbers_of_numpy_are_plain_data(value: Any, tmp_path: Path) -> None:
+    torch.save({"model": WEIGHTS, "best": value, "all": [value]}, tmp_path / "their.pt")
+    state = load_foreign(tmp_path / "their.pt")
+    assert state["best"] == value.item() == state["all"][0]
+    assert type(state["best"]) is type(value.item())
+
+
+@pytest.mark.parametrize("array", [
+    np.arange(3.0), np.zeros((0, 2)), np.array(5), np.arange(6, dtype=">i2").reshape(2, 3),
+    np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array([True, False]),
+    np.array([1j], np.complex128),
+])  # fmt: skip
+def test_arrays_of_numpy_are_plain_data(array: Any, tmp_path: Path) -> None:
+    state = {"model": WEIGHTS, "history": {"loss": [array, (array,)]}}
+    torch.save(state, tmp_path / "their.pt")
+    first, (second,) = load_foreign(tmp_path / "their.pt")["history"]["loss"]
+    assert first is second
+    assert first.dtype.kind == array.dtype.kind
+    assert np.array_equal(first, array)
+    assert first.flags.writeable
+
+
+def test_the_names_of_older_numpy_are_known(tmp_path: Path) -> None:
+    torch.save({"best": np.float64(1.5), "mean": np.arange(2.0)}, tmp_path / "their.pt")
+    with zipfile.ZipFile(tmp_path / "their.pt") as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "older.pt", "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data.replace(b"numpy._core.", b"numpy.core."))
+    state = load_foreign(tmp_path / "older.pt")
+    assert state["best"] == 1.5
+    assert state["mean"].tolist() == [0, 1]
+
+
+class Runs:
+    """Pickles as a call."""
+
+    def __init__(self, call: Any, *arguments: Any) -> None:
+        self.call = call, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class Built(Runs):
+    """Pickles as a call and a state for what it gives."""
+
+    def __init__(self, state: Any, call: Any, *arguments: Any) -> None:
+        super().__init__(call, *arguments)
+        self.state = state
+
+    def __reduce__(self) -> Any:
+        return (*self.call, self.state)
+
+
+POINTER = (3, "<", None, None, None, -1, -1, 0)  # flags that say that an object is no object
+MADE: Any = np._core.multiarray  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("value", [
+    np.array([{}], object), np.array(["text"]), np.array([b"x"]), np.datetime64(0, "s"),
+    np.zeros(1, [("a", "f4")]), np.zeros(1, np.dtype((np.int32, (2,)))).view("V8"),
+    Runs(np.load, "secret.npy"), Runs(np.fromfile, "secret"), Runs(np.memmap, "secret"),
+    Runs(MADE.scalar, Built(POINTER, np.dtype, "O8", False, True), b"\0" * 8),
+    Built((1, (1,), Built(POINTER, np.dtype, "O8", False, True), False, b"\1" * 8),
+          MADE._reconstruct, np.ndarray, (0,), b"b"),
+    Built((1, (10**12,), np.dtype("f8"), False, b"\0" * 8),
+          MADE._reconstruct, np.ndarray, (0,), b"b"),
+    Runs(MADE._reconstruct, np.ndarray, (0,), b"b"),
+    Runs(np.dtype, {"names": ["a"], "formats": ["O"]}),
+])  # fmt: skip
+def test_whatever_else_numpy_can_make_is_refused(
+    value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": WEIGHTS, "x": value}, tmp_path / "their.pt")
+    with pytest.raises((ForeignCheckpoint, DamagedCheckpoint)):
+        load_foreign(tmp_path / "their.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["their.pt"]
+
+
+def test_what_is_safe_for_others_stays_as_it_was(tmp_path: Path) -> None:
+    before = torch.serialization.get_safe_globals()
+    torch.save({"best": np.float64(1)}, tmp_path / "their.pt")
+    load_foreign(tmp_path / "their.pt")
+    assert torch.serialization.get_safe_globals() == before

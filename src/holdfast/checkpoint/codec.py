@@ -108,7 +108,7 @@ class Decoder:
     """
 
     def __init__(
-        self, tensor: Callable[[int], torch.Tensor], definitions: Mapping[Any, Any] | None = None
+        self, tensor: Callable[[int], Any], definitions: Mapping[Any, Any] | None = None
     ) -> None:
         self._tensor = tensor
         self._definitions = definitions or {}
@@ -130,7 +130,7 @@ class Decoder:
             raise ValueError(kind)
         return _SIMPLE[kind](self, content)
 
-    def tensor(self, index: Any) -> torch.Tensor:
+    def tensor(self, index: Any) -> Any:
         return self._tensor(index)
 
     def refer(self, name: Any) -> Any:
@@ -195,15 +195,16 @@ def _device(text: Any) -> torch.device:
 # ------------------------------------------------------------------------------------- reading
 
 
-def read(reader: Reader, *, only: str | None = None) -> Any:
+def read(reader: Reader, *, only: str | None = None, arrays: bool = False) -> Any:
     """The state in an open checkpoint, every byte that is used verified before it is believed.
 
     With `only`, that one top-level key alone: other tensors are neither read nor allocated. Without
-    it every byte of the file is verified, the pickle for other people's `torch.load` too.
+    it every byte of the file is verified, the pickle for other people's `torch.load` too. With
+    `arrays`, what was saved as a NumPy array is one, where `torch.load` gives a tensor.
     Raises `DamagedCheckpoint`; `ForeignCheckpoint` where the manifest makes no sense.
     """
     try:
-        tensors, tree = _TensorSource(reader), reader.manifest["tree"]
+        tensors, tree = _TensorSource(reader, arrays), reader.manifest["tree"]
         if only is None:
             state = Decoder(tensors)(tree)
         else:
@@ -241,18 +242,22 @@ class _TensorSource:
     everything can be read at once, in the order of the file.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, arrays: bool) -> None:
+        self._arrays = arrays
         self.buffers: list[tuple[Record, memoryview]] = []
         self._entries: list[Any] = reader.manifest["tensors"]
         self._by_name: dict[str, Record] = {record.name: record for record in reader.records}
         self._storages: dict[str, torch.Tensor] = {}
-        self._tensors: dict[int, torch.Tensor] = {}
+        self._values: dict[int, Any] = {}
 
-    def __call__(self, index: int) -> torch.Tensor:
+    def __call__(self, index: int) -> Any:
         index = _index(index, len(self._entries))
-        if index not in self._tensors:
-            self._tensors[index] = self._build(self._entries[index])
-        return self._tensors[index]
+        if index not in self._values:
+            entry = self._entries[index]
+            tensor = self._build(entry)
+            is_array = self._arrays and entry.get("numpy") is True
+            self._values[index] = tensor.numpy() if is_array else tensor
+        return self._values[index]
 
     def _build(self, entry: Mapping[str, Any]) -> torch.Tensor:
         dtype, offset = DTYPES[entry["dtype"]], _index(entry["offset"])

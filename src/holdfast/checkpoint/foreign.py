@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from holdfast.checkpoint import numpy_pickles
 from holdfast.checkpoint.manager import load
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
@@ -67,7 +68,7 @@ def load_foreign(source: str | os.PathLike[str]) -> Any:
             raise ForeignCheckpoint(
                 _("{path} claims more bytes than it has; it was not loaded.", path=path)
             )
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return numpy_pickles.load(path)
     except pickle.UnpicklingError as error:
         refused = _GLOBAL.search(str(error))
         if refused is None:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from holdfast.checkpoint import filesystem, gradients, guard, housekeeping, recovery
+from holdfast.checkpoint import calls, filesystem, gradients, guard, housekeeping, recovery
 from holdfast.checkpoint.access import checkpoint_size, load, verify
 from holdfast.checkpoint.catalog import ARCHIVE, Catalog, Entry
 from holdfast.checkpoint.lock import FileLock
@@ -88,6 +88,7 @@ class CheckpointManager:
     Raises:
         RunLocked: another process works in `directory`.
         ResourceError: `directory` belongs to another user.
+        ConfigError: an argument is none that can be meant.
         UnsupportedValue: `state` holds something that a checkpoint cannot.
         OSError: `directory` cannot be written.
     """
@@ -110,6 +111,17 @@ class CheckpointManager:
         on_event: EventHandler | None = None,
         lock: FileLock | None = None,
     ) -> None:
+        calls.check_state(state)
+        calls.check_policies(save_when)
+        calls.check_choice("overlap", overlap, (False, True, "always"))
+        if isinstance(memory_every, str):
+            calls.check_choice("memory_every", memory_every, ("auto", 0, 1))
+        else:
+            calls.check_number("memory_every", memory_every, 0, whole=True)
+        calls.check_number("keep_last", keep_last, 0, whole=True)
+        for name, value in (("reserve", reserve), ("io_limit", io_limit),
+                            ("max_unsafe", max_unsafe)):  # fmt: skip
+            calls.check_number(name, value, 0)
         self.catalog = Catalog(directory)
         self.state = state
         self._save_when = AnyOf(save_when)
@@ -228,7 +240,9 @@ class CheckpointManager:
         Raises:
             DamagedCheckpoint: `source` is damaged, or everything here is. Nothing is started over.
             StateMismatch: it does not fit; nothing was changed.
+            SaveFailed: after `close()`, or in a forked child.
         """
+        self._own()
         self.wait()
         # An older state that is asked for by name must not go to make room for what is left behind.
         recovery.rescue(self.catalog, self._reporter, make_room=source is None)
@@ -355,6 +369,7 @@ class CheckpointManager:
         Where `metrics` are the best there have been the checkpoint is one to keep, else a temporary
         one that may be dropped for a newer one.
         """
+        calls.check_save(step, epoch, "temp")
         self._reporter.deliver()
         saver = self._saver
         saver.sees(step)
@@ -409,7 +424,9 @@ class CheckpointManager:
 
         Raises:
             SaveFailed: with `strict`, or after `close()`, or in a forked child.
+            ConfigError: step, epoch or kind are none that can be meant.
         """
+        calls.check_save(step, epoch, kind)
         with guard.deferred_interrupt():
             pending = self._own().request(step, epoch, metrics, kind, reason, kept=True)
             self.wait()
@@ -438,6 +455,7 @@ class CheckpointManager:
         Raises:
             SaveFailed: after `close()`, or in a forked child.
         """
+        calls.check_save(step, epoch, kind)
         with guard.deferred_interrupt():
             return self._own().request(step, epoch, metrics, kind, reason, kept=kind != "temp")
 

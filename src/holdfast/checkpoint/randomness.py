@@ -4,22 +4,87 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+_python: random.Random = random.getstate.__self__  # type: ignore[attr-defined]
+
+
+def stream_of(value: Any) -> Any:
+    """A generator of the user's as an object that can be saved and restored; None if it is none.
+
+    These are torch.Generator, NumPy's Generator, RandomState and bit generators, random.Random.
+    """
+    if isinstance(value, torch.Generator):
+        return _TorchStream(value)
+    if isinstance(value, np.random.Generator | np.random.RandomState | np.random.BitGenerator):
+        return _NumpyStream(value)
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        return _PythonStream(value)
+    return None
+
+
+@dataclass(slots=True)
+class _TorchStream:
+    generator: torch.Generator
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"torch": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.generator.set_state(state["torch"])
+
+
+@dataclass(slots=True)
+class _NumpyStream:
+    generator: Any
+
+    def state_dict(self) -> dict[str, Any]:
+        if isinstance(self.generator, np.random.RandomState):
+            return {"numpy": self.generator.get_state(legacy=False)}
+        bits = getattr(self.generator, "bit_generator", self.generator)
+        return {"numpy": bits.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        saved = _as_numpy(state["numpy"])
+        if isinstance(self.generator, np.random.RandomState):
+            self.generator.set_state(saved)
+        else:
+            getattr(self.generator, "bit_generator", self.generator).state = saved
+
+
+def _as_numpy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_numpy(item) for key, item in value.items()}
+    return value.numpy() if isinstance(value, torch.Tensor) else value
+
+
+@dataclass(slots=True)
+class _PythonStream:
+    generator: random.Random
+
+    def state_dict(self) -> dict[str, Any]:
+        version, words, gauss = self.generator.getstate()
+        # As a tensor, because 625 integers as plain values change the size of the file.
+        return {"python": {"version": version, "words": torch.tensor(words), "gauss": gauss}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        saved = state["python"]
+        words = tuple(saved["words"].tolist())
+        self.generator.setstate((saved["version"], words, saved["gauss"]))
 
 
 class RandomState:
     """The random streams of this process: Python, NumPy (global), torch on every device."""
 
     def state_dict(self) -> dict[str, Any]:
-        version, words, gauss = random.getstate()
         bits = np.random.get_state(legacy=False)
         assert isinstance(bits, dict)
         state: dict[str, Any] = {
-            # As tensors, because 625 integers as plain values change the size of the file.
-            "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+            **_PythonStream(_python).state_dict(),
             "numpy": {
                 "bit_generator": bits["bit_generator"],
                 "key": torch.from_numpy(bits["state"]["key"].astype(np.int64)),
@@ -35,8 +100,8 @@ class RandomState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        python, numpy = state["python"], state["numpy"]
-        random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+        numpy = state["numpy"]
+        _PythonStream(_python).load_state_dict(state)
         key = numpy["key"].numpy().astype(np.uint32)
         np.random.set_state(
             {

@@ -258,7 +258,7 @@ class _Aside:
 
 def _read(path: Path) -> Found:
     with container.Reader(path) as reader:
-        payload = codec.read(reader)
+        payload = codec.read(reader, arrays=True)
         entry = summary(reader.manifest, reader.size)
         if not isinstance(payload, Mapping):
             raise ForeignCheckpoint(_("{path} holds no state of a training.", path=path))

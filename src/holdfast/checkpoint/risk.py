@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 
+from holdfast.checkpoint.calls import check_number, check_positive
 from holdfast.checkpoint.schedule import Choice, Cost, Measured, Moment
 
 FAILS_EVERY = 4 * 3600.0  # seconds: M of a PC that people also use, or of a spot instance
@@ -62,6 +63,9 @@ class RiskAware:
         time_share: float = TIME_SHARE,
         write_budget: float = WRITE_BUDGET,
     ) -> None:
+        check_positive("fails_every", fails_every)
+        check_positive("time_share", time_share)
+        check_number("write_budget", write_budget, 0)
         self._fails_every, self._time_share = fails_every, time_share
         self._write_budget = write_budget
         self._quiet: float | None = None  # seconds of a step while nothing is written

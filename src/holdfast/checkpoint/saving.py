@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import math
 import os
 import queue
@@ -44,6 +45,8 @@ from holdfast.errors import (
     UnsupportedValue,
 )
 from holdfast.i18n import _
+
+log = logging.getLogger("holdfast")
 
 RETRY = "retry"  # the reason of a save that takes the place of one that has failed
 _LOOK_EVERY = 5.0  # seconds between two looks at whether the run directory is still there
@@ -112,6 +115,7 @@ class Saver:
                 _("A state has no key 'gradients' of its own: gradients in progress are saved "
                   "under that name. Call it otherwise.")
             )  # fmt: skip
+        self._said: set[str] = set()  # keys of the state and metrics of which a warning was given
         normalise(self._payload(step=0, epoch=None))  # what cannot be saved is said now
 
     def start(
@@ -190,6 +194,8 @@ class Saver:
             self.run.sequence += 1
             where = int(step), None if epoch is None else int(epoch)
             manifest = self._manifest(*where, plain_metrics(metrics), kind, reason)
+            self._compare_own(*where)
+            self._look_for_metric(metrics, kind)
             tree = normalise(self._payload(step=where[0], epoch=where[1]))
             self._open_memory(tree)
             try:
@@ -410,6 +416,30 @@ class Saver:
             "configured": self.configured.look(self._state),
             "parameters": self._slot_names(self._state),
         }
+
+    def _compare_own(self, step: int, epoch: int | None) -> None:
+        """Say once where the state's own `global_step` or `epoch`, which the file will have, is not
+        the one that was given to the save: a loop may count in a variable of another name."""
+        for key, given in (("global_step", step), ("epoch", epoch)):
+            own = self._state.get(key)
+            if given is None or type(own) is not int or own == given or key in self._said:
+                continue
+            self._said.add(key)
+            log.warning(
+                _("The state's own {key} is {own}, and the save was given {given}. The file has "
+                  "the state's: if your loop counts in another variable, take {key} out of the "
+                  "state.", key=key, own=own, given=given)
+            )  # fmt: skip
+
+    def _look_for_metric(self, metrics: Mapping[str, float] | None, kind: str) -> None:
+        """Say once that the metric which is to decide what is best is not among those given."""
+        if kind == "temp" or not metrics or self._metric in metrics or self._metric in self._said:
+            return
+        self._said.add(self._metric)
+        log.warning(
+            _("The metrics of this save are {names}; {metric}, which decides what is best, is not "
+              "among them (metric=...).", names=", ".join(map(str, metrics)), metric=self._metric)
+        )  # fmt: skip
 
     def _payload(self, *, step: int, epoch: int | None) -> dict[str, Any]:
         payload = {"epoch": epoch, "global_step": step, **self._state}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from holdfast.checkpoint.calls import check_number
+
 
 @dataclass(frozen=True, slots=True)
 class Moment:
@@ -75,6 +77,9 @@ class EverySteps:
 
     steps: int
 
+    def __post_init__(self) -> None:
+        check_number("steps", self.steps, 1, whole=True)
+
     def __call__(self, moment: Moment) -> bool:
         return moment.step > moment.last_saved_step and moment.step % self.steps == 0
 
@@ -84,6 +89,9 @@ class EveryMinutes:
     """When `minutes` have passed since anything was saved, or a save has failed."""
 
     minutes: float
+
+    def __post_init__(self) -> None:
+        check_number("minutes", self.minutes, 0)
 
     def __call__(self, moment: Moment) -> bool:
         return (

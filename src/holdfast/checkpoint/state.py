@@ -29,7 +29,7 @@ from holdfast.checkpoint.configured import (
     setting_of,
     settings_of,
 )
-from holdfast.checkpoint.randomness import RandomState  # noqa: F401 - part of this room
+from holdfast.checkpoint.randomness import RandomState, stream_of  # noqa: F401 - part of this room
 from holdfast.checkpoint.transaction import (
     Act,
     Assign,
@@ -152,6 +152,8 @@ class _Planner:
             self._schedulers.append((inner, saved, path))
         elif callable(getattr(live, "load_state_dict", None)):
             self._act(LoadObject(live, saved, path))
+        elif (stream := stream_of(live)) is not None:
+            self._act(LoadObject(stream, saved, path))
         elif callable(getattr(live, "state_dict", None)):
             self._problem(_("{path} has a state_dict() but no load_state_dict()", path=path))
         elif isinstance(live, Mapping | list | tuple) and not _is_plain(live):
@@ -169,6 +171,8 @@ class _Planner:
             }
             self._act(Refill(live, content))
             return live
+        if isinstance(live, np.ndarray) and isinstance(saved, np.ndarray):
+            saved = torch.from_numpy(saved)
         if isinstance(live, np.ndarray) and isinstance(saved, torch.Tensor):
             return self._array(live, saved)
         refillable = isinstance(live, _SEQUENCES) or hasattr(live, "maxlen")
@@ -195,6 +199,8 @@ class _Planner:
     # --------------------------------------------------------------------------------- tensors
 
     def _tensor(self, live: torch.Tensor, saved: Any, path: str) -> None:
+        if isinstance(saved, np.ndarray):  # it was one when it was saved
+            saved = torch.from_numpy(saved)
         if not isinstance(saved, torch.Tensor):
             self._problem(_("{path} is no tensor in the checkpoint", path=path))
         elif saved.shape != live.shape or saved.dtype != live.dtype:
@@ -542,6 +548,8 @@ def _is_plain(value: Any) -> bool:
     """Whether `value` holds no object or tensor that is restored in place."""
     if any(hasattr(value, method) for method in ("load_state_dict", "state_dict")):
         return False
+    if stream_of(value) is not None:
+        return False
     if isinstance(value, Mapping):
         return all(_is_plain(item) for item in value.values())
     if isinstance(value, list | tuple):
@@ -609,6 +617,8 @@ def _addresses(acts: Sequence[Act]) -> set[int]:
         value = waiting.pop()
         if isinstance(value, torch.Tensor):
             found.add(value.untyped_storage().data_ptr())
+        elif isinstance(value, np.ndarray):
+            found.add(value.ctypes.data)
         elif isinstance(value, Mapping | list | tuple) and id(value) not in visited:
             visited.add(id(value))
             waiting.extend(value.values() if isinstance(value, Mapping) else value)

@@ -21,6 +21,7 @@ import torch
 
 from holdfast.checkpoint.layout import ARCHIVE, Buffer
 from holdfast.checkpoint.names import plain_state
+from holdfast.checkpoint.randomness import stream_of
 from holdfast.errors import UnsupportedValue
 from holdfast.i18n import _
 
@@ -108,6 +109,7 @@ class TensorLeaf:
     path: str
     tensor: torch.Tensor
     storage: StorageSlice
+    array: bool = False  # of NumPy, in the live state
 
     @property
     def offset(self) -> int:
@@ -124,6 +126,7 @@ class TensorLeaf:
             "shape": list(self.tensor.shape),
             "stride": list(self.tensor.stride()),
             "offset": self.offset,
+            **({"numpy": True} if self.array else {}),
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -285,11 +288,13 @@ class _Normaliser:
             return value
         return None
 
-    def _compound(self, value: Any, path: str) -> Any:  # noqa: PLR0911 - one line a type
+    def _compound(self, value: Any, path: str) -> Any:  # noqa: PLR0911, PLR0912 - one line a type
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
         if isinstance(value, np.ndarray):
-            return self._tensor(self._from_numpy(value, path), path)
+            leaf = self._tensor(self._from_numpy(value, path), path)
+            leaf.array = True
+            return leaf
         if isinstance(value, bytearray):
             return bytearray(memoryview(value))
         if isinstance(value, torch.Size):
@@ -298,6 +303,8 @@ class _Normaliser:
             return self(plain_state(value), path)
         if callable(getattr(value, "state_dict", None)):
             return self(value.state_dict(), path)
+        if (stream := stream_of(value)) is not None:
+            return self(stream.state_dict(), path)
         if isinstance(value, Mapping):
             return self._mapping(value, path)
         if isinstance(value, tuple):
@@ -369,15 +376,19 @@ class _Normaliser:
         self.leaves.append(leaf)
         return leaf
 
-    @staticmethod
-    def _from_numpy(value: np.ndarray[Any, Any], path: str) -> torch.Tensor:
+    def _from_numpy(self, value: np.ndarray[Any, Any], path: str) -> torch.Tensor:
+        """The array's own memory as a tensor: a replay memory of gigabytes is copied once only, by
+        the snapshot. What torch cannot share is copied here."""
         try:
-            return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape).copy())
+            array = np.ascontiguousarray(value).reshape(value.shape)
+            tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
         except (TypeError, ValueError) as error:
             raise UnsupportedValue(
                 _("{path} is a NumPy array of {dtype}, which torch does not know.", path=path,
                   dtype=value.dtype)
             ) from error  # fmt: skip
+        known = self.slices.get((tensor.device, tensor.data_ptr()))
+        return tensor.clone() if known is not None and known.dtype != tensor.dtype else tensor
 
 
 def _is_dense(value: torch.Tensor) -> bool:

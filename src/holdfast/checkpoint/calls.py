@@ -1,0 +1,79 @@
+"""Mistakes of a call, answered in words where the call is made, before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+from holdfast.errors import ConfigError
+from holdfast.i18n import _
+
+KINDS = ("epoch", "step", "best", "temp")
+
+
+def check_state(state: Any) -> None:
+    """Raises `ConfigError` where `state` is no mapping that can be restored in place."""
+    if not isinstance(state, MutableMapping):
+        raise ConfigError(
+            _("A state is a dictionary of what is to be saved, such as {example}; this is a "
+              "{kind}.", example='{"model": model, "optimizer": optimizer}',
+              kind=type(state).__name__)
+        )  # fmt: skip
+
+
+def check_policies(save_when: Any) -> None:
+    """Raises `ConfigError` where `save_when` is no list of policies."""
+    if not isinstance(save_when, Sequence) or isinstance(save_when, str):
+        raise ConfigError(
+            _("save_when is a list of policies, such as {example}; this is {value}.",
+              example="[EverySteps(100)]", value=repr(save_when))
+        )  # fmt: skip
+    for policy in save_when:
+        if not callable(policy) or isinstance(policy, type):
+            raise ConfigError(
+                _("save_when has {value}, which is no policy; write {example}.",
+                  value=repr(policy), example="EverySteps(100)")
+            )  # fmt: skip
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises `ConfigError` where `value` is none of `choices`."""
+    if not any(value is choice or value == choice for choice in choices):
+        words = ", ".join(repr(choice) for choice in choices)
+        raise ConfigError(
+            _("{name}={value}: it is one of {choices}.", name=name, value=repr(value),
+              choices=words)
+        )  # fmt: skip
+
+
+def check_number(name: str, value: Any, least: float, *, whole: bool = False) -> None:
+    """Raises `ConfigError` where `value` is no (`whole`) number of at least `least`."""
+    known = isinstance(value, int | float) or hasattr(value, "__index__")
+    if known and whole and not float(value).is_integer():
+        known = False
+    if not known or isinstance(value, bool) or not float(value) >= least:
+        kind = _("a whole number") if whole else _("a number")
+        raise ConfigError(
+            _("{name}={value}: it is {kind} of at least {least}.", name=name, value=repr(value),
+              kind=kind, least=least)
+        )  # fmt: skip
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises `ConfigError` where `value` is no number above zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(
+            _("{name}={value}: it is a number above 0.", name=name, value=repr(value))
+        )
+
+
+def check_save(step: Any, epoch: Any, kind: str) -> None:
+    """Raises `ConfigError` where a save cannot be meant like this."""
+    check_choice("kind", kind, KINDS)
+    check_number("step", step, 0, whole=True)
+    if epoch is not None:
+        check_number("epoch", epoch, 1 if kind == "epoch" else 0, whole=True)
+    elif kind == "epoch":
+        raise ConfigError(
+            _("A checkpoint of kind 'epoch' needs to know of which: epoch=1 for the first.")
+        )

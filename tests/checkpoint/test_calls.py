@@ -1,0 +1,123 @@
+"""Mistakes of a call are answered in words where the call is made."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from holdfast import CheckpointManager, EveryMinutes, EverySteps, RiskAware
+from holdfast.errors import ConfigError, SaveFailed
+
+
+@pytest.mark.parametrize(("options", "word"), [
+    ({"save_when": EverySteps(5)}, "list of policies"),
+    ({"save_when": [3]}, "no policy"),
+    ({"save_when": [EverySteps]}, "no policy"),
+    ({"save_when": "epoch"}, "list of policies"),
+    ({"memory_every": "auot"}, "'auto'"),
+    ({"memory_every": -1}, "memory_every=-1"),
+    ({"memory_every": 1.5}, "memory_every=1.5"),
+    ({"keep_last": -1}, "keep_last=-1"),
+    ({"keep_last": None}, "keep_last=None"),
+    ({"overlap": "allways"}, "'always'"),
+    ({"io_limit": -5}, "io_limit=-5"),
+    ({"max_unsafe": "10"}, "max_unsafe='10'"),
+    ({"reserve": float("nan")}, "reserve=nan"),
+])  # fmt: skip
+def test_an_option_that_cannot_be_meant(options: Any, word: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=word):
+        CheckpointManager(tmp_path / "run", {"n": 1}, **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("state", [torch.nn.Linear(1, 1), [1], None, (torch.ones(1),)])
+def test_a_state_that_is_no_dictionary(state: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="A state is a dictionary"):
+        CheckpointManager(tmp_path, state)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: EverySteps(0), lambda: EverySteps(-3), lambda: EverySteps(2.5),  # type: ignore[arg-type]
+    lambda: EverySteps("5"), lambda: EveryMinutes(-1), lambda: EveryMinutes("1"),  # type: ignore[arg-type]
+    lambda: RiskAware(fails_every=0), lambda: RiskAware(time_share=-0.1),
+])  # fmt: skip
+def test_a_policy_that_cannot_be_meant(make: Any) -> None:
+    with pytest.raises(ConfigError, match="it is a"):
+        make()
+
+
+@pytest.mark.parametrize(("arguments", "word"), [
+    ({"step": 1, "kind": "epochs"}, "kind='epochs'"),
+    ({"step": 1, "kind": "epoch"}, "needs to know of which"),
+    ({"step": 1, "kind": "epoch", "epoch": 0}, "epoch=0"),
+    ({"step": -1}, "step=-1"),
+    ({"step": "7"}, "step='7'"),
+    ({"step": 1.5}, "step=1.5"),
+    ({"step": None}, "step=None"),
+    ({"step": 1, "epoch": "first"}, "epoch='first'"),
+])  # fmt: skip
+@pytest.mark.parametrize("method", ["save", "save_async"])
+def test_a_save_that_cannot_be_meant(
+    method: str, arguments: Any, word: str, tmp_path: Path
+) -> None:
+    with CheckpointManager(tmp_path, {"n": 1}) as manager:
+        with pytest.raises(ConfigError, match=word):
+            getattr(manager, method)(**arguments)
+        assert manager.save(step=1, strict=True) is not None
+
+
+def test_numbers_of_numpy_and_torch_are_steps(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, {"n": 1}) as manager:
+        for step in (np.int64(1), torch.tensor(2), 3.0):
+            manager.save(step=step, epoch=np.int32(1), strict=True)  # type: ignore[arg-type]
+        assert manager.list()[0].step == 3
+
+
+def test_an_epoch_that_is_counted_from_zero(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, {"n": 1}) as manager, pytest.raises(ConfigError) as error:
+        manager.end_epoch(0, step=1)
+    assert "epoch=0" in str(error.value)
+
+
+def test_a_closed_manager_resumes_nothing(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, {"n": 1}) as manager:
+        manager.save(step=1, strict=True)
+    with pytest.raises(SaveFailed, match="was closed"):
+        manager.resume()
+
+
+def test_a_metric_that_never_comes_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with CheckpointManager(tmp_path, {"n": 1}, metric="val_los") as manager:
+        for step in (1, 2):
+            manager.save(step=step, metrics={"loss": 1.0}, strict=True)
+    said = [record.getMessage() for record in caplog.records if "val_los" in record.getMessage()]
+    assert len(said) == 1
+    assert "loss; val_los" in said[0]
+
+
+def test_the_states_own_step_is_kept_and_a_difference_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    state = {"global_step": 0, "epoch": 1}
+    with CheckpointManager(tmp_path, state) as manager:
+        for step in (1, 2):
+            state["global_step"] = step
+            manager.save(step=step, epoch=1, strict=True)
+        assert caplog.records == []
+        for step in (5, 6):
+            manager.save(step=step, epoch=2, strict=True)
+    assert len(caplog.records) == 2
+    assert "own global_step is 2, and the save was given 5" in caplog.text
+    assert "own epoch is 1, and the save was given 2" in caplog.text
+    state = {"global_step": 0, "epoch": 0}
+    with CheckpointManager(tmp_path, state) as manager:
+        manager.resume()
+    assert state == {"global_step": 2, "epoch": 1}
