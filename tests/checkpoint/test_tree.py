@@ -333,7 +333,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "lambda": (lambda: lambda: 0, "outer/0/x is a builtins.function"),
     "object": (object, "outer/0/x is a builtins.object"),
     "class": (lambda: Subclass, "outer/0/x is a "),
-    "generator": (torch.Generator, "outer/0/x is a torch"),
     "self-containing list": (recursive, "outer/0/x/0/inner contains itself"),
     "too deep": (lambda: deep(MAX_DEPTH), "lies more than 100 containers deep"),
     "views as other dtypes": (dtype_views, "outer/0/x/b views the memory of another tensor"),
