@@ -133,26 +133,49 @@ def test_a_body_that_comes_in_drops_is_not_waited_for_for_ever() -> None:
     assert answers[0]["status"] == 408
 
 
-def test_only_so_many_connections_are_held(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def connected(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def test_of_too_many_connections_the_one_that_asks_nothing_for_longest_makes_room(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server, "_most_connections", lambda: 4)
     with serving(run) as url:
-        address = url.removeprefix("http://").split(":")[0], int(url.rpartition(":")[2])
-        held = [socket.create_connection(address, timeout=10) for _ in range(4)]
+        held = [connected(url)]
+        held[0].sendall(b"GET /health HT")  # the beginning of a request counts as none
         time.sleep(0.1)
-        with socket.create_connection(address, timeout=10) as one_more:
+        held += [connected(url) for _ in range(3)]
+        time.sleep(0.1)
+        assert httpx.get(f"{url}/health", timeout=20).status_code == 200
+        assert held[0].recv(100) == b"", "it was closed"
+        held[1].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert held[1].recv(100).startswith(b"HTTP/1.1 200 "), "the others are not"
+        for connection in held:
+            connection.close()
+
+
+def test_a_connection_too_many_is_refused_where_all_are_answered(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_most_connections", lambda: 2)
+    body = b'{"prompt": "a", "max_tokens": 4000, "ignore_eos": true, "stream": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    with serving(run) as url:
+        busy = [connected(url) for _ in range(2)]
+        for connection in busy:
+            connection.sendall(head % len(body) + body)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+        with connected(url) as one_more:
             came = b""
             while piece := one_more.recv(4096):
                 came += piece
         assert came.startswith(b"HTTP/1.1 503 ") and b"too_many_connections" in came
-        for connection in held:
+        for connection in busy:
             connection.close()
-        until = time.monotonic() + 10
-        while True:
-            try:
-                assert httpx.get(f"{url}/health").status_code == 200
-                break
-            except (AssertionError, httpx.TransportError):
-                assert time.monotonic() < until, "there is room again"
+        time.sleep(0.2)
+        assert httpx.get(f"{url}/health", timeout=20).status_code == 200
 
 
 def test_who_reads_nothing_of_the_answers_is_let_go(

@@ -72,7 +72,8 @@ class Served:
         self._rendering = ThreadPoolExecutor(1, "holdfast-template")
         self._to_render = 0
         self.tokenizer = loaded.tokenizer
-        self.longest = self.vocabulary.longest
+        # Made now, in a thread that loads: for a large vocabulary they take half a second.
+        self.longest, self.pieces = self.vocabulary.longest, self.vocabulary.pieces
         self.users = 0
         self.retired = False
         self.used = time.monotonic()

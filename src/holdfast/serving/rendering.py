@@ -48,7 +48,7 @@ class Renderer:
 
     def start(self) -> None:
         """Start the process without waiting for it: the first call then need not."""
-        with self._lock:
+        with self._lock, contextlib.suppress(Failed):  # told where somebody needs it
             self._running()
 
     def render(self, conversations: Sequence[Messages]) -> list[str | Refused]:
@@ -80,10 +80,14 @@ class Renderer:
         code += "from holdfast.serving.rendering import serve; serve()"
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1",
                  "OPENBLAS_NUM_THREADS": "1"}  # fmt: skip
-        self._process = process = subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(sys.path)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, **quiet},
-        )  # fmt: skip
+        try:
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-I", "-c", code, json.dumps(sys.path)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, **quiet},
+            )  # fmt: skip
+        except OSError as error:
+            reason = error.strerror or error
+            raise Failed(_("its process cannot start: {reason}", reason=reason)) from error
         self._ready = False
         self._send(process, self._work)
         return process

@@ -165,7 +165,8 @@ class _Requests(h11.Connection):
 
 class _Connection(H11Protocol):
     """A connection that is closed where no request comes, or nobody reads the answer: uvicorn waits
-    for both for ever, and open files are few. Where there are too many, a new one is refused."""
+    for both for ever, and open files are few. Where there are too many, the one on which no request
+    has come for the longest time makes room, and where all are answered a new one is refused."""
 
     _timer: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
@@ -176,11 +177,16 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > _most_connections():
+        self._wait()
+        if len(self.connections) <= _most_connections():
+            return
+        others = (one for one in self.connections if one is not self and one.idle)
+        longest = min(others, key=lambda one: one.since, default=None)
+        if longest is None:
             transport.write(_full())
             transport.close()
         else:
-            self._wait()
+            longest.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -208,13 +214,19 @@ class _Connection(H11Protocol):
         if self._reading is not None:
             self._reading.cancel()
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request of it is read or answered."""
+        return self.cycle is None or self.cycle.response_complete
+
     def _wait(self) -> None:
+        self.since = self.loop.time()
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self.loop.call_later(_PATIENCE, self._give_up)
 
     def _give_up(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        if self.idle:
             self.transport.close()
 
 
