@@ -180,7 +180,10 @@ class _Connection(H11Protocol):
         self._wait()
         if len(self.connections) <= _most_connections():
             return
-        others = (one for one in self.connections if one is not self and one.idle)
+        others = (
+            one for one in self.connections
+            if isinstance(one, _Connection) and one is not self and one.idle
+        )  # fmt: skip
         longest = min(others, key=lambda one: one.since, default=None)
         if longest is None:
             transport.write(_full())
