@@ -458,3 +458,123 @@ def test_a_link_out_of_the_directory_is_not_copied_into_a_checkpoint(tmp_path: P
         (cached / file.name).symlink_to(f"../../blobs/{number}")
     import_model(str(cached), str(tmp_path / "run"))
     assert load_for_inference(tmp_path / "run", device="cpu").tokenizer.encode("今天")
+
+
+# ------------------------------------------------------------------------------------- nanoGPT
+
+
+class Block(torch.nn.Module):
+    """A block with nanoGPT's names and its torch linear layers; computes nothing here."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        self.ln_1 = torch.nn.LayerNorm(width, bias=bias)
+        self.attn = torch.nn.Module()
+        self.attn.c_attn = torch.nn.Linear(width, 3 * width, bias=bias)
+        self.attn.c_proj = torch.nn.Linear(width, width, bias=bias)
+        self.ln_2 = torch.nn.LayerNorm(width, bias=bias)
+        self.mlp = torch.nn.Module()
+        self.mlp.c_fc = torch.nn.Linear(width, 4 * width, bias=bias)
+        self.mlp.c_proj = torch.nn.Linear(4 * width, width, bias=bias)
+
+
+class NanoGPT(torch.nn.Module):
+    def __init__(self, sizes: dict[str, Any]) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        width, bias = sizes["n_embd"], sizes["bias"]
+        self.transformer = torch.nn.Module()
+        self.transformer.wte = torch.nn.Embedding(sizes["vocab_size"], width)
+        self.transformer.wpe = torch.nn.Embedding(sizes["block_size"], width)
+        blocks = [Block(width, bias) for _layer in range(sizes["n_layer"])]
+        self.transformer.h = torch.nn.ModuleList(blocks)
+        self.transformer.ln_f = torch.nn.LayerNorm(width, bias=bias)
+        self.lm_head = torch.nn.Linear(width, sizes["vocab_size"], bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+
+
+def nanogpt_checkpoint(folder: Path, *, bias: bool, prefix: str = "") -> tuple[Path, NanoGPT]:
+    sizes: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 48}
+    sizes |= {"vocab_size": tokenizer().vocab_size, "bias": bias, "dropout": 0.0}
+    model = NanoGPT(sizes)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
+         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}], lr=1e-3,
+    )  # fmt: skip
+    for step in range(3):
+        torch.manual_seed(step)
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    state[prefix + "transformer.h.0.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
+    torch.save(
+        {"model": state, "optimizer": optimizer.state_dict(), "model_args": sizes, "iter_num": 3,
+         "best_val_loss": 1.5, "config": {"dataset": "x", "learning_rate": 1e-3}},
+        folder / "ckpt.pt",
+    )  # fmt: skip
+    model.adam = optimizer  # type: ignore[assignment]
+    return folder / "ckpt.pt", model
+
+
+@torch.no_grad()
+def their_logits(model: NanoGPT, ids: torch.Tensor) -> torch.Tensor:
+    """The forward pass that the names stand for, one head and one position at a time."""
+    t, heads = model.transformer, 4
+    tokens = ids.shape[1]
+    x = t.wte(ids) + t.wpe(torch.arange(tokens))
+    for block in t.h:
+        q, k, v = block.attn.c_attn(block.ln_1(x)).chunk(3, dim=-1)
+        parts = []
+        for head in range(heads):
+            part = slice(head * 8, head * 8 + 8)
+            scores = q[..., part] @ k[..., part].transpose(1, 2) / 8**0.5
+            scores = scores.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
+            parts.append(scores.softmax(-1) @ v[..., part])
+        x = x + block.attn.c_proj(torch.cat(parts, -1))
+        x = x + block.mlp.c_proj(torch.nn.functional.gelu(block.mlp.c_fc(block.ln_2(x))))
+    return model.lm_head(t.ln_f(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_checkpoint_of_nanogpt_computes_what_it_computed(
+    tmp_path: Path, bias: bool, prefix: str
+) -> None:
+    path, theirs = nanogpt_checkpoint(tmp_path, bias=bias, prefix=prefix)
+    tokenizer().save(tmp_path / "words")
+    done = import_model(str(path), str(tmp_path / "run"), tokenizer=str(tmp_path / "words"))
+    ids = torch.arange(40)[None] * 7 % 300
+    loaded = load_for_inference(tmp_path / "run", device="cpu")
+    with torch.no_grad():
+        ours = loaded.model(ids).logits
+    assert torch.allclose(
+        ours, their_logits(theirs, ids), rtol=0, atol=1e-4 * float(ours.abs().max())
+    )
+    assert loaded.max_context == 48
+    if not bias:  # its optimizer knows nothing of the biases that a GPT-2 has
+        assert "have other shapes" in done.optimizer and done.step == 0
+        return
+    assert done.optimizer == "" and done.step == 3
+    state = load(tmp_path / "run" / "latest.pt")
+    found = moments_of(state, loaded.model)
+    for name, parameter in theirs.named_parameters():
+        moment = theirs.adam.state[parameter]["exp_avg"]  # type: ignore[index]
+        turned = moment.dim() == 2 and ".h." in name
+        assert torch.equal(found[name], moment.t() if turned else moment), name
+
+
+def test_what_only_looks_like_nanogpt_is_refused(tmp_path: Path) -> None:
+    path, _model = nanogpt_checkpoint(tmp_path, bias=True)
+    state = torch.load(path)
+    state["model_args"]["n_head"] = 2  # other heads: the shapes are the same
+    torch.save(state, path)
+    tokenizer().save(tmp_path / "words")
+    import_model(str(path), str(tmp_path / "run"), tokenizer=str(tmp_path / "words"))  # its word
+    state["model_args"]["n_layer"] = 1
+    torch.save(state, path)
+    with pytest.raises(StateMismatch, match="is only in the file"):
+        import_model(str(path), str(tmp_path / "other"), tokenizer=str(tmp_path / "words"))

@@ -26,6 +26,7 @@ from holdfast.errors import (
     StateMismatch,
 )
 from holdfast.i18n import _
+from holdfast.serving import importing_nanogpt as nanogpt
 from holdfast.serving.export_formats import quiet
 from holdfast.training import models
 from holdfast.training.config import ModelConfig
@@ -107,20 +108,47 @@ def _bytes_of_weights(path: Path) -> int:
 def _read_file(path: Path, model_config: str | None) -> Source:
     state = _load(path)
     form, weights = _weights_in(state, path)
-    settings = _configuration(state, path, model_config)
+    whole = state if form != "bare" else {}
+    optimizer = _first(whole, _OPTIMIZER_KEYS, Mapping)
+    arguments = nanogpt.arguments_of(state)
+    if arguments is None:
+        settings = _configuration(state, path, model_config)
+    else:
+        settings, form = nanogpt.settings_of(arguments), "nanoGPT"
+        weights = {bare(name): tensor for name, tensor in weights.items()}
     check_configuration(settings, [list(tensor.shape) for tensor in weights.values()], path)
+    theirs = weights
+    if arguments is not None:
+        weights, optimizer = nanogpt.converted(theirs, optimizer)
     model = models.rebuild_model(settings, ModelConfig())
     weights = _as_named(weights, set(model.state_dict()))
     _fill(model, weights, path)
-    whole = state if form != "bare" else {}
+    if arguments is not None:
+        _check_nanogpt(model, theirs, arguments, path)
     tokenizer = whole.get("tokenizer")
     return Source(
         form, model, list(weights),
         TextTokenizer.from_state(tokenizer) if isinstance(tokenizer, Mapping) else None,
-        _first(whole, _OPTIMIZER_KEYS, Mapping),
+        optimizer,
         max(0, _first(whole, _STEP_KEYS, int) or 0),
         _first(whole, ("epoch",), int),
     )  # fmt: skip
+
+
+@torch.no_grad()
+def _check_nanogpt(
+    model: Any, theirs: nanogpt.Weights, arguments: Mapping[str, int], path: Path
+) -> None:
+    """Raise StateMismatch unless the converted model computes what nanoGPT computes."""
+    tokens = min(64, arguments["block_size"])
+    ids = (torch.arange(tokens) * 7919 % arguments["vocab_size"])[None]
+    expected, found = nanogpt.logits(theirs, arguments, ids), model.eval()(ids).logits
+    largest, allowed = (expected - found).abs().max(), 1e-4 * expected.abs().max()
+    if not largest <= allowed:
+        raise StateMismatch(
+            _("{path} is no model of nanoGPT, though it has its model_args: as a GPT-2 it computes "
+              "other logits (difference {difference}).", path=path, difference=f"{largest:.3g}")
+        )  # fmt: skip
 
 
 def _load(path: Path) -> Any:
