@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -10,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
 from holdfast.errors import DataError
 from holdfast.training import corpus, prepare
@@ -22,6 +25,7 @@ from holdfast.training.cache import default_cache_dir, read_sealed, write_sealed
 from holdfast.training.formats import documents_in
 from holdfast.training.prepare import PreparedData, prepare_data, reopen_data
 from holdfast.training.tokenizer import train_tokenizer
+from tests.training.runs import SAMPLE
 
 WORDS = ["春天", "河边", "孩子", "风筝", "母亲", "写信", "下雨", "菜园", "老师", "月亮", "故事"]
 
@@ -315,6 +319,120 @@ def test_a_sealed_file_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
         path.write_bytes(raw[:position])
         assert read_sealed(path) is None
     assert [entry.name for entry in path.parent.iterdir()] == ["sealed.json"]
+
+
+def test_the_tokens_of_the_sample_text_are_those_of_the_first_version(cache: Path) -> None:
+    """A run that began then reads its text by these rules when it goes on."""
+    prepared(SAMPLE, cache, val_fraction=0.05, seed=42)
+    about = read_sealed(next(cache.glob("tokens/*/about.json")))
+    assert about == {
+        "documents": 370,
+        "dtype": "<u2",
+        "eos_id": 0,
+        "files": {
+            "ends.bin": "ed0076db700fbb9add689a1ed8faae2b",
+            "tokens.bin": "ae4f1e4544303a691c8795fc36031f22",
+        },
+        "splits": {
+            "train": {
+                "characters": 55978,
+                "documents": 352,
+                "text_bytes": 166531,
+                "tokens": 122981,
+            },
+            "val": {"characters": 3043, "documents": 18, "text_bytes": 9045, "tokens": 6692},
+        },
+    }
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    path = tmp_path / "damaged" / "text.txt"
+    path.parent.mkdir()
+    path.write_bytes(corpus_text().encode() + b"\n\xe6\x98\n")
+    return path
+
+
+def test_damage_is_told_at_every_start_and_gives_the_same_tokens(
+    damaged: Path, data: Path, cache: Path
+) -> None:
+    first = prepared(damaged, cache)
+    assert "text.txt, line 401" in first.notes[0]
+    moved = damaged.rename(damaged.parent / "moved.txt")
+    again = prepared(moved, cache)
+    assert again.from_cache and "moved.txt, line 401" in again.notes[0]
+    shutil.rmtree(cache)
+    anew = prepared(moved, cache, tokenizer=first.tokenizer)  # as a run that goes on does it
+    assert np.array_equal(anew.train.tokens, again.train.tokens)
+    whole = prepared(data, cache, tokenizer=first.tokenizer)
+    assert np.array_equal(anew.train.tokens, whole.train.tokens)
+    assert anew.content_hash != whole.content_hash
+    assert not whole.notes
+
+
+def test_strictly_damage_is_refused_even_where_its_tokens_are_cached(
+    damaged: Path, data: Path, cache: Path
+) -> None:
+    for _ in range(2):
+        with pytest.raises(DataError, match="line 401"):
+            prepared(damaged, cache, strict=True)
+        prepared(damaged, cache)
+    assert prepared(data, cache, strict=True).notes == []
+
+
+def test_a_text_above_the_sample_trains_its_tokenizer_on_a_sample(
+    data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[str]] = []
+
+    def watched(documents: list[str], *arguments: Any, **options: Any) -> Any:
+        given.append(documents)
+        return train_tokenizer(documents, *arguments, **options)
+
+    monkeypatch.setattr(prepare, "train_tokenizer", watched)
+    whole = prepared(data, cache)
+    monkeypatch.setattr(prepare, "SAMPLE", data.stat().st_size // 4)
+    first, second = (prepared(data, cache, seed=2, vocab_size=290 + n) for n in (0, 1))
+    assert [len(documents) for documents in given[1:]] == [len(given[1])] * 2
+    assert given[1] == given[2] and set(given[1]) <= set(corpus_text().split("\n"))
+    assert 40 < len(given[1]) < 160 < len(given[0])
+    assert first.tokenizer.vocab_size == 290 and second.tokenizer.vocab_size == 291
+    assert first.characters == whole.characters, "all of the text is encoded"
+
+
+LINE = "今天早上我去市场买菜，卖菜的阿姨告诉我，昨天下了一场大雨，所以青菜比平时贵了。"
+NUMBERED = [f"{number}。{LINE}" for number in range(40_000)]
+BLOCKS = ["\n".join(NUMBERED[start : start + 20]) for start in range(0, 40_000, 20)]
+RECORDS = "".join(json.dumps({"text": text}) + "\n" for text in BLOCKS)
+CONTENTS = {
+    "lines.txt": "\n".join(NUMBERED).encode(),
+    "blocks.txt": "\n\n".join(BLOCKS).encode("gb18030"),
+    "single.txt": ("标题\n\n" + "\n".join(NUMBERED)).encode(),
+    "data.jsonl.gz": gzip.compress(RECORDS.encode(), 1),
+    "data.jsonl.zst": zstandard.compress(RECORDS.encode()),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_reading_takes_memory_that_does_not_grow_with_the_text(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 MB of text, in less memory than that; a .txt may be one document but for its title."""
+    if name == "single.txt":
+        monkeypatch.setattr("holdfast.training.formats._PART", 50_000)
+        monkeypatch.setattr(corpus, "_LONGEST", 200_000)
+    path = tmp_path / name
+    path.write_bytes(CONTENTS[name])
+    text = corpus.Corpus(corpus.files_by_content([path]), val_fraction=0.05, seed=0)
+    tracemalloc.start()
+    try:
+        text.scan()
+        characters = sum(len(piece) for _for_validation, piece in text.pieces())
+        _now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert characters > 1_700_000
+    assert peak < 5_000_000
 
 
 def songci() -> Path:

@@ -181,7 +181,12 @@ def _ask_each(
     from holdfast.training.models import tune_allocator
 
     tune_allocator()
-    documents = side_by_side.read_text(given.evaluate) if given.evaluate else []
+
+    def warn(note: str) -> None:
+        bar.clear()
+        print(note, file=sys.stderr)
+
+    documents = side_by_side.read_text(given.evaluate, warn) if given.evaluate else []
     continued: dict[str, Continuation] = {}
     measured: dict[str, Evaluation] = {}
     for number, subject in enumerate(subjects, 1):

@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 # validation; a small text has about one token a character.
 MIN_CHARACTERS = 200
 
-_BLOCK = 1 << 24  # bytes hashed between two calls of progress
+_BLOCK = 1 << 20  # bytes hashed between two calls of progress
 _LONGEST = 1 << 26  # characters of a document that is held as a whole
 _SCORES = 1 << 25  # documents whose scores are held, for a split of few documents
 _SAMPLED = 2000  # characters of a long document that are drawn into a sample together

@@ -35,7 +35,7 @@ Seen = Callable[[int], None]
 """Bytes of the file that have been read: called now and then; what it raises ends the work."""
 
 _BLOCK = 1 << 18  # bytes read at a time
-_PACKED = 1 << 13  # of zstd, where each byte may become thousands
+_PACKED = 1 << 10  # of zstd, where each byte may become thousands
 _PART = 1_000_000  # characters of a document that are held before they are passed on
 _ROWS = 256  # of Parquet, decoded at a time
 _GAP = re.compile(r"[\s\ufeff]*")
