@@ -454,6 +454,28 @@ def test_a_closed_manager_keeps_no_memory_mapped(tmp_path: Path) -> None:
         gc.enable()
 
 
+def test_slots_that_somebody_has_removed_keep_no_step(tmp_path: Path) -> None:
+    """systemd does that at a logout; what is mapped still would be gone with the process."""
+    toy = Toy()
+    with toy.manager(tmp_path, memory_every=1) as manager:
+        manager.resume()
+        for step in (1, 2):
+            toy.step()
+            manager.after_step(step)
+        manager.wait()
+        assert manager.memory_step == 2
+        shutil.rmtree(left(tmp_path)[0].directory)
+        toy.step()
+        manager.after_step(3)
+        manager.wait()
+        assert manager.memory_step == 0
+        assert manager.save(step=3, strict=True) is not None
+    with Toy(seed=9).manager(tmp_path) as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 3
+
+
 def test_memory_for_one_slot_only_saves_without_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,6 +167,8 @@ class SharedSlot(Slot):
             self._size = size
 
     def complete(self, identity: Mapping[str, Any]) -> None:
+        if not os.fstat(self._fd).st_nlink:  # systemd does that when its user logs out
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path))
         text = json.dumps({"holdfast": 1, "identity": identity, "sealed": True}).encode()
         line = text + b" " + xxhash.xxh3_128_hexdigest(text).encode() + b"\n"
         assert len(line) <= HEAD_SIZE, "an identity has a fixed size"

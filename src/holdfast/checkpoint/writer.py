@@ -419,6 +419,12 @@ class Writer:
         snapshot.sealer.advance(blueprint.size)
         try:
             snapshot.slot.complete(blueprint.manifest["identity"])
+        except FileNotFoundError as error:  # removed by somebody: nothing here outlives a kill now
+            with self._change:
+                said, self._newest = self._newest is None, None
+            if not said:
+                log.warning("%s", error)
+            return
         except OSError as error:  # what is on its way to the disk goes there all the same
             log.warning("%s: %s", memory.PLACE, error)
             return
