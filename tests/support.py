@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager
-from holdfast.checkpoint import Saved, codec, container, filesystem, image, layout
+from holdfast.checkpoint import Catalog, Saved, codec, container, filesystem, image, layout
 from holdfast.checkpoint.tree import normalise
 
 # ------------------------------------------------------------------------------------------- files
@@ -111,6 +112,31 @@ def damage(path: Path) -> None:
 def tree_of(directory: Path) -> set[str]:
     """All files below a directory, relative."""
     return {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
+
+
+def archived(directory: Path, generation: int = 1) -> Path:
+    """Where the one run that has archived something in that generation has put it."""
+    (place,) = (directory / "archive").glob(f"*/generation_{generation}")
+    return place
+
+
+def twin(template: Path, directory: Path) -> Path:
+    """A run like `template`, made in a moment: checkpoints are never written to in place."""
+
+    def take(source: str, target: str) -> None:
+        (os.link if source.endswith(".pt") else shutil.copy)(source, target)
+
+    shutil.copytree(template, directory, copy_function=take)
+    return directory
+
+
+def everything(directory: Path) -> set[str]:
+    """The ids of all checkpoints, here and in the archive."""
+    found = set()
+    for path in directory.rglob("*.pt"):
+        entry = Catalog(path.parent).scan().entries
+        found |= {each.id for each in entry}
+    return found
 
 
 def events(directory: Path) -> list[dict[str, Any]]:

@@ -370,11 +370,11 @@ def test_archiving_keeps_everything_and_the_links(tmp_path: Path) -> None:
     put(tmp_path, "temp/t.pt", 2)
     catalog = Catalog(tmp_path)
     entries = catalog.scan().entries
-    place = catalog.archive(entries, "generation_1")
+    place = catalog.archive(entries, 1)
     assert tree_of(place) == {"a.pt", LATEST, "temp/t.pt"}
     assert (place / "a.pt").stat().st_nlink == 2
     assert steps(tmp_path) == []
-    catalog.archive(entries, "generation_1")
+    catalog.archive(entries, 1)
     assert tree_of(place) == {"a.pt", LATEST, "temp/t.pt"}, "repeating it loses nothing"
 
 
@@ -384,7 +384,7 @@ def test_a_full_disk_does_not_keep_things_from_being_moved_or_removed(
     for step in (1, 2, 3):
         put(tmp_path, f"{step}.pt", step)
     (tmp_path / "quarantine").mkdir()
-    (tmp_path / "archive" / "x").mkdir(parents=True)
+    (tmp_path / "archive" / "run" / "generation_1").mkdir(parents=True)
 
     for name in ("append_line", "write_file"):
         monkeypatch.setattr(catalog_module.filesystem, name, fail_with(errno.ENOSPC))
@@ -392,9 +392,9 @@ def test_a_full_disk_does_not_keep_things_from_being_moved_or_removed(
     newest, middle, oldest = catalog.scan().entries
     catalog.delete(oldest, "retention")
     catalog.quarantine(middle.names, "bad")
-    catalog.archive([newest], "x")
+    catalog.archive([newest], 1)
     catalog.write_cache()
-    assert tree_of(tmp_path) == {"quarantine/2.pt", "archive/x/3.pt"}
+    assert tree_of(tmp_path) == {"quarantine/2.pt", "archive/run/generation_1/3.pt"}
 
 
 def test_the_catalogues_lock_excludes_others(tmp_path: Path) -> None:

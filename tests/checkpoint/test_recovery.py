@@ -25,6 +25,7 @@ from tests.support import (
     Told,
     Toy,
     after,
+    archived,
     assert_same,
     craft,
     cut,
@@ -242,7 +243,7 @@ def test_going_back_archives_what_is_newer_and_begins_a_generation(tmp_path: Pat
     told: Told = []
     toy, result = resumed(tmp_path, tmp_path / "checkpoint_step_2.pt", told)
     assert (result.step, result.generation, result.steps_lost) == (2, 2, 0)
-    assert tree_of(tmp_path / "archive" / "generation_1") == {
+    assert tree_of(archived(tmp_path)) == {
         "checkpoint_step_3.pt", "checkpoint_step_4.pt", "latest.pt", "model.pt"
     }  # fmt: skip
     assert [event for event, _fields in told] == ["archived", "resumed"]
@@ -298,7 +299,7 @@ def test_a_file_from_elsewhere_begins_a_new_run_whose_parent_it_is(tmp_path: Pat
     assert saved.entry.run_id not in (old, result.entry.run_id)
     assert saved.entry.parent is not None
     assert saved.entry.parent["run_id"] == result.entry.run_id
-    assert "checkpoint_step_1.pt" in tree_of(tmp_path / "b" / "archive" / "generation_1")
+    assert "checkpoint_step_1.pt" in tree_of(archived(tmp_path / "b"))
     assert_same(snapshot(toy.state), snapshot(after(3).state))
     assert len(Catalog(tmp_path / "a").scan().entries) == 3, "the other run is left alone"
 

@@ -21,6 +21,7 @@ from tests.support import (
     Broken,
     Toy,
     after,
+    archived,
     assert_same,
     cut,
     damage,
@@ -346,10 +347,10 @@ def test_a_run_that_was_not_resumed_is_archived_by_the_first_save(tmp_path: Path
             toy.step()
             end_epoch(engine, epoch, step=epoch)
         assert [(entry.generation, entry.step) for entry in engine.list()] == [(2, 3), (2, 2)]
-    assert told[0] == ("archived", {"count": 5, "to": str(tmp_path / "archive" / "generation_1")})
-    assert {f"model_epoch_{i}.pt" for i in range(1, 6)} < tree_of(
-        tmp_path / "archive" / "generation_1"
-    )
+    assert [fields for event, fields in told if event == "archived"] == [
+        {"count": 5, "to": str(archived(tmp_path))}
+    ]
+    assert {f"model_epoch_{i}.pt" for i in range(2, 6)} < tree_of(archived(tmp_path))
 
 
 def test_somebody_elses_files_are_kept(tmp_path: Path) -> None:

@@ -402,7 +402,7 @@ def test_the_main_program_knows_every_command(capsys: pytest.CaptureFixture[str]
 def test_going_back_is_shown_done_and_undone(run: Path) -> None:
     shown = desk("rollback", "200", run, "--dry-run")
     assert shown.returncode == 0 and "Back to step 200 (model_epoch_2.pt" in shown.stdout
-    assert "archive/generation_1/" in shown.stdout and "model_epoch_4.pt" in shown.stdout
+    assert "/generation_1/" in shown.stdout and "model_epoch_4.pt" in shown.stdout
     assert "model_epoch_4.pt" in names_in(run)
     done = desk("rollback", "200", run, "--yes")
     assert (done.returncode, done.stderr) == (0, "") and "Done: step 200" in done.stdout

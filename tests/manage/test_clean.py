@@ -25,6 +25,7 @@ from holdfast.manage.pin import pin
 from holdfast.manage.rundir import look
 from holdfast.manage.table import Screen
 from tests.manage.runs import Training, desk, flip, forget_verified, make_run, names_in
+from tests.support import archived
 
 
 def going(shown: Plan) -> dict[str, str]:
@@ -338,20 +339,21 @@ def test_what_a_roll_back_has_set_aside_goes_only_when_asked_for(tmp_path: Path)
     assert {row.names[0] for row in plan(run, Wish(1, temp=True, quarantine=True)).rows} == {
         "model_epoch_2.pt", "model_epoch_1.pt"
     }  # fmt: skip
-    pin(run, str(run / "archive" / "generation_1" / "model_epoch_4.pt"))
+    pin(run, str(archived(run) / "model_epoch_4.pt"))
     shown = plan(run, Wish(None, archive=True))
-    assert going(shown) == {"archive/generation_1/model_epoch_3.pt": "archived"}
-    assert staying(shown)["archive/generation_1/model_epoch_4.pt"] == "pinned"
+    place = archived(run).relative_to(run).as_posix()
+    assert going(shown) == {f"{place}/model_epoch_3.pt": "archived"}
+    assert staying(shown)[f"{place}/model_epoch_4.pt"] == "pinned"
     (row,) = shown.going
-    assert row.step == 300 and "archive/generation_1/best_model.pt" in row.names
+    assert row.step == 300 and f"{place}/best_model.pt" in row.names
     with FileLock(run / ".run.lock"):  # a training may be about to need it
         done = execute(shown)
-    assert staying(done)["archive/generation_1/model_epoch_3.pt"] == "training"
+    assert staying(done)[f"{place}/model_epoch_3.pt"] == "training"
     done = execute(shown)
-    assert list(going(done)) == ["archive/generation_1/model_epoch_3.pt"]
-    archived = {path.name for path in (run / "archive" / "generation_1").iterdir()}
-    assert archived == {"model_epoch_4.pt", "latest.pt", "model.pt"}
-    pin(run, str(run / "archive" / "generation_1" / "model_epoch_4.pt"), remove=True)
+    assert list(going(done)) == [f"{place}/model_epoch_3.pt"]
+    left = {path.name for path in archived(run).iterdir()}
+    assert left == {"model_epoch_4.pt", "latest.pt", "model.pt"}
+    pin(run, str(archived(run) / "model_epoch_4.pt"), remove=True)
     execute(plan(run, Wish(None, archive=True)))
     assert not (run / "archive").exists()
     with Training(run) as training:
@@ -363,16 +365,16 @@ def test_the_archive_stays_while_nothing_here_is_verified_or_a_roll_back_needs_i
 ) -> None:
     run = make_run(tmp_path / "run", (4.0, 3.0, 2.0, 5.0))
     go_back(run, "200")
-    go_back(run, str(run / "archive" / "generation_1" / "model_epoch_3.pt"))
+    go_back(run, str(archived(run) / "model_epoch_3.pt"))
     (run / "model_epoch_3.pt").unlink()  # as a crash before it was linked would leave it
     for role in ("latest.pt", "model.pt", "best_model.pt"):
         (run / role).unlink()
-    archived = "archive/generation_1/model_epoch_3.pt"
-    assert staying(plan(run, Wish(None, archive=True)))[archived] == "rolled_back_to"
+    name = f"{archived(run).relative_to(run).as_posix()}/model_epoch_3.pt"
+    assert staying(plan(run, Wish(None, archive=True)))[name] == "rolled_back_to"
     with Training(run) as training:
         assert training.resumed is not None and training.resumed.step == 300
         training.epoch(4, 1.0)
-    assert archived in going(plan(run, Wish(None, archive=True)))
+    assert name in going(plan(run, Wish(None, archive=True)))
     forget_verified(run)
     assert set(staying(plan(run, Wish(None, archive=True))).values()) >= {"only_archived"}
     assert not going(plan(run, Wish(None, archive=True)))

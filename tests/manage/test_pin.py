@@ -16,7 +16,7 @@ from holdfast.manage.rollback import execute, plan, run_lock
 from holdfast.manage.rundir import look
 from holdfast.manage.table import Screen
 from tests.manage.runs import Training, copy_without_links, make_run, names_in
-from tests.support import Toy, end_epoch, events
+from tests.support import Toy, archived, end_epoch, events
 
 
 def pinned(directory: Path) -> list[int]:
@@ -120,7 +120,7 @@ def test_what_went_to_the_archive_is_reachable_and_still_pinned(tmp_path: Path) 
     pin(run, "400")
     with run_lock(run):
         execute(plan(run, "200"))
-    file = run / "archive" / "generation_1" / "model_epoch_4.pt"
+    file = archived(run) / "model_epoch_4.pt"
     assert pinned(run) == [] and file.exists()
     with run_lock(run):
         execute(plan(run, str(file)))

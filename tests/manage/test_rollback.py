@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +18,16 @@ from tests.manage.runs import copy_without_links, flip, make_run, names_in
 from tests.support import (
     Toy,
     after,
+    archived,
     assert_same,
     damage,
     die,
     events,
+    everything,
     in_child,
     killed_at,
     snapshot,
+    twin,
 )
 from tests.support import make_run as make_toy_run
 
@@ -67,7 +68,7 @@ def test_the_chosen_one_is_the_newest_and_training_goes_on_in_a_new_generation(
     make_toy_run(tmp_path, 4)
     go_back(tmp_path, "2")
     assert steps(tmp_path) == [2, 1]
-    assert {p.name for p in (tmp_path / "archive" / "generation_1").iterdir()} == {
+    assert {p.name for p in archived(tmp_path).iterdir()} == {
         "checkpoint_step_3.pt", "checkpoint_step_4.pt", "latest.pt", "model.pt"
     }  # fmt: skip
     for role in ("latest.pt", "model.pt"):
@@ -99,7 +100,7 @@ def test_a_second_going_back_begins_another_generation(tmp_path: Path) -> None:
     go_back(tmp_path, "3")
     go_back(tmp_path, "1")
     assert steps(tmp_path) == [1]
-    assert {p.name for p in (tmp_path / "archive").iterdir()} == {"generation_1", "generation_2"}
+    assert {p.name for p in archived(tmp_path).parent.iterdir()} == {"generation_1", "generation_2"}
     goes_on_from(tmp_path, 1, 3)
 
 
@@ -107,10 +108,10 @@ def test_it_is_undone_by_naming_the_file_in_the_archive(tmp_path: Path) -> None:
     make_toy_run(tmp_path, 4)
     go_back(tmp_path, "2")
     goes_on_from(tmp_path, 2, 2)  # saves another step 3
-    go_back(tmp_path, "archive/generation_1/checkpoint_step_4.pt")
+    go_back(tmp_path, str(archived(tmp_path) / "checkpoint_step_4.pt"))
     assert steps(tmp_path) == [4, 2, 1]
-    assert (tmp_path / "archive/generation_1/checkpoint_step_4.pt").exists()
-    assert (tmp_path / "archive/generation_2/checkpoint_step_3.pt").exists()
+    assert (archived(tmp_path) / "checkpoint_step_4.pt").exists()
+    assert (archived(tmp_path, 2) / "checkpoint_step_3.pt").exists()
     assert filesystem.same_data(tmp_path / "latest.pt", tmp_path / "checkpoint_step_4.pt")
     goes_on_from(tmp_path, 4, 3)
 
@@ -119,7 +120,7 @@ def test_what_is_brought_back_takes_nobodys_name(tmp_path: Path) -> None:
     make_toy_run(tmp_path, 4)
     go_back(tmp_path, "3")
     goes_on_from(tmp_path, 3, 2)
-    taken, old = tmp_path / "checkpoint_step_2.pt", tmp_path / "archive/generation_1/old.pt"
+    taken, old = tmp_path / "checkpoint_step_2.pt", archived(tmp_path) / "old.pt"
     taken.rename(old)
     taken.write_bytes((tmp_path / "checkpoint_step_1.pt").read_bytes())
     go_back(tmp_path, str(old))
@@ -140,7 +141,7 @@ def test_a_temporary_one_can_be_gone_back_to(tmp_path: Path) -> None:
     go_back(tmp_path, "2")
     assert steps(tmp_path) == [2, 1]
     assert filesystem.same_data(tmp_path / "latest.pt", tmp_path / "temp" / "temp_step2.pt")
-    assert (tmp_path / "archive" / "generation_1" / "temp" / "temp_step3.pt").exists()
+    assert (archived(tmp_path) / "temp" / "temp_step3.pt").exists()
     goes_on_from(tmp_path, 2, 2)
 
 
@@ -239,7 +240,7 @@ def test_a_line_of_nonsense_in_the_history_moves_nothing(
 # ------------------------------------------------------------------------- killed at every moment
 
 
-@pytest.mark.parametrize("wanted", ["2", "archive/generation_1/checkpoint_step_4.pt"])
+@pytest.mark.parametrize("wanted", ["2", "what was archived"])
 @pytest.mark.parametrize("again", [False, True], ids=["the next start", "asking again"])
 def test_a_crash_at_any_moment_leaves_one_or_the_other(
     fast_path: Path, wanted: str, again: bool
@@ -250,6 +251,8 @@ def test_a_crash_at_any_moment_leaves_one_or_the_other(
     make_toy_run(template, 4)
     if wanted != "2":
         go_back(template, "3")
+        place = archived(template).relative_to(template)
+        wanted = str(place / "checkpoint_step_4.pt")
     first, known, ids = steps(template)[0], Catalog(template).generation(), everything(template)
     for moment in range(1, 200):
         run = twin(template, fast_path / str(moment))
@@ -272,25 +275,6 @@ def test_a_crash_at_any_moment_leaves_one_or_the_other(
     assert went, "it was not interrupted"
     assert moment > 10
     assert outcomes == ({True} if again else {True, False})
-
-
-def twin(template: Path, directory: Path) -> Path:
-    """A run like `template`, made in a moment: checkpoints are never written to in place."""
-
-    def take(source: str, target: str) -> None:
-        (os.link if source.endswith(".pt") else shutil.copy)(source, target)
-
-    shutil.copytree(template, directory, copy_function=take)
-    return directory
-
-
-def everything(directory: Path) -> set[str]:
-    """The ids of all checkpoints, here and in the archive."""
-    found = set()
-    for path in directory.rglob("*.pt"):
-        entry = Catalog(path.parent).scan().entries
-        found |= {each.id for each in entry}
-    return found
 
 
 def test_a_full_disk_goes_back_or_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +336,7 @@ def test_what_a_killed_training_left_in_memory_goes_to_the_archive(
     assert (shown.in_memory, shown.changes) == (5, True)
     go_back(tmp_path, str(wanted))
     assert steps(tmp_path)[0] == wanted
-    assert (tmp_path / "archive" / "generation_1" / "temp" / "temp_step5.pt").exists()
+    assert (archived(tmp_path) / "temp" / "temp_step5.pt").exists()
     assert not [r for r in memory.remains() if r.run == tmp_path]
     goes_on_from(tmp_path, wanted, 2)
 
@@ -362,11 +346,12 @@ def test_what_a_killed_training_left_in_memory_goes_to_the_archive(
 
 def test_the_documented_form(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
+    run_id = Catalog(run).scan().entries[0].run_id
     found = json.loads(json.dumps(plan(run, "200").to_json(done=False)))
     assert set(found) == {
         "directory", "done", "id", "step", "file", "generation", "to", "archived",
         "archived_from_memory",
     }  # fmt: skip
     assert (found["step"], found["file"], found["generation"]) == (200, "model_epoch_2.pt", 2)
-    assert found["to"] == "archive/generation_1"
+    assert found["to"] == f"archive/{run_id[:8]}/generation_1"
     assert [row["step"] for row in found["archived"]] == [400, 300]

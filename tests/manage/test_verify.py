@@ -221,7 +221,7 @@ def test_everything_means_the_archive_and_the_quarantine_too(tmp_path: Path) -> 
     run = make_run(tmp_path / "run", (6.0, 5.0, 4.0, 3.0, 2.0))
     catalog = Catalog(run)
     fifth, fourth, third, *_older = catalog.scan().entries
-    catalog.archive([third], "generation_1")
+    place = catalog.archive([third], 1)
     catalog.quarantine(fifth.names, "it looked damaged")
     catalog.quarantine(fourth.names, "it is damaged")
     flip(run / "quarantine" / "model_epoch_4.pt")
@@ -239,7 +239,7 @@ def test_everything_means_the_archive_and_the_quarantine_too(tmp_path: Path) -> 
     ]
     recorded = list(catalog.events())[len(before) :]
     assert [event["step"] for event in recorded] == [200, 100], "copies elsewhere prove nothing"
-    flip(run / "archive" / "generation_1" / "model_epoch_3.pt")
+    flip(place / "model_epoch_3.pt")
     failed = [v for v in verify(targets_of([run], everything=True)) if v.failed]
     assert [v.target.paths[0].name for v in failed] == ["model_epoch_3.pt"]
 

@@ -23,6 +23,7 @@ from holdfast.checkpoint import state as engine_state
 from holdfast.checkpoint.transaction import LoadScheduler
 from holdfast.manage import rollback
 from holdfast.training.trainer import Trainer
+from tests.support import archived
 from tests.training import runs
 from tests.training.runs import (
     Killed,
@@ -92,7 +93,7 @@ def test_gone_back_and_trained_again_is_bit_identical(
     newest = Catalog(tmp_path).scan().newest
     assert newest is not None
     assert (newest.generation, newest.step) == (2, straight["global_step"])
-    assert (tmp_path / "archive" / "generation_1" / "latest.pt").exists()
+    assert (archived(tmp_path) / "latest.pt").exists()
 
 
 def test_killed_at_random_steps_is_bit_identical(

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.checkpoint import rollback
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.errors import CheckpointError
 from holdfast.training import unattended
 from holdfast.training.config import Config
-from holdfast.training.continuing import Start, decide, move_away
+from holdfast.training.continuing import Start, decide
 from tests.support import make_run
 from tests.training.runs import config_for
 
@@ -67,7 +68,7 @@ def test_goes_on_only_from_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_log_that_was_begun_before_there_is_a_run_is_not_moved_away(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "supervisor.log").touch()
-    assert move_away(tmp_path) is None
+    assert rollback.set_aside(Catalog(tmp_path)) is None
     (tmp_path / "latest.pt").touch()
-    assert move_away(tmp_path) is not None
-    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+    assert rollback.set_aside(Catalog(tmp_path)) is not None
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["archive"]

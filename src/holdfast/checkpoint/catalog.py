@@ -24,7 +24,7 @@ import xxhash
 
 from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.container import NewerFormat, Reader, read_manifest
-from holdfast.checkpoint.history import Event, History, is_later, now
+from holdfast.checkpoint.history import Event, History, Rollback, is_later, now
 from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.reading import patiently
 from holdfast.checkpoint.retention import Candidate, KeepBest, Order
@@ -91,6 +91,19 @@ class Contents:
     @property
     def newest(self) -> Entry | None:
         return self.entries[0] if self.entries else None
+
+    def of(self, run_id: str) -> Contents:
+        """The same, with the checkpoints of one run alone."""
+        return replace(self, entries=[entry for entry in self.entries if entry.run_id == run_id])
+
+    def abandoned(self, back: Rollback) -> list[Entry]:
+        """What lies behind us after `back`: what is newer than its state, or of another run."""
+        return [
+            entry
+            for entry in self.entries
+            if entry.generation < back.generation
+            and (entry.order > back.order or back.run_id not in (None, entry.run_id))
+        ]
 
     @property
     def best(self) -> Entry | None:
@@ -311,16 +324,18 @@ class Catalog:
         self._note("archived", names=[name], to=f"{ARCHIVE}/{REPLACED}")
         return place
 
-    def archive(self, entries: Iterable[Entry], label: str) -> Path:
-        """Move checkpoints out of the way of recovery; they are kept, under `archive/label`."""
-        place = self.directory / ARCHIVE / label
+    def archive(self, entries: Sequence[Entry], generation: int) -> Path:
+        """Move checkpoints out of the way of recovery; they are kept in `archive/`, in a folder of
+        their run and of `generation`, the one that ends with them. Returns that of the newest."""
         for entry in entries:
+            label = archive_of(entry, generation)
+            place = self.directory / label
             for name in entry.names:
                 with contextlib.suppress(FileNotFoundError):  # a damaged copy of it is gone already
                     filesystem.move(self.directory / name, place / name)
             self._note("archived", id=entry.id, step=entry.step, generation=entry.generation,
-                       names=list(entry.names), to=f"{ARCHIVE}/{label}")  # fmt: skip
-        return place
+                       names=list(entry.names), to=label)  # fmt: skip
+        return self.directory / archive_of(entries[0], generation)
 
     # -------------------------------------------------------------------------------- the cache
 
@@ -356,6 +371,12 @@ class Catalog:
             }
         except (OSError, *NONSENSE):
             return {}  # it is only a cache
+
+
+def archive_of(entry: Entry, generation: int) -> str:
+    """Where `entry` goes that is archived when `generation` ends, relative to the run directory:
+    the folder is its run's, so that files of two runs are never taken for one another."""
+    return f"{ARCHIVE}/{entry.run_id[:8]}/generation_{generation}"
 
 
 def name_of(entry: Entry) -> str:

@@ -23,6 +23,7 @@ from holdfast.checkpoint.retention import Order
 Event = dict[str, Any]
 
 ROLLED_BACK = "rolled_back"
+LEAVING = "set_aside"  # all that is here goes to the archive, and this history goes last
 _GONE_ON = ("began", "resumed", "durable")  # after one of these a roll-back is a thing of the past
 
 
@@ -42,16 +43,11 @@ class Rollback:
     """A line of the history: to which state the run went back."""
 
     id: str
-    run_id: str
+    run_id: str | None  # of the state; lines of nonsense may not tell
     order: Order  # of the state, as Entry.order
     step: int
     generation: int  # the one that begins with it
     source: str | None  # where the state lies in the archive; None: among the others
-
-    @property
-    def label(self) -> str:
-        """Where under `archive/` the abandoned ones go."""
-        return f"generation_{self.generation - 1}"
 
     def abandons(self, event: Mapping[str, Any]) -> bool:
         """Whether what `event`, one of `Known.announced`, tells of lies behind us now."""
@@ -68,7 +64,8 @@ class Rollback:
             return None
         if source is not None and not is_archived(source):
             return None
-        run_id = str(event.get("run_id"))
+        run_id = event.get("run_id")
+        run_id = run_id if isinstance(run_id, str) else None
         return cls(id_, run_id, (order[0], order[2]), order[1], generation, source)
 
 
@@ -97,6 +94,7 @@ class Known:
     sequence: int = 0  # the highest number of a save that was announced
     back: Rollback | None = None  # the last roll-back
     pending: Rollback | None = None  # the same, until a training has gone on from it
+    leaving: str | None = None  # where everything here is on its way to, relative
 
     def take(self, event: Event) -> None:
         """Take in the next event; its fields may be anything."""
@@ -106,30 +104,35 @@ class Known:
             self.generation = max(self.generation, generation)
             if isinstance(event.get("run_id"), str):
                 self.run = event["run_id"], generation
+        if kind in ("verified", "removed"):
+            self.damaged.discard(id_)
         if kind == "verified":
             self.verified.add(id_)
-            self.damaged.discard(id_)
-        elif kind == "removed":
-            self._left(event, gone=True)
+        elif kind in ("removed", "damaged"):
             self.verified.discard(id_)
-            self.damaged.discard(id_)
-        elif kind == "durable":
-            self._announced(event)
-        elif kind == "damaged":
-            self.verified.discard(id_)
+        if kind == "damaged":
             self.damaged.add(id_)
-        elif kind == "archived":
-            self._left(event, gone=False)
         elif kind == "pinned":
             self.pinned.add(id_)
         elif kind == "unpinned":
             self.pinned.discard(id_)
+        if kind == "durable":
+            self._announced(event)
+        elif kind in ("removed", "archived"):
+            self._left(event, gone=kind == "removed")
+        self._moved(kind, event)
+
+    def _moved(self, kind: object, event: Event) -> None:
+        if kind in _GONE_ON:
+            self.pending = None
         elif kind == ROLLED_BACK:
             back = Rollback.of(event)
             if back is not None:
                 self.back = self.pending = back
-        if kind in _GONE_ON:
-            self.pending = None
+        elif kind == LEAVING and is_archived(event.get("to")):
+            self.leaving = event["to"]
+        elif kind == "archived" and event.get("to") == self.leaving:
+            self.leaving = None
 
     def _announced(self, event: Event) -> None:
         names = _names(event)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.checkpoint import container, filesystem
@@ -76,6 +75,16 @@ def settle_old(catalog: Catalog, entry: Entry, before: Contents, kept: Path) -> 
             filesystem.remove(kept)
 
 
+def archive_others(catalog: Catalog, run_id: str) -> tuple[int, Path] | None:
+    """Move what is of other runs to the archive, now that this one has a verified state here: it
+    must neither win the next recovery nor be pruned. Returns how many, and where they lie."""
+    with catalog.lock():
+        others = [entry for entry in catalog.scan().entries if entry.run_id != run_id]
+        if not others:
+            return None
+        return len(others), catalog.archive(others, others[0].generation)
+
+
 def prune(catalog: Catalog, policies: Sequence[Policy]) -> None:
     """Remove what neither a policy nor the floor keeps."""
     with catalog.lock():
@@ -94,18 +103,3 @@ def sweep(catalog: Catalog) -> None:
         for directory in (catalog.directory, catalog.directory / TEMP):
             for path in filesystem.temporaries(directory):
                 filesystem.remove(path)
-
-
-@dataclass(slots=True)
-class ArchiveNewer:
-    """The last act of going back: what is newer makes way, or the restore does not happen."""
-
-    catalog: Catalog
-    entries: Sequence[Entry]
-    label: str
-
-    def commit(self) -> None:
-        self.catalog.archive(self.entries, self.label)
-
-    def undo(self) -> None:
-        """What has been moved stays in the archive, where nothing is lost."""

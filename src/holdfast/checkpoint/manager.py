@@ -24,9 +24,17 @@ from typing import Any, Literal
 
 import torch
 
-from holdfast.checkpoint import calls, filesystem, gradients, guard, housekeeping, recovery
+from holdfast.checkpoint import (
+    calls,
+    filesystem,
+    gradients,
+    guard,
+    housekeeping,
+    recovery,
+    rollback,
+)
 from holdfast.checkpoint.access import checkpoint_size, load, verify
-from holdfast.checkpoint.catalog import ARCHIVE, Catalog, Entry
+from holdfast.checkpoint.catalog import Catalog, Entry, archive_of
 from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.outcome import PendingSave, Resumed, Saved
 from holdfast.checkpoint.place import Place, check_rights
@@ -145,7 +153,7 @@ class CheckpointManager:
             KeepLast("step", keep_last),
             KeepRollingTemps(2),
         ]
-        self._place = Place(self.catalog, self._lock, self._reporter, self._saver.run)
+        self._place = Place(self.catalog, self._lock, self._reporter)
         publisher = Publisher(
             self.catalog, self._reporter, keep, limit=io_limit, secure=self._place.secure
         )
@@ -230,7 +238,8 @@ class CheckpointManager:
         Args:
             source: None for the newest here; a file, a glob or a directory. An older file of this
                 directory begins a new generation: what is newer is archived first. A file from
-                elsewhere begins a new run whose parent it is.
+                elsewhere begins a new run whose parent it is: what is here is archived when the
+                first state of that one is verified.
             strict: whether everything in the live state must be in the checkpoint.
             branch: begin a new generation even from the newest, since what came after it is not to
                 be gone on from: snapshots in memory of this process are given up.
@@ -274,8 +283,7 @@ class CheckpointManager:
                 transaction.forget()
                 raise
             if found.newer:
-                label = f"generation_{known}"
-                transaction.acts.append(housekeeping.ArchiveNewer(self.catalog, found.newer, label))
+                transaction.acts.append(rollback.GoBack(self.catalog, found.entry))
             with guard.deferred_interrupt():
                 transaction.commit()
                 if transaction.decisions:
@@ -304,7 +312,7 @@ class CheckpointManager:
         told = self.catalog.history.known.sequence
         run.sequence = max(run.sequence, told, *(e.sequence for e in past))
         if found.newer:
-            place = self.catalog.directory / ARCHIVE / f"generation_{known}"
+            place = self.catalog.directory / archive_of(entry, known)
             self._reporter.tell("archived", count=len(found.newer), to=str(place))
         branches = branch or found.newer or found.skipped or found.unread or steps or not found.here
         run.generation = known + 1 if branches else max(known, 1)
@@ -315,8 +323,8 @@ class CheckpointManager:
         except OSError as error:
             self._reporter.warn(error)
         self.catalog.write_cache()
-        best = contents.best.loss if contents.best is not None else None
-        self._saver.resumed(entry, best, abandon=branch)
+        best = contents.of(self.run_id).best
+        self._saver.resumed(entry, best.loss if best is not None else None, abandon=branch)
         self._restore_threads(found.manifest)
         self._reporter.record("resumed", id=entry.id, step=entry.step, run_id=self.run_id,
                       generation=self.generation, steps_lost=steps,

@@ -13,7 +13,6 @@ import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.catalog import EVENTS, METADATA, ROLES, Catalog
@@ -21,9 +20,6 @@ from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.errors import ResourceError
 from holdfast.i18n import _
-
-if TYPE_CHECKING:
-    from holdfast.checkpoint.saving import Run
 
 LOCKS = (".run.lock", ".catalog.lock")
 
@@ -34,8 +30,8 @@ class Place:
     `losses` counts how often it had to be made anew.
     """
 
-    def __init__(self, catalog: Catalog, lock: FileLock, reporter: Reporter, run: Run) -> None:
-        self._catalog, self._lock, self._reporter, self._run = catalog, lock, reporter, run
+    def __init__(self, catalog: Catalog, lock: FileLock, reporter: Reporter) -> None:
+        self._catalog, self._lock, self._reporter = catalog, lock, reporter
         self._turn = threading.Lock()
         self._fd = -1
         self.losses = 0
@@ -65,18 +61,7 @@ class Place:
                 directory=str(self._catalog.directory),
                 moved_to=None if where is None else str(where),
             )
-            self._make_way()
             self.losses += 1
-
-    def _make_way(self) -> None:
-        """What lies here now and is another run's must neither be overwritten nor win the next
-        recovery."""
-        others = [e for e in self._catalog.scan().entries if e.run_id != self._run.run_id]
-        if others:
-            with self._catalog.lock():
-                label = f"generation_{self._catalog.generation()}"
-                place = self._catalog.archive(others, label)
-            self._reporter.tell("archived", count=len(others), to=str(place))
 
     def close(self) -> None:
         if self._fd >= 0:

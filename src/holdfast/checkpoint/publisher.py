@@ -51,6 +51,11 @@ class Draft:
     pieces: Sequence[tuple[int, Buffer]]
     ready: direct.Ready | None = None
 
+    @property
+    def run_id(self) -> str:
+        """The run that the checkpoint belongs to."""
+        return str(self.manifest["identity"]["run_id"])
+
 
 class Publisher:
     """Makes checkpoints of images in one run directory."""
@@ -94,9 +99,7 @@ class Publisher:
                 try:
                     return self._publish(draft, asked, stall, announced)
                 except (DamagedCheckpoint, OSError) as error:
-                    if attempt == 2 or not (
-                        is_transient(error) or self._made_room(error, draft.size)
-                    ):
+                    if attempt == 2 or not (is_transient(error) or self._made_room(error, draft)):
                         raise
         raise AssertionError("unreachable")
 
@@ -108,7 +111,7 @@ class Publisher:
             self._secure()
         filesystem.make_directory(catalog.directory)
         if self._make_room:
-            self._tell_gone(space.make_room(catalog, draft.size))
+            self._tell_gone(space.make_room(catalog, draft.size, draft.run_id))
         guard.check_space(catalog.directory, draft.size)
         contents = catalog.scan()
         entry = entry_of(draft.manifest, draft.size)
@@ -125,7 +128,8 @@ class Publisher:
                 filesystem.remove(kept)  # what it is a second name of is where it was
             raise
         entry = replace(entry, names=(name,))
-        is_best = _improves(entry, contents.best)
+        best = contents.of(entry.run_id).best
+        is_best = _improves(entry, best)
         try:
             with catalog.lock():
                 catalog.clear_roles(contents)
@@ -137,7 +141,7 @@ class Publisher:
                 filesystem.remove(target)
             raise
         saved = Saved(entry, target, time.monotonic() - asked, how, is_best,
-                      contents.best.loss if contents.best else None, stall)  # fmt: skip
+                      best.loss if best else None, stall)  # fmt: skip
         self._reporter.record(
             "durable", id=entry.id, run_id=entry.run_id, generation=entry.generation,
             sequence=entry.sequence, step=entry.step, epoch=entry.epoch, kind=entry.kind,
@@ -166,16 +170,25 @@ class Publisher:
             self._reporter.report("unverified", id=entry.id, step=entry.step, reason=reason)
             return saved
         self._reporter.report("verified", id=entry.id, step=entry.step)
+        self._let_go(entry, before, kept)
+        return replace(saved, entry=replace(entry, verified=True))
+
+    def _let_go(self, entry: Entry, before: Contents, kept: Path | None) -> None:
+        """Now that `entry` is verified, what need not stay may go: what had its name, what is of
+        other runs, and what no policy keeps."""
+        catalog = self._catalog
         try:
             if kept is not None:
                 housekeeping.settle_old(catalog, entry, before, kept)
             if not all(earlier.verified for earlier in before.entries[:2]):
                 self._verify_owed()
             if self._keep:
+                others = housekeeping.archive_others(catalog, entry.run_id)
+                if others is not None:
+                    self._reporter.tell("archived", count=others[0], to=str(others[1]))
                 housekeeping.prune(catalog, self._keep)
         except (OSError, HoldfastError) as error:  # what cannot go now goes after the next save
             log.warning("%s: %s", catalog.directory, error)
-        return replace(saved, entry=replace(entry, verified=True))
 
     def _verify_owed(self) -> None:
         """Read back what could not be when it was saved, because the system failed or the process
@@ -198,11 +211,11 @@ class Publisher:
         names = list(names)
         self._reporter.tell("quarantined", names=names, reason=error.why, step=entry.step)
 
-    def _made_room(self, error: Exception, size: int) -> bool:
+    def _made_room(self, error: Exception, draft: Draft) -> bool:
         """Whether old checkpoints could go for one that the disk has refused."""
         if not self._make_room or not isinstance(error, OSError) or error.errno not in _REFUSED:
             return False
-        gone = space.make_room(self._catalog, size, refused=True)
+        gone = space.make_room(self._catalog, draft.size, draft.run_id, refused=True)
         self._tell_gone(gone)
         return bool(gone)
 

@@ -142,7 +142,7 @@ def find(catalog: Catalog, source: str | os.PathLike[str] | None, tell: Tell) ->
         wanted = [entry for entry in contents.entries if _is_one_of(catalog, entry, files)]
         if not wanted:
             found = _first_intact(files)
-            found.newer, found.unread = contents.entries, bool(contents.unreadable)
+            found.unread = bool(contents.unreadable)
             return found
     else:
         for name, reason in _perhaps_newest(catalog, contents):

@@ -1,20 +1,21 @@
-"""Going back for good: an earlier state becomes the newest, and nothing is overwritten.
+"""Setting aside what is here, as a whole: going back to an earlier state, and beginning anew.
 
-The line in the history is what does it. It is durable before the first file moves, so a crash
-leaves a run that has gone back or one that has not: what is left to move then is moved by the next
-start, or by asking once more. The line also begins the generation that the next start goes on in.
-No torch here.
+A line in the history is what does it. It is durable before the first file moves, so a crash leaves
+a run that has gone back (or was set aside) or one that has not: what is left to move then is moved
+by the next start, or by asking once more. No torch here.
 """
 
 from __future__ import annotations
 
 import logging
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.catalog import Catalog, Entry, summary
+from holdfast.checkpoint.catalog import ARCHIVE, EVENTS, Catalog, Entry, summary
 from holdfast.checkpoint.container import Reader, read_manifest
-from holdfast.checkpoint.history import ROLLED_BACK, Rollback
+from holdfast.checkpoint.history import LEAVING, ROLLED_BACK, History, Rollback
 from holdfast.errors import CheckpointError, DamagedCheckpoint
 
 log = logging.getLogger("holdfast")
@@ -64,47 +65,108 @@ def damage_of_all(catalog: Catalog, entry: Entry) -> str | None:
     return reason
 
 
-def roll_back(catalog: Catalog, entry: Entry, source: str | None = None) -> Rollback:
+def roll_back(catalog: Catalog, entry: Entry, source: str | None = None) -> None:
     """Make `entry` the newest; `source` where it lies in the archive, else it is one of those here.
 
     The caller holds the run's lock and has found `entry` intact. May be repeated after a crash.
     """
     back = catalog.history.known.pending
     if back is None or back.id != entry.id:
-        generation = catalog.generation() + 1
-        catalog.record(ROLLED_BACK, id=entry.id, run_id=entry.run_id, step=entry.step,
-                       generation=generation, source=source,
-                       order=[entry.generation, entry.step, entry.sequence])  # fmt: skip
-        back = Rollback(entry.id, entry.run_id, entry.order, entry.step, generation, source)
-    finish(catalog)
+        _decide(catalog, entry, source)
     with catalog.lock():
-        contents = catalog.scan()
-        catalog.assign_roles(contents)
+        _carry_out(catalog)
+        catalog.assign_roles(catalog.scan())
         catalog.write_cache()
-    return back
+
+
+@dataclass(slots=True)
+class GoBack:
+    """The last act of a restore from an older state: what is newer makes way, or the restore does
+    not happen. The caller holds the locks of the run and of the catalogue."""
+
+    catalog: Catalog
+    entry: Entry
+
+    def commit(self) -> None:
+        _decide(self.catalog, self.entry)
+        _carry_out(self.catalog)
+
+    def undo(self) -> None:
+        """Where the line is written the run has gone back; the next start says so."""
+
+
+def set_aside(catalog: Catalog) -> Path | None:
+    """Move everything that lies in a run directory to `archive/<time>/`; None where there was
+    nothing, or only logs: `holdfast run` begins one before there is a run.
+
+    The caller holds the run's lock. Raises `OSError` as it comes: the next start goes on with it.
+    """
+    if {path.name for path in _movable(catalog)} <= {"logs"}:
+        return None
+    to = f"{ARCHIVE}/{time.strftime('%Y%m%d_%H%M%S')}"
+    catalog.record(LEAVING, to=to)
+    finish(catalog)
+    return catalog.directory / to
 
 
 def finish(catalog: Catalog) -> None:
-    """Do what a crash has left undone of a roll-back; the caller holds the run's lock."""
+    """Do what a crash has left undone; the caller holds the run's lock."""
+    known = catalog.history.known
+    if known.pending is None and known.leaving is None:
+        return
+    with catalog.lock():
+        if known.leaving is not None:
+            _leave(catalog, known.leaving)
+        else:
+            _carry_out(catalog)
+
+
+def _leave(catalog: Catalog, to: str) -> None:
+    place = catalog.directory / to
+    for path in _movable(catalog):
+        if path.name != EVENTS:
+            filesystem.move(path, place / path.name)
+    # Last: as long as it lies here it says what is to be done.
+    there = filesystem.move(catalog.history.path, place / EVENTS)
+    History(there).record("archived", names=[], to=to)  # brought back by hand, it stays
+
+
+def _movable(catalog: Catalog) -> list[Path]:
+    stay = {ARCHIVE, ".run.lock", ".catalog.lock"}
+    return [path for path in sorted(catalog.directory.iterdir()) if path.name not in stay]
+
+
+def _decide(catalog: Catalog, entry: Entry, source: str | None = None) -> None:
+    """Write the line that makes `entry` the newest, and begins the next generation."""
+    catalog.record(ROLLED_BACK, id=entry.id, run_id=entry.run_id, step=entry.step,
+                   generation=catalog.generation() + 1, source=source,
+                   order=[entry.generation, entry.step, entry.sequence])  # fmt: skip
+
+
+def _carry_out(catalog: Catalog) -> None:
+    """Move what the line abandons; the caller holds the catalogue's lock."""
     back = catalog.history.known.pending
     if back is None:
         return
-    with catalog.lock():
-        entries = catalog.scan().entries
-        newer = [e for e in entries if e.order > back.order and e.generation < back.generation]
-        if newer:
-            catalog.archive(newer, back.label)
-        if back.source is not None and all(entry.id != back.id for entry in entries):
-            _bring_back(catalog, back, back.source)
+    contents = catalog.scan()
+    source = None
+    if back.source is not None and all(entry.id != back.id for entry in contents.entries):
+        source = _source(catalog, back, back.source)
+        if source is None:  # gone since: what is here has to do
+            return
+    abandoned = contents.abandoned(back)
+    if abandoned:
+        catalog.archive(abandoned, back.generation - 1)
+    if source is not None:
+        catalog.give_name(catalog.directory / source.names[0], source)
 
 
-def _bring_back(catalog: Catalog, back: Rollback, source: str) -> None:
-    """Let the state that lies in the archive be one of those here, too."""
-    path = catalog.directory / source
+def _source(catalog: Catalog, back: Rollback, name: str) -> Entry | None:
+    """The state that lies in the archive and is to be one of those here, too."""
+    path = catalog.directory / name
     try:
         entry = summary(read_manifest(path), path.stat().st_size)
-    except (FileNotFoundError, CheckpointError) as error:  # gone since: what is here has to do
+    except (FileNotFoundError, CheckpointError) as error:
         log.warning("%s: %s", path, error)
-        return
-    if entry.id == back.id:
-        catalog.give_name(path, entry)
+        return None
+    return replace(entry, names=(name,)) if entry.id == back.id else None

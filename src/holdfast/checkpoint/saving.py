@@ -309,7 +309,7 @@ class Saver:
             return
         self._losses = self._place.losses
         self.snapshots.leave_memory()  # its name has the inode of the directory in it
-        newest = self._catalog.scan().newest
+        newest = self._catalog.scan().of(self.run.run_id).newest
         self.step = newest.step if newest is not None else 0
         self.remembered = 0
         if not self.step:
@@ -375,22 +375,19 @@ class Saver:
         )
         failure.__cause__ = error
         if isinstance(error, DamagedCheckpoint):  # it had been announced
-            newest = self._catalog.scan().newest
+            newest = self._catalog.scan().of(self.run.run_id).newest
             self.step = newest.step if newest is not None else 0
         _resolve(pending, failure)
 
     def _settle(self) -> None:
-        """Before the first save: what lies here and was not resumed makes way."""
+        """Before the first save: it is newer than whatever lies here and was not resumed. That goes
+        to the archive when the save is verified: until then it is all there is to go on from."""
         if self.run.settled:
             return
         filesystem.make_directory(self._catalog.directory)
         contents = self._catalog.scan()
-        if contents.entries or contents.unreadable:  # the latter stay, in the earlier generation
-            known = self._catalog.generation()
-            with self._catalog.lock():
-                place = self._catalog.archive(contents.entries, f"generation_{known}")
-            self.run.generation = known + 1
-            self._reporter.tell("archived", count=len(contents.entries), to=str(place))
+        if contents.entries or contents.unreadable:
+            self.run.generation = self._catalog.generation() + 1
         self.run.settled = True
 
     def _manifest(

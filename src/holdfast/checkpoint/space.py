@@ -21,8 +21,9 @@ def check_room(catalog: Catalog, needed: int) -> None:
     guard.check_space(catalog.directory, needed, spare=spare)
 
 
-def make_room(catalog: Catalog, needed: int, *, refused: bool = False) -> list[Entry]:
-    """Let go, oldest first, of what policies keep beyond the floor until `needed` bytes fit.
+def make_room(catalog: Catalog, needed: int, run_id: str, *, refused: bool = False) -> list[Entry]:
+    """Let go, oldest first, of what policies keep of a run beyond the floor until `needed` bytes
+    fit. Another run's checkpoints are not ours to give up.
 
     Nothing goes where all of it would not be enough. `refused`: the disk would not take so many
     bytes, whatever it says is free (a quota, inodes, somebody who was faster): so many must come
@@ -35,7 +36,7 @@ def make_room(catalog: Catalog, needed: int, *, refused: bool = False) -> list[E
         return []
     with catalog.lock():
         contents = catalog.scan()
-        going = _enough(catalog, _beyond_floor(contents), missing)
+        going = _enough(catalog, _beyond_floor(contents.of(run_id)), missing)
         for entry in going:
             catalog.delete(entry, "space")
         if going:

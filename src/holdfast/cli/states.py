@@ -29,7 +29,7 @@ def run_rollback(argv: Sequence[str], prog: str) -> int:
           "training goes on from it in a new generation. What is newer goes to archive/; nothing "
           "is removed."),
         _("Examples:\n  {prog} 1500\n  {prog} best_model.pt runs/a --dry-run\n"
-          "  {prog} runs/a/archive/generation_1/model_epoch_9.pt", prog=prog),
+          "  {prog} runs/a/archive/5d2c91f0/generation_1/model_epoch_9.pt", prog=prog),
     )  # fmt: skip
     _add_wanted(parser)
     parser.add_argument("--dry-run", action="store_true",
@@ -66,8 +66,8 @@ def _outcome(shown: rollback.Plan, prog: str) -> list[str]:
         _("Done: step {step} is the newest now; the next start of the training goes on from it.",
           step=shown.chosen.step)
     ]  # fmt: skip
-    paths = [shown.directory / shown.place / entry.names[0] for entry in shown.newer[:1]]
-    for path in filter(Path.is_file, paths):
+    path = rollback.undo(shown)
+    if path is not None:
         lines.append(_("To undo it: {command}", command=f"{prog} {shlex.quote(str(path))}"))
     return [printable(line) for line in lines]
 

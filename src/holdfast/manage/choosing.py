@@ -13,7 +13,7 @@ from holdfast.errors import CheckpointError, DamagedCheckpoint
 from holdfast.i18n import _
 from holdfast.manage.rundir import RunDirectory, set_aside
 
-_DEPTH = 4  # a file lies at most so deep in its run directory: archive/generation_1/temp/x.pt
+_DEPTH = 5  # a file lies at most so deep: archive/0a1b2c3d/generation_1/temp/x.pt
 _NEAREST = 4  # steps that are named where the one that was asked for is not there
 
 
@@ -78,7 +78,7 @@ def _of_step(run: RunDirectory, step: int) -> Entry:
                 "{steps}.", step=step, directory=run.directory,
                 steps=", ".join(map(str, sorted(near[:_NEAREST]))))  # fmt: skip
     for path in set_aside(run.directory, ARCHIVE):
-        archived = _entry_at(path)
+        archived = entry_at(path)
         if archived is not None and archived.step == step:
             message += _(" Step {step} lies in the archive: name the file {path}.", step=step,
                          path=path)  # fmt: skip
@@ -105,7 +105,8 @@ def _archived(run: RunDirectory, path: Path) -> Choice | None:
     return Choice(replace(entry, names=(source,)), source)
 
 
-def _entry_at(path: Path) -> Entry | None:
+def entry_at(path: Path) -> Entry | None:
+    """The checkpoint that a file holds, without its size; None where it holds none."""
     try:
         return summary(read_manifest(path), 0) if path.suffix == ".pt" else None
     except (CheckpointError, OSError):

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import guard, memory, rollback
-from holdfast.checkpoint.catalog import ARCHIVE, LATEST, Catalog, Entry
+from holdfast.checkpoint.catalog import ARCHIVE, LATEST, Catalog, Entry, archive_of
 from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.errors import CheckpointError, DamagedCheckpoint
 from holdfast.formatting import format_bytes, format_loss
 from holdfast.i18n import _
-from holdfast.manage.choosing import choose
-from holdfast.manage.rundir import kind_in_words, look, number
+from holdfast.manage.choosing import choose, entry_at
+from holdfast.manage.rundir import RunDirectory, kind_in_words, look, number, set_aside
 from holdfast.manage.table import Column, Screen, printable, render
 
 
@@ -35,6 +35,7 @@ class Plan:
     in_memory: int | None  # the step of a newer snapshot that a killed training has left in memory
     generation: int  # the one that the next start begins, or goes on in
     interrupted: bool  # an earlier going back to the same state is to be finished
+    other_run: str | None  # the run that is here, where the chosen state is of another one
 
     @property
     def changes(self) -> bool:
@@ -44,7 +45,8 @@ class Plan:
     @property
     def place(self) -> str:
         """Where the newer ones go, relative to the run directory."""
-        return f"{ARCHIVE}/generation_{self.generation - 1}"
+        newest = self.newer[0] if self.newer else self.chosen
+        return archive_of(newest, self.generation - 1)
 
     def to_json(self, *, done: bool) -> dict[str, Any]:
         """The documented form; `done` says whether it has happened."""
@@ -62,6 +64,7 @@ class Plan:
                 for entry in self.newer
             ],
             "archived_from_memory": self.in_memory,
+            "other_run": self.other_run,
         }  # fmt: skip
 
     def lines(self, screen: Screen) -> list[str]:
@@ -76,6 +79,11 @@ class Plan:
         text = _("Back to step {step} ({name}{loss}); generation {generation} begins.", step=step,
                  name=name, loss=told, generation=self.generation)  # fmt: skip
         lines = [printable(text)]
+        if self.other_run is not None:
+            text = _("⚠️  It is a state of another run ({its}) than the one here ({here}), all of "
+                     "which makes way for it.", its=self.chosen.run_id[:8],
+                     here=self.other_run[:8])  # fmt: skip
+            lines.append(printable(text))
         if self.newer:
             title = _("These go to {place}/; nothing is removed:", place=self.place)
             lines += [title, "", *self._table(screen)]
@@ -115,14 +123,16 @@ def plan(directory: str | os.PathLike[str], wanted: str) -> Plan:
         raise CheckpointError(_("{name} cannot be read now: {reason}", name=name, reason=reason))
     choice = choose(run, wanted)
     entry, back = choice.entry, run.catalog.history.known.pending
-    newer = [other for other in run.entries if other.order > entry.order]
+    here = _run_of(run)
+    other_run = here if here != entry.run_id else None
+    newer = [e for e in run.entries if e.order > entry.order or e.run_id != entry.run_id]
     step = _step_in_memory(run.catalog, entry, run.contents.newest)
     again = back is not None and back.id == entry.id
     to_do = bool(newer or choice.source) or step is not None
     known = run.catalog.generation()
     generation = known + 1 if to_do and not again else max(known, 1)
     half_done = again and LATEST not in entry.names
-    return Plan(run.directory, entry, choice.source, newer, step, generation, half_done)
+    return Plan(run.directory, entry, choice.source, newer, step, generation, half_done, other_run)
 
 
 def execute(shown: Plan) -> Plan:
@@ -146,6 +156,26 @@ def execute(shown: Plan) -> Plan:
             recovery.rescue(catalog, Reporter(catalog))
         rollback.roll_back(catalog, shown.chosen, shown.source)
     return shown
+
+
+def undo(done: Plan) -> Path | None:
+    """The file that brings back what was the newest before; None where there was nothing newer."""
+    newest = done.newer[0] if done.newer else None
+    if newest is None:
+        return None
+    first = done.directory / done.place / newest.names[0]
+    for path in (first, *set_aside(done.directory, ARCHIVE)):
+        entry = entry_at(path)
+        if entry is not None and entry.id == newest.id:
+            return path
+    return None
+
+
+def _run_of(run: RunDirectory) -> str | None:
+    """The run that lies here: that of the newest, or the one that was begun last."""
+    known = run.catalog.history.known.run
+    newest = run.contents.newest
+    return newest.run_id if newest is not None else known[0] if known is not None else None
 
 
 def _left(catalog: Catalog) -> list[memory.Left]:

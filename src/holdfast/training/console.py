@@ -315,7 +315,7 @@ class Console:
             )  # fmt: skip
         elif event == "archived":
             self.say(
-                _("📦 {count} newer checkpoints were moved to {to}.", count=fields["count"],
+                _("📦 {count} checkpoints were moved to {to}.", count=fields["count"],
                   to=fields["to"])
             )  # fmt: skip
         elif event == "rescued":

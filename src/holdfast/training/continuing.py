@@ -7,14 +7,13 @@ gives: `holdfast train --resume` needs no other option to go on as before.
 from __future__ import annotations
 
 import glob
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import codec, container, filesystem
-from holdfast.checkpoint.catalog import ARCHIVE, Catalog, Contents, Entry, summary
+from holdfast.checkpoint.catalog import Catalog, Contents, Entry, summary
 from holdfast.errors import CheckpointError, StateMismatch
 from holdfast.i18n import N_, _
 from holdfast.training import unattended
@@ -233,19 +232,6 @@ def check_model(saved: SavedRun, model_config: Mapping[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------ details
-
-
-def move_away(directory: Path) -> Path | None:
-    """Move what lies in a run directory to `archive/<time>/`; None where there was nothing, or
-    only logs: `holdfast run` begins one before there is a run."""
-    keep = {ARCHIVE, ".run.lock", ".catalog.lock"}
-    found = [path for path in sorted(directory.iterdir()) if path.name not in keep]
-    if {path.name for path in found} <= {"logs"}:
-        return None
-    place = directory / ARCHIVE / time.strftime("%Y%m%d_%H%M%S")
-    for path in found:
-        filesystem.move(path, place / path.name)
-    return place
 
 
 def _existing(name: str, directory: Path) -> Path:

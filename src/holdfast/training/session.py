@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from holdfast.checkpoint import guard as guards
-from holdfast.checkpoint import space
+from holdfast.checkpoint import rollback, space
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.foreign import load_weights
 from holdfast.checkpoint.layout import PAGE
@@ -88,7 +88,7 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
         contents = catalog.scan()
         can_ask = console.terminal and sys.stdin.isatty() and not yes
         start = continuing.decide(config, contents, console.ask if can_ask else None)
-        place = continuing.move_away(directory) if start.archive else None
+        place = rollback.set_aside(catalog) if start.archive else None
         if log:
             stamp = time.strftime("%Y%m%d_%H%M%S")
             console.open_log(directory / "logs" / f"training_{stamp}.log")

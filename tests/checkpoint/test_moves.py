@@ -1,0 +1,176 @@
+"""What takes several moves is done or not done after a kill between any two of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from holdfast.checkpoint import Catalog, Resumed, filesystem, recovery, rollback
+from holdfast.checkpoint.reporting import Reporter
+from tests.support import Toy, damage, events, everything, killed_at, make_run, tree_of, twin
+
+Went = tuple[int, int] | None  # step and generation that a start goes on from
+
+
+def start(run: Path) -> tuple[Went, Resumed | None]:
+    """What the next start goes on from; it says the same when asked again."""
+    found: list[tuple[Went, Resumed | None]] = []
+    for _again in range(2):
+        with Toy(seed=5).manager(run, keep_last=0) as manager:
+            resumed = manager.resume()
+            found.append((resumed and (resumed.step, resumed.generation), resumed))
+    assert found[0][0] == found[1][0]
+    return found[0]
+
+
+def sweep(template: Path, place: Path, work: Callable[[Path], None], old: Went, new: Went) -> None:
+    """Kill `work` at each of its calls to the disk: the next start is at `old` or at `new`, nothing
+    is called lost, and no state that was announced is gone."""
+    outcomes, ids = set(), everything(template)
+    for moment in range(1, 300):
+        run = twin(template, place / str(moment))
+        died = killed_at(moment, lambda run=run: work(run))  # type: ignore[misc]
+        went, resumed = start(run)
+        assert went in (old, new), moment
+        assert resumed is None or resumed.steps_lost == 0, moment
+        assert everything(run) >= ids, moment
+        announced = [e["step"] for e in events(run) if e["event"] == "durable"]
+        assert resumed is None or resumed.step in announced, moment
+        outcomes.add(went)
+        shutil.rmtree(run)
+        if not died:
+            break
+    assert went == new, "it was not interrupted"
+    assert outcomes == {old, new}
+    assert moment > 10
+
+
+def test_going_back_by_resume(fast_path: Path) -> None:
+    make_run(fast_path / "template", 4)
+
+    def work(run: Path) -> None:
+        with Toy(seed=5).manager(run) as manager:
+            manager.resume(run / "checkpoint_step_2.pt")
+
+    sweep(fast_path / "template", fast_path, work, old=(4, 1), new=(2, 2))
+
+
+def test_going_back_because_training_went_wrong(fast_path: Path) -> None:
+    make_run(fast_path / "template", 4)
+
+    def work(run: Path) -> None:
+        with Toy(seed=5).manager(run, keep_last=0) as manager:
+            manager.resume()
+            assert manager.go_back(3, "loss is NaN") is not None
+
+    sweep(fast_path / "template", fast_path, work, old=(4, 1), new=(2, 2))
+
+
+def test_the_first_save_of_a_run_that_did_not_resume(fast_path: Path) -> None:
+    """Also where it takes the name of the newest of the old run."""
+    make_run(fast_path / "template", 3)
+
+    def work(run: Path) -> None:
+        toy = Toy(seed=3)
+        with toy.manager(run) as manager:
+            for _step in range(3):
+                toy.step()
+            manager.save(step=3, strict=True)
+
+    sweep(fast_path / "template", fast_path, work, old=(3, 1), new=(3, 2))
+
+
+def test_a_resume_from_elsewhere_until_its_first_save(fast_path: Path) -> None:
+    make_run(fast_path / "template", 3)
+    make_run(fast_path / "elsewhere", 1)
+
+    def work(run: Path) -> None:
+        toy = Toy(seed=3)
+        with toy.manager(run) as manager:
+            manager.resume(fast_path / "elsewhere")
+            toy.step()
+            manager.save(step=2, strict=True)
+
+    outcomes = set()
+    for moment in range(1, 300):
+        run = twin(fast_path / "template", fast_path / str(moment))
+        died = killed_at(moment, lambda run=run: work(run))  # type: ignore[misc]
+        went, resumed = start(run)
+        assert went in ((3, 1), (3, 2), (2, 2)), moment  # its generation is begun, or not yet
+        assert resumed is not None and resumed.steps_lost == 0
+        outcomes.add(went and went[0])
+        if not died:
+            break
+    assert outcomes == {3, 2}
+    assert {entry.step for entry in Catalog(run).scan().entries} == {2}
+    assert everything(run) > everything(fast_path / "template")
+
+
+def test_beginning_anew(fast_path: Path) -> None:
+    """All of the run is here, or all of it is in the archive; also what is no checkpoint."""
+    template = fast_path / "template"
+    make_run(template, 3)
+    for name in ("config.json", "metrics.jsonl", "tokenizer/tokenizer.json", "logs/a.log"):
+        filesystem.make_directory((template / name).parent)
+        (template / name).write_text("{}")
+    files, outcomes = tree_of(template) - {".run.lock", ".catalog.lock"}, set()
+    for moment in range(1, 300):
+        run = twin(template, fast_path / str(moment))
+        died = killed_at(moment, lambda run=run: rollback.set_aside(Catalog(run)))  # type: ignore[misc]
+        recovery.rescue(Catalog(run), Reporter(Catalog(run)))
+        here = {n for n in tree_of(run) if not n.startswith("archive/")} - {".run.lock"}
+        if died and here > {".catalog.lock"}:
+            assert here - {".catalog.lock"} == files, moment
+            assert start(run)[0] == (3, 1), moment
+        else:
+            (place,) = (run / "archive").iterdir()
+            assert tree_of(place) == files, moment
+            assert start(run)[0] is None
+            shutil.rmtree(run / "archive" / "none", ignore_errors=True)
+        outcomes.add(bool(here - {".catalog.lock"}))
+        if not died:
+            break
+    assert outcomes == {True, False}
+    assert moment > 10
+
+
+def test_a_run_that_was_set_aside_and_is_brought_back_by_hand_stays(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 2)
+    place = rollback.set_aside(Catalog(tmp_path / "run"))
+    assert place is not None
+    shutil.copytree(place, tmp_path / "back")
+    (tmp_path / "back" / place.relative_to(tmp_path / "run")).mkdir(parents=True)
+    assert start(tmp_path / "back")[0] == (2, 1)
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "copies"])
+def test_setting_a_damaged_newest_aside(
+    fast_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of its names says the same again: an older one is gone on from, and the loss is
+    told each time."""
+    if not links:
+        monkeypatch.setenv("HOLDFAST_DISABLE", "hardlinks,reflink")
+    template = fast_path / "template"
+    make_run(template, 3)
+    for name in ("checkpoint_step_3.pt", *(() if links else ("latest.pt", "model.pt"))):
+        damage(template / name)
+
+    def work(run: Path) -> None:
+        with Toy(seed=5).manager(run) as manager:
+            manager.resume()
+
+    for moment in range(1, 300):
+        run = twin(template, fast_path / str(moment))
+        died = killed_at(moment, lambda run=run: work(run))  # type: ignore[misc]
+        with Toy(seed=5).manager(run) as manager:
+            resumed = manager.resume()
+        assert resumed is not None
+        assert (resumed.step, resumed.steps_lost) == (2, 1), moment
+        assert not any(name in tree_of(run) for name in ("checkpoint_step_3.pt",)), moment
+        if not died:
+            break
+    assert moment > 8
