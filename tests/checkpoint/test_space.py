@@ -297,7 +297,7 @@ def test_a_removal_is_recorded_where_there_was_no_room_for_its_line(
 
     monkeypatch.setattr(filesystem, "append_line", full_until_removed)
     monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: guard.RESERVE)
-    gone = space.make_room(Catalog(tmp_path), MB // 2)
+    gone = space.make_room(Catalog(tmp_path), MB // 2, manager.run_id)
     assert [entry.step for entry in gone] == [1]
     assert gone_for_space(tmp_path) == [1]
 

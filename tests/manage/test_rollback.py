@@ -13,7 +13,8 @@ import pytest
 from holdfast.checkpoint import Catalog, filesystem, memory, rollback
 from holdfast.checkpoint.catalog import ROLES
 from holdfast.errors import CheckpointError, DamagedCheckpoint, HoldfastError, RunLocked
-from holdfast.manage.rollback import execute, plan, run_lock
+from holdfast.manage.rollback import execute, plan, run_lock, undo
+from holdfast.manage.table import Screen
 from tests.manage.runs import copy_without_links, flip, make_run, names_in
 from tests.support import (
     Toy,
@@ -237,6 +238,54 @@ def test_a_line_of_nonsense_in_the_history_moves_nothing(
     assert steps(tmp_path) == [2, 1]
 
 
+# ----------------------------------------------------------------------------- states of other runs
+
+
+def test_the_undo_names_the_file_of_this_run(tmp_path: Path) -> None:
+    """Two runs, one after the other, set aside the same names in the same generation."""
+    ids = []
+    for _run in range(2):
+        make_toy_run(tmp_path, 2)
+        ids.append(Catalog(tmp_path).scan().entries[0].id)
+        with run_lock(tmp_path):
+            done = execute(plan(tmp_path, "1"))
+        path = undo(done)
+        assert path is not None
+        assert Catalog(path.parent).scan().entries[0].id == ids[-1]
+        if _run == 0:
+            rollback.set_aside(Catalog(tmp_path))
+    shown = plan(tmp_path, str(path))
+    assert (shown.other_run, shown.chosen.id) == (None, ids[1])
+
+
+def test_a_state_of_another_run_is_said_to_be_one_and_nothing_of_this_run_stays_beside_it(
+    tmp_path: Path,
+) -> None:
+    make_toy_run(tmp_path, 4)
+    (tmp_path / "other").mkdir()
+    make_toy_run(tmp_path / "other", 2)
+    theirs = Catalog(tmp_path / "other").scan().entries[0]
+    ours = Catalog(tmp_path).scan().entries[0].run_id
+    filesystem.move(tmp_path / "other" / theirs.names[0], tmp_path / "archive" / "theirs.pt")
+    shutil.rmtree(tmp_path / "other")
+    shown = plan(tmp_path, "archive/theirs.pt")
+    assert shown.other_run == ours and shown.to_json(done=False)["other_run"] == ours
+    text = "\n".join(shown.lines(Screen(width=200)))
+    assert f"another run ({theirs.run_id[:8]}) than the one here ({ours[:8]})" in text
+    go_back(tmp_path, "archive/theirs.pt")
+    assert [entry.run_id for entry in Catalog(tmp_path).scan().entries] == [theirs.run_id]
+    goes_on_from(tmp_path, 2, 2)
+
+
+def test_where_the_state_to_bring_back_is_gone_nothing_makes_way(tmp_path: Path) -> None:
+    make_toy_run(tmp_path, 3)
+    Catalog(tmp_path).record(
+        "rolled_back", id="x", run_id="y", generation=2, order=[1, 1, 1], source="archive/gone.pt"
+    )
+    rollback.finish(Catalog(tmp_path))
+    assert steps(tmp_path) == [3, 2, 1]
+
+
 # ------------------------------------------------------------------------- killed at every moment
 
 
@@ -350,7 +399,7 @@ def test_the_documented_form(tmp_path: Path) -> None:
     found = json.loads(json.dumps(plan(run, "200").to_json(done=False)))
     assert set(found) == {
         "directory", "done", "id", "step", "file", "generation", "to", "archived",
-        "archived_from_memory",
+        "archived_from_memory", "other_run",
     }  # fmt: skip
     assert (found["step"], found["file"], found["generation"]) == (200, "model_epoch_2.pt", 2)
     assert found["to"] == f"archive/{run_id[:8]}/generation_1"

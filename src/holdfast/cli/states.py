@@ -29,7 +29,7 @@ def run_rollback(argv: Sequence[str], prog: str) -> int:
           "training goes on from it in a new generation. What is newer goes to archive/; nothing "
           "is removed."),
         _("Examples:\n  {prog} 1500\n  {prog} best_model.pt runs/a --dry-run\n"
-          "  {prog} runs/a/archive/5d2c91f0/generation_1/model_epoch_9.pt", prog=prog),
+          "  {prog} runs/a/archive/5d2c91f0/generation_1/latest.pt", prog=prog),
     )  # fmt: skip
     _add_wanted(parser)
     parser.add_argument("--dry-run", action="store_true",
