@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from holdfast import load
 from holdfast.checkpoint import filesystem, memory
 from holdfast.errors import ResourceError
 from holdfast.training.config import OPTIONS
@@ -77,6 +78,29 @@ def test_it_leaves_a_run_that_is_there_as_it_is(tmp_path: Path, corpus: Path) ->
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
     try_out(tmp_path / "run", corpus, epochs=2)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "share"),
+    [
+        ({"epochs": 2}, {"epochs": 3}, 1 / 2),
+        ({"epochs": "none", "num_steps": 12}, {"epochs": "none", "num_steps": 18}, 1 / 2),
+        ({"epochs": 1}, {"epochs": 1}, 0),
+    ],
+    ids=["epochs", "steps", "finished"],
+)
+def test_of_a_run_that_goes_on_only_what_is_left_is_counted(
+    tmp_path: Path, corpus: Path, first: dict[str, Any], then: dict[str, Any], share: float
+) -> None:
+    train(config_for(tmp_path / "run", corpus, sample_tokens=0, **first))
+    done = load(tmp_path / "run" / "latest.pt", only="global_step")
+    estimate, said = try_out(tmp_path / "run", corpus, price_per_hour=3600, **then)
+    assert (estimate.done_steps, estimate.steps) == (done, round(share * done))
+    assert estimate.cost == pytest.approx(estimate.total_seconds)
+    if share == 0:
+        assert estimate.total_seconds == 0
+    assert f"{estimate.steps} steps that are left; {done} are done" in said
+    assert "nothing durable" not in said
 
 
 def test_it_shows_what_is_in_force_and_where_from(tmp_path: Path, corpus: Path) -> None:

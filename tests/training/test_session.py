@@ -30,6 +30,7 @@ from holdfast.errors import (
     StateMismatch,
 )
 from holdfast.training import continuing
+from holdfast.training.layers import save_config
 from holdfast.training.presets import resolve
 from holdfast.training.session import save_policies
 from holdfast.training.trainer import Trainer
@@ -766,3 +767,13 @@ def test_the_sample_text_is_found_from_everywhere_also_by_the_run_that_goes_on(
     said = train(resolve(flags={**flags, "num_steps": "2"}))
     assert "from checkpoint_step_1.pt" in said
     assert "is gone" not in said
+
+
+def test_a_saved_configuration_trains_outside_the_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names the text that is bundled, as it lies in a clone."""
+    monkeypatch.chdir(tmp_path)
+    save_config(resolve(flags={}), tmp_path / "saved.json")
+    small = {"context_length": "16", "vocab_size": "300", "num_steps": "1", "sample_tokens": "0"}
+    assert "Finished: 1 steps" in train(resolve(file=tmp_path / "saved.json", flags=small))

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 
 from holdfast.checkpoint import filesystem, guard
+from holdfast.checkpoint.access import load
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.manager import checkpoint_size
 from holdfast.checkpoint.place import check_rights
 from holdfast.checkpoint.risk import RiskAware
 from holdfast.checkpoint.schedule import Cost, EveryMinutes, EverySteps, Measured
 from holdfast.checkpoint.snapshots import lack_of_shared_memory
+from holdfast.checkpoint.state import plan_restore
 from holdfast.checkpoint.writer import MEMORY_SLOTS
 from holdfast.errors import Interrupted, ResourceError
 from holdfast.formatting import format_bytes, format_seconds
@@ -34,10 +36,11 @@ from holdfast.training import continuing, telling
 from holdfast.training.batches import validation_batch_count
 from holdfast.training.config import OPTIONS, CheckpointConfig, Config
 from holdfast.training.console import Console
+from holdfast.training.continuing import SavedRun
 from holdfast.training.fields import format_value
 from holdfast.training.records import Records
 from holdfast.training.session import Workshop, prepare, save_policies
-from holdfast.training.trainer import EVALUATION_ROWS
+from holdfast.training.trainer import EVALUATION_ROWS, Trainer
 
 WARM_UP_STEPS = 3
 TIMED_STEPS = 30
@@ -52,7 +55,8 @@ class Estimate:
 
     config: Config  # in force
     parameters: int
-    steps: int
+    done_steps: int  # of the run that it goes on from
+    steps: int  # that are left
     step_seconds: float
     tokens_per_second: float
     epoch_seconds: float
@@ -92,15 +96,19 @@ def dry_run(
     directory = Path(config.checkpoint.checkpoint_dir)
     check_rights(directory)
     with guard.SignalGuard() as signals:
-        start = continuing.decide(config, Catalog(directory).scan(), ask=None)
+        contents = Catalog(directory).scan()
+        start = continuing.decide(config, contents, ask=None)
         start = replace(start, archive=False)
         workshop = prepare(config, start, console, signals)
+        if start.saved is not None:
+            _go_on_from(start.saved, workshop.trainer, console)
         estimate = _measure(workshop, console, signals)
     if tell is None:
         _print(estimate, console)
     else:
         tell(estimate)
-    needed = estimate.run_bytes + guard.RESERVE
+    here = sum(entry.size for entry in contents.entries)  # has its room already
+    needed = max(0, estimate.run_bytes - here) + guard.RESERVE
     if estimate.free_bytes < needed:
         raise ResourceError(
             _("This run needs {needed} on the disk of {directory}, which has {free} free. Lower "
@@ -110,8 +118,19 @@ def dry_run(
     return estimate
 
 
+def _go_on_from(saved: SavedRun, trainer: Trainer, console: Console) -> None:
+    """Take over the state of a run, so that only what is left of it is measured and counted.
+    Nothing in its directory changes."""
+    plan_restore(trainer.state, load(saved.path), strict=False).commit()
+    trainer.settle(saved.data)
+    age = max(0.0, time.time() - saved.path.stat().st_mtime)
+    console.status.durable_step, console.status.durable_at = saved.step, time.monotonic() - age
+
+
 def _measure(workshop: Workshop, console: Console, signals: guard.SignalGuard) -> Estimate:
     trainer, options = workshop.trainer, workshop.config.checkpoint
+    done = trainer.progress.step
+    left = 0 if trainer.finished else max(0, trainer.plan.total_steps - done)
     console.say(_("⏱️  Timing a few real steps..."))
     with tempfile.TemporaryDirectory(prefix="holdfast-dry-run-") as scratch:
         trainer.records = Records(Path(scratch), tensorboard=False, resumed_step=0)
@@ -133,8 +152,8 @@ def _measure(workshop: Workshop, console: Console, signals: guard.SignalGuard) -
 
     plan = trainer.plan
     tokens = plan.accumulation * workshop.config.training.batch_size * trainer.context_length
-    epochs = plan.epochs or 1
-    epoch_steps = plan.steps_per_epoch if plan.epochs else plan.total_steps
+    epoch_steps = plan.steps_per_epoch if plan.epochs else max(1, left)
+    epochs = left / epoch_steps
     interval = _interval(options, step, save, size)
     temps = int(epoch_steps * step / interval + 1e-6)  # not one less for a rounding
     kept = epoch_steps // options.save_every if options.save_every else 0
@@ -142,7 +161,8 @@ def _measure(workshop: Workshop, console: Console, signals: guard.SignalGuard) -
     return Estimate(
         config=workshop.config,
         parameters=sum(p.numel() for p in trainer.model.parameters()),
-        steps=plan.total_steps,
+        done_steps=done,
+        steps=left,
         step_seconds=step,
         tokens_per_second=tokens / step,
         epoch_seconds=epoch,
@@ -258,8 +278,7 @@ def _print(estimate: Estimate, console: Console) -> None:
                        rate=f"{estimate.tokens_per_second:,.0f}",
                        seconds=f"{estimate.step_seconds:.3f}")),
         (_("time for an epoch"), format_seconds(estimate.epoch_seconds)),
-        (_("time in all"), _("{time} for {steps} steps", time=format_seconds(
-            estimate.total_seconds), steps=f"{estimate.steps:,}")),
+        (_("time in all"), _in_all(estimate)),
         (_("one checkpoint"), _("{size} ({bytes} bytes)",
                                 size=format_bytes(estimate.checkpoint_bytes),
                                 bytes=f"{estimate.checkpoint_bytes:,}")),
@@ -275,6 +294,14 @@ def _print(estimate: Estimate, console: Console) -> None:
     for name, value in lines:
         say(f"  {name}: {value}", important=True)
     say(_("Dry run: nothing was saved."), important=True)
+
+
+def _in_all(estimate: Estimate) -> str:
+    figures = {"time": format_seconds(estimate.total_seconds), "steps": f"{estimate.steps:,}"}
+    if estimate.done_steps:
+        return _("{time} for {steps} steps that are left; {done} are done",
+                 done=f"{estimate.done_steps:,}", **figures)  # fmt: skip
+    return _("{time} for {steps} steps", **figures)
 
 
 def _rolling(estimate: Estimate) -> str:
