@@ -317,3 +317,24 @@ def test_a_hook_of_an_optimizer_that_fails_undoes_everything(when: str, tmp_path
     assert_same(optimizer.state_dict(), before)
     assert_same(dict(live["model"].state_dict()), weights)
     assert not hasattr(optimizer, "spoiled")
+
+
+class Narrow(Table):
+    """Its own `state_dict` takes no arguments; torch's would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(lambda module, _keys: module.refresh())
+
+    def state_dict(self) -> Any:  # type: ignore[override]
+        return super().state_dict()
+
+
+def test_a_module_with_a_state_dict_of_its_own(tmp_path: Path) -> None:
+    first, second = Narrow(), Narrow()
+    with CheckpointManager(tmp_path, {"model": first}) as manager:
+        manager.save(step=1, strict=True)
+    with CheckpointManager(tmp_path, {"model": second}) as manager:
+        manager.resume()
+    assert torch.equal(first.weight, second.weight)
+    second.check()

@@ -242,7 +242,7 @@ class _Planner:
         extra = {name for name in mine if name.rpartition(".")[2] == _EXTRA_STATE}
         if not _is_memory_of(live, [v for name, v in mine.items() if name not in extra]):
             # What state_dict() gives is made for the occasion: bytes put there would go nowhere.
-            self._load_module(live, found, path, whole=True)
+            self._act(LoadObject(live, found, path))
             return
         for name in found.keys() - extra if extra else found:
             self._tensor(mine[name], found[name], f"{path}/{name}")

@@ -291,16 +291,18 @@ class Derived:
         self._extra: list[tuple[torch.nn.Module, Any]] = []
 
     def commit(self) -> None:
-        known = {} if self._whole else self._module.state_dict(keep_vars=True)
-        saved = {id(tensor) for tensor in known.values()}
-        seen: set[int] = set()
+        seen: set[int] = set()  # and, if not `whole`, those that an `Exchange` puts back
+        for module in () if self._whole else self._module.modules():
+            seen.update(map(id, module._parameters.values()))
+            kept = module._buffers.keys() - module._non_persistent_buffers_set
+            seen.update(id(module._buffers[name]) for name in kept)
         for module in self._module.modules():
             attributes = dict(vars(module))
             self._attributes.append((module, attributes))
             inside = [attributes[n] for n in ("_parameters", "_buffers", "_modules")]
             self._inside += [(live, dict(live)) for live in inside]
             for value in itertools.chain(attributes.values(), *(d.values() for d in inside)):
-                if isinstance(value, torch.Tensor) and id(value) not in saved | seen:
+                if isinstance(value, torch.Tensor) and id(value) not in seen:
                     seen.add(id(value))
                     self._bytes.append((value, value.detach().clone()))
             if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
