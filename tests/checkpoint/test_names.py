@@ -300,6 +300,21 @@ def test_a_file_without_names_goes_by_position_and_shape(tmp_path: Path) -> None
         plan_restore({"optimizer": turned}, saved)
 
 
+def test_a_module_under_another_key_of_the_state(tmp_path: Path) -> None:
+    model = Registered("abc")
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer)
+    with CheckpointManager(tmp_path, {"net": model, "optimizer": optimizer}) as manager:
+        manager.save(step=1, strict=True)
+    other = Registered("cab")
+    second = torch.optim.AdamW(other.parameters())
+    with CheckpointManager(tmp_path, {"model": other, "optimizer": second}) as manager:
+        manager.resume(strict=False)
+    for name in "abc":
+        mine, theirs = getattr(other, name).weight, getattr(model, name).weight
+        assert_same(second.state[mine], optimizer.state[theirs])
+
+
 GROUPS = [
     ([[0, 1]], [[0, 1, 2, 3]], ["of 2 ", "of 4 ", "only here", "model/b.weight"]),
     ([[0, 1, 2, 3]], [[0, 1]], ["of 4 ", "of 2 ", "only there", "model/b.weight"]),

@@ -254,7 +254,7 @@ def aligned(live: Slots, saved: Slots) -> list[tuple[int, list[int]]] | None:
         if str(live) != str(saved):
             return None
         return [(i, list(range(len(group)))) for i, group in enumerate(saved.names)]
-    pairs = matched(live.flat(), saved.flat())
+    pairs = matched(live.flat(), saved.flat()) or _matched_inside(live.flat(), saved.flat())
     if pairs is None:
         return None
     where = {n: (i, k) for i, g in enumerate(saved.names) for k, n in enumerate(g) if n is not None}
@@ -272,6 +272,15 @@ def aligned(live: Slots, saved: Slots) -> list[tuple[int, list[int]]] | None:
             (home, [next(places) if n is None else where[pairs[n]][1] for n in group])
         )  # fmt: skip
     return result if len(result) == len(saved.names) else None
+
+
+def _matched_inside(here: Sequence[str], there: Sequence[str]) -> dict[str, str] | None:
+    """As `matched`, where the module stands under another name in the state."""
+    inside, theirs = ({name.partition("/")[2]: name for name in names} for names in (here, there))
+    pairs = matched(list(inside), list(theirs))
+    if pairs is None or (len(inside), len(theirs)) != (len(here), len(there)):
+        return None
+    return {inside[name]: theirs[other] for name, other in pairs.items()}
 
 
 def difference(live: Slots, saved: Slots) -> str:
