@@ -148,7 +148,7 @@ def test_other_encodings_are_refused_even_where_they_are_valid_gb18030(
 def test_binary_files_are_refused(tmp_path: Path) -> None:
     png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)) * 4
     assert "byte 8 is zero" in refusal(write(tmp_path / "picture.txt", png))
-    noise = bytes(value for value in bytes(range(255, 0, -1)) * 4)
+    noise = bytes(range(250, 0, -1)) * 4
     assert "neither" in refusal(write(tmp_path / "noise.jsonl", noise))
 
 
@@ -325,6 +325,14 @@ def test_more_than_a_thousandth_of_damage_is_refused_with_the_first_place(tmp_pa
         first = len(b"\n".join(rows[:101])) - 2
         message = refusal(write(tmp_path / f"{encoding}.txt", b"\n".join(rows)))
         assert f"byte {first} (line 101)" in message and "up to 0.1 %" in message
+
+
+def test_utf_16_that_lost_a_byte_is_refused_near_that_place(tmp_path: Path) -> None:
+    """All behind it is read askew: nothing that could be left out."""
+    data, _lines = in_encoding("utf-16")
+    message = refusal(write(tmp_path / "data.txt", data[:20_001] + data[20_002:]))
+    found = re.search(r"is UTF-16 text, but byte (\d+)", message)
+    assert found and 20_000 <= int(found[1]) < 21_000
 
 
 def test_the_euro_of_windows_is_a_euro(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def find_encoding(blocks: Blocks, path: Path) -> Encoding:
     """
     head = b"".join(_first(blocks(), 3))
     for bom, codec in _BOMS.items():
-        if head.startswith(bom) and (codec == "utf-8" or _look(blocks, codec).may_follow_bom):
+        if head.startswith(bom) and (codec == "utf-8" or _look(blocks, codec).mostly_text):
             return Encoding(codec, len(bom))
     if (bad := _first_damage(blocks, "utf-8")) is None:
         return Encoding("utf-8", 0)
@@ -155,11 +155,11 @@ class _Look:
         if self.codec == "utf-8":
             return self.bad <= max(TOLERATED * self.size, 0.1 * (self.bad + self.wide))
         reads_like_chinese = self.common >= _COMMON_SHARE * self.wide
-        return reads_like_chinese and self.bad <= 0.05 * self.characters
+        return self.mostly_text and reads_like_chinese
 
     @property
-    def may_follow_bom(self) -> bool:
-        return self.bad <= max(1, 0.01 * self.characters)
+    def mostly_text(self) -> bool:
+        return self.bad <= max(1, 0.05 * self.characters)
 
 
 def _look(blocks: Blocks, codec: str) -> _Look:
