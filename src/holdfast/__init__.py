@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from holdfast.checkpoint import EverySteps as EverySteps
     from holdfast.checkpoint import OnBest as OnBest
     from holdfast.checkpoint import RiskAware as RiskAware
+    from holdfast.checkpoint import SignalGuard as SignalGuard
     from holdfast.checkpoint import load as load
     from holdfast.checkpoint import prove_resume as prove_resume
     from holdfast.checkpoint import verify as verify
@@ -28,6 +29,7 @@ __all__ = [
     "EverySteps",
     "OnBest",
     "RiskAware",
+    "SignalGuard",
     "__version__",
     "load",
     "prove_resume",

@@ -529,6 +529,7 @@ def test_what_was_not_found_right_on_the_disk_stays_in_memory(
         with monkeypatch.context() as patch:
             lie(patch, 2, damage)
             assert manager.save(step=1) is None
+        manager.close(save=False)
     with Toy(seed=9).manager(tmp_path) as manager:
         resumed = manager.resume()
         assert resumed is not None
@@ -810,6 +811,7 @@ def test_a_snapshot_that_cannot_be_made_durable_stays_in_memory(
         with monkeypatch.context() as patch:
             patch.setattr(filesystem, "write_file", _full)
             assert manager.save_snapshot() is None
+        manager.close(save=False)
     assert len(left(tmp_path)) == 1
     with Toy(seed=9).manager(tmp_path) as manager:
         resumed = manager.resume()

@@ -80,7 +80,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Held:
     copied = 0
 
     def in_copier() -> bool:
-        return threading.current_thread().name.startswith("holdfast-stage")
+        return threading.current_thread() is not threading.main_thread()
 
     def copy_late(copy: staging.Copy, segments: Any) -> None:
         if in_copier() and segments is copy._rest:
@@ -140,7 +140,7 @@ def test_without_the_wait_the_snapshot_would_be_of_two_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: Held
 ) -> None:
     """The test above can fail: it does when the hook waits for nothing."""
-    monkeypatch.setattr(snapshots, "_waiting", lambda _wait: lambda *_arguments: None)
+    monkeypatch.setattr(snapshots, "_before_step", lambda _owner: lambda *_arguments: None)
     held.patience = 30.0
     expected, found = disturbed_save(tmp_path, held)
     with pytest.raises(AssertionError):

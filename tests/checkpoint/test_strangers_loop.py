@@ -176,7 +176,7 @@ def test_the_lines_in_the_docstring_work_as_printed(tmp_path: Path) -> None:
     program = f"""
 import sys
 import torch
-from holdfast import CheckpointManager
+from holdfast import CheckpointManager, EverySteps
 
 def run(total):
     torch.manual_seed(0)

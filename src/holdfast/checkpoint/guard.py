@@ -27,7 +27,16 @@ class SignalGuard:
     """While active, a signal that asks to stop becomes the flag `requested`.
 
     A second SIGINT raises KeyboardInterrupt at once: published files are intact at any moment.
-    In a forked child (a data-loader worker) the handlers step aside.
+    In a forked child (a data-loader worker) the handlers step aside. For a loop of your own:
+
+        with SignalGuard() as guard:
+            for step in ...:
+                ...train...
+                if guard.requested:
+                    manager.save(step=step)
+                    sys.exit(128 + guard.requested)
+
+    The `with` block of a `CheckpointManager` does that by itself.
     """
 
     def __init__(self, on_request: Callable[[int], None] | None = None) -> None:
@@ -36,8 +45,15 @@ class SignalGuard:
         self._on_request = on_request
         self._before: dict[int, Any] = {}
         self._owner = 0
+        self._active = False
+
+    def activate(self) -> None:
+        """Begin to guard, where that has not been done."""
+        if not self._active:
+            self.__enter__()
 
     def __enter__(self) -> SignalGuard:
+        self._active = True
         if threading.current_thread() is not threading.main_thread():
             return self  # Python delivers signals to the main thread only; nothing to guard here
         self._owner = os.getpid()
@@ -53,6 +69,7 @@ class SignalGuard:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        self._active = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         before = self._before.get(number)
@@ -71,6 +88,20 @@ class SignalGuard:
         custom = callable(before) and before is not signal.default_int_handler
         if custom and before is not None:
             before(number, frame)
+
+
+class Stopped(SystemExit):
+    """Ends the process after a signal, with status 128 + its number; the state is saved."""
+
+
+class StoppedByInterrupt(Stopped, KeyboardInterrupt):
+    """The same after Ctrl-C, which a loop may expect as KeyboardInterrupt."""
+
+
+def stopped(number: int) -> Stopped:
+    """The exception that ends the process after signal `number`."""
+    kind = StoppedByInterrupt if number == signal.SIGINT else Stopped
+    return kind(128 + number)
 
 
 class deferred_interrupt:
@@ -102,6 +133,6 @@ def check_space(directory: Path, needed: int, *, spare: int = 0) -> None:
     if free + spare < needed + RESERVE:
         raise ResourceError(
             _("The disk of {directory} has {free} MB free; the next checkpoint needs {needed} MB. "
-              "Free some space, or lower --keep-last-n.", directory=directory, free=free >> 20,
+              "Free some space, or keep fewer checkpoints.", directory=directory, free=free >> 20,
               needed=(needed + RESERVE) >> 20)
         )  # fmt: skip

@@ -87,10 +87,7 @@ class FileLock:
         deadline = time.monotonic() + self._wait
         while not self._try():
             if time.monotonic() >= deadline:
-                raise RunLocked(
-                    _("Another process works in {directory} ({owner}). Stop it, or choose another "
-                      "--checkpoint-dir.", directory=self.path.parent, owner=self._owner())
-                )  # fmt: skip
+                raise self._refused()
             time.sleep(0.02)
 
     def renew(self) -> None:
@@ -145,6 +142,18 @@ class FileLock:
             os.truncate(fd, 0)
             os.write(fd, json.dumps(owner).encode())
         return True
+
+    def _refused(self) -> RunLocked:
+        directory, owner = self.path.parent, self._owner()
+        if owner == _("this process"):
+            return RunLocked(
+                _("{directory} is in use by this process already. Close what works there, or "
+                  "choose another directory.", directory=directory)
+            )  # fmt: skip
+        return RunLocked(
+            _("Another process works in {directory} ({owner}). Stop it, or choose another "
+              "directory.", directory=directory, owner=owner)
+        )  # fmt: skip
 
     def _owner(self) -> str:
         """Who wrote the lock file last."""

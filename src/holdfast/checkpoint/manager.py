@@ -1,11 +1,11 @@
 """CheckpointManager: the façade that puts the engine together for a training loop.
 
-    manager = CheckpointManager("runs/a", {"model": model, "optimizer": optimizer})
-    resumed = manager.resume()                      # None where there is nothing to go on from
-    for step in range(resumed.step if resumed else 0, total):
-        ...train...
-        manager.save_async(step=step + 1)           # training goes on while it is written
-    manager.close()
+    state = {"model": model, "optimizer": optimizer}
+    with CheckpointManager("runs/a", state, save_when=[EverySteps(500)]) as manager:
+        resumed = manager.resume()                  # None where there is nothing to go on from
+        for step in range(resumed.step if resumed else 0, total):
+            ...train...
+            manager.after_step(step + 1)            # training goes on while it is written
 
 Any nested mapping of objects with `state_dict`, tensors and plain values is a state. Every public
 method keeps the rules of the house: durable, then announced, then verified, then pruned; loading is
@@ -14,10 +14,13 @@ a transaction; saving never kills training, and training never waits for the dis
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import sys
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -30,6 +33,8 @@ from holdfast.checkpoint import (
     gradients,
     guard,
     housekeeping,
+    ownership,
+    ranks,
     recovery,
     rollback,
 )
@@ -41,7 +46,7 @@ from holdfast.checkpoint.place import Place, check_rights
 from holdfast.checkpoint.publisher import Publisher
 from holdfast.checkpoint.reporting import EventHandler, Reporter
 from holdfast.checkpoint.retention import KeepLast, KeepRollingTemps, Policy
-from holdfast.checkpoint.saving import RETRY, Saver
+from holdfast.checkpoint.saving import RETRY, Saver, Told
 from holdfast.checkpoint.schedule import AnyOf, Moment, SavePolicy
 from holdfast.checkpoint.snapshots import Overlap
 from holdfast.checkpoint.state import plan_restore
@@ -61,6 +66,8 @@ __all__ = [
     "verify",
 ]
 
+log = logging.getLogger("holdfast")
+
 _MOST_THREADS = 1024  # a manifest may say anything
 
 
@@ -69,8 +76,20 @@ class CheckpointManager:
 
     Its methods are for the thread that trains; what they start runs in threads of its own.
 
+    In a `with` block the ends of a training are taken care of, where the loop calls `after_step`. A
+    clean end saves the last step. At SIGINT, SIGTERM, SIGHUP or SIGUSR1 the step is finished and
+    saved, and the process ends with 128 + the signal's number (a second Ctrl-C ends it at once). At
+    an exception the newest step is saved that is whole: the live state if no optimizer in it has
+    begun another step, else the newest snapshot in memory. Random streams are saved as they were
+    after that step; what else a broken step has changed (running statistics of a batch norm, a
+    position in the data) is saved as it is.
+
+    Where a manager of the same thread works in `directory` already (a notebook cell that is run
+    again) the new one takes over, and the old one refuses to save.
+
     Args:
-        directory: the run directory; created, and locked until `close()` or the process ends.
+        directory: the run directory; created, and locked until `close()`, or until the manager is
+            garbage, or the process ends.
         state: what to save. Objects are asked for their `state_dict` at each save; plain values
             are taken as they stand then, and put back in place by `resume()`.
         keep_last: how many epoch checkpoints and how many step checkpoints stay (0: all).
@@ -94,7 +113,8 @@ class CheckpointManager:
         lock: the lock of `directory` (`run_lock`), where the caller holds it already.
 
     Raises:
-        RunLocked: another process works in `directory`.
+        RunLocked: another process or thread works in `directory`.
+        ConfigError: this process is one rank of several.
         ResourceError: `directory` belongs to another user.
         ConfigError: an argument is none that can be meant.
         UnsupportedValue: `state` holds something that a checkpoint cannot.
@@ -130,8 +150,13 @@ class CheckpointManager:
         for name, value in (("reserve", reserve), ("io_limit", io_limit),
                             ("max_unsafe", max_unsafe)):  # fmt: skip
             calls.check_number(name, value, 0)
+        ranks.refuse()
         self.catalog = Catalog(directory)
         self.state = state
+        self._pid = os.getpid()
+        self._guard: guard.SignalGuard | None = None
+        self._held: list[Callable[[], None]] = []  # what gives everything back, the last first
+        self._open = self._superseded = False
         self._save_when = AnyOf(save_when)
         self._saver = Saver(
             self.catalog, state, metric=metric, lower_is_better=lower_is_better, rng=rng,
@@ -140,28 +165,42 @@ class CheckpointManager:
         check_rights(self.catalog.directory)
         filesystem.make_directory(self.catalog.directory)
         self._lock = lock or run_lock(directory)
-        if lock is None:
-            self._lock.acquire()
-        try:
-            housekeeping.sweep(self.catalog)
-        except BaseException:  # nobody will have a manager to close
-            self._lock.release()
-            raise
-        self._reporter = Reporter(self.catalog, on_event)
         keep: list[Policy] = [
             KeepLast("epoch", keep_last),
             KeepLast("step", keep_last),
             KeepRollingTemps(2),
         ]
-        self._place = Place(self.catalog, self._lock, self._reporter)
-        publisher = Publisher(
-            self.catalog, self._reporter, keep, limit=io_limit, secure=self._place.secure
-        )
-        self._saver.start(
-            self._reporter, publisher, self._place, overlap=overlap, memory_every=memory_every
-        )
+        before = lock is None and ownership.take_over(self.catalog.directory)
+        tenure = ownership.Tenure(self.catalog.directory, self)
+        self._held.append(tenure.end)
+        try:
+            tenure.begin()
+            if lock is None:
+                self._held.append(self._lock.release)
+                self._lock.acquire()
+            housekeeping.sweep(self.catalog)
+            self._reporter = Reporter(self.catalog, on_event)
+            self._place = Place(self.catalog, self._lock, self._reporter)
+            self._held.append(self._place.close)
+            publisher = Publisher(
+                self.catalog, self._reporter, keep, limit=io_limit, secure=self._place.secure
+            )
+            self._held.append(self._saver.close)
+            self._saver.start(
+                self._reporter, publisher, self._place, overlap=overlap, memory_every=memory_every
+            )
+            self._open = True
+        except BaseException:  # an interrupt, too: nobody will have a manager to close
+            ownership.give_back(self._held)
+            raise
+        if before:
+            log.warning(
+                _("{directory}: an earlier manager of this process has been closed; this one goes "
+                  "on in its place.", directory=self.catalog.directory)
+            )  # fmt: skip
 
     def __enter__(self) -> CheckpointManager:
+        self._guard = guard.SignalGuard()
         return self
 
     def __exit__(
@@ -170,7 +209,21 @@ class CheckpointManager:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        signals, self._guard = self._guard, None
+        try:
+            if error is not None:
+                self._end_with(error, at_once=signals is not None and signals.requested is not None)
+            self.close(save=error is None)
+        finally:
+            if signals is not None:
+                signals.__exit__()
+        if error is None and signals is not None and signals.requested is not None:
+            raise guard.stopped(signals.requested)  # it came after the last step
+
+    def __del__(self) -> None:
+        """Give everything back in the background: this may run in any thread, at any moment."""
+        if getattr(self, "_open", False) and os.getpid() == self._pid and not sys.is_finalizing():
+            self._saver.writer.when_done(partial(ownership.give_back, self._held))
 
     @property
     def saved_step(self) -> int:
@@ -209,17 +262,108 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Return when every save that was asked for is durable, verified and told."""
-        self._saver.wait()
-        self._reporter.deliver()
-
-    def close(self) -> None:
-        """Wait for what is under way and give memory and run directory back."""
-        if self._lock.held:  # a forked child has neither threads nor anything to give back
+        if os.getpid() == self._pid:  # a forked child has no threads to wait for
             self._saver.wait()
-            self._saver.snapshots.close()
             self._reporter.deliver()
-        self._place.close()
-        self._lock.release()
+
+    def close(self, *, save: bool = True) -> None:
+        """Wait for what is under way and give memory and run directory back.
+
+        Args:
+            save: whether to save the newest step that `after_step`, `save` or `save_async` was told
+                first, where the disk has none of it. Not where an optimizer in the state has begun
+                another step since, of which nothing says the number: that is logged.
+
+        A failure is told as that of any other save; `saved_step` says what is durable.
+        """
+        if os.getpid() != self._pid:  # a forked child has nothing else to give back
+            self._place.close()
+            return
+        if save and self._lock.held:
+            self._end()
+        self.wait()
+        with guard.deferred_interrupt():
+            ownership.give_back(self._held)
+            self._lock.release()
+            self._open = False
+
+    def give_way(self) -> None:
+        """Close, since another manager of this process is about to work in the directory."""
+        self._superseded = True
+        self.close(save=False)
+
+    def end_threads(self) -> None:
+        """Finish what is under way; from now on the caller waits for the disk, as the process ends
+        and its threads will be stopped."""
+        if self._open:
+            self._saver.end_threads()
+
+    # ---------------------------------------------------------------------------------------- ends
+
+    def _end(self) -> None:
+        """Save the last step of a training that is over, where the disk has none of it."""
+        self.wait()
+        told = self._saver.told
+        if self._saver.snapshots.stepping:
+            log.warning(
+                _("{directory}: training has gone on after step {step} and has not said how far: "
+                  "that is not saved. Call after_step(step) after every step.",
+                  directory=self.catalog.directory, step=told.step if told else 0)
+            )  # fmt: skip
+        elif told is not None and not told.durable:
+            self._save_told(told, "step", "end")
+
+    def _end_with(self, error: BaseException, *, at_once: bool) -> None:
+        """After an exception: make durable what is whole; `at_once` an interrupt waits for nothing.
+
+        Never raises an error of its own: the exception that ends the training is to be seen.
+        """
+        told = self._saver.told
+        if isinstance(error, guard.Stopped) or told is None or not self._lock.held:
+            return
+        if at_once and isinstance(error, KeyboardInterrupt):
+            self.abandon()
+            return
+        try:
+            self.wait()
+            whole = not self._saver.snapshots.stepping
+            if not told.durable and whole and told.step != self.memory_step:
+                self._save_told(told, "temp", "error")
+            if not told.durable:  # nor may it be possible, on a GPU that has failed
+                self.save_snapshot()
+        except Exception:  # whatever a broken training still raises
+            log.exception("%s", self.catalog.directory)
+        log.warning(
+            _("{directory}: an exception has ended training after step {step}; step {durable} is "
+              "durable.", directory=self.catalog.directory, step=told.step,
+              durable=self.saved_step)
+        )  # fmt: skip
+
+    def _save_told(self, told: Told, kind: str, reason: str) -> None:
+        """Save the live state as that of `told`, and wait for it."""
+        self._saver.streams = told.random
+        try:
+            with guard.deferred_interrupt():
+                self._saver.request(told.step, told.epoch, None, kind, reason, kept=True)
+                self.wait()
+        finally:
+            self._saver.streams = None
+
+    def _stop_if_asked(self, step: int, epoch: int | None) -> None:
+        """In a `with` block: after a signal, save this step and end the process."""
+        if self._guard is None:
+            return
+        self._guard.activate()
+        if self._guard.requested is None:
+            return
+        self.save_last(step=step, epoch=epoch, reason="signal")
+        if not self._saver.has(step):
+            self.save_snapshot()
+        log.warning(
+            _("Stopped at step {step}; step {durable} is durable. The same command goes on from "
+              "there.", step=step, durable=self.saved_step)
+        )  # fmt: skip
+        raise guard.stopped(self._guard.requested)
 
     # ------------------------------------------------------------------------------------ resume
 
@@ -376,11 +520,17 @@ class CheckpointManager:
 
         Where `metrics` are the best there have been the checkpoint is one to keep, else a temporary
         one that may be dropped for a newer one.
+
+        In a `with` block this is where a signal ends the process, the step saved.
+
+        Raises:
+            SaveFailed: after `close()`, or in a forked child.
         """
+        saver = self._own()
         calls.check_save(step, epoch, "temp")
         self._reporter.deliver()
-        saver = self._saver
-        saver.sees(step)
+        saver.done(int(step), epoch, keep_streams=self._guard is not None)
+        self._stop_if_asked(int(step), epoch)
         measured = saver.stepped()
         choice = self._save_when.learn(measured) if measured is not None else None
         if choice is not None:
@@ -499,7 +649,7 @@ class CheckpointManager:
         saver = self._own()
         if saver.asked_step == step:  # what is being written already may be this very step
             self.wait()
-        if self.saved_step == step:
+        if saver.has(step):
             return
         if not saver.writer.idle and saver.rest + saver.usual > within:
             if saver.snapshots.in_memory:
@@ -510,6 +660,7 @@ class CheckpointManager:
 
     def abandon(self) -> None:
         """Write nothing more: the process is about to end, with whatever is durable now."""
+        self._saver.told = None
         self._saver.writer.abandon()
 
     def prepare(self) -> None:
@@ -519,6 +670,17 @@ class CheckpointManager:
 
     def _own(self) -> Saver:
         """The saver, where this process may save. Raises `SaveFailed`."""
+        ranks.refuse()
+        if sys.is_finalizing():  # most of Python is gone already
+            raise SaveFailed(
+                _("Python is ending: nothing can be saved any more. Save before the end, or in a "
+                  "function given to atexit.register.")
+            )  # fmt: skip
+        if self._superseded:
+            raise SaveFailed(
+                _("A newer manager of this process works in {directory}: use that one.",
+                  directory=self.catalog.directory)
+            )  # fmt: skip
         if not self._lock.held:
             raise SaveFailed(
                 _("This process does not hold {directory}: the manager was closed, or it belongs "

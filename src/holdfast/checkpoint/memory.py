@@ -152,7 +152,8 @@ class SharedSlot(Slot):
             filesystem.remove(path)
 
     def _close_files(self) -> None:
-        for fd in (self._fd, self._head):
+        fds, self._fd, self._head = (self._fd, self._head), -1, -1
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
 

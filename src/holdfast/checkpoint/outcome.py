@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import contextlib
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.checkpoint.catalog import Entry
+from holdfast.errors import SaveFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +59,18 @@ class PendingSave:
     staged: Future[None] = field(default_factory=Future)
     durable: Future[Saved | None] = field(default_factory=Future)
     settled: Future[Saved | None] = field(default_factory=Future)
+
+    def resolve(self, outcome: Saved | SaveFailed | None) -> None:
+        """Keep the promises of a save that is over, as far as they have not been kept."""
+        self.keep_staged()
+        for promise in (self.durable, self.settled):
+            with contextlib.suppress(InvalidStateError):
+                if isinstance(outcome, SaveFailed):
+                    promise.set_exception(outcome)
+                else:
+                    promise.set_result(outcome)
+
+    def keep_staged(self) -> None:
+        """Keep a promise that two threads may come to keep."""
+        with contextlib.suppress(InvalidStateError):
+            self.staged.set_result(None)

@@ -3,16 +3,28 @@
 Not an executor's: those refuse new work once the main thread has ended, and a save that is under
 way then is still to be finished. Not `threading.Thread` either: whoever calls its `start` waits
 until the thread has begun, for ever where that dies of a lack of memory before its first line.
+Where no thread can be had the caller does the work itself: nothing here waits for a thread that has
+not begun.
 """
 
 from __future__ import annotations
 
 import _thread
+import contextlib
 import ctypes
+import logging
 import platform
+import queue
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
+
+log = logging.getLogger("holdfast")
+
+Job = Callable[[], None]
+
+BEGINS_WITHIN = 5.0  # seconds; a thread that has not by then has died of a lack of memory
 
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}  # the number of the system call, by processor
 _THIS_THREAD, _BEST_EFFORT, _LOWEST = 1, 2 << 13, 7  # linux/ioprio.h
@@ -44,12 +56,18 @@ class Helper:
         """Whether it has begun and is not done."""
         return self._begun and not self._over
 
-    def finish(self, patience: float = 0.0) -> None:
-        """Return when it is done; what has not begun within `patience` seconds never does."""
+    def begins(self, patience: float) -> bool:
+        """Whether it has begun; what has not within `patience` seconds never does."""
         with self._change:
-            self._change.wait_for(lambda: self._begun, patience)
+            self._change.wait_for(lambda: self._begun or self._over, patience)
             if not self._begun:
                 self._work, self._over = None, True
+            return self._begun
+
+    def finish(self, patience: float = 0.0) -> None:
+        """Return when it is done; what has not begun within `patience` seconds never does."""
+        self.begins(patience)
+        with self._change:
             self._change.wait_for(lambda: self._over)
 
     def wait(self, seconds: float) -> bool:
@@ -76,6 +94,70 @@ class Helper:
                 self._change.notify_all()
 
 
+class Worker:
+    """Does jobs one after another in a thread of its own; in the caller's where there is none.
+
+    The thread holds the queue and the job at hand, nothing else: an owner that is forgotten while
+    nothing is under way is garbage. An exception of a job is logged.
+    """
+
+    def __init__(self, first: Callable[[], object] = bool) -> None:
+        """`first` is called in the thread before any job."""
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._first = first
+        self._helper: Helper | None = None
+
+    def begin(self) -> None:
+        """Begin the thread: now, since later there may be no memory for one."""
+        if not _ending:
+            with contextlib.suppress(RuntimeError, MemoryError):  # the system gives none
+                self._helper = Helper(partial(_work, self._jobs, self._first))
+
+    def submit(self, job: Job) -> None:
+        """Have `job` done; where there is no thread it is done when this returns."""
+        self._jobs.put(job)
+        if self._helper is None or not self._helper.begins(BEGINS_WITHIN):
+            self.finish()
+
+    def stop(self) -> None:
+        """Let the thread end when it has done its jobs. Nothing may be submitted afterwards."""
+        self._jobs.put(None)
+
+    def finish(self) -> None:
+        """Return when every job is done; those submitted afterwards are done by their callers."""
+        self._jobs.put(None)
+        helper, self._helper = self._helper, None
+        if helper is not None:
+            helper.finish()
+        while not self._jobs.empty():
+            _do(self._jobs.get())
+
+
+def end_workers() -> None:
+    """Begin no worker's thread any more: the interpreter is about to stop all threads."""
+    global _ending
+    _ending = True
+
+
+_ending = False
+
+
+def _work(jobs: queue.SimpleQueue[Job | None], first: Callable[[], object]) -> None:
+    first()
+    while _do(jobs.get()):
+        pass
+
+
+def _do(job: Job | None) -> bool:
+    """Do `job`; False for the last of all, which is none."""
+    try:
+        if job is not None:
+            job()
+    except BaseException:  # whatever it was: the next job is another save's
+        log.exception("in a background thread")
+    return job is not None
+
+
 def together(
     work: Callable[[], None], count: int, *, stop: Callable[[], None] = lambda: None
 ) -> None:
@@ -93,6 +175,7 @@ def together(
             work()
         except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
             errors.append(error)
+            stop()  # the others may be waiting for what this one has not done
 
     helpers: list[Helper] = []
     for _number in range(count - 1):

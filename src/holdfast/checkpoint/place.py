@@ -30,10 +30,11 @@ class Place:
     `losses` counts how often it had to be made anew.
     """
 
+    _fd = -1
+
     def __init__(self, catalog: Catalog, lock: FileLock, reporter: Reporter) -> None:
         self._catalog, self._lock, self._reporter = catalog, lock, reporter
         self._turn = threading.Lock()
-        self._fd = -1
         self.losses = 0
         self._remember()
 
@@ -65,8 +66,11 @@ class Place:
 
     def close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1  # an interrupt must not have it closed a second time
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
 
     def _remember(self) -> None:
         """Hold the directory open: its inode's number is given to nobody else meanwhile."""
@@ -137,8 +141,8 @@ def _not_yours(path: Path, directory: Path) -> Exception:
         return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     return ResourceError(
         _("{path} belongs to {owner}, and {user} may not write it: nothing could be saved there. "
-          "Give it to this user (chown -R {user} {directory}), or choose another "
-          "--checkpoint-dir.", path=path, owner=_name_of(path.stat().st_uid),
+          "Give it to this user (chown -R {user} {directory}), or choose another directory.",
+          path=path, owner=_name_of(path.stat().st_uid),
           user=_name_of(_user()), directory=directory)
     )  # fmt: skip
 

@@ -80,11 +80,18 @@ class _PythonStream:
 class RandomState:
     """The random streams of this process: Python, NumPy (global), torch on every device."""
 
+    def __init__(self, streams: tuple[Any, ...] | None = None) -> None:
+        """With `streams`, as they were then."""
+        self._streams = streams
+
+    def frozen(self) -> RandomState:
+        """The streams as they are now, whatever is drawn from them afterwards."""
+        return RandomState(_streams())
+
     def state_dict(self) -> dict[str, Any]:
-        bits = np.random.get_state(legacy=False)
-        assert isinstance(bits, dict)
+        python, bits, torch_, cuda, mps = self._streams or _streams()
         state: dict[str, Any] = {
-            **_PythonStream(_python).state_dict(),
+            **_PythonStream(python).state_dict(),
             "numpy": {
                 "bit_generator": bits["bit_generator"],
                 "key": torch.from_numpy(bits["state"]["key"].astype(np.int64)),
@@ -92,12 +99,10 @@ class RandomState:
                 "has_gauss": int(bits["has_gauss"]),
                 "gauss": float(bits["gauss"]),
             },
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "torch": torch_,
+            "cuda": cuda,
         }
-        if torch.backends.mps.is_available():
-            state["mps"] = torch.mps.get_rng_state()
-        return state
+        return state if mps is None else {**state, "mps": mps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         numpy = state["numpy"]
@@ -117,3 +122,16 @@ class RandomState:
                 torch.cuda.set_rng_state(stream, device)
         if "mps" in state and torch.backends.mps.is_available():
             torch.mps.set_rng_state(state["mps"])
+
+
+def _streams() -> tuple[Any, ...]:
+    """Python's, NumPy's, torch's, those of each GPU, that of MPS."""
+    python = random.Random()
+    python.setstate(random.getstate())
+    return (
+        python,
+        np.random.get_state(legacy=False),
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+    )

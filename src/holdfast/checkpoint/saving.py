@@ -27,7 +27,7 @@ from holdfast.checkpoint.describe import environment, plain_metrics, score_of
 from holdfast.checkpoint.history import now
 from holdfast.checkpoint.names import SlotNames
 from holdfast.checkpoint.outcome import PendingSave, Saved
-from holdfast.checkpoint.parallel import Helper
+from holdfast.checkpoint.parallel import BEGINS_WITHIN, Helper
 from holdfast.checkpoint.place import Place
 from holdfast.checkpoint.publisher import Draft, Publisher, is_transient
 from holdfast.checkpoint.randomness import RandomState
@@ -50,7 +50,6 @@ log = logging.getLogger("holdfast")
 
 RETRY = "retry"  # the reason of a save that takes the place of one that has failed
 _LOOK_EVERY = 5.0  # seconds between two looks at whether the run directory is still there
-_BEGINS_WITHIN = 5.0  # seconds; a thread that has not by then has died of a lack of memory
 
 
 @dataclass(slots=True)
@@ -62,6 +61,24 @@ class Run:
     sequence: int = 0  # of the newest snapshot
     parent: dict[str, Any] | None = None
     settled: bool = False  # whether it is known what the checkpoints here are to this run
+
+
+@dataclass(slots=True)
+class Told:
+    """A step that the training loop has said to be done."""
+
+    step: int
+    epoch: int | None
+    random: RandomState | None  # the streams right after it, where they were kept
+    save: PendingSave | None = None
+
+    @property
+    def durable(self) -> bool:
+        """Whether it has been saved, and verified."""
+        save = self.save
+        if save is None or not save.settled.done() or save.settled.exception() is not None:
+            return False
+        return save.settled.result() is not None
 
 
 class Saver:
@@ -81,10 +98,12 @@ class Saver:
         """Raises `UnsupportedValue` where `state` holds something that a checkpoint cannot."""
         self.run = Run()
         self.random = RandomState() if rng else None
+        self.streams: RandomState | None = None  # saved in place of those of this moment
         self.step, self.at = 0, time.monotonic()  # of the newest durable checkpoint
         self.asked_step, self.asked_at = 0, -math.inf
         self.seen = 0  # the step that training has told last
         self.counted = 0  # the step that was last saved, or asked for, since steps began to count
+        self.told: Told | None = None  # the newest one since the start or the last resume
         self._epoch: int | None = None  # in which was last saved, or the first one that was seen
         self._best: float | None = None  # score, lower is better, of all that was asked for
         self.remembered = 0  # the step of the last snapshot that was for the memory alone
@@ -130,8 +149,16 @@ class Saver:
         """From here on there is somebody to tell and a directory to write to."""
         self._reporter, self._publisher, self._place = reporter, publisher, place
         self.writer = Writer(publisher, reserve=self._reserve, on_durable=self._on_durable)
-        self.snapshots = Snapshots(self.writer, reporter, overlap=overlap, memory=memory_every != 0)
+        self.snapshots = Snapshots(
+            self.writer, reporter, self._state, overlap=overlap, memory=memory_every != 0
+        )
         self._pace = MemoryPace(None if memory_every == "auto" else memory_every)
+        self.writer.begin()
+
+    def close(self) -> None:
+        """Wait for what is under way, and give memory and threads back."""
+        if hasattr(self, "snapshots"):  # else an interrupt has come before there was anything
+            self.snapshots.close()
 
     def configured_now(self) -> Configured:
         """What the user has configured; until the first save or resume it may still be changed."""
@@ -157,7 +184,28 @@ class Saver:
         self.seen = self.counted = step
         self.watch.saved(self.at)
         self.asked_step = self.remembered = 0
+        self.told = None
         self.run.settled = True
+
+    def done(self, step: int, epoch: int | None, *, keep_streams: bool = False) -> Told:
+        """The loop says that `step` is done, and the state is that of it."""
+        self.sees(step)
+        random = self.random.frozen() if self.random is not None and keep_streams else None
+        self.told = Told(step, epoch, random)
+        self.snapshots.stepping = False
+        return self.told
+
+    def has(self, step: int) -> bool:
+        """Whether the state of `step`, the one that training is at, is durable and verified."""
+        if self.told is None:
+            return step == self.step  # it was restored
+        return self.told.step == step and self.told.durable
+
+    def end_threads(self) -> None:
+        """The process ends: what is asked for from now on is done by the thread that asks."""
+        self.wait()
+        self.snapshots.end_memory()
+        self.writer.end_threads()
 
     def request(
         self,
@@ -174,7 +222,11 @@ class Saver:
         for the memory alone. Whatever goes wrong is told, and is the outcome."""
         asked = time.monotonic()
         pending = PendingSave(int(step))
-        self.sees(int(step))
+        told = self.told
+        if told is None or told.step != step or self.snapshots.stepping:
+            told = self.done(int(step), epoch)
+        if to_disk or told.save is None:
+            told.save = pending
         if to_disk:
             self.asked_step = self.counted = int(step)
             self.asked_at, self._saving = asked, True
@@ -207,11 +259,16 @@ class Saver:
                 taken = True
                 if to_disk:
                     self._save_directly(tree, manifest, pending, asked)
+                else:
+                    pending.resolve(None)
             self.owed = not taken if to_disk else self.owed
             if not taken:
-                _resolve(pending, None)
+                pending.resolve(None)
         except Exception as error:  # noqa: BLE001 - whatever it is: saving never kills training
             failed(error)
+        except BaseException as error:  # an interrupt is the caller's
+            pending.resolve(SaveFailed(f"{type(error).__name__}: {error}"))
+            raise
         return pending
 
     def _save_directly(
@@ -225,7 +282,7 @@ class Saver:
         draft = Draft(image.manifest, image.size, image.pieces)
         saved = self._publisher.publish(draft, asked=asked, announced=self._on_durable)
         self.snapshots.stalled += time.monotonic() - asked
-        _resolve(pending, saved)
+        pending.resolve(saved)
 
     def stepped(self) -> Measured | None:
         """A step has been done: how long it took decides how often memory is worth its cost.
@@ -301,7 +358,7 @@ class Saver:
         self.snapshots.wait()
         self.writer.wait()
         if self._looking is not None:
-            self._looking.finish(_BEGINS_WITHIN)
+            self._looking.finish(BEGINS_WITHIN)
 
     def _begin_anew(self) -> None:
         """After the run directory was lost: what was safe is not any more."""
@@ -312,6 +369,8 @@ class Saver:
         newest = self._catalog.scan().of(self.run.run_id).newest
         self.step = newest.step if newest is not None else 0
         self.remembered = 0
+        if self.told is not None:
+            self.told.save = None
         if not self.step:
             self.watch.lost()
 
@@ -377,7 +436,7 @@ class Saver:
         if isinstance(error, DamagedCheckpoint):  # it had been announced
             newest = self._catalog.scan().of(self.run.run_id).newest
             self.step = newest.step if newest is not None else 0
-        _resolve(pending, failure)
+        pending.resolve(failure)
 
     def _settle(self) -> None:
         """Before the first save: it is newer than whatever lies here and was not resumed. That goes
@@ -441,7 +500,7 @@ class Saver:
     def _payload(self, *, step: int, epoch: int | None) -> dict[str, Any]:
         payload = {"epoch": epoch, "global_step": step, **self._state}
         if self.random is not None:
-            payload["rng"] = self.random
+            payload["rng"] = self.streams or self.random
         left = gradients.in_progress(self._state)
         if left:
             payload[gradients.KEY] = left
@@ -453,16 +512,3 @@ def _cause(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return errno.errorcode.get(error.errno, str(error.errno))
     return "ENOSPC" if isinstance(error, ResourceError) else type(error).__name__
-
-
-def _resolve(pending: PendingSave, outcome: Saved | SaveFailed | None) -> None:
-    """Settle what has not been settled yet of a save that is over."""
-    if not pending.staged.done():
-        pending.staged.set_result(None)
-    for promise in (pending.durable, pending.settled):
-        if promise.done():
-            continue
-        if isinstance(outcome, SaveFailed):
-            promise.set_exception(outcome)
-        else:
-            promise.set_result(outcome)

@@ -7,19 +7,22 @@ the two costs training less is measured at run time.
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from holdfast.checkpoint import memory as memory_tier
+from holdfast.checkpoint.names import unwrapped
 from holdfast.checkpoint.outcome import PendingSave
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.checkpoint.slot import available_memory
-from holdfast.checkpoint.staging import capacity_for, stable_storages
+from holdfast.checkpoint.staging import capacity_for, optimizers_of, stable_storages
 from holdfast.checkpoint.tree import Tree
 from holdfast.checkpoint.writer import MEMORY_SLOTS, NoRoom, Snapshot, Writer
 from holdfast.errors import RunLocked
@@ -39,9 +42,10 @@ class Snapshots:
     """
 
     def __init__(
-        self, writer: Writer, reporter: Reporter, *, overlap: Overlap, memory: bool
+        self, writer: Writer, reporter: Reporter, state: Any, *, overlap: Overlap, memory: bool
     ) -> None:
         self._writer, self._reporter = writer, reporter
+        self._pid = os.getpid()
         self._overlap, self._memory = overlap, memory
         self._modes = Modes()
         self._copying: tuple[Snapshot, bool] | None = None  # and whether it is overlapped
@@ -49,10 +53,12 @@ class Snapshots:
         self._said_no_room = False
         self.stalled = 0.0  # seconds that training has stood still, ever
         self.stalled_for_memory = 0.0  # of them, for snapshots that are for the memory alone
-        self._hook: Any = None
-        if overlap or memory:
-            self._hook = register_optimizer_step_pre_hook(_waiting(weakref.WeakMethod(self.wait)))
-            weakref.finalize(self, self._hook.remove)
+        # Wrapped ones (Accelerate) step the one inside; where none is known any of them counts.
+        own = optimizers_of(state)
+        self._optimizers = weakref.WeakSet([*own, *map(unwrapped, own)])
+        self.stepping = False  # whether one of them has begun a step since this was last unset
+        self._hook = register_optimizer_step_pre_hook(_before_step(weakref.ref(self)))
+        weakref.finalize(self, self._hook.remove)
 
     @property
     def in_memory(self) -> bool:
@@ -74,8 +80,12 @@ class Snapshots:
             self._memory = False
             self._reporter.tell("memory_off", reason=reason)
             return
-        weakref.finalize(self, self._tier.close)
         self._writer.open_tier(self._tier)
+
+    def end_memory(self) -> None:
+        """Keep nothing in memory any more: the process ends."""
+        self.leave_memory()
+        self._memory = False
 
     def leave_memory(self, *, abandon: bool = False) -> None:
         """Another run, or another generation of it, is saved from now on: the next snapshot opens
@@ -129,7 +139,7 @@ class Snapshots:
 
     def wait(self) -> None:
         """Return when the live state may change: before each optimizer step."""
-        if self._copying is None:
+        if self._copying is None or os.getpid() != self._pid:  # a forked child has no copier
             return
         snapshot, overlapped = self._copying
         began = time.monotonic()
@@ -149,11 +159,16 @@ class Snapshots:
         if not snapshot.to_disk:
             self.stalled_for_memory += seconds
 
+    def before_step(self, optimizer: Optimizer) -> None:
+        """An optimizer, perhaps of another training, is about to change weights."""
+        self.wait()
+        if not self._optimizers or optimizer in self._optimizers:
+            self.stepping = True
+
     def close(self) -> None:
         """Wait for what is under way, and give memory and hook back."""
         self.wait()
-        if self._hook is not None:
-            self._hook.remove()
+        self._hook.remove()
         self._writer.close()
         if self._tier is not None:
             self._tier.close()
@@ -187,13 +202,13 @@ class Modes:
         self._stalls[overlapped] = [*self._stalls[overlapped][1 - self.FIRST :], stall]
 
 
-def _waiting(wait: weakref.WeakMethod[Callable[[], None]]) -> Callable[..., None]:
+def _before_step(owner: weakref.ref[Snapshots]) -> Callable[..., None]:
     """A hook before every optimizer's step that does not keep a forgotten manager alive."""
 
-    def hook(*_optimizer_and_arguments: Any) -> None:
-        method = wait()
-        if method is not None:
-            method()
+    def hook(optimizer: Optimizer, *_arguments: Any) -> None:
+        snapshots = owner()
+        if snapshots is not None:
+            snapshots.before_step(optimizer)
 
     return hook
 

@@ -7,20 +7,24 @@ only wait.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from holdfast.checkpoint.layout import PAGE, Record
+from holdfast.checkpoint.parallel import together
 from holdfast.checkpoint.slot import Slot
 from holdfast.checkpoint.tree import StorageSlice, Tree
+from holdfast.errors import HoldfastError
+from holdfast.i18n import _
 
 SEGMENT = 32 << 20  # bytes that one thread copies before it asks for more
 _move = ctypes.memmove  # gives the interpreter lock away while it works
@@ -29,11 +33,20 @@ _move = ctypes.memmove  # gives the interpreter lock away while it works
 # ----------------------------------------------------------------------------------------- the copy
 
 
+class Torn(HoldfastError):
+    """A copy was interrupted: the live state may be another one by now."""
+
+    def __init__(self) -> None:
+        super().__init__(_("the copy of the state was interrupted"))
+
+
 class Copy:
     """The bytes of one snapshot on their way into a slot.
 
     `run` copies what must be copied at once, `help` whatever is left, in any thread and in the
     order of the file; `await_bytes` lets a writer follow behind. Storages are kept alive meanwhile.
+
+    An exception in the middle of copying (a signal's) gives the copy up: who awaits it gets `Torn`.
     """
 
     def __init__(
@@ -65,15 +78,27 @@ class Copy:
         self._now, self._rest = deque(_segments(now)), deque(_segments(rest))
         self._unfinished = {segment[0][0] for segment in (*self._now, *self._rest)}
         self._first = len(self._now)  # segments of `now` that are not finished
+        self._busy = 0  # threads that are copying
+        self._given_up = False
         self._copy_devices(devices)  # here: who awaits bytes must find their events
 
-    def run(self, helpers: ThreadPoolExecutor, threads: int) -> None:
-        """Copy what may change as soon as this returns, in `threads` threads with this one."""
-        for _thread in range(min(threads, len(self._now)) - 1):
-            helpers.submit(self._copy_all, self._now)
-        self._copy_all(self._now)
+    def run(self, threads: int) -> None:
+        """Copy what may change as soon as this returns, in up to `threads` threads."""
+        try:
+            together(partial(self._copy_all, self._now), min(threads, len(self._now)))
+            with self._change:
+                self._change.wait_for(lambda: not self._first or self._given_up)
+        except BaseException:
+            self.give_up()
+            raise
+
+    def give_up(self) -> None:
+        """Copy nothing more: the training thread goes on with the state as it likes."""
         with self._change:
-            self._change.wait_for(lambda: not self._first)
+            self._given_up = True
+            self._now.clear()
+            self._rest.clear()
+            self._change.notify_all()
 
     @property
     def finished(self) -> bool:
@@ -82,46 +107,68 @@ class Copy:
 
     def help(self) -> None:
         """Copy segments until none is left that nobody has begun."""
-        self._copy_all(self._now)
-        self._copy_all(self._rest)
+        try:
+            self._copy_all(self._now)
+            self._copy_all(self._rest)
+        except BaseException:
+            self.give_up()
+            raise
 
     def wait(self) -> None:
         """Return when the live tensors may change."""
         self.help()
         with self._change:
-            self._change.wait_for(lambda: not self._unfinished)
+            self._change.wait_for(lambda: not self._unfinished or self._given_up)
         for device, event in self._events:  # a GPU waits by itself: the CPU goes on
             torch.cuda.current_stream(device).wait_event(event)
 
     def settle(self) -> None:
-        """Return when every byte is in the slot."""
-        self.help()
-        self.await_bytes(self._slot.capacity)
-        self._alive.clear()
+        """Return when every byte is in the slot, and no thread writes into it any more. Raises
+        `Torn`."""
+        try:
+            self.help()
+            self.await_bytes(self._slot.capacity)
+        finally:
+            with self._change:
+                self._change.wait_for(lambda: not self._busy)
+            self._alive.clear()
 
     def await_bytes(self, end: int) -> None:
-        """Return when the first `end` bytes of the slot have been copied."""
+        """Return when the first `end` bytes of the slot have been copied. Raises `Torn`."""
+        if threading.get_ident() == self._asked_by:
+            self.help()  # the thread that was to copy them is the one that waits
         for _device, event in self._events:
             event.synchronize()
         end += self._slot.address
         with self._change:
-            self._change.wait_for(lambda: min(self._unfinished, default=end) >= end)
+            self._change.wait_for(
+                lambda: self._given_up or min(self._unfinished, default=end) >= end
+            )
+            if self._given_up:
+                raise Torn
 
     def _copy_all(self, segments: deque[list[_Move]]) -> None:
-        while True:
-            try:
-                segment = segments.popleft()
-            except IndexError:
-                return
-            began = time.perf_counter()
-            for target, source, size in segment:
-                _move(target, source, size)
+        with self._change:
+            self._busy += 1
+        try:
+            while segments:
+                with contextlib.suppress(IndexError):  # another thread was faster
+                    self._copy(segments.popleft(), first=segments is self._now)
+        finally:
             with self._change:
-                if threading.get_ident() != self._asked_by:
-                    self.taken += time.perf_counter() - began
-                self._unfinished.discard(segment[0][0])
-                self._first -= segments is self._now
+                self._busy -= 1
                 self._change.notify_all()
+
+    def _copy(self, segment: list[_Move], *, first: bool) -> None:
+        began = time.perf_counter()
+        for target, source, size in segment:
+            _move(target, source, size)
+        with self._change:
+            if threading.get_ident() != self._asked_by:
+                self.taken += time.perf_counter() - began
+            self._unfinished.discard(segment[0][0])
+            self._first -= first
+            self._change.notify_all()
 
     def _copy_devices(self, devices: Sequence[tuple[StorageSlice, int]]) -> None:
         """From a GPU: on a side stream, into pinned memory; from anything else at once."""
@@ -181,20 +228,21 @@ def stable_storages(state: Any) -> set[int]:
     """
     return {
         tensor.untyped_storage().data_ptr()
-        for optimizer in _optimizers(state)
+        for optimizer in optimizers_of(state)
         for tensor in _tensors(
             [[group["params"] for group in optimizer.param_groups], *optimizer.state.values()]
         )
     }
 
 
-def _optimizers(state: Any) -> list[Optimizer]:
+def optimizers_of(state: Any) -> list[Optimizer]:
+    """The optimizers anywhere in `state`."""
     if isinstance(state, Optimizer):
         return [state]
     if isinstance(state, Mapping):
-        return [found for value in state.values() for found in _optimizers(value)]
+        return [found for value in state.values() for found in optimizers_of(value)]
     if isinstance(state, list | tuple):
-        return [found for value in state for found in _optimizers(value)]
+        return [found for value in state for found in optimizers_of(value)]
     return []
 
 

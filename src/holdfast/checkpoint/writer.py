@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import InvalidStateError
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,11 +23,12 @@ from holdfast.checkpoint import codec, memory
 from holdfast.checkpoint.image import Blueprint, Sealer, design
 from holdfast.checkpoint.layout import PAGE, Record, plan
 from holdfast.checkpoint.outcome import PendingSave, Saved
-from holdfast.checkpoint.parallel import Helper, yield_the_disk
+from holdfast.checkpoint.parallel import Helper, Worker, yield_the_disk
 from holdfast.checkpoint.publisher import Draft, Publisher
 from holdfast.checkpoint.slot import Slot, available_memory
 from holdfast.checkpoint.staging import Copy, capacity_for
 from holdfast.checkpoint.tree import Tree
+from holdfast.errors import SaveFailed
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
 
@@ -35,7 +36,6 @@ log = logging.getLogger("holdfast")
 
 MEMORY_SLOTS = 3  # one being written, one complete, one being filled: two would cost a second step
 PRIVATE_SLOTS = 2  # one being written; the newest waits in the other, made when it is first needed
-_THREAD_SECONDS = 30.0  # a thread that has not begun by then never will
 _HEADROOM = 256 << 20  # bytes of memory that stay free for everybody else
 
 
@@ -93,29 +93,13 @@ class Writer:
         self._outlived: list[Slot] = []  # closed; theirs is still the newest snapshot
         self._dropped = False  # whether a save was dropped whose place the next snapshot takes
         self._layout: tuple[list[tuple[str, int]], list[Record]] = ([], [])
-        self._stager = ThreadPoolExecutor(1, thread_name_prefix="holdfast-stage")
-        self._disk = ThreadPoolExecutor(1, "holdfast-disk", initializer=yield_the_disk)
+        self._stager = Worker()
+        self._disk = Worker(first=yield_the_disk)
         self._copy_threads = min(4, os.cpu_count() or 1)
-        self._helpers = ThreadPoolExecutor(self._copy_threads, "holdfast-copy")
-        self._begin_threads()
         self._making = threading.Lock()
         self._preparing: Helper | None = None
         self._closed = self._abandoned = False
         self.background_seconds = 0.0  # processor time of the staging thread, ever
-
-    def _begin_threads(self) -> None:
-        """Now, while there is memory for them: a pool that begins a thread in the middle of a
-        save waits for ever where that dies of the lack of it (see parallel.py)."""
-        if not Helper(lambda: None).wait(_THREAD_SECONDS):
-            raise MemoryError
-        there = threading.Barrier(self._copy_threads)
-        for pool, count in (
-            (self._stager, 1),
-            (self._disk, 1),
-            (self._helpers, self._copy_threads),
-        ):
-            for _thread in range(count):
-                pool.submit(there.wait if pool is self._helpers else int)
 
     @property
     def idle(self) -> bool:
@@ -177,17 +161,20 @@ class Writer:
             pending, slot, tree, manifest, copy, asked, time.monotonic() - asked,
             to_disk, droppable, failed, records,
         )  # fmt: skip
-        with self._change:
-            self._staging.append(snapshot)
-        if later:
-            # The staging thread would take the interpreter lock from the little that is to be done.
-            copy.run(self._helpers, self._copy_threads)
-            self._submit(self._stager, self._stage, snapshot)
-        else:
-            self._submit(self._stager, self._stage, snapshot)  # the disk follows the copy
-            copy.run(self._helpers, self._copy_threads)
+        try:
+            with self._change:
+                self._staging.append(snapshot)
+            if later:
+                # The staging thread would take the interpreter lock from the little that is left.
+                copy.run(self._copy_threads)
+            self._stager.submit(partial(self._stage, snapshot))  # the disk follows the copy
+            copy.run(self._copy_threads)
+        except BaseException:  # an interrupt: what waits for this snapshot must not wait for ever
+            copy.give_up()
+            self._stager.submit(partial(self._drop, snapshot))
+            raise
         if copy.finished:
-            _keep(pending.staged)
+            pending.keep_staged()
         return snapshot
 
     def write_newest(self) -> PendingSave | None:
@@ -231,14 +218,29 @@ class Writer:
                 lambda: not self._staging and not self._queue and self._writing is None
             )
 
+    def begin(self) -> None:
+        """Begin the threads."""
+        for worker in (self._stager, self._disk):
+            worker.begin()
+
+    def when_done(self, job: Callable[[], None]) -> None:
+        """Have `job` done after all that is under way, without waiting for it."""
+        self._stager.submit(partial(self._disk.submit, job))
+
+    def end_threads(self) -> None:
+        """Wait; what is asked for from now on is done by the thread that asks."""
+        self.wait()
+        for worker in (self._stager, self._disk):
+            worker.finish()
+
     def close(self) -> None:
         """Wait, and give everything back."""
         self.wait()
         self._closed = True
         if self._preparing is not None:
             self._preparing.finish()
-        for pool in (self._stager, self._disk, self._helpers):
-            pool.shutdown()
+        for worker in (self._stager, self._disk):
+            worker.stop()
         self._close_slots()
 
     def _close_slots(self) -> None:
@@ -269,7 +271,8 @@ class Writer:
 
     def _free_slot(self, capacity: int, patient: bool) -> Slot | None:
         """A slot that nothing needs, made if there may be more; None where all are taken by what
-        must be kept and the caller is not `patient`. Raises `NoRoom` where there is none at all."""
+        must be kept and the caller is not `patient`. Raises `NoRoom` where there is none at all, or
+        only the one with the newest snapshot, which nothing would ever free."""
         if any(slot.capacity < capacity for slot in self._slots):
             self._close_slots()  # the state has grown
         crowded: NoRoom | None = None  # why there are fewer slots than there might be
@@ -345,51 +348,50 @@ class Writer:
         dropped = [snapshot for snapshot in self._queue if snapshot.droppable]
         for snapshot in dropped:
             self._queue.remove(snapshot)
-            snapshot.pending.durable.set_result(None)
-            snapshot.pending.settled.set_result(None)
+            snapshot.pending.resolve(None)
         self._dropped = self._dropped or bool(dropped)
         return bool(dropped)
 
     # ---------------------------------------------------------------------------- the two threads
-
-    def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., None], *args: Any) -> None:
-        try:
-            future: Future[None] = pool.submit(work, *args)
-        except RuntimeError:  # the interpreter is shutting down: no new threads, so do it here
-            work(*args)
-        else:
-            future.add_done_callback(_complain)
 
     def _stage(self, snapshot: Snapshot) -> None:
         """Complete a snapshot: values and manifest first, then what is left of the tensors. The
         disk need not wait for the latter: it follows the copy."""
         began = time.thread_time()
         try:
-            blueprint = self._describe(snapshot)
-        except Exception as error:  # noqa: BLE001 - told as a save that failed, never the end
-            snapshot.copy.settle()
-            try:
-                snapshot.failed(error)
-            finally:
-                self._staged(snapshot)
-            return
-        finally:
-            snapshot.tree = None
-        if snapshot.to_disk:
-            self._enqueue(snapshot)
-        snapshot.copy.settle()
-        _keep(snapshot.pending.staged)
-        try:
-            if self._tier is not None:
-                self._remember(snapshot, blueprint)
+            self._complete(snapshot)
         finally:
             self._staged(snapshot)
             self.background_seconds += time.thread_time() - began
 
+    def _complete(self, snapshot: Snapshot) -> None:
+        handed_on = False
+        try:
+            try:
+                blueprint = self._describe(snapshot)
+                if snapshot.to_disk:
+                    self._enqueue(snapshot)
+                    handed_on = True
+            finally:
+                snapshot.tree = None
+                snapshot.copy.settle()
+        except Exception as error:  # noqa: BLE001 - told as a save that failed, never the end
+            if not handed_on:  # else the disk comes upon it, and tells it
+                snapshot.failed(error)
+            return
+        snapshot.pending.keep_staged()
+        if self._tier is not None:
+            self._remember(snapshot, blueprint)
+
+    def _drop(self, snapshot: Snapshot) -> None:
+        """Forget a snapshot that an interrupt has kept from being staged."""
+        if snapshot in self._staging:
+            self._staged(snapshot)
+
     def _enqueue(self, snapshot: Snapshot) -> None:
         with self._change:
             self._queue.append(snapshot)
-        self._submit(self._disk, self._write_next)
+        self._disk.submit(self._write_next)
 
     def _describe(self, snapshot: Snapshot) -> Blueprint:
         """Put everything but the tensors into the slot; they may be on their way there."""
@@ -435,9 +437,6 @@ class Writer:
 
     def _write_next(self) -> None:
         with self._change:
-            if self._abandoned:
-                self._queue.clear()
-                self._change.notify_all()
             if not self._queue:
                 return  # it has been dropped
             snapshot = self._writing = self._queue.pop(0)
@@ -445,10 +444,12 @@ class Writer:
         try:
             self._write(snapshot)
         except _Abandoned:
-            pass  # there is nobody to tell
+            pass  # not told: the process wants to end
         except Exception as error:  # noqa: BLE001 - told as a save that failed, never the end
             snapshot.failed(error)
         finally:
+            # Only what was neither saved nor told: an exception here would leave waiters behind.
+            snapshot.pending.resolve(SaveFailed(_("The save was given up.")))
             with self._change:
                 self._writing = None
                 self._change.notify_all()
@@ -457,6 +458,8 @@ class Writer:
         blueprint, sealer = snapshot.blueprint, snapshot.sealer
         assert blueprint is not None
         assert sealer is not None
+        if self._abandoned:
+            raise _Abandoned
 
         def ready(end: int) -> None:
             if self._abandoned:
@@ -472,7 +475,7 @@ class Writer:
 
         def announced(saved: Saved) -> None:
             self._on_durable(saved)
-            if not snapshot.pending.durable.done():
+            with contextlib.suppress(InvalidStateError):  # a second try, after one that lied
                 snapshot.pending.durable.set_result(saved)
 
         saved = self._publisher.publish(
@@ -480,7 +483,7 @@ class Writer:
         )
         if self._tier is not None and saved.entry.verified:  # not before may the memory forget it
             self._tier.on_disk(saved.entry.order)
-        snapshot.pending.settled.set_result(saved)
+        snapshot.pending.resolve(saved)
 
     def _staged(self, snapshot: Snapshot) -> None:
         """The staging thread is done with a snapshot and its slot. Nobody else says so: the disk,
@@ -489,15 +492,3 @@ class Writer:
             self._staging.remove(snapshot)
             snapshot.complete.set()
             self._change.notify_all()
-
-
-def _keep(promise: Future[None]) -> None:
-    """Keep a promise that two threads may come to keep."""
-    with contextlib.suppress(InvalidStateError):
-        promise.set_result(None)
-
-
-def _complain(future: Future[None]) -> None:
-    error = future.exception()
-    if error is not None:
-        log.error("in a background thread", exc_info=error)

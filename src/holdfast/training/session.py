@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from holdfast.checkpoint import guard as guards
-from holdfast.checkpoint import rollback, space
+from holdfast.checkpoint import ranks, rollback, space
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.foreign import load_weights
 from holdfast.checkpoint.layout import PAGE
@@ -77,6 +77,7 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
     `log`: write a log file. `yes`: answer yes to questions. `command`: how the user called us, to
     say how to go on. Raises `HoldfastError`s; `Interrupted` after a signal, with the state safe.
     """
+    ranks.refuse()
     directory = Path(config.checkpoint.checkpoint_dir)
     check_rights(directory)
     notifier = Notifier(config.checkpoint.notify, directory, console.warn)
@@ -109,9 +110,9 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
                     _("Stopped at once; the last durable step is {step}.", step=manager.saved_step)
                 ) from error
             except BaseException:  # whatever ended it: what was being saved is finished first
-                manager.close()
+                manager.close(save=False)
                 raise
-            manager.close()
+            manager.close(save=False)  # the loop has saved its end
 
 
 def prepare(config: Config, start: Start, console: Console, guard: guards.SignalGuard) -> Workshop:
