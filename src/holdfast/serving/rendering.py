@@ -67,7 +67,9 @@ class Renderer:
         """End the process; a call under way raises Failed."""
         process = self._process
         if process is not None:
-            process.kill()
+            process.kill()  # whoever waits for it with the lock is told so at once
+        with self._lock:
+            self._forget()
 
     # ------------------------------------------------------------------------------ the process
 
