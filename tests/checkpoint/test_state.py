@@ -438,9 +438,28 @@ def test_rates_that_are_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("junk", [None, 7, [], {"optimizer": 7}, {"optimizer": [7]},
-                                  {"optimizer": []}])  # fmt: skip
+                                  {"optimizer": []}, {"optimizer": [{"lr": {}, "unsure": [[]]}]},
+                                  {"optimizer": [{"initial_lr": "x", "lr": None}]},
+                                  {"scheduler": [7]}, {"scheduler": [{"lr_lambdas": 7}]},
+                                  {"scheduler": [{"base_lrs": {}, "T_max": []}]}])  # fmt: skip
 def test_a_senseless_record_of_the_settings_is_ignored(junk: Any, tmp_path: Path) -> None:
-    restore(trained(), trained(), tmp_path, manifest={"configured": junk, "parameters": junk})
+    manifest = {"configured": junk, "parameters": junk}
+    live = with_schedule(SCHEDULES["cosine"])
+    restore(live, with_schedule(SCHEDULES["cosine"]), tmp_path, manifest=manifest)
+
+
+def test_a_module_whose_state_has_numbers_for_names(tmp_path: Path) -> None:
+    class Counted(torch.nn.Module):
+        def state_dict(self, *_arguments: Any, **_options: Any) -> Any:
+            return {7: 1, "module.x": 2}
+
+        def load_state_dict(self, state: Any, *_arguments: Any, **_options: Any) -> Any:
+            self.loaded = dict(state)
+
+    live = {"m": Counted()}
+    restore(live, {"m": Counted()}, tmp_path)
+    assert live["m"].loaded == {7: 1, "module.x": 2}
+    unchanged({"m": network()}, {"m": {7: torch.ones(1)}}, ["m/0.weight is not in the checkpoint"])
 
 
 # ------------------------------------------------------------------------------------- plain values

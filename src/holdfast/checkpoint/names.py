@@ -36,7 +36,9 @@ _OF_MODULE = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
 def plain_state(module: torch.nn.Module) -> Any:
     """Return `module.state_dict()` under the names that the module has without its wrappers."""
     state = module.state_dict()
-    if not isinstance(state, Mapping) or not _has_words("\n".join(state)):
+    if not isinstance(state, Mapping) or not _has_words("\n".join(map(str, state))):
+        return state
+    if not all(isinstance(name, str) for name in state):
         return state
     names = plain_names(module, list(state))
     result = OrderedDict((names[name], value) for name, value in state.items())
@@ -101,6 +103,8 @@ def matched(here: Sequence[str], there: Sequence[str]) -> dict[str, str] | None:
     def same(name: str) -> str:
         return name
 
+    if not all(isinstance(name, str) for name in (*here, *there)):
+        return {name: name for name in here} if set(here) == set(there) else None
     readings: list[tuple[Callable[[str], str], Callable[[str], str]]] = [
         (same, same), (certain, certain), (outer, certain), (certain, outer), (bare, bare),
     ]  # fmt: skip

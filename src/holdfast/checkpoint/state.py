@@ -239,7 +239,7 @@ class _Planner:
             pairs = {name: name for name in mine if name in saved}
         found = OrderedDict((name, saved[there]) for name, there in pairs.items())
         _keep_metadata(found, mine, saved)
-        extra = {name for name in mine if name.rpartition(".")[2] == _EXTRA_STATE}
+        extra = {name for name in mine if str(name).rpartition(".")[2] == _EXTRA_STATE}
         if not _is_memory_of(live, [v for name, v in mine.items() if name not in extra]):
             # What state_dict() gives is made for the occasion: bytes put there would go nowhere.
             self._act(LoadObject(live, found, path))
@@ -361,7 +361,8 @@ class _Planner:
                 changed.discard("lr")  # the schedule's, not the user's
                 if "initial_lr" in changed and "lr" in saved:
                     old, new = then["initial_lr"], now["initial_lr"]
-                    wanted["lr"] = saved["lr"] * (new / old) if old else new
+                    known = isinstance(old, int | float) and isinstance(new, int | float)
+                    wanted["lr"] = saved["lr"] * (new / old) if known and old else new
             elif "initial_lr" in then and "lr" in now and "lr" in then:
                 changed.add("lr")  # what a schedule that is gone has made of it
             for key in changed:
