@@ -228,6 +228,39 @@ def test_another_batch_size_keeps_the_position_in_samples(
     assert "step 8 of the epoch becomes step 4; 0 samples are seen again" in said
 
 
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 2)])
+def test_settings_come_from_the_checkpoint_that_is_restored(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, first: int, second: int
+) -> None:
+    """The newest, of a start with other settings, is damaged where only its state can tell."""
+    directory = tmp_path / "run"
+    for step, batch, rate in ((4, first, 0.003), (8, second, 0.001)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_after(step, patch)
+            train(config_for(directory, corpus, temp_every_steps=4, batch_size=batch,
+                             learning_rate=rate))  # fmt: skip
+    contents = Catalog(directory).scan()
+    damage(directory / contents.entries[0].names[0])
+    found: list[tuple[int, int, float]] = []
+
+    def one_step(self: Trainer) -> None:
+        options = self.config.training
+        found.append((self.progress.position, options.batch_size, options.learning_rate))
+        raise Killed
+
+    monkeypatch.setattr(Trainer, "one_step", one_step)
+    of_the_run = ("batch_size", "learning_rate")
+    flags = {name: value for name, value in HARD.items() if name not in of_the_run}
+    monkeypatch.setattr("tests.training.runs.HARD", flags)
+    with pytest.raises(Killed):
+        train(config_for(directory, corpus))
+    assert found == [(4, first, 0.003)]
+    assert json.loads((directory / "config.json").read_text())["training"]["batch_size"] == first
+    resumed = list(Catalog(directory).events("resumed"))
+    assert resumed[-1]["step"] == 4
+    assert resumed[-1]["steps_lost"] == 4
+
+
 def test_other_data_begins_the_epoch_anew_and_says_so(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ from holdfast.checkpoint.schedule import AnyOf, Moment, SavePolicy
 from holdfast.checkpoint.snapshots import Overlap
 from holdfast.checkpoint.state import plan_restore
 from holdfast.checkpoint.transaction import LoadObject
-from holdfast.errors import DamagedCheckpoint, SaveFailed, StateMismatch
+from holdfast.errors import DamagedCheckpoint, SaveFailed, StateMismatch, Superseded
 from holdfast.i18n import _
 
 __all__ = [
@@ -373,6 +373,7 @@ class CheckpointManager:
         *,
         strict: bool = True,
         branch: bool = False,
+        expected: str | None = None,
     ) -> Resumed | None:
         """Restore the newest intact checkpoint, or `source`, into the live state.
 
@@ -387,6 +388,8 @@ class CheckpointManager:
             strict: whether everything in the live state must be in the checkpoint.
             branch: begin a new generation even from the newest, since what came after it is not to
                 be gone on from: snapshots in memory of this process are given up.
+            expected: the id of the checkpoint from whose manifest the live state was set up. Where
+                that one is damaged, what is set up does not fit the one before it.
 
         Returns None where nothing has been saved yet.
 
@@ -394,6 +397,7 @@ class CheckpointManager:
             DamagedCheckpoint: `source` is damaged, or everything here is. Nothing is started over.
             StateMismatch: it does not fit; nothing was changed.
             SaveFailed: after `close()`, or in a forked child.
+            Superseded: it is not the one that was `expected`; nothing was changed.
         """
         self._own()
         self.wait()
@@ -405,6 +409,11 @@ class CheckpointManager:
                 self._saver.run.settled = True
                 self._reporter.report("began", run_id=self.run_id, generation=self.generation)
                 return None
+            if expected is not None and found.entry.id != expected:
+                raise Superseded(
+                    _("{path} is the newest intact checkpoint, and not the one that this start was "
+                      "set up for. Start again.", path=found.path)
+                )  # fmt: skip
             random, known = self._saver.random, self.catalog.generation()
             if random is not None and "rng" not in found.payload and strict:
                 raise StateMismatch(

@@ -14,6 +14,7 @@ from typing import Any
 
 from holdfast.checkpoint import codec, container, filesystem
 from holdfast.checkpoint.catalog import Catalog, Contents, Entry, summary
+from holdfast.checkpoint.recovery import cannot_read
 from holdfast.errors import CheckpointError, StateMismatch
 from holdfast.i18n import N_, _
 from holdfast.training import unattended
@@ -27,6 +28,7 @@ class SavedRun:
     """What a checkpoint says of its run, read from the manifest alone."""
 
     path: Path
+    id: str
     step: int
     config: dict[str, Any]
     model_config: dict[str, Any]
@@ -102,7 +104,8 @@ def read_saved(path: Path) -> SavedRun:
             ) from error  # fmt: skip
         tensors = [t for t in reader.manifest["tensors"] if str(t["path"]).startswith("model/")]
         check_configuration(values["model_config"], [t["shape"] for t in tensors], path)
-        return SavedRun(path, reader.manifest["identity"]["step"], **values)
+        identity = reader.manifest["identity"]
+        return SavedRun(path, identity["id"], identity["step"], **values)
 
 
 def merged(config: Config, saved: SavedRun, *, start: Start) -> Config:
@@ -266,7 +269,10 @@ def _newest_of(name: str, directory: Path) -> Path:
 
 def _entries_at(path: Path) -> list[tuple[Entry, Path]]:
     if path.is_dir():
-        return [(entry, path / entry.names[0]) for entry in Catalog(path).scan().entries]
+        contents = Catalog(path).scan()
+        for name, reason in contents.unreadable:
+            raise cannot_read(path / name, reason)
+        return [(entry, path / entry.names[0]) for entry in contents.entries]
     try:
         return [(summary(container.read_manifest(path), 0), path)]
     except CheckpointError:
@@ -283,6 +289,8 @@ def _first_readable(catalog: Catalog, entries: list[Entry]) -> SavedRun | None:
     for entry in entries:
         try:
             return read_saved(catalog.path(entry))
-        except (CheckpointError, OSError):
+        except (CheckpointError, FileNotFoundError):
             continue
+        except OSError as error:
+            raise cannot_read(catalog.path(entry), error) from error
     return None

@@ -41,6 +41,7 @@ from holdfast.errors import (
     DataError,
     Interrupted,
     ResourceError,
+    Superseded,
 )
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
@@ -96,12 +97,13 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
         if place is not None:
             console.say(_("📦 The run that was here now lies in {place}.", place=place))
         with guards.SignalGuard() as guard:  # from here on Ctrl-C means: save, then stop
-            workshop = prepare(config, start, console, guard)
             _tell_found(contents, start, console)
-            manager = make_manager(workshop, console, lock, notifier)
+            workshop, manager, resumed = _begin(
+                config, start, console, guard, lock=lock, notifier=notifier
+            )
             notifier.begin(lambda: manager.saved_step)
             try:
-                _train(workshop, manager, start, console, command, notifier=notifier)
+                _train(workshop, manager, resumed, console, command, notifier=notifier)
             except KeyboardInterrupt as error:  # a second Ctrl-C means now: nothing is waited for
                 manager.abandon()
                 if not manager.saved_step:
@@ -113,6 +115,55 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
                 manager.close(save=False)
                 raise
             manager.close(save=False)  # the loop has saved its end
+
+
+def _begin(
+    config: Config,
+    start: Start,
+    console: Console,
+    guard: guards.SignalGuard,
+    *,
+    lock: FileLock,
+    notifier: Notifier,
+) -> tuple[Workshop, CheckpointManager, Resumed | None]:
+    """Set everything up and restore the state.
+
+    Settings, data and model are set up from a manifest before the state is read. Where that
+    checkpoint turns out to be damaged they are set up anew from the one that takes its place:
+    otherwise its state would meet the batch size or the data of a later start.
+    """
+    while True:
+        workshop = prepare(config, start, console, guard)
+        manager = make_manager(workshop, console, lock, notifier)
+        try:
+            return workshop, manager, _restore(workshop, manager, start, console)
+        except Superseded:
+            manager.close()  # which gives the lock back
+            lock.acquire()
+            before = start.saved.id if start.saved is not None else ""
+            start = continuing.decide(config, manager.catalog.scan(), None)
+            if start.saved is None or start.saved.id == before:
+                raise
+        except BaseException:
+            manager.close()
+            raise
+
+
+def _restore(
+    workshop: Workshop, manager: CheckpointManager, start: Start, console: Console
+) -> Resumed | None:
+    trainer, saved = workshop.trainer, start.saved
+    if start.weights is not None:
+        weights = {"model": load_weights(start.weights)}
+        plan_restore({"model": trainer.model}, weights).commit()
+        console.say(_("Starting a new run from the weights of {path}.", path=start.weights))
+        return None
+    resumed = manager.resume(start.source, expected="" if saved is None else saved.id)
+    if resumed is not None:
+        assert saved is not None
+        for note in trainer.settle(saved.data):
+            console.warn(note)
+    return resumed
 
 
 def prepare(config: Config, start: Start, console: Console, guard: guards.SignalGuard) -> Workshop:
@@ -216,7 +267,7 @@ def save_policies(options: CheckpointConfig) -> list[SavePolicy]:
 def _train(
     workshop: Workshop,
     manager: CheckpointManager,
-    start: Start,
+    resumed: Resumed | None,
     console: Console,
     command: str,
     *,
@@ -224,17 +275,6 @@ def _train(
 ) -> None:
     trainer, config = workshop.trainer, workshop.config
     directory = Path(config.checkpoint.checkpoint_dir)
-    resumed: Resumed | None = None
-    if start.weights is None:
-        resumed = manager.resume(start.source)
-    else:
-        weights = {"model": load_weights(start.weights)}
-        plan_restore({"model": trainer.model}, weights).commit()
-        console.say(_("Starting a new run from the weights of {path}.", path=start.weights))
-    if resumed is not None:
-        assert start.saved is not None
-        for note in trainer.settle(start.saved.data):
-            console.warn(note)
     if trainer.finished:
         _tell_finished(trainer, console, command, before=True)
         return
