@@ -159,6 +159,27 @@ def test_a_directory_that_is_put_back_goes_on_as_before(tmp_path: Path) -> None:
         assert manager.generation == 1
 
 
+def test_a_directory_that_could_not_be_reached_for_a_while_has_its_history_again(
+    tmp_path: Path,
+) -> None:
+    """Without it nothing would count as verified, and no old checkpoint would go any more."""
+    run, away, toy = tmp_path / "disk" / "run", tmp_path / "away", Toy()
+    with toy.manager(run, keep_last=2) as manager:
+        manager.resume()
+        for step in range(1, 6):
+            if step == 2:
+                run.parent.rename(away)
+                run.parent.write_text("nothing can be made here")
+            toy.step()
+            assert (manager.save(step=step) is None) == (step == 2)
+            if step == 2:
+                run.parent.unlink()
+                away.rename(run.parent)
+        assert [(entry.step, entry.verified) for entry in manager.list()] == [(5, True), (4, True)]
+    durable = [event["step"] for event in events(run) if event["event"] == "durable"]
+    assert durable == [1, 3, 4, 5]
+
+
 def test_a_removed_lock_file_is_taken_anew_and_nothing_else_happens(tmp_path: Path) -> None:
     run, toy = tmp_path / "run", Toy()
     told, tell = listener()

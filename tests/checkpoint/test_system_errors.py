@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import Catalog, reading
+from holdfast.checkpoint import Catalog, load, reading
 from holdfast.errors import CheckpointError
 from holdfast.manage import verify
 from tests.support import Told, Toy, craft, damage, events, make_run, said, tree_of
@@ -127,6 +127,25 @@ def test_what_cannot_be_read_back_stays_and_nothing_older_goes(
         found = [(entry.step, entry.verified) for entry in manager.list()]
         assert found == [(4, True), (3, True)], "what was owed is made up for"
     assert set_aside(tmp_path) == set()
+
+
+def test_of_what_is_owed_only_the_damaged_copy_is_set_aside(
+    tmp_path: Path, trouble: Trouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without links the best one lies here twice."""
+    monkeypatch.setenv("HOLDFAST_DISABLE", "hardlinks,reflink")
+    toy = Toy()
+    with toy.manager(tmp_path) as manager:
+        for step in (1, 2, 3):
+            if step == 2:
+                trouble.meet_named("checkpoint_step_2.pt")
+            toy.step()
+            manager.save(step=step, metrics={"val_loss": abs(step - 2.0)}, strict=True)
+            if step == 2:
+                trouble.times = 0
+                damage(tmp_path / "checkpoint_step_2.pt")
+        assert [(e.step, e.verified) for e in manager.list()] == [(3, True), (2, True), (1, True)]
+        assert load(tmp_path / "best_model.pt", only="global_step") == 2
 
 
 def test_memory_is_not_given_back_for_what_was_not_verified(

@@ -52,14 +52,17 @@ def verify_back(entry: Entry, target: Path) -> None:
         raise DamagedCheckpoint(str(error)) from error
 
 
-def take_back(catalog: Catalog, entry: Entry, target: Path, kept: Path | None, why: str) -> None:
+def take_back(
+    catalog: Catalog, entry: Entry, target: Path, kept: Path | None, why: str
+) -> list[str]:
     """Set a file aside that was not found right; the names mean again what they meant before it was
-    written. `kept` as `keep_old` gave it."""
+    written. `kept` as `keep_old` gave it. Return the names that were set aside."""
     with catalog.lock():
-        catalog.quarantine(entry.names, why)
+        names = catalog.quarantine(entry.names, why)
         if kept is not None:
             filesystem.move(kept, target)
         catalog.assign_roles(catalog.scan())
+    return names
 
 
 def settle_old(catalog: Catalog, entry: Entry, before: Contents, kept: Path) -> None:

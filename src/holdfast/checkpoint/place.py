@@ -45,7 +45,10 @@ class Place:
         it cannot be made.
         """
         with self._turn:
-            if not self._lock.held or self._lock.in_place:
+            if not self._lock.held:
+                return
+            if self._lock.in_place:
+                self._reporter.recording = True  # it may have been gone for a while
                 return
             gone = not self._is_here()
             where = _path_of(self._fd) if gone else None

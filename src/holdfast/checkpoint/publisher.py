@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import direct, filesystem, guard, housekeeping, space
+from holdfast.checkpoint import direct, filesystem, guard, housekeeping, rollback, space
 from holdfast.checkpoint.catalog import (
     BEST,
     LATEST,
@@ -162,8 +162,7 @@ class Publisher:
         try:
             housekeeping.verify_back(entry, saved.path)
         except CheckpointError as error:
-            housekeeping.take_back(catalog, entry, saved.path, kept, error.why)
-            self._tell_aside(entry, list(saved.names), error)
+            self._take_back(entry, saved.path, kept, error.why)
             raise DamagedCheckpoint(str(error), error.why) from error
         except (OSError, MemoryError) as error:  # it stays what was announced; nothing older goes
             reason = in_words(error)
@@ -198,18 +197,17 @@ class Publisher:
             if entry.verified:
                 continue
             try:
-                housekeeping.verify_back(entry, path)
-            except CheckpointError as error:
-                housekeeping.take_back(self._catalog, entry, path, None, error.why)
-                self._tell_aside(entry, entry.names, error)
+                reason = rollback.damage_of_all(self._catalog, entry)
             except (OSError, MemoryError):
                 continue  # it was told when it was saved
-            else:
+            if reason is None:
                 self._reporter.report("verified", id=entry.id, step=entry.step)
+            else:
+                self._take_back(entry, path, None, reason)
 
-    def _tell_aside(self, entry: Entry, names: Sequence[str], error: CheckpointError) -> None:
-        names = list(names)
-        self._reporter.tell("quarantined", names=names, reason=error.why, step=entry.step)
+    def _take_back(self, entry: Entry, path: Path, kept: Path | None, reason: str) -> None:
+        names = housekeeping.take_back(self._catalog, entry, path, kept, reason)
+        self._reporter.tell("quarantined", names=names, reason=reason, step=entry.step)
 
     def _made_room(self, error: Exception, draft: Draft) -> bool:
         """Whether old checkpoints could go for one that the disk has refused."""

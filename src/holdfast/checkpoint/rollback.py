@@ -27,42 +27,44 @@ def intact(catalog: Catalog, entry: Entry) -> None:
     Where its names are copies, the damaged ones are set aside as long as one is intact. Raises
     `DamagedCheckpoint` where none is; nothing has changed then.
     """
-    damaged: dict[str, str] = {}
+    damaged: dict[str, CheckpointError] = {}
     checked: list[Path] = []
     for name in entry.names:
         path = catalog.directory / name
         if any(filesystem.same_data(path, other) for other in checked):
             continue
         checked.append(path)
-        reason = damage_of(path)
-        if reason is not None:
-            damaged[name] = reason
+        error = damage_of(path)
+        if error is not None:
+            damaged[name] = error
     if len(damaged) == len(checked):
-        raise DamagedCheckpoint(next(iter(damaged.values())))
+        error = next(iter(damaged.values()))
+        raise DamagedCheckpoint(str(error), error.why)
     with catalog.lock():
-        for name, reason in damaged.items():
-            catalog.quarantine([name], reason)
+        for name, error in damaged.items():
+            catalog.quarantine([name], error.why)
         catalog.record("verified", id=entry.id, step=entry.step)
 
 
-def damage_of(path: Path) -> str | None:
-    """What is wrong with the bytes of `path` on the device; None where nothing is."""
+def damage_of(path: Path) -> CheckpointError | None:
+    """Read every byte of `path` from the device; return what is wrong, or None."""
     try:
         with Reader(path) as reader:
             reader.verify()
     except CheckpointError as error:
-        return str(error)
+        return error
     return None
 
 
 def damage_of_all(catalog: Catalog, entry: Entry) -> str | None:
-    """What is wrong with the last of the names of `entry`; None where one of them is intact."""
-    reason = None
+    """Return None if `entry` is intact under one of its names (without links they are copies), else
+    what is wrong with the last of them."""
+    error = None
     for name in entry.names:
-        reason = damage_of(catalog.directory / name)
-        if reason is None:
-            break
-    return reason
+        error = damage_of(catalog.directory / name)
+        if error is None:
+            return None
+    return None if error is None else error.why
 
 
 def roll_back(catalog: Catalog, entry: Entry, source: str | None = None) -> None:

@@ -146,9 +146,9 @@ def execute(shown: Plan) -> Plan:
     if shown.source is None:
         rollback.intact(catalog, shown.chosen)
     else:
-        reason = rollback.damage_of(shown.directory / shown.source)
-        if reason is not None:
-            raise DamagedCheckpoint(reason)
+        error = rollback.damage_of(shown.directory / shown.source)
+        if error is not None:
+            raise DamagedCheckpoint(str(error), error.why)
     with guard.deferred_interrupt():
         if _left(catalog):
             from holdfast.checkpoint import recovery  # which needs torch
