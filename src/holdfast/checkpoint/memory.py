@@ -35,11 +35,11 @@ from typing import Any
 import xxhash
 
 from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.container import Reader
+from holdfast.checkpoint.container import Reader, read_manifest
 from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.retention import Order
 from holdfast.checkpoint.slot import Slot
-from holdfast.errors import DamagedCheckpoint, RunLocked
+from holdfast.errors import CheckpointError, DamagedCheckpoint, RunLocked
 from holdfast.i18n import _
 
 log = logging.getLogger("holdfast")
@@ -371,14 +371,24 @@ def newest_in(found: Remains) -> Left | None:
 
 
 def _read_line(head: Path) -> dict[str, Any] | None:
-    """The line of a head, if it is valid. `OSError` as it comes: it says nothing about the slot."""
+    """Return what a head says of its slot; None where there is no whole snapshot in it.
+
+    Where the head itself is rotten, the manifest in the slot says the same. `OSError` as it comes:
+    it says nothing about the slot.
+    """
     try:
         text, _blank, digest = head.read_bytes()[:HEAD_SIZE].partition(b"\n")[0].rpartition(b" ")
-        if xxhash.xxh3_128_hexdigest(text).encode() != digest:
+        if not text.strip(b"\0"):  # as `begin` leaves it
             return None
-        line = json.loads(text)
+        if xxhash.xxh3_128_hexdigest(text).encode() == digest:
+            line = json.loads(text)
+        else:
+            line = {**read_manifest(head.with_suffix(".pt")), "sealed": True}
         return line if isinstance(line["identity"], dict) and line["sealed"] is True else None
     except (FileNotFoundError, *NONSENSE):
+        return None
+    except CheckpointError as error:
+        log.warning("%s: %s", head, error)
         return None
 
 

@@ -158,7 +158,7 @@ class Publisher:
 
         `kept` is the second name of what had the same name. Raises `DamagedCheckpoint`.
         """
-        catalog, entry = self._catalog, saved.entry
+        entry = saved.entry
         try:
             housekeeping.verify_back(entry, saved.path)
         except CheckpointError as error:
