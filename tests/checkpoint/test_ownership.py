@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint import filesystem, manager, memory
+from holdfast.checkpoint import filesystem, manager, memory, ownership
 from holdfast.checkpoint.manager import run_lock
 from holdfast.errors import RunLocked, SaveFailed
 from tests.support import Toy, assert_same, in_child, snapshot
@@ -161,6 +161,19 @@ def test_a_new_manager_waits_for_what_garbage_has_under_way(tmp_path: Path) -> N
         resumed = engine.resume()
         assert resumed is not None
         assert_same(snapshot(other.state), expected)
+
+
+def test_garbage_that_saves_for_too_long_is_named_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "_PATIENCE", 0.1)
+    Toy().manager(tmp_path, io_limit=4e4).save_async(step=1)
+    with pytest.raises(RunLocked, match="An earlier manager of this process is still saving in"):
+        Toy().manager(tmp_path)
+    eventually(lambda: not run_lock(tmp_path).taken)
+    with Toy().manager(tmp_path) as engine:
+        assert engine.saved_step == 0
+        assert engine.resume() is not None
 
 
 # ------------------------------------------------------------------- interrupted at any moment

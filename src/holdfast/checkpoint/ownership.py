@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("holdfast")
 
+_PATIENCE = 60.0  # seconds for what a manager that became garbage has under way
+
 
 class Tenure:
     """The time in which a manager holds `directory`. It does not keep the manager alive."""
@@ -65,7 +67,8 @@ def take_over(directory: Path) -> bool:
     """Have the manager of this thread that works in `directory`, if any, finish what it has under
     way and give the directory back; returns whether there was one.
 
-    Raises `RunLocked` where it is the manager of another thread that is alive.
+    Raises `RunLocked` where it is the manager of another thread that is alive, or has become
+    garbage and is still saving after a minute.
     """
     found = next((t for t in list(_tenures) if _same(t.directory, directory)), None)
     if found is None:
@@ -78,8 +81,11 @@ def take_over(directory: Path) -> bool:
                   "or choose another directory.", directory=directory)
             )  # fmt: skip
         manager.give_way()
-    else:
-        found.over.wait()  # it has become garbage, and is given back in the background
+    elif not found.over.wait(_PATIENCE):  # garbage, which is given back in the background
+        raise RunLocked(
+            _("An earlier manager of this process is still saving in {directory}. Try again when "
+              "it is done, or choose another directory.", directory=directory)
+        )  # fmt: skip
     return True
 
 

@@ -232,8 +232,8 @@ def _refuse_to_start_over(catalog: Catalog, damaged: Collection[str]) -> None:
     if names:
         raise DamagedCheckpoint(
             _("Every checkpoint in {directory} is damaged ({names}); they lie in quarantine/. "
-              "Training does not start over by itself: use --fresh for that, or move quarantine/ "
-              "away.", directory=catalog.directory, names=", ".join(names))
+              "Training does not start over by itself: to begin anew, move quarantine/ away or "
+              "choose another directory.", directory=catalog.directory, names=", ".join(names))
         )  # fmt: skip
 
 

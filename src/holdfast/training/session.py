@@ -158,7 +158,14 @@ def _restore(
         plan_restore({"model": trainer.model}, weights).commit()
         console.say(_("Starting a new run from the weights of {path}.", path=start.weights))
         return None
-    resumed = manager.resume(start.source, expected="" if saved is None else saved.id)
+    try:
+        resumed = manager.resume(start.source, expected="" if saved is None else saved.id)
+    except DamagedCheckpoint as error:
+        if start.source is not None:
+            raise
+        raise DamagedCheckpoint(
+            _("{error} Or begin a new run with --fresh.", error=error), error.why
+        ) from error
     if resumed is not None:
         assert saved is not None
         for note in trainer.settle(saved.data):
