@@ -402,6 +402,18 @@ def test_every_end_of_text_that_generation_config_names_travels(
     assert end_ids_of(model, 0) == {0, 7}
 
 
+@pytest.mark.parametrize("form", ["bare", "model"])
+def test_the_first_training_changes_no_schedule_that_there_never_was(
+    tmp_path: Path, form: str
+) -> None:
+    done = import_form(tmp_path, Stranger("gpt2").train(3), form)
+    options = {"context_length": "none", "vocab_size": "none", "dropout": "none", "model": "gpt2",
+               "epochs": "none", "num_steps": done.step + 2, "batch_size": 4}  # fmt: skip
+    said = train(config_for(tmp_path / "run", write_corpus(tmp_path, 20), **options))
+    assert f"step {done.step})" in said
+    assert "scheduler" not in said
+
+
 def test_a_pytorch_model_bin_is_trained_from_as_it_is_imported(tmp_path: Path) -> None:
     theirs = hugging_face(tmp_path / "theirs")
     whole = models.load_model(ModelConfig(model=str(theirs))).state_dict()

@@ -189,14 +189,17 @@ def settings_of(scheduler: Any, *, late: bool = False, prefix: str = "") -> dict
     return result
 
 
-def _probed(function: Callable[[int], Any]) -> str:
-    """A digest of what a function of the step gives at some steps: two that differ are others."""
+def _probed(function: Callable[[int], Any]) -> str | None:
+    """Return a digest of what a function of the step gives at some steps: two that differ are
+    others. None if it gives a number at none of them."""
     values: list[str] = []
     for step in _PROBES:
         try:
             values.append(f"{float(function(step)):.6g}")
         except Exception:  # noqa: BLE001 - a user's function, at a step that it may not know
             values.append("")
+    if not any(values):
+        return None
     return hashlib.blake2b(" ".join(values).encode(), digest_size=8).hexdigest()
 
 

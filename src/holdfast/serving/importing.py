@@ -157,6 +157,11 @@ def _configure(found: Source, context_length: int | None, run: Path) -> Config:
     return Config.from_dict({name: value for name, value in values.items() if value is not None})
 
 
+def _unknown_yet(step: int) -> float:
+    """Raise: the schedule depends on the data, which the first training brings."""
+    raise NotImplementedError(step)
+
+
 class _Run:
     """The state of a run that has not begun here: as Trainer makes it, before its first step."""
 
@@ -171,6 +176,7 @@ class _Run:
             betas=(0.9, 0.95), fused=True,
         )  # fmt: skip
         self._scheduler = LambdaLR(self._optimizer, lambda _step: 1.0)
+        self._scheduler.lr_lambdas = [_unknown_yet]  # so that no training seems to change it
         self.state: dict[str, Any] = {
             "model": model,
             "model_config": models.plain_config(model),
