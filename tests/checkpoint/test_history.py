@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import tracemalloc
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,36 @@ def test_read_as_it_grows_it_says_what_it_says_read_at_once(history: History) ->
         if chance.random() < 0.5:
             assert history.known == anew(history)
     assert history.known == anew(history)
+
+
+def test_what_was_saved_and_removed_between_two_looks_leaves_nothing_else_behind(
+    history: History,
+) -> None:
+    """As a run writes it; with torn lines, and checkpoints that come back after their removal."""
+    seed = int.from_bytes(os.urandom(4))
+    print("seed", seed)
+    chance = random.Random(seed)
+    seen = History(history.path)
+
+    def write(event: str, id_: str, **fields: Any) -> None:
+        history.record(event, id=id_, step=1, **fields)
+        if chance.random() < 0.1:
+            with history.path.open("ab") as file:
+                file.write(b'{"time": "2026-11-30", "event": "removed", "id": "')
+        _look = seen.known
+
+    here: list[str] = []
+    for sequence in range(1, 80):
+        id_ = chance.choice(here) if here and chance.random() < 0.1 else uuid.uuid4().hex
+        here = [*(each for each in here if each != id_), id_]
+        write("durable", id_, run_id="run", generation=1 + sequence // 40, sequence=sequence,
+              names=[f"checkpoint_step_{id_[:2]}.pt", "latest.pt"])  # fmt: skip
+        if chance.random() < 0.9:
+            write("verified", id_)
+        if chance.random() < 0.1:
+            write(chance.choice(["pinned", "damaged", "archived"]), chance.choice(here))
+        while len(here) > 3:
+            id_ = here.pop(0)
+            names = [f"checkpoint_step_{id_[:2]}.pt"]
+            write("removed", id_, names=names, reason="retention")
+    assert History(history.path).known == seen.known

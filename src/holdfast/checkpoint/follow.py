@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from holdfast.checkpoint import filesystem
 _PIECE = 1 << 20  # bytes that one look takes in at most: a long history is never whole in memory
 _MOST = 4 << 30  # bytes: twenty million lines; what is larger is no history, or a sparse file
 _LONGEST = 1 << 20  # bytes of a line
+_AT_ONCE = 64  # lines
 _DEEPEST = 8  # mappings and lists in one another
 LARGEST = 1 << 63
 _TAIL = 64  # bytes before the position by which the file is known again
@@ -40,8 +42,7 @@ class Follower:
     def new(self) -> list[dict[str, Any]]:
         """What the lines hold that have come, or the first of many; nothing where there is no file.
         Raises OSError as it comes: the next look then takes in what this one would have."""
-        found = map(parsed, self.lines())
-        return [value for value in found if value is not None and _sane(value)]
+        return [value for value in objects(self.lines()) if _sane(value)]
 
     def lines(self) -> list[bytes]:
         """The lines that have come, as they are: what they hold may be of any depth and size."""
@@ -70,7 +71,24 @@ class Follower:
         return lines
 
 
-def parsed(line: bytes) -> dict[str, Any] | None:
+def objects(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the object of each line that holds one.
+
+    Some lines are parsed as one text, which takes half the time. One by one where not each of them
+    is an object; never all at once, since many objects are work for the garbage collector.
+    """
+    for start in range(0, len(lines), _AT_ONCE):
+        part = lines[start : start + _AT_ONCE]
+        try:
+            values = json.loads(b"[%s]" % b",\n".join(part))
+        except (ValueError, RecursionError):
+            values = []
+        if len(values) != len(part) or not all(isinstance(value, dict) for value in values):
+            values = filter(None, map(_parsed, part))
+        yield from values
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
     """The object that `line` holds, or that follows there on a torn one; None where none does."""
     value = _object(line)
     beginning = line.rfind(_BEGINNING) if value is None else -1
