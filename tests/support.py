@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -380,8 +381,9 @@ SEAM = ("_allocate", "_write_all", "sync_file", "sync_directory", "_rename", "_l
         "append_line")  # fmt: skip
 
 
-def killed_at(moment: int, work: Callable[[], None]) -> bool:
-    """Run `work` in a process that dies before its `moment`-th call to the disk; whether it did."""
+def killed_at(moment: int, work: Callable[[], None], *, hangs: float = 0.0) -> bool:
+    """Run `work` in a process that dies before its `moment`-th call to the disk; whether it did.
+    The call first `hangs` for so many seconds, in which other threads go on."""
 
     def run() -> None:
         calls = 0
@@ -391,6 +393,7 @@ def killed_at(moment: int, work: Callable[[], None]) -> bool:
                 nonlocal calls
                 calls += 1
                 if calls == moment:
+                    time.sleep(hangs)
                     die()
                 return real(*args, **kwargs)
 

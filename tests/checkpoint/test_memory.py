@@ -329,7 +329,7 @@ def test_an_intact_file_is_read_before_the_memory_is_given_back(tmp_path: Path) 
         resumed = manager.resume()
         assert resumed is not None
         assert resumed.step == 1
-    assert [e["event"] for e in events(tmp_path)] == ["began", "durable", "resumed"]
+    assert [e["event"] for e in events(tmp_path)] == ["began", "durable", "verified", "resumed"]
     assert not left(tmp_path)
 
 

@@ -260,6 +260,10 @@ class CheckpointManager:
         """Counts how often this run went on from something else than its newest state."""
         return self._saver.run.generation
 
+    def improves(self, metrics: Mapping[str, float]) -> bool:
+        """Whether `metrics` are better than those of all that is durable or on its way there."""
+        return self._saver.improves(metrics)
+
     def wait(self) -> None:
         """Return when every save that was asked for is durable, verified and told."""
         if os.getpid() == self._pid:  # a forked child has no threads to wait for
@@ -341,10 +345,14 @@ class CheckpointManager:
 
     def _save_told(self, told: Told, kind: str, reason: str) -> None:
         """Save the live state as that of `told`, and wait for it."""
+        epoch, metrics = told.epoch, None
+        if told.failed:
+            wanted, epoch, metrics = told.wish
+            kind = kind if wanted == "temp" else wanted
         self._saver.streams = told.random
         try:
             with guard.deferred_interrupt():
-                self._saver.request(told.step, told.epoch, None, kind, reason, kept=True)
+                self._saver.request(told.step, epoch, metrics, kind, reason, kept=True)
                 self.wait()
         finally:
             self._saver.streams = None
@@ -554,7 +562,9 @@ class CheckpointManager:
         due = self._save_when(moment) or (saver.owed and saver.writer.idle)
         if saver.watch.failures:  # a full disk is not tried at every step, but soon again
             if saver.writer.idle and saver.watch.retry_due(moment.now):
-                return self.save_async(step=step, epoch=epoch, reason=RETRY)
+                kind, epoch, metrics = saver.again(step, epoch, metrics)
+                return self.save_async(step=step, epoch=epoch, metrics=metrics, kind=kind,
+                                       reason=RETRY)  # fmt: skip
         elif due:
             return self.save_async(step=step, epoch=epoch, metrics=metrics, reason="scheduled",
                                    kind="best" if improved else "temp")  # fmt: skip
@@ -665,7 +675,8 @@ class CheckpointManager:
                 saver.request(step, epoch, None, "temp", "memory", kept=False, to_disk=False)
             self.wait()
             return
-        self.save(step=step, epoch=epoch, kind="temp", reason=reason)
+        kind, epoch, metrics = saver.again(step, epoch)
+        self.save(step=step, epoch=epoch, metrics=metrics, kind=kind, reason=reason)
 
     def abandon(self) -> None:
         """Write nothing more: the process is about to end, with whatever is durable now."""

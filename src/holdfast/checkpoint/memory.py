@@ -167,10 +167,12 @@ class SharedSlot(Slot):
                 os.posix_fallocate(self._fd, 0, size)
             self._size = size
 
-    def complete(self, identity: Mapping[str, Any]) -> None:
+    def complete(self, manifest: Mapping[str, Any]) -> None:
         if not os.fstat(self._fd).st_nlink:  # systemd does that when its user logs out
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path))
-        text = json.dumps({"holdfast": 1, "identity": identity, "sealed": True}).encode()
+        identity, kind = manifest["identity"], manifest["kind"]
+        head = {"holdfast": 1, "identity": identity, "kind": kind, "sealed": True}
+        text = json.dumps(head).encode()
         line = text + b" " + xxhash.xxh3_128_hexdigest(text).encode() + b"\n"
         assert len(line) <= HEAD_SIZE, "an identity has a fixed size"
         os.pwrite(self._head, line.ljust(HEAD_SIZE, b"\0"), 0)
@@ -281,11 +283,17 @@ class Left:
     path: Path
     identity: Mapping[str, Any]
     remains: Remains
+    kept: bool = False  # whether its checkpoint was asked for by name: not a temporary one
 
     @property
     def order(self) -> Order:
         """As `Entry.order`."""
         return _order(self.identity)
+
+    @property
+    def id(self) -> object:
+        """As `Entry.id`."""
+        return self.identity.get("id")
 
     @property
     def step(self) -> int:
@@ -355,7 +363,8 @@ def _snapshots(found: Remains) -> Iterator[Left]:
             identity = line["identity"]
             numbers = (identity.get("generation"), identity.get("step"), identity.get("sequence"))
             if all(type(number) is int for number in numbers) and "run_id" in identity:
-                yield Left(head.with_suffix(".pt"), identity, found)
+                kept = line.get("kind", "temp") != "temp"  # earlier versions do not say
+                yield Left(head.with_suffix(".pt"), identity, found, kept)
 
 
 def sweep(run_directory: Path) -> None:

@@ -130,10 +130,12 @@ class Publisher:
         entry = replace(entry, names=(name,))
         best = contents.of(entry.run_id).best
         is_best = _improves(entry, best)
+        # A rescue may make up for a checkpoint that is older than what lies here.
+        newest = all(e.order < entry.order for e in contents.of(entry.run_id).entries)
         try:
             with catalog.lock():
                 catalog.clear_roles(contents)
-                how = {name: "file", **catalog.publish(entry, [LATEST, MAIN])}
+                how = {name: "file", **catalog.publish(entry, [LATEST, MAIN] if newest else [])}
                 if is_best:
                     how |= catalog.publish(entry, [BEST])
         except OSError as error:

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Mapping, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from holdfast.checkpoint import codec, filesystem, gradients, project
@@ -49,6 +50,7 @@ from holdfast.i18n import _
 log = logging.getLogger("holdfast")
 
 RETRY = "retry"  # the reason of a save that takes the place of one that has failed
+Wish = tuple[str, int | None, Mapping[str, float] | None]  # kind, epoch and metrics of a save
 _LOOK_EVERY = 5.0  # seconds between two looks at whether the run directory is still there
 
 
@@ -71,6 +73,13 @@ class Told:
     epoch: int | None
     random: RandomState | None  # the streams right after it, where they were kept
     save: PendingSave | None = None
+    wish: Wish = ("temp", None, None)  # what `save` was asked for as
+
+    @property
+    def failed(self) -> bool:
+        """Whether what was asked for will not come."""
+        save = self.save
+        return save is not None and save.settled.done() and not self.durable
 
     @property
     def durable(self) -> bool:
@@ -105,7 +114,9 @@ class Saver:
         self.counted = 0  # the step that was last saved, or asked for, since steps began to count
         self.told: Told | None = None  # the newest one since the start or the last resume
         self._epoch: int | None = None  # in which was last saved, or the first one that was seen
-        self._best: float | None = None  # score, lower is better, of all that was asked for
+        self._best: float | None = None  # score, lower is better, of all that is durable
+        self._hoped: dict[PendingSave, float] = {}  # scores of what is on its way
+        self._kept_failed = False  # since a kept save has failed there was none
         self.remembered = 0  # the step of the last snapshot that was for the memory alone
         self.owed = False  # a save was dropped: the next step that finds room takes its place
         self.watch = Watch(max_unsafe, self.at)
@@ -179,6 +190,8 @@ class Saver:
         there is. `abandon`: what this process has kept in memory until now is not to be gone on
         from."""
         step, self._epoch, self._best = entry.step, entry.epoch, best
+        self._hoped.clear()
+        self._kept_failed = False
         self.snapshots.leave_memory(abandon=abandon)
         self.step, self.at = step, time.monotonic()
         self.seen = self.counted = step
@@ -226,15 +239,16 @@ class Saver:
         if told is None or told.step != step or self.snapshots.stepping:
             told = self.done(int(step), epoch)
         if to_disk or told.save is None:
-            told.save = pending
+            told.save, told.wish = pending, (kind, epoch, dict(metrics) if metrics else None)
         if to_disk:
             self.asked_step = self.counted = int(step)
             self.asked_at, self._saving = asked, True
             self._epoch = self._epoch if epoch is None else int(epoch)
-            if self.improves(metrics):
-                self._best = self._loss(metrics)
+            loss = self._loss(metrics)
+            if loss is not None:
+                self._hoped[pending] = loss
             self.watch.asked(asked)
-        pending.settled.add_done_callback(self._on_settled)
+        pending.settled.add_done_callback(partial(self._on_settled, pending, kind))
 
         def failed(error: Exception) -> None:
             self._on_failure(pending, error, again=reason == RETRY)
@@ -311,9 +325,27 @@ class Saver:
         self.seen = step
 
     def improves(self, metrics: Mapping[str, float] | None) -> bool:
-        """Whether `metrics` are better than all that was saved or asked for before."""
-        loss = self._loss(metrics)
-        return loss is not None and (self._best is None or loss < self._best)
+        """Whether `metrics` are better than all that is durable or on its way there. A save that
+        failed does not count: else the next that is better than any file would be passed over."""
+        loss, hoped = self._loss(metrics), list(self._hoped.values())
+        best = [*hoped, self._best] if self._best is not None else hoped
+        return loss is not None and all(loss < each for each in best)
+
+    def again(
+        self, step: int, epoch: int | None, metrics: Mapping[str, float] | None = None
+    ) -> Wish:
+        """What to save in place of a save that has failed, now that training is at `step`.
+
+        Of the very step that failed, what was asked for. A later one is not that epoch's end, nor
+        has it those metrics; it is kept where a kept one is missing, and the best if its own
+        `metrics` say so.
+        """
+        told = self.told
+        if told is not None and told.step == step and told.failed and not self.snapshots.stepping:
+            return told.wish
+        if self.improves(metrics):
+            return "best", epoch, metrics
+        return "step" if self._kept_failed else "temp", epoch, metrics
 
     def _loss(self, metrics: Mapping[str, float] | None) -> float | None:
         lower = self._lower_is_better
@@ -366,8 +398,10 @@ class Saver:
             return
         self._losses = self._place.losses
         self.snapshots.leave_memory()  # its name has the inode of the directory in it
-        newest = self._catalog.scan().of(self.run.run_id).newest
+        contents = self._catalog.scan().of(self.run.run_id)
+        newest, best = contents.newest, contents.best
         self.step = newest.step if newest is not None else 0
+        self._best = best.loss if best is not None else None
         self.remembered = 0
         if self.told is not None:
             self.told.save = None
@@ -406,9 +440,14 @@ class Saver:
         self.usual = saved.seconds
         self._costs.put(Cost(saved.stall, saved.seconds, saved.entry.size))
 
-    def _on_settled(self, promise: Future[Saved | None]) -> None:
+    def _on_settled(self, pending: PendingSave, kind: str, promise: Future[Saved | None]) -> None:
         """Told when a save is over: one that is verified ends what was wrong before it."""
         saved = None if promise.exception() else promise.result()
+        if saved is not None:
+            self._best = saved.entry.loss if saved.is_best else saved.previous_best
+        self._hoped.pop(pending, None)  # last: in between its score would be nowhere
+        if kind != "temp":
+            self._kept_failed = saved is None
         if saved is None:
             return
         step = saved.entry.step

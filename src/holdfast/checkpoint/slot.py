@@ -88,8 +88,8 @@ class Slot:
     def fit(self, size: int) -> None:
         """The next image has `size` bytes. Raises `OSError` where there is no room."""
 
-    def complete(self, identity: Mapping[str, Any]) -> None:
-        """The content is the whole snapshot that `identity` names, checksums included."""
+    def complete(self, manifest: Mapping[str, Any]) -> None:
+        """The content is the whole snapshot that `manifest` describes, checksums included."""
 
     def discard(self) -> None:
         """Nobody will want the content any more, not even after a crash."""

@@ -90,7 +90,8 @@ class Writer:
         self._queue: list[Snapshot] = []  # complete, waiting for the disk
         self._writing: Snapshot | None = None
         self._newest: Snapshot | None = None  # complete in memory
-        self._outlived: list[Slot] = []  # closed; theirs is still the newest snapshot
+        self._outlived: list[Slot] = []  # closed; the next start may still want their snapshots
+        self._unsaved: list[Slot] = []  # with a kept save that the disk has not taken
         self._dropped = False  # whether a save was dropped whose place the next snapshot takes
         self._layout: tuple[list[tuple[str, int]], list[Record]] = ([], [])
         self._stager = Worker()
@@ -154,6 +155,8 @@ class Writer:
         if slot is None:
             return None
         to_disk, self._dropped = to_disk or self._dropped, False
+        with self._change:
+            self._unsaved = [each for each in self._unsaved if each is not slot]
         slot.begin()
         placed = list(zip(tree.storages, records, strict=False))
         copy = Copy(slot, placed, later)
@@ -251,11 +254,12 @@ class Writer:
             self._newest = None  # with its views of the slot, which would keep the memory
             for slot in self._slots:
                 slot.close()
-                if slot is not last:
+                if slot is last or slot in self._unsaved:
+                    self._outlived.append(slot)
+                else:
                     slot.discard()
             self._slots.clear()
-            if last is not None:
-                self._outlived.append(last)
+            self._unsaved.clear()
 
     # --------------------------------------------------------------------------------------- slots
 
@@ -282,7 +286,9 @@ class Writer:
                 # A crash in mid-copy falls back to the newest that is complete in shared memory.
                 busy = [*under_way, self._newest if self._tier is not None else None]
                 taken = [s.slot for s in busy if s is not None]
-                free = next((slot for slot in self._slots if slot not in taken), None)
+                idle = [slot for slot in self._slots if slot not in taken]
+                idle.sort(key=self._unsaved.__contains__)  # a kill may still be made up for
+                free = idle[0] if idle else None
                 full = crowded is not None or len(self._slots) >= self._most()
                 if free is None and crowded is not None and not any(under_way):
                     raise crowded  # nothing is under way that would free one
@@ -420,7 +426,7 @@ class Writer:
         assert snapshot.sealer is not None
         snapshot.sealer.advance(blueprint.size)
         try:
-            snapshot.slot.complete(blueprint.manifest["identity"])
+            snapshot.slot.complete(blueprint.manifest)
         except FileNotFoundError as error:  # removed by somebody: nothing here outlives a kill now
             with self._change:
                 said, self._newest = self._newest is None, None
@@ -451,6 +457,9 @@ class Writer:
             # Only what was neither saved nor told: an exception here would leave waiters behind.
             snapshot.pending.resolve(SaveFailed(_("The save was given up.")))
             with self._change:
+                # A kept save has its slot for itself until it is durable: a kill loses none.
+                if not snapshot.droppable and not _is_saved(snapshot.pending):
+                    self._unsaved.append(snapshot.slot)
                 self._writing = None
                 self._change.notify_all()
 
@@ -492,3 +501,8 @@ class Writer:
             self._staging.remove(snapshot)
             snapshot.complete.set()
             self._change.notify_all()
+
+
+def _is_saved(pending: PendingSave) -> bool:
+    saved = None if pending.settled.exception() else pending.settled.result()
+    return saved is not None and saved.entry.verified

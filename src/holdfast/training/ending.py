@@ -59,7 +59,7 @@ def keep(trainer: Trainer) -> None:
     try:
         manager.wait()
         if trainer.whole and manager.saved_step < step:
-            manager.save(step=step, epoch=trainer.progress.epoch, kind="temp", reason="error")
+            manager.save_last(step=step, epoch=trainer.progress.epoch, reason="error")
         if manager.saved_step < step:
             manager.save_snapshot()
     except Exception as error:  # noqa: BLE001 - the one that ends the training is to be seen

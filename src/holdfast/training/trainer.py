@@ -378,13 +378,13 @@ class Trainer:
         return training.eval_every
 
     def _note(self, metrics: dict[str, float]) -> bool:
-        """Keep the best loss and count evaluations without a better one."""
+        """Keep the best loss and count evaluations without a better one. Returns whether no file
+        has a better one: the save of the best loss may have failed."""
         if "val_loss" not in metrics:
             return False
         self.state["val_loss"] = metrics["val_loss"]
         self.progress.stale = self._stale_after(metrics)
-        improved = self.progress.stale == 0
-        if improved:
+        if self.progress.stale == 0:
             self.state["best_loss"] = metrics["val_loss"]
         if self.progress.stale >= self._patience:
             self.progress.stopped_early = True
@@ -393,7 +393,7 @@ class Trainer:
                   count=self.progress.stale), important=True
             )  # fmt: skip
         self.records.event("evaluation", self.progress.step, **metrics)
-        return improved
+        return self.manager.improves(metrics)
 
     def _stale_after(self, metrics: dict[str, float]) -> int:
         """Evaluations since the best one, with these counted; NaN is never better."""
