@@ -77,6 +77,14 @@ def test_an_old_manager_in_a_with_block_ends_without_disturbing_the_new_one(tmp_
     assert load(tmp_path / "latest.pt", only="global_step") == 7
 
 
+def test_an_old_manager_in_a_with_block_takes_no_signal_any_more(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Toy().manager(tmp_path) as old:
+        old.after_step(1)
+        with Toy().manager(tmp_path):
+            assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_the_manager_of_another_living_thread_is_left_alone(tmp_path: Path) -> None:
     made, done = threading.Event(), threading.Event()
     found: list[Any] = []

@@ -98,8 +98,11 @@ class SetGradients:
             parameter.grad = gradient
 
 
-def plan(state: Any, saved: Any) -> SetGradients:
-    """Plan the return of `saved` gradients (None: there were none). Raises StateMismatch."""
+def plan(state: Any, saved: Any, *, strict: bool = True) -> SetGradients:
+    """Plan the return of `saved` gradients (None: there were none).
+
+    Raises StateMismatch, with `strict`, where one of them has no place here.
+    """
     left = dict(saved) if isinstance(saved, Mapping) else {}
     wanted: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for name, tensor in _leaves(state).items():
@@ -110,7 +113,7 @@ def plan(state: Any, saved: Any) -> SetGradients:
             wanted.append((tensor, gradient.detach()))
         elif tensor.grad is not None:
             wanted.append((tensor, None))
-    if left:
+    if left and strict:
         raise StateMismatch(
             _("The checkpoint was saved between two micro-batches, and its gradient of {name} has "
               "no place here; nothing was changed.", name=min(left))

@@ -294,6 +294,9 @@ class CheckpointManager:
     def give_way(self) -> None:
         """Close, since another manager of this process is about to work in the directory."""
         self._superseded = True
+        signals, self._guard = self._guard, None
+        if signals is not None:
+            signals.__exit__()  # nobody here reads any more that Ctrl-C has come
         self.close(save=False)
 
     def end_threads(self) -> None:
@@ -439,8 +442,8 @@ class CheckpointManager:
                 transaction.acts.append(LoadObject(random, found.payload["rng"], "rng"))
             try:
                 left = found.payload.get(gradients.KEY)
-                transaction.acts.append(gradients.plan(self.state, left))
-            except StateMismatch:
+                transaction.acts.append(gradients.plan(self.state, left, strict=strict))
+            except BaseException:  # too little memory, an interrupt
                 transaction.forget()
                 raise
             if found.newer:
