@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import Catalog, load, reading
+from holdfast.checkpoint import Catalog, load, memory, reading
 from holdfast.errors import CheckpointError
 from holdfast.manage import verify
-from tests.support import Told, Toy, craft, damage, events, make_run, said, tree_of
+from tests.support import Told, Toy, craft, damage, die, events, in_child, make_run, said, tree_of
 
 ERRORS = (errno.EIO, errno.EMFILE, errno.ENOMEM, errno.EINTR, errno.EACCES, errno.ESTALE)
 LONG = 10**6
@@ -310,3 +310,31 @@ def test_a_checkpoint_of_a_later_version_keeps_its_place(tmp_path: Path) -> None
         toy.step()
         manager.save(step=2, strict=True)
     assert [name for name, _why in Catalog(tmp_path).scan().unreadable] == ["unread_latest.pt"]
+
+
+@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+def test_memory_is_not_given_back_for_a_rescue_that_could_not_be_read_back(
+    tmp_path: Path, trouble: Trouble
+) -> None:
+    def run() -> None:
+        toy = Toy()
+        manager = toy.manager(tmp_path, memory_every=1)
+        manager.resume()
+        toy.step()
+        manager.after_step(1)
+        manager.wait()
+        die()
+
+    def left() -> list[memory.Remains]:
+        return [each for each in memory.remains() if each.belongs_to(tmp_path)]
+
+    in_child(run)
+    trouble.meet_named("temp_step1.pt", call="preadv")
+    with pytest.raises(CheckpointError, match="cannot be read now"):
+        start(tmp_path)
+    assert left()
+    trouble.times = 0
+    toy, resumed, _told = start(tmp_path)
+    assert (resumed.step, toy.now) == (1, 1)
+    assert not left()
+    assert Catalog(tmp_path).scan().entries[0].verified

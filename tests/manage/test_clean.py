@@ -16,7 +16,7 @@ import pytest
 from holdfast import load
 from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.catalog import Catalog, Entry
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.lock import FileLock, run_lock
 from holdfast.errors import ResourceError, RunLocked
 from holdfast.manage import clean, locking
 from holdfast.manage import rollback as going_back
@@ -329,7 +329,7 @@ def test_what_one_rule_keeps_the_others_do_not_take(tmp_path: Path) -> None:
 
 
 def go_back(run: Path, wanted: str) -> None:
-    with going_back.run_lock(run):
+    with run_lock(run):
         going_back.execute(going_back.plan(run, wanted))
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from holdfast.checkpoint import Catalog
+from holdfast.checkpoint.lock import run_lock
 from holdfast.errors import CheckpointError, HoldfastError
 from holdfast.manage import clean
 from holdfast.manage.listing import listing_of
 from holdfast.manage.pin import pin
-from holdfast.manage.rollback import execute, plan, run_lock
+from holdfast.manage.rollback import execute, plan
 from holdfast.manage.rundir import look
 from holdfast.manage.table import Screen
 from tests.manage.runs import Training, copy_without_links, make_run, names_in

@@ -13,8 +13,9 @@ import pytest
 
 from holdfast.checkpoint import Catalog, filesystem, memory, rollback
 from holdfast.checkpoint.catalog import ROLES
+from holdfast.checkpoint.lock import run_lock
 from holdfast.errors import CheckpointError, DamagedCheckpoint, HoldfastError, RunLocked
-from holdfast.manage.rollback import execute, plan, run_lock, undo
+from holdfast.manage.rollback import execute, plan, undo
 from holdfast.manage.table import Screen
 from tests.manage.runs import copy_without_links, flip, make_run, names_in
 from tests.support import (

@@ -20,6 +20,7 @@ import torch
 
 from holdfast.checkpoint import Catalog
 from holdfast.checkpoint import state as engine_state
+from holdfast.checkpoint.lock import run_lock
 from holdfast.checkpoint.transaction import LoadScheduler
 from holdfast.manage import rollback
 from holdfast.training.trainer import Trainer
@@ -85,7 +86,7 @@ def test_gone_back_and_trained_again_is_bit_identical(
 ) -> None:
     options = {"temp_every_steps": SAVE_EVERY, "save_every": 7}
     train(config_for(tmp_path, corpus, **options))
-    with rollback.run_lock(tmp_path):
+    with run_lock(tmp_path):
         rollback.execute(rollback.plan(tmp_path, "21"))
     said = train(config_for(tmp_path, corpus, **options))
     assert "21" in said and "lost" not in said

@@ -168,6 +168,11 @@ class FileLock:
             return _("unknown process")
 
 
+def run_lock(directory: str | os.PathLike[str]) -> FileLock:
+    """Return the lock of a run directory: training, clean and roll-back hold it."""
+    return FileLock(Path(directory) / ".run.lock")
+
+
 def _key_of(path: Path) -> tuple[int, int] | None:
     """Device and inode of the file at `path`, if there is one."""
     try:

@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -40,7 +39,7 @@ from holdfast.checkpoint import (
 )
 from holdfast.checkpoint.access import checkpoint_size, load, verify
 from holdfast.checkpoint.catalog import Catalog, Entry, archive_of
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.lock import FileLock, run_lock
 from holdfast.checkpoint.outcome import PendingSave, Resumed, Saved
 from holdfast.checkpoint.place import Place, check_rights
 from holdfast.checkpoint.publisher import Publisher
@@ -724,8 +723,3 @@ class CheckpointManager:
         for entry in contents.entries:
             result[entry.names[0]] = verify(self.catalog.path(entry))
         return result
-
-
-def run_lock(directory: str | os.PathLike[str]) -> FileLock:
-    """The lock of a run directory: whoever trains there holds it."""
-    return FileLock(Path(directory) / ".run.lock")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from holdfast.checkpoint.lock import run_lock
 from holdfast.cli import common
 from holdfast.errors import ConfigError
 from holdfast.i18n import N_, _
@@ -40,7 +41,7 @@ def run_rollback(argv: Sequence[str], prog: str) -> int:
         raise ConfigError(_("{prog} --json asks no questions: add --yes or --dry-run", prog=prog))
     directory = _directory(given)
     look(directory, cached=True)  # says what is wrong with it before a lock makes a file in it
-    with nullcontext() if given.dry_run else rollback.run_lock(directory):
+    with nullcontext() if given.dry_run else run_lock(directory):
         return _roll_back(given, rollback.plan(directory, given.wanted), prog)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from holdfast.checkpoint import filesystem, guard
 from holdfast.checkpoint.catalog import ARCHIVE, QUARANTINE, Catalog
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.lock import run_lock
 from holdfast.errors import RunLocked
 from holdfast.formatting import NOTHING, format_bytes
 from holdfast.i18n import _
@@ -198,7 +198,7 @@ def _writers_dead(shown: Plan) -> Iterator[bool]:
         yield False
         return
     try:
-        with FileLock(shown.directory / ".run.lock"):
+        with run_lock(shown.directory):
             yield True
     except RunLocked:
         yield False

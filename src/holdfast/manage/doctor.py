@@ -16,7 +16,7 @@ from typing import Any
 
 from holdfast.checkpoint import memory
 from holdfast.checkpoint.catalog import QUARANTINE, Entry
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.lock import run_lock
 from holdfast.formatting import format_age, format_bytes, format_time, parse_time
 from holdfast.i18n import _
 from holdfast.manage import leftovers
@@ -82,7 +82,7 @@ def lock(directory: Path) -> Finding:
     """Whether a training works in there now."""
     if not sys.platform.startswith("linux"):
         return unknown("lock")
-    owner = FileLock(directory / ".run.lock").owner()
+    owner = run_lock(directory).owner()
     if owner:
         return Finding("lock", OK, _("a training works in it: {owner}", owner=owner))
     return Finding("lock", OK, _("nobody works in it"))

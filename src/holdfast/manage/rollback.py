@@ -14,7 +14,6 @@ from typing import Any
 
 from holdfast.checkpoint import guard, memory, rollback
 from holdfast.checkpoint.catalog import ARCHIVE, LATEST, Catalog, Entry, archive_of
-from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.errors import CheckpointError, DamagedCheckpoint
 from holdfast.formatting import format_bytes, format_loss
@@ -103,12 +102,6 @@ class Plan:
             for entry in self.newer
         ]  # fmt: skip
         return [*render(columns, rows, screen), ""]
-
-
-def run_lock(directory: str | os.PathLike[str]) -> FileLock:
-    """The lock that whoever trains in `directory` holds: taken, nothing changes between plan and
-    deed."""
-    return FileLock(Path(directory) / ".run.lock")
 
 
 def plan(directory: str | os.PathLike[str], wanted: str) -> Plan:
