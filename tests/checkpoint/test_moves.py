@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +27,27 @@ def start(run: Path) -> tuple[Went, Resumed | None]:
     return found[0]
 
 
-def sweep(template: Path, place: Path, work: Callable[[Path], None], old: Went, new: Went) -> None:
+@pytest.fixture(params=[9, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+def moments(request: pytest.FixtureRequest) -> list[int]:
+    """The calls to the disk to die at: the first, and each so many from a random one on."""
+    first = random.randrange(2, 2 + request.param)
+    print("from call", first)
+    return [1, *range(first, 300, request.param)]
+
+
+def sweep(
+    template: Path,
+    place: Path,
+    work: Callable[[Path], None],
+    moments: list[int],
+    *,
+    old: Went,
+    new: Went,
+) -> None:
     """Kill `work` at each of its calls to the disk: the next start is at `old` or at `new`, nothing
     is called lost, and no state that was announced is gone."""
     outcomes, ids = set(), everything(template)
-    for moment in range(1, 300):
+    for moment in moments:
         run = twin(template, place / str(moment))
         died = killed_at(moment, lambda run=run: work(run))  # type: ignore[misc]
         went, resumed = start(run)
@@ -48,17 +65,17 @@ def sweep(template: Path, place: Path, work: Callable[[Path], None], old: Went, 
     assert moment > 10
 
 
-def test_going_back_by_resume(fast_path: Path) -> None:
+def test_going_back_by_resume(fast_path: Path, moments: list[int]) -> None:
     make_run(fast_path / "template", 4)
 
     def work(run: Path) -> None:
         with Toy(seed=5).manager(run) as manager:
             manager.resume(run / "checkpoint_step_2.pt")
 
-    sweep(fast_path / "template", fast_path, work, old=(4, 1), new=(2, 2))
+    sweep(fast_path / "template", fast_path, work, moments, old=(4, 1), new=(2, 2))
 
 
-def test_going_back_because_training_went_wrong(fast_path: Path) -> None:
+def test_going_back_because_training_went_wrong(fast_path: Path, moments: list[int]) -> None:
     make_run(fast_path / "template", 4)
 
     def work(run: Path) -> None:
@@ -66,10 +83,10 @@ def test_going_back_because_training_went_wrong(fast_path: Path) -> None:
             manager.resume()
             assert manager.go_back(3, "loss is NaN") is not None
 
-    sweep(fast_path / "template", fast_path, work, old=(4, 1), new=(2, 2))
+    sweep(fast_path / "template", fast_path, work, moments, old=(4, 1), new=(2, 2))
 
 
-def test_the_first_save_of_a_run_that_did_not_resume(fast_path: Path) -> None:
+def test_the_first_save_of_a_run_that_did_not_resume(fast_path: Path, moments: list[int]) -> None:
     """Also where it takes the name of the newest of the old run."""
     make_run(fast_path / "template", 3)
 
@@ -80,10 +97,10 @@ def test_the_first_save_of_a_run_that_did_not_resume(fast_path: Path) -> None:
                 toy.step()
             manager.save(step=3, strict=True)
 
-    sweep(fast_path / "template", fast_path, work, old=(3, 1), new=(3, 2))
+    sweep(fast_path / "template", fast_path, work, moments, old=(3, 1), new=(3, 2))
 
 
-def test_a_resume_from_elsewhere_until_its_first_save(fast_path: Path) -> None:
+def test_a_resume_from_elsewhere_until_its_first_save(fast_path: Path, moments: list[int]) -> None:
     make_run(fast_path / "template", 3)
     make_run(fast_path / "elsewhere", 1)
 
@@ -95,7 +112,7 @@ def test_a_resume_from_elsewhere_until_its_first_save(fast_path: Path) -> None:
             manager.save(step=2, strict=True)
 
     outcomes = set()
-    for moment in range(1, 300):
+    for moment in moments:
         run = twin(fast_path / "template", fast_path / str(moment))
         died = killed_at(moment, lambda run=run: work(run))  # type: ignore[misc]
         went, resumed = start(run)
@@ -109,7 +126,7 @@ def test_a_resume_from_elsewhere_until_its_first_save(fast_path: Path) -> None:
     assert everything(run) > everything(fast_path / "template")
 
 
-def test_beginning_anew(fast_path: Path) -> None:
+def test_beginning_anew(fast_path: Path, moments: list[int]) -> None:
     """All of the run is here, or all of it is in the archive; also what is no checkpoint."""
     template = fast_path / "template"
     make_run(template, 3)
@@ -117,7 +134,7 @@ def test_beginning_anew(fast_path: Path) -> None:
         filesystem.make_directory((template / name).parent)
         (template / name).write_text("{}")
     files, outcomes = tree_of(template) - {".run.lock", ".catalog.lock"}, set()
-    for moment in range(1, 300):
+    for moment in moments:
         run = twin(template, fast_path / str(moment))
         died = killed_at(moment, lambda run=run: rollback.set_aside(Catalog(run)))  # type: ignore[misc]
         recovery.rescue(Catalog(run), Reporter(Catalog(run)))
@@ -148,7 +165,7 @@ def test_a_run_that_was_set_aside_and_is_brought_back_by_hand_stays(tmp_path: Pa
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "copies"])
 def test_setting_a_damaged_newest_aside(
-    fast_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+    fast_path: Path, moments: list[int], links: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is left of its names says the same again: an older one is gone on from, and the loss is
     told each time."""
@@ -163,7 +180,7 @@ def test_setting_a_damaged_newest_aside(
         with Toy(seed=5).manager(run) as manager:
             manager.resume()
 
-    for moment in range(1, 300):
+    for moment in moments:
         run = twin(template, fast_path / str(moment))
         died = killed_at(moment, lambda run=run: work(run))  # type: ignore[misc]
         with Toy(seed=5).manager(run) as manager:
