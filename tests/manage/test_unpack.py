@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import tarfile
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from holdfast.manage.table import Screen
 from holdfast.manage.unpack import checked, contents_of, unpack
 from holdfast.manage.verify import Progress
 from tests.manage.runs import Training, make_run
+from tests.support import die, in_child
 
 
 @pytest.fixture(scope="module")
@@ -448,3 +450,14 @@ def test_a_python_without_the_filter_refuses_the_same(
     path = craft(tmp_path / "a.tar", [Item("x", 0)], iter([member]))
     with pytest.raises(DamagedCheckpoint):
         unpack(path, str(tmp_path / "b"))
+
+
+def test_what_a_killed_one_has_left_goes_with_the_next(made: Path, tmp_path: Path) -> None:
+    def killed() -> None:
+        Path.rename = die  # type: ignore[assignment]
+        unpack(made / "a.tar", str(tmp_path / "b"))
+
+    assert in_child(killed) == -signal.SIGKILL
+    assert [name.startswith(".unpacking-") for name in left_in(tmp_path)] == [True]
+    unpack(made / "a.tar", str(tmp_path / "b"))
+    assert left_in(tmp_path) == ["b"]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from holdfast.checkpoint import filesystem, guard
+from holdfast.checkpoint import drafts, filesystem, guard
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.container import NewerFormat, Reader
 from holdfast.errors import HoldfastError
@@ -25,6 +25,7 @@ from holdfast.manage.packed import Chunks, Contents, Item, PackedRun, check
 # How much smaller than its run an archive may be: weights shrink by a sixth, texts twentyfold, and
 # moments that are still zero vanish.
 _MOST_RATIO, _MOST_SMALL = 100, 64 << 20
+_DRAFT = ".unpacking-"
 
 
 def contents_of(path: str | os.PathLike[str]) -> Packed:
@@ -108,11 +109,15 @@ def _check_target(target: Path) -> None:
 
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """A new directory on the same file system, gone at the end unless it was renamed."""
-    place = target.absolute().with_name(f".unpacking-{os.getpid()}-{time.monotonic_ns():x}")
+    """A new directory on the same file system, gone at the end unless it was renamed. What killed
+    processes have left there goes first."""
+    parent = target.absolute().parent
+    drafts.sweep(parent, _DRAFT)
+    place = parent / f"{_DRAFT}{os.getpid()}-{time.monotonic_ns():x}"
     place.mkdir()
     try:
-        yield place
+        with drafts.held(place):
+            yield place
     finally:
         with guard.deferred_interrupt():
             shutil.rmtree(place, ignore_errors=True)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from holdfast.checkpoint import filesystem
+from holdfast.checkpoint import drafts, filesystem
 from holdfast.checkpoint.guard import SignalGuard
 from holdfast.errors import ConfigError, Interrupted, ResourceError
 from holdfast.formatting import format_bytes
@@ -29,7 +29,11 @@ _LOOK_EVERY = 0.2  # seconds between two looks at how much has been written
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Raise ConfigError where something is at `target` that may not be replaced."""
+    """Raise ConfigError where something is at `target` that may not be replaced.
+
+    What a process that was killed while it exchanged folders has moved away is put back first.
+    """
+    _put_back(target)
     if not target.exists() and not target.is_symlink():
         return
     if not force:
@@ -67,14 +71,17 @@ def making(target: Path, *, folder: bool, force: bool) -> Iterator[Path]:
     ended it, nothing is left of it, and `target` is as it was.
     """
     filesystem.make_directory(target.parent)
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    _put_back(target)
+    drafts.sweep(target.parent, _hidden(target, "part"))
+    draft = target.with_name(f"{_hidden(target, 'part')}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         if folder:
             draft.mkdir()
-        yield draft
-        _make_durable(draft)
-        check_target(target, force=force)  # somebody may have been faster
-        _exchange(draft, target)
+        with drafts.held(draft):  # a file is not there yet: its process alone says whose it is
+            yield draft
+            _make_durable(draft)
+            check_target(target, force=force)  # somebody may have been faster
+            _exchange(draft, target)
     except BaseException:  # an interrupt, too, leaves nothing half-written
         _forget(draft)
         raise
@@ -85,14 +92,28 @@ def _exchange(draft: Path, target: Path) -> None:
     if not target.is_dir() and not (draft.is_dir() and target.exists()):
         draft.replace(target)
         return
-    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    old = target.with_name(f"{_hidden(target, 'old')}{os.getpid()}-{secrets.token_hex(4)}")
     target.rename(old)
-    try:
+    try:  # a kill here leaves nothing at `target` until the next call: see _put_back
         draft.rename(target)
     except BaseException:  # whatever it was: what was there is there again
         old.rename(target)
         raise
     _forget(old)
+
+
+def _put_back(target: Path) -> None:
+    """Undo what a kill between the two moves of `_exchange` has left; after both, finish it."""
+    for old in drafts.left(target.parent, _hidden(target, "old")):
+        if target.exists() or target.is_symlink():
+            _forget(old)
+        else:
+            old.rename(target)
+
+
+def _hidden(target: Path, what: str) -> str:
+    """What the names beside `target` begin with that stand for it for a while."""
+    return f".{target.name}.{what}-"
 
 
 def _make_durable(path: Path) -> None:
