@@ -102,6 +102,14 @@ def test_steps_that_were_lost_and_made_again_are_no_progress() -> None:
     assert decision.gave_up
 
 
+def test_steps_that_are_counted_anew_in_another_epoch_are_progress() -> None:
+    ends = [End(CRASH, 1.0, step, epoch) for epoch in (1, 2, 3) for step in (20, 60, 90)]
+    assert ends_after(Restarts(Limits(), 0, 1), ends).delay is not None
+    assert ends_after(Restarts(Limits(), 90, 3), [End(CRASH, 1.0, 60, 3)] * 3).gave_up
+    mixed = [End(CRASH, 1.0, 100, 1), *(End(CRASH, 1.0, step) for step in (120, 140, 160))]
+    assert ends_after(Restarts(Limits()), mixed).delay is not None, "some saves name no epoch"
+
+
 def test_without_a_run_of_ours_the_time_counts() -> None:
     long, short = crashed(lived=HEALTHY), crashed(lived=HEALTHY - 1)
     assert ends_after(Restarts(Limits()), [long] * 20).delay is not None

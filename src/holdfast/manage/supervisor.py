@@ -65,11 +65,13 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class End:
     """How a command ended: `status` negative for the signal that killed it, `lived` in seconds,
-    `step` the newest durable one, None where there is no run of ours to look at."""
+    `step` and `epoch` those of the newest durable state, None where there is no run of ours to
+    look at, or it does not say."""
 
     status: int
     lived: float
     step: int | None = None
+    epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +84,20 @@ class Decision:
 
 
 class Restarts:
-    """Decides after each end. Bounded: only a step beyond the furthest one counts as progress, so
-    a training of N steps is started at most `give_up_after` * (N + 1) times."""
+    """Decides after each end. Bounded: only a step beyond the furthest one, or another epoch, in
+    which steps may be counted anew, is progress: a training of N steps is started at most
+    `give_up_after` * (N + 1) times."""
 
     def __init__(
-        self, limits: Limits, step: int | None = None, chance: Callable[[], float] = random.random
+        self,
+        limits: Limits,
+        step: int | None = None,
+        epoch: int | None = None,
+        *,
+        chance: Callable[[], float] = random.random,
     ) -> None:
-        self._limits, self._furthest, self._chance = limits, step or 0, chance
+        self._limits, self._chance = limits, chance
+        self._epoch, self._furthest = epoch or 0, step or 0
         self._restarts = 0
         self._repeats = 0  # crashes in a row without progress, the last one included
 
@@ -117,8 +126,10 @@ class Restarts:
     def _progressed(self, end: End) -> bool:
         if end.step is None:
             return end.lived >= HEALTHY
-        further = end.step > self._furthest
-        self._furthest = max(end.step, self._furthest)
+        epoch = end.epoch or 0
+        further = epoch > self._epoch or end.step > self._furthest
+        if further:
+            self._epoch, self._furthest = max(epoch, self._epoch), end.step
         return further
 
     def _delay(self) -> float:
@@ -160,12 +171,12 @@ def newest(directory: Path) -> Entry | None:
         return None
 
 
-def durable_step(directory: Path) -> int | None:
-    """The newest durable step; None where no run of ours has ever been."""
+def durable(directory: Path) -> tuple[int | None, int | None]:
+    """Return step and epoch of the newest durable state; None where no run of ours has been."""
     found = newest(directory)
     if found is not None:
-        return found.step
-    return 0 if (directory / ".run.lock").exists() else None
+        return found.step, found.epoch
+    return (0 if (directory / ".run.lock").exists() else None), None
 
 
 def await_free(directory: Path, tell: Callable[[str], None], patience: float = PATIENCE) -> None:
@@ -247,7 +258,7 @@ class Supervisor:
         starts), RunLocked, and ConfigError where the command cannot be started."""
         await_free(self._directory, self._log)
         before = newest(self._directory)
-        restarts = Restarts(self._limits, durable_step(self._directory))
+        restarts = Restarts(self._limits, *durable(self._directory))
         environment = {name: value for name, value in os.environ.items() if name != RESTART}
         with self._passing_signals_on(), _adopting():
             while True:
@@ -282,7 +293,7 @@ class Supervisor:
         child, self._child = self._child, None
         if status != 0 or self._asked is not None:
             _end_group(child.pid, self._asked or signal.SIGTERM)
-        end = End(status, time.monotonic() - began, durable_step(self._directory))
+        end = End(status, time.monotonic() - began, *durable(self._directory))
         self._tell(end, wall)
         return end
 

@@ -34,14 +34,13 @@ def checkpoint_rows(view: RunView) -> tuple[list[dict[str, Any]], int]:
     there = [row for row in rows.values() if row["fate"] == KEPT]
     gone = [row for row in rows.values() if row["fate"] != KEPT]
     shown = there + gone[-GONE_SHOWN:]
-    shown.sort(
-        key=lambda row: (row["generation"] or 0, row["step"], row["time"] or 0), reverse=True
-    )
+    shown.sort(key=_order, reverse=True)
     return shown, max(0, len(gone) - GONE_SHOWN)
 
 
 def _order(row: dict[str, Any]) -> tuple[int, int, int]:
-    return row["generation"] or 0, row["step"], row["time"] or 0
+    """The step comes last: many loops count it anew in each epoch."""
+    return row["generation"] or 0, row["time"] or 0, row["step"]
 
 
 def _from_history(view: RunView) -> dict[str, dict[str, Any]]:
