@@ -28,7 +28,7 @@ from holdfast.manage.supervisor import (
     Restarts,
     Supervisor,
     await_free,
-    durable_step,
+    durable,
     ending,
     shell_status,
 )
@@ -205,7 +205,7 @@ def test_a_training_that_gets_further_is_not_given_up(run: Path, tmp_path: Path)
               "cp ../$s.pt checkpoint_step_$s.pt; kill -9 $$")  # fmt: skip
     status, said = supervise(run, script, give_up_after=2)
     assert status == 0
-    assert durable_step(run) == 5
+    assert durable(run)[0] == 5
     assert sum("SIGKILL" in line for line in said) == 5
 
 
