@@ -327,6 +327,37 @@ def test_more_than_a_thousandth_of_damage_is_refused_with_the_first_place(tmp_pa
         assert f"byte {first} (line 101)" in message and "up to 0.1 %" in message
 
 
+@pytest.mark.parametrize("encoding", ["gb18030", "big5"])
+@pytest.mark.parametrize("first", [True, False])
+def test_utf_8_among_another_encoding_is_never_read_as_other_characters(
+    encoding: str, first: bool, tmp_path: Path
+) -> None:
+    """Files put together: what is UTF-8 decodes as GB18030, into nonsense, nearly without error."""
+    prose = TRADITIONAL if encoding == "big5" else SENTENCE
+    lines = [f"{number}。{prose}" for number in range(2000)]
+    others = "\n".join(lines).encode(encoding)
+    for share in (1, 50):
+        utf8 = "\n".join(f"{number}。{SENTENCE}" for number in range(share)).encode()
+        at = 0 if first else len(others) + 1
+        data = b"\n".join([utf8, others] if first else [others, utf8])
+        path = write(tmp_path / f"{share}.txt", data)
+        if share == 1:
+            found = corpus_of(path)
+            texts = [text for _for_validation, text in found.pieces()]
+            assert [text for text in texts if len(text) > 5] == lines
+            assert f"byte {at + 1}" in found.damage.notes()[0]
+        else:
+            message = refusal(path)
+            assert f"from byte {at + 1} (line {1 if first else 2001}) on there is UTF-8" in message
+
+
+def test_byte_order_marks_of_files_put_together_are_no_text(tmp_path: Path) -> None:
+    for codec in ("utf-8-sig", "utf-16-le", "gb18030"):
+        mark = "" if codec == "utf-8-sig" else "\ufeff"
+        data = (mark + f"{SENTENCE}\n").encode(codec) * 40
+        assert read(write(tmp_path / f"{codec}.txt", data)) == [SENTENCE] * 40
+
+
 def test_utf_16_that_lost_a_byte_is_refused_near_that_place(tmp_path: Path) -> None:
     """All behind it is read askew: nothing that could be left out."""
     data, _lines = in_encoding("utf-16")

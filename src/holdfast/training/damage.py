@@ -20,6 +20,7 @@ _SHOWN = 5  # places that a note names
 _HOPELESS = 1 << 20  # bytes left out after which reading ends early where they are over 1 %
 
 NO_CHARACTER = N_("no character of its encoding")
+UTF8_AMONG = N_("UTF-8 in the middle of another encoding")
 NO_UTF8 = N_("not UTF-8")  # in Parquet, where a place is a row
 ZERO = N_("a zero byte")
 NO_JSON = N_("no JSON")
@@ -136,4 +137,4 @@ class Damage:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{100 * share:.3g} %"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from holdfast.errors import DataError
 from holdfast.i18n import _
-from holdfast.training.damage import NO_CHARACTER, TOLERATED, ZERO
+from holdfast.training.damage import NO_CHARACTER, TOLERATED, UTF8_AMONG, ZERO
 
 Blocks = Callable[[], Iterable[bytes]]
 """Read the file once more from its beginning."""
@@ -36,6 +36,11 @@ _LOOK = 4_000_000  # characters in which common ones are counted
 
 _BOMS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
 _LONGEST_CHARACTER = 4  # bytes, in every encoding here
+# Files of two encodings put together: Chinese in UTF-8 mostly decodes as GB18030 or Big5 without an
+# error, into other characters. In real text of those, no twelve bytes in a row look like this.
+_WIDE_UTF8 = rb"(?:(?:[\xe3-\xe9][\x80-\xbf]|\xef[\xbc\xbd])[\x80-\xbf])"
+_UTF8 = re.compile(_WIDE_UTF8 + rb"{4,}(?:[\t\n\r -~]{0,64}" + _WIDE_UTF8 + rb"{2,})*")
+_UTF8_SIGNS = [sign.encode() for sign in "，。、的"]  # found sooner than the runs are
 _BLANK_LINE = re.compile(r"\n\s*\n")
 
 
@@ -83,6 +88,15 @@ def not_a_character(path: Path, codec: str, offset: int, line: int, reason: str)
             "Choose a .txt, .jsonl or .parquet file.",
             path=path,
             offset=offset,
+        )
+    if reason == UTF8_AMONG:
+        return _(
+            "{path} is {encoding} text, but from byte {offset} (line {line}) on there is UTF-8 in "
+            "it, as in files put together. Save each as UTF-8 before that.",
+            path=path,
+            encoding=_NAMES[codec],
+            offset=offset,
+            line=line,
         )
     return _(
         "{path} is {encoding} text, but byte {offset} (line {line}) is no character of it. "
@@ -205,6 +219,7 @@ class _Decoder:
     def __init__(self, encoding: Encoding, report: Report) -> None:
         self._codec, self._report = encoding.codec, report
         self._zeros_are_text = self._codec.startswith("utf-16")
+        self._may_have_utf8 = not self._codec.startswith("utf-")
         self._offset = encoding.bom  # in the file, of the first byte that is not decoded yet
         self._line = 1  # there
         self._rest = b""  # bytes that may be the beginning of a character
@@ -213,25 +228,31 @@ class _Decoder:
     def decode(self, block: bytes, *, final: bool = False) -> str:
         data = self._rest + block
         try:
-            text, self._rest = data.decode(self._codec), b""
-            self._pass_over(data, text)
+            if self._utf8_in(data, 0):
+                text = self._mended(data, final)
+            else:
+                text, self._rest = data.decode(self._codec), b""
+                self._pass_over(data, text)
         except UnicodeDecodeError:
             text = self._mended(data, final)
         text = self._held + text
         self._held = "\r" if text.endswith("\r") and not final else ""
         text = text[: len(text) - len(self._held)]
+        text = text.replace("\ufeff", "")  # the byte order marks of files put together
         return _newlines(text if self._zeros_are_text else text.replace("\0", ""))
 
     def _mended(self, data: bytes, final: bool) -> str:
         """Decode around whatever is no character; the beginning of one at the end waits."""
         parts, position = [], 0
         while position < len(data):
+            other = self._utf8_in(data, position)
+            bad, reason = (other[0], UTF8_AMONG) if other else (b"", NO_CHARACTER)
             try:
-                good, bad = data[position:], b""
+                good = data[position : other.start() if other else None]
                 parts.append(good.decode(self._codec))
             except UnicodeDecodeError as error:
-                good = data[position : position + error.start]
-                bad = data[position + error.start : position + error.end]
+                bad, reason = good[error.start : error.end], NO_CHARACTER
+                good = good[: error.start]
                 parts.append(good.decode(self._codec))
             self._pass_over(good, parts[-1])
             position += len(good)
@@ -241,11 +262,17 @@ class _Decoder:
                 bad = bad[:1]
                 parts.append("€")
             elif bad:
-                self._report(self._offset, len(bad), self._line, NO_CHARACTER)
-            self._pass_over(bad, "")
+                self._report(self._offset, len(bad), self._line, reason)
+                parts.append("\n" * bad.count(b"\n"))
+            self._pass_over(bad, parts[-1] if bad else "")
             position += len(bad)
         self._rest = data[position:]
         return "".join(parts)
+
+    def _utf8_in(self, data: bytes, position: int) -> re.Match[bytes] | None:
+        if self._may_have_utf8 and any(sign in data for sign in _UTF8_SIGNS):
+            return _UTF8.search(data, position)
+        return None
 
     def _pass_over(self, data: bytes, text: str) -> None:
         """Count bytes and lines, and report zero bytes."""
