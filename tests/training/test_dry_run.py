@@ -210,3 +210,11 @@ def test_the_time_is_within_a_quarter_of_the_real_run(
     estimates = sorted([before.total_seconds, after.total_seconds])
     print(f"estimated {estimates[0]:.1f} and {estimates[1]:.1f} s, took {seconds:.1f} s")
     assert 0.75 * estimates[0] <= seconds <= 1.25 * estimates[1]
+
+
+def test_no_step_beyond_the_plan_is_shown(tmp_path: Path, corpus: Path) -> None:
+    """More steps are timed than a short plan has; the last one is made again."""
+    config = config_for(tmp_path / "run", corpus, epochs="none", num_steps=4, sample_tokens=0)
+    with Console(stream=io.StringIO(), terminal=False) as console:
+        dry_run(config, console)
+        assert 0 < console.status.step <= 4

@@ -197,11 +197,13 @@ def _interval(options: CheckpointConfig, step: float, save: float, size: int) ->
 def _time_steps(workshop: Workshop, signals: guard.SignalGuard) -> float:
     """Seconds of one step: the mean of real ones, the slow first ones left out."""
     trainer, times, began = workshop.trainer, [], time.perf_counter()
+    last = max(0, trainer.plan.total_steps - 1)
     trainer.model.train()
     for number in range(WARM_UP_STEPS + TIMED_STEPS):
         start = time.perf_counter()
         if trainer.progress.position == trainer.plan.steps_per_epoch:
             trainer.progress.position = 0
+        trainer.progress.step = min(trainer.progress.step, last)  # a short plan: the last one again
         trainer.one_step()
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()
