@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager, EveryMinutes, EverySteps, RiskAware
-from holdfast.errors import ConfigError, SaveFailed
+from holdfast.errors import ConfigError, SaveFailed, UnsupportedValue
 
 
 @pytest.mark.parametrize(("options", "word"), [
@@ -121,3 +121,69 @@ def test_the_states_own_step_is_kept_and_a_difference_is_said(
     with CheckpointManager(tmp_path, state) as manager:
         manager.resume()
     assert state == {"global_step": 2, "epoch": 1}
+
+
+@pytest.mark.parametrize("directory", ["", None, 5])
+def test_a_run_directory_that_is_no_path(directory: Any) -> None:
+    with pytest.raises(ConfigError, match="The run directory is a path"):
+        CheckpointManager(directory, {"n": 1})
+
+
+def test_a_home_directory_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with CheckpointManager("~/runs", {"n": 1}) as manager:
+        manager.save(step=1)
+    assert (tmp_path / "runs" / "latest.pt").exists() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, torch.optim.Adam])
+def test_a_class_in_place_of_an_object(kind: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedValue, match="layers/0 is a"):
+        CheckpointManager(tmp_path, {"layers": [kind]})
+
+
+def test_metrics_that_are_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with CheckpointManager(tmp_path, {"n": 1}) as manager:
+        with pytest.raises(ConfigError, match="metrics are a dictionary"):
+            manager.save(step=1, metrics=[0.5])  # type: ignore[arg-type]
+        for step in (1, 2):
+            manager.save(step=step, metrics={"val_loss": torch.ones(2)})  # type: ignore[dict-item]
+    told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert [text for text in told if "is no number: tensor([1., 1.])" in text] == told
+
+
+def test_what_state_dict_gave_once_is_said_not_to_follow(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The habit of `torch.save({"optimizer": optimizer.state_dict()})`."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    with CheckpointManager(tmp_path, {"model": model, **state}) as manager:
+        manager.save(step=1)
+        manager.save(step=2)
+    told = [r.getMessage() for r in caplog.records if "does not follow the training" in r.message]
+    assert len(told) == 2, "each once"
+    caplog.clear()
+    fresh = {"optimizer": optimizer.state_dict()}
+    with CheckpointManager(tmp_path / "b", fresh) as manager:
+        fresh["optimizer"] = optimizer.state_dict()  # asked anew before each save: that follows
+        manager.save(step=1)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_without_a_listener_warnings_are_sentences(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {"n": 1}
+    with CheckpointManager(tmp_path, state) as manager:
+        manager.save(step=5)
+        manager.save(step=3)
+    with CheckpointManager(tmp_path, state) as manager:  # resume() forgotten
+        manager.save(step=1)
+    told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(told) == 2 and all(text.startswith(f"{tmp_path}: ") for text in told)
+    assert "Step 3 comes after step 5." in told[0]
+    assert "checkpoints were moved to" in told[1]

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+import os
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ConfigError
 from holdfast.i18n import _
 
 KINDS = ("epoch", "step", "best", "temp")
+
+
+def checked_directory(directory: Any) -> Path:
+    """The run directory, `~` understood. Raises `ConfigError` where `directory` names none."""
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        raise ConfigError(
+            _("The run directory is a path, such as {example}; this is {value}.",
+              example='"runs/a"', value=repr(directory))
+        )  # fmt: skip
+    return Path(os.fsdecode(directory)).expanduser()
 
 
 def check_state(state: Any) -> None:
@@ -67,8 +79,19 @@ def check_positive(name: str, value: Any) -> None:
         )
 
 
-def check_save(step: Any, epoch: Any, kind: str) -> None:
+def is_state_once_given(value: Any) -> bool:
+    """Whether `value` looks like what an optimizer's or a scheduler's `state_dict()` has given."""
+    forms = ({"state", "param_groups"}, {"last_epoch", "_step_count"})
+    return isinstance(value, Mapping) and any(form <= value.keys() for form in forms)
+
+
+def check_save(step: Any, epoch: Any, kind: str, metrics: Any = None) -> None:
     """Raises `ConfigError` where a save cannot be meant like this."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise ConfigError(
+            _("metrics are a dictionary, such as {example}; these are {value}.",
+              example='{"val_loss": 1.5}', value=repr(metrics))
+        )  # fmt: skip
     check_choice("kind", kind, KINDS)
     check_number("step", step, 0, whole=True)
     if epoch is not None:

@@ -138,6 +138,7 @@ class CheckpointManager:
         on_event: EventHandler | None = None,
         lock: FileLock | None = None,
     ) -> None:
+        directory = calls.checked_directory(directory)
         calls.check_state(state)
         calls.check_policies(save_when)
         calls.check_choice("overlap", overlap, (False, True, "always"))
@@ -546,7 +547,7 @@ class CheckpointManager:
             SaveFailed: after `close()`, or in a forked child.
         """
         saver = self._own()
-        calls.check_save(step, epoch, "temp")
+        calls.check_save(step, epoch, "temp", metrics)
         self._reporter.deliver()
         saver.done(int(step), epoch, keep_streams=self._guard is not None)
         self._stop_if_asked(int(step), epoch)
@@ -605,7 +606,7 @@ class CheckpointManager:
             SaveFailed: with `strict`, or after `close()`, or in a forked child.
             ConfigError: step, epoch or kind are none that can be meant.
         """
-        calls.check_save(step, epoch, kind)
+        calls.check_save(step, epoch, kind, metrics)
         with guard.deferred_interrupt():
             pending = self._own().request(step, epoch, metrics, kind, reason, kept=True)
             self.wait()
@@ -634,7 +635,7 @@ class CheckpointManager:
         Raises:
             SaveFailed: after `close()`, or in a forked child.
         """
-        calls.check_save(step, epoch, kind)
+        calls.check_save(step, epoch, kind, metrics)
         with guard.deferred_interrupt():
             return self._own().request(step, epoch, metrics, kind, reason, kept=kind != "temp")
 

@@ -13,16 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.words import sentence
 
 log = logging.getLogger("holdfast")
 
 EventHandler = Callable[[str, dict[str, Any]], None]
-# Told as warnings to those who listen to nothing else.
-_WARNINGS = ("configured", "failed", "quarantined", "step_back", "unread", "unverified")
 
 
 class Reporter:
-    """Records events and tells them to `on_event(event, fields)`, or to the log without one."""
+    """Records events and tells them to `on_event(event, fields)`; without one to the log, in words
+    where they are warnings."""
 
     def __init__(self, catalog: Catalog, on_event: EventHandler | None = None) -> None:
         self._catalog, self._on_event = catalog, on_event
@@ -51,8 +51,10 @@ class Reporter:
     def tell(self, event: str, **fields: Any) -> None:
         """Tell an event: now in the thread that made this object, from others with `deliver`."""
         if self._on_event is None:
-            level = logging.WARNING if event in _WARNINGS else logging.INFO
-            log.log(level, "%s %s", event, fields)
+            if warning := sentence(event, fields):
+                log.warning("%s: %s", self._catalog.directory, warning)
+            else:
+                log.info("%s %s", event, fields)
             return
         self._waiting.put((event, fields))
         if threading.get_ident() == self._owner:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from holdfast.checkpoint import codec, filesystem, gradients, project
+from holdfast.checkpoint import calls, codec, filesystem, gradients, project
 from holdfast.checkpoint import image as images
 from holdfast.checkpoint.catalog import Catalog, Entry
 from holdfast.checkpoint.configured import Configured
@@ -146,6 +146,7 @@ class Saver:
                   "under that name. Call it otherwise.")
             )  # fmt: skip
         self._said: set[str] = set()  # keys of the state and metrics of which a warning was given
+        self._once_given = {k: v for k, v in state.items() if calls.is_state_once_given(v)}
         normalise(self._payload(step=0, epoch=None))  # what cannot be saved is said now
 
     def start(
@@ -261,6 +262,7 @@ class Saver:
             where = int(step), None if epoch is None else int(epoch)
             manifest = self._manifest(*where, plain_metrics(metrics), kind, reason)
             self._compare_own(*where)
+            self._look_for_stale()
             self._look_for_metric(metrics, kind)
             tree = normalise(self._payload(step=where[0], epoch=where[1]))
             self._open_memory(tree)
@@ -526,9 +528,28 @@ class Saver:
                   "state.", key=key, own=own, given=given)
             )  # fmt: skip
 
+    def _look_for_stale(self) -> None:
+        """Say once where a `state_dict()` was called when the state was made, and never since."""
+        for key, value in self._once_given.items():
+            if self._state.get(key) is value and key not in self._said:
+                self._said.add(key)
+                log.warning(
+                    _("{key} in the state is what state_dict() gave when the state was made: it "
+                      "does not follow the training. Put the object itself there.", key=key)
+                )  # fmt: skip
+
     def _look_for_metric(self, metrics: Mapping[str, float] | None, kind: str) -> None:
         """Say once that the metric which is to decide what is best is not among those given."""
-        if kind == "temp" or not metrics or self._metric in metrics or self._metric in self._said:
+        if kind == "temp" or not metrics or self._metric in self._said:
+            return
+        value = plain_metrics(metrics).get(self._metric)
+        if isinstance(value, str) and not isinstance(metrics[self._metric], float):
+            self._said.add(self._metric)
+            log.warning(
+                _("{metric}, which decides what is best, is no number: {value}.",
+                  metric=self._metric, value=value)
+            )  # fmt: skip
+        if self._metric in metrics:
             return
         self._said.add(self._metric)
         log.warning(

@@ -301,7 +301,7 @@ class _Normaliser:
             return value
         if isinstance(value, torch.nn.Module):
             return self(plain_state(value), path)
-        if callable(getattr(value, "state_dict", None)):
+        if callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
             return self(value.state_dict(), path)
         if (stream := stream_of(value)) is not None:
             return self(stream.state_dict(), path)

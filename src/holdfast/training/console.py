@@ -25,7 +25,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from holdfast.checkpoint import risk
+from holdfast.checkpoint import risk, words
 from holdfast.formatting import format_age, format_bytes, format_seconds, parse_time
 from holdfast.i18n import _, encode_anything
 from holdfast.training import trouble
@@ -308,16 +308,8 @@ class Console:
             self._on_durable(fields["saved"])
         elif event == "resumed":
             self._on_resumed(fields["resumed"])
-        elif event == "quarantined":
-            self.warn(
-                _("{names}: {reason}. Moved to quarantine/.", names=", ".join(fields["names"]),
-                  reason=fields["reason"])
-            )  # fmt: skip
         elif event == "archived":
-            self.say(
-                _("📦 {count} checkpoints were moved to {to}.", count=fields["count"],
-                  to=fields["to"])
-            )  # fmt: skip
+            self.say(words.sentence(event, fields) or "")
         elif event == "rescued":
             self.say(
                 _("🛟 Step {step} was found in memory, where a killed process had left it, and is "
@@ -335,10 +327,7 @@ class Console:
                 _("Saving makes training wait for the disk: {reason}.", reason=fields["reason"])
             )
         elif event == "configured":
-            self.say(
-                _("Settings that you have changed take effect: {changes}",
-                  changes="; ".join(fields["changes"])), important=True
-            )  # fmt: skip
+            self.say(words.sentence(event, fields) or "", important=True)
         elif event == "threads":
             self.warn(
                 _("This run computes with {saved} CPU threads, this machine would take {live}: "

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from holdfast.checkpoint import guard as guards
-from holdfast.checkpoint import ranks, rollback, space
+from holdfast.checkpoint import ranks, rollback, space, words
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.foreign import load_weights
 from holdfast.checkpoint.layout import PAGE
@@ -56,7 +56,6 @@ from holdfast.training.prepare import PreparedData, prepare_data, reopen_data
 from holdfast.training.records import Records
 from holdfast.training.tokenizer import TextTokenizer
 from holdfast.training.trainer import Trainer
-from holdfast.training.trouble import unsafe_words
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "zh_sample.txt"  # what data/ links to
 BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, all of them fp32
@@ -240,7 +239,7 @@ def _listener(workshop: Workshop, console: Console, notifier: Notifier) -> Event
     def on_event(event: str, fields: dict[str, Any]) -> None:
         console.on_event(event, fields)
         if event == "unsafe" and fields["first"]:
-            notifier.send(event, unsafe_words(fields))
+            notifier.send(event, words.sentence(event, fields) or "")
         elif event == "directory_lost":
             try:  # what a new run directory has besides its checkpoints
                 _write_descriptions(workshop, Path(fields["directory"]))

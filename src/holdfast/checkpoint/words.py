@@ -1,0 +1,66 @@
+"""What the events of a manager say to a person, in the log and at a console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from holdfast.i18n import N_, _
+
+_MOVED = "directory_moved"  # a lost directory of which it is known where it is
+_SENTENCES = {
+    "failed": N_("Step {step} could not be saved. Training goes on. The reason: {reason}"),
+    "unverified": N_(
+        "Step {step} is durable, but could not be read back to check it ({reason}). Nothing "
+        "older is removed until a later save has been checked."
+    ),
+    "unread": N_(
+        "{name} cannot be read now ({reason}). It is older than the newest; it stays where it is."
+    ),
+    "quarantined": N_("{names}: {reason}. Moved to quarantine/."),
+    "configured": N_("Settings that you have changed take effect: {changes}"),
+    "archived": N_("📦 {count} checkpoints were moved to {to}."),
+    "step_back": "{reason}",
+    "room_made": N_(
+        "The disk is nearly full: {names} went sooner than asked for, so that the next "
+        "checkpoint fits."
+    ),
+    _MOVED: N_(
+        "The run directory {directory} was renamed to {moved_to} while training: its "
+        "checkpoints and its history are there. A new one has been made in its place, and the "
+        "next step is saved there."
+    ),
+    "directory_lost": N_(
+        "The run directory {directory} was deleted while training: its checkpoints and its "
+        "history are gone. A new one has been made in its place, and the next step is saved there."
+    ),
+    "lock_renewed": N_(
+        "The lock file of {directory} was removed while this training holds it, and has been "
+        "made anew. Leave it: without it two trainings would write over each other."
+    ),
+}
+
+
+def sentence(event: str, fields: Mapping[str, Any]) -> str | None:
+    """The words of a warning; None for an event that is none."""
+    if event == "unsafe":
+        return _unsafe(fields)
+    text = _SENTENCES.get(_MOVED if fields.get("moved_to") else event)
+    if text is None:
+        return None
+    lists = {
+        key: separator.join(fields[key])
+        for key, separator in (("names", ", "), ("changes", "; "))
+        if key in fields
+    }
+    return _(text, **{**fields, **lists})
+
+
+def _unsafe(fields: Mapping[str, Any]) -> str:
+    text = _(
+        "UNSAFE: nothing could be saved for {minutes} minutes; the last durable step is {step}. A "
+        "power cut now costs all the work since.", minutes=f"{fields['minutes']:.0f}",
+        step=fields["step"],
+    )  # fmt: skip
+    reason = fields["reason"] or _("a save is under way and does not end")
+    return text + " " + _("The reason: {reason}", reason=reason)
