@@ -24,7 +24,7 @@ def checked_directory(directory: Any) -> Path:
 
 
 def check_state(state: Any) -> None:
-    """Raises `ConfigError` where `state` is no mapping that can be restored in place."""
+    """Raise `ConfigError` where `state` is no mapping that can be restored in place."""
     if not isinstance(state, MutableMapping):
         raise ConfigError(
             _("A state is a dictionary of what is to be saved, such as {example}; this is a "
@@ -34,7 +34,7 @@ def check_state(state: Any) -> None:
 
 
 def check_policies(save_when: Any) -> None:
-    """Raises `ConfigError` where `save_when` is no list of policies."""
+    """Raise `ConfigError` where `save_when` is no list of policies."""
     if not isinstance(save_when, Sequence) or isinstance(save_when, str):
         raise ConfigError(
             _("save_when is a list of policies, such as {example}; this is {value}.",
@@ -49,7 +49,7 @@ def check_policies(save_when: Any) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raises `ConfigError` where `value` is none of `choices`."""
+    """Raise `ConfigError` where `value` is none of `choices`."""
     if not any(value is choice or value == choice for choice in choices):
         words = ", ".join(repr(choice) for choice in choices)
         raise ConfigError(
@@ -59,7 +59,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def check_number(name: str, value: Any, least: float, *, whole: bool = False) -> None:
-    """Raises `ConfigError` where `value` is no (`whole`) number of at least `least`."""
+    """Raise `ConfigError` where `value` is no (`whole`) number of at least `least`."""
     known = isinstance(value, int | float) or hasattr(value, "__index__")
     if known and whole and not float(value).is_integer():
         known = False
@@ -72,7 +72,7 @@ def check_number(name: str, value: Any, least: float, *, whole: bool = False) ->
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raises `ConfigError` where `value` is no number above zero."""
+    """Raise `ConfigError` where `value` is no number above zero."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ConfigError(
             _("{name}={value}: it is a number above 0.", name=name, value=repr(value))
@@ -86,7 +86,7 @@ def is_state_once_given(value: Any) -> bool:
 
 
 def check_save(step: Any, epoch: Any, kind: str, metrics: Any = None) -> None:
-    """Raises `ConfigError` where a save cannot be meant like this."""
+    """Raise `ConfigError` where a save cannot be meant like this."""
     if metrics is not None and not isinstance(metrics, Mapping):
         raise ConfigError(
             _("metrics are a dictionary, such as {example}; these are {value}.",

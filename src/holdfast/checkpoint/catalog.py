@@ -70,7 +70,7 @@ class Entry:
         return (self.generation, self.sequence)
 
     def precedes(self, event: Mapping[str, Any]) -> bool:
-        """Whether `event`, one of `Catalog.announced`, tells of a later save than this one."""
+        """Return True if `event`, one of `Known.announced`, tells of a later save than this one."""
         return is_later(event, self.order, self.step)
 
     def candidate(self) -> Candidate:
@@ -93,11 +93,11 @@ class Contents:
         return self.entries[0] if self.entries else None
 
     def of(self, run_id: str) -> Contents:
-        """The same, with the checkpoints of one run alone."""
+        """Return the same, with the checkpoints of one run alone."""
         return replace(self, entries=[entry for entry in self.entries if entry.run_id == run_id])
 
     def abandoned(self, back: Rollback) -> list[Entry]:
-        """What lies behind us after `back`: what is newer than its state, or of another run."""
+        """Return what `back` leaves behind: what is newer than its state, or of another run."""
         return [
             entry
             for entry in self.entries
@@ -112,7 +112,7 @@ class Contents:
 
 
 def in_words(error: BaseException) -> str:
-    """What the system has said; an error without words by its kind."""
+    """Return what the system has said, or the kind of an error without words."""
     return str(error) or type(error).__name__
 
 

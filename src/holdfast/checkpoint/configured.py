@@ -54,7 +54,7 @@ class Decision:
 
 
 def _shown(value: Any) -> Any:
-    """A setting for a person: of the milestones of MultiStepLR, which are counted, the keys."""
+    """Return a setting as a person reads it: of MultiStepLR's counted milestones, the keys."""
     if isinstance(value, list) and all(isinstance(v, list) and v[1:] == [1] for v in value):
         return [key for key, _count in value]
     return value
@@ -110,7 +110,7 @@ def _has_stepped(optimizer: Optimizer) -> bool:
 def _settings_of_group(
     optimizer: Optimizer, group: Mapping[str, Any], late: bool
 ) -> dict[str, Any]:
-    """The plain settings of a parameter group, as JSON holds them.
+    """Return the plain settings of a parameter group, as JSON holds them.
 
     Where training has begun and a setting is not the optimizer's default, training may have changed
     it, or it was the group's own from the beginning: then the default is recorded as unsure.
@@ -131,7 +131,7 @@ def _settings_of_group(
 def changed_settings(
     then: Mapping[str, Any], now: Mapping[str, Any], live: Mapping[str, Any]
 ) -> set[str]:
-    """The settings of one group that the user has changed between two records of it.
+    """Return the settings of one group that the user has changed between two records of it.
 
     `live` are the defaults of the live optimizer: a group that follows them follows their change
     too, even where it is not sure what was configured for it before.
@@ -155,7 +155,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def epoch_of(scheduler: Any) -> int:
-    """How many steps a scheduler, or its state, has made; a chain counts in its parts."""
+    """Return how many steps a scheduler, or its state, has made; a chain counts in its parts."""
     known = scheduler if isinstance(scheduler, Mapping) else vars(scheduler)
     epoch = known.get("last_epoch")
     if isinstance(epoch, int | float):
@@ -206,8 +206,10 @@ def _probed(function: Callable[[int], Any]) -> str | None:
 def changed_schedule(
     then: Mapping[str, Any], now: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> list[str]:
-    """The settings of a scheduler that the user has changed. What training itself has moved since
-    (`saved` is not what was configured) is no setting."""
+    """Return the settings of a scheduler that the user has changed.
+
+    What training itself has moved since (`saved` is not what was configured) is no setting.
+    """
     moved = {key for key, value in saved.items() if key in then and then[key] != value}
     return [
         key for key, value in now.items() if key in then and key not in moved and then[key] != value
@@ -233,7 +235,7 @@ class Shadow:
         self._scheduler = _copied(scheduler, self._optimizer)
 
     def after(self, saved: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]] | None:
-        """The scheduler's state and the groups' settings after as many steps as `saved` has made.
+        """Return the scheduler's state and the groups' settings after the steps that `saved` made.
 
         None for a kind that cannot be stepped without being told more. Raises what `step` raises.
         """
@@ -275,7 +277,7 @@ def _needs_arguments(scheduler: Any) -> bool:
 
 
 def _copied(scheduler: Any, optimizer: Any) -> Any:
-    """A scheduler that shares nothing that steps change."""
+    """Copy a scheduler so that it shares nothing that steps change."""
     result = copy.copy(scheduler)
     for key, value in vars(scheduler).items():
         if key == "optimizer":
@@ -292,7 +294,7 @@ def _copied(scheduler: Any, optimizer: Any) -> Any:
 
 
 def _own(item: Any) -> Any:
-    """A callable object may keep state; a plain function is shared."""
+    """Copy what may keep state, a callable object too; share a plain function."""
     if isinstance(item, torch.Tensor):
         return item.clone()
     return copy.copy(item) if isinstance(item, dict | list) or hasattr(item, "__dict__") else item
@@ -302,7 +304,7 @@ def _own(item: Any) -> Any:
 
 
 def setting_of(value: Any) -> Any:
-    """`value` as JSON gives it back, or `MISSING` where it is no plain setting."""
+    """Return `value` as JSON gives it back, or `MISSING` where it is no plain setting."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()  # learning rates may be tensors: 0.01 in fp32 is the user's 0.01
         value = float(f"{value:.7g}") if isinstance(value, float) else value

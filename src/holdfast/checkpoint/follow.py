@@ -89,7 +89,7 @@ def objects(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The object that `line` holds, or that follows there on a torn one; None where none does."""
+    """Return the object in `line`, or the one behind a torn beginning; None if there is none."""
     value = _object(line)
     beginning = line.rfind(_BEGINNING) if value is None else -1
     return value if beginning < 0 else _object(line[beginning:])
@@ -105,10 +105,10 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 def _sane(value: object, depth: int = 0) -> bool:
-    """Return whether `value` is no deeper, and no number in it larger, than what we write.
+    """Return True if `value` is no deeper, and no number in it larger, than what we write.
 
-    Anybody may have written the line: a list in 900 lists ends whoever walks through it, and a
-    number of 400 digits whoever counts with it.
+    The line may come from a stranger: a list in 900 lists ends a program that walks through it, and
+    a number of 400 digits one that counts with it.
     """
     if isinstance(value, dict):
         return depth < _DEEPEST and all(_sane(each, depth + 1) for each in value.values())

@@ -39,8 +39,11 @@ def watch() -> None:
 
 
 def _uses_all(optimizer: Optimizer) -> bool:
-    """Whether a step uses the gradient of every parameter. Optimizers that are not torch's may
-    leave some levels out and keep their gradients; torch's fused ones do not move versions."""
+    """Return True if a step uses the gradient of every parameter.
+
+    Optimizers that are not torch's may leave some levels out and keep their gradients; torch's
+    fused ones do not move versions.
+    """
     return type(optimizer).__module__.startswith("torch.optim.")
 
 
@@ -66,7 +69,7 @@ def _after_step(optimizer: Optimizer, *_arguments: Any) -> None:
 
 
 def in_progress(state: Any) -> dict[str, torch.Tensor]:
-    """The gradients that belong to `state`, by the names of their parameters."""
+    """Return the gradients that belong to `state`, by the names of their parameters."""
     found = {
         name: tensor.grad
         for name, tensor in _leaves(state).items()
@@ -122,8 +125,11 @@ def plan(state: Any, saved: Any, *, strict: bool = True) -> SetGradients:
 
 
 def _leaves(state: Any) -> dict[str, torch.Tensor]:
-    """What a backward may leave a gradient in, each tensor once: by the name of its module's
-    parameter, or by its place in the state or in an optimizer."""
+    """Find the tensors in which a backward may leave a gradient, each once.
+
+    Their names are those of their module's parameters, or of their place in the state or in an
+    optimizer.
+    """
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     later: list[tuple[str, Optimizer]] = []

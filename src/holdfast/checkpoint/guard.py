@@ -99,7 +99,7 @@ class StoppedByInterrupt(Stopped, KeyboardInterrupt):
 
 
 def stopped(number: int) -> Stopped:
-    """The exception that ends the process after signal `number`."""
+    """Return the exception that ends the process after signal `number`."""
     kind = StoppedByInterrupt if number == signal.SIGINT else Stopped
     return kind(128 + number)
 

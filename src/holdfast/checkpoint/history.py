@@ -35,7 +35,7 @@ _GONE_ON = ("began", "resumed")  # after one of these, or a save, a roll-back is
 
 
 def is_later(event: Mapping[str, Any], order: Order, step: int) -> bool:
-    """Whether `event`, one of `Known.announced`, tells of a later save than that of `order`.
+    """Return True if `event`, one of `Known.announced`, tells of a later save than `order`.
 
     Lines of earlier versions do not say the sequence; there the step decides, as it did then.
     """
@@ -57,12 +57,12 @@ class Rollback:
     source: str | None  # where the state lies in the archive; None: among the others
 
     def abandons(self, event: Mapping[str, Any]) -> bool:
-        """Whether what `event`, one of `Known.announced`, tells of lies behind us now."""
+        """Return True if this abandons the save that `event`, one of `announced`, tells of."""
         return event["generation"] < self.generation and is_later(event, self.order, self.step)
 
     @classmethod
     def of(cls, event: Mapping[str, Any]) -> Rollback | None:
-        """The roll-back that a line of the history tells of; any process may have written it."""
+        """Return the roll-back that a line of the history tells of; None if it makes no sense."""
         id_, order, generation = (event.get(name) for name in ("id", "order", "generation"))
         source = event.get("source")
         if not isinstance(generation, int) or not isinstance(id_, str):
@@ -82,7 +82,7 @@ def now() -> str:
 
 
 def is_archived(source: object) -> bool:
-    """Whether `source`, relative to a run directory, is the name of a file in its archive."""
+    """Return True if `source`, relative to a run directory, names a file in its archive."""
     parts = PurePosixPath(source).parts if isinstance(source, str) else ()
     return parts[:1] == ("archive",) and ".." not in parts
 
@@ -161,7 +161,7 @@ class Known:
                 self.sequence = max(self.sequence, sequence)
 
     def _left(self, event: Event, *, gone: bool) -> None:
-        """A checkpoint is no longer here under its names: removed, or in the archive."""
+        """Forget the names of a checkpoint that was removed or went to the archive."""
         for name in _names(event):
             there = self.announced.get(name)
             if there is not None and there.get("id") == event.get("id"):

@@ -71,15 +71,15 @@ class FileLock:
 
     @property
     def in_this_process(self) -> bool:
-        """Whether this process holds the lock, through whatever object."""
+        """True if any object of this process holds the lock."""
         with _guard:
             return _key_of(self.path) in [lock._key for lock in _held.values()]
 
     @property
     def taken(self) -> bool:
-        """Whether anybody holds the lock now. Asked without taking it, which would turn away a
-        training that begins at that moment. Where the system cannot be asked (only Linux can) this
-        process's own locks are known and no others."""
+        """True if the lock is held now. Asked without taking it, which would turn away a training
+        that begins at that moment. Only Linux can be asked: elsewhere the locks of other processes
+        are not seen."""
         return self.in_this_process or _held_elsewhere(self.path)
 
     def acquire(self) -> None:
@@ -103,7 +103,7 @@ class FileLock:
             _close(fd)
 
     def owner(self) -> str:
-        """Who holds the lock now; empty where nobody does, or nobody that `taken` can know of."""
+        """Return who holds the lock now; empty where `taken` is False."""
         return self._owner() if self.taken else ""
 
     def __enter__(self) -> FileLock:
@@ -174,7 +174,7 @@ def run_lock(directory: str | os.PathLike[str]) -> FileLock:
 
 
 def _key_of(path: Path) -> tuple[int, int] | None:
-    """Device and inode of the file at `path`, if there is one."""
+    """Return device and inode of the file at `path`, if there is one."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -196,7 +196,7 @@ def _whole(kind: int) -> bytes:
 
 
 def _held_elsewhere(path: Path) -> bool:
-    """Whether Linux knows of a lock on `path`, of an open file or of a process."""
+    """Return True if Linux knows of a lock on `path`, of an open file or of a process."""
     if not sys.platform.startswith("linux"):
         return False
     try:

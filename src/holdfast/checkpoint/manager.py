@@ -190,7 +190,7 @@ class CheckpointManager:
                 self._reporter, publisher, self._place, overlap=overlap, memory_every=memory_every
             )
             self._open = True
-        except BaseException:  # an interrupt, too: nobody will have a manager to close
+        except BaseException:  # an interrupt, too: the caller gets no manager to close
             ownership.give_back(self._held)
             raise
         if before:
@@ -296,7 +296,7 @@ class CheckpointManager:
         self._superseded = True
         signals, self._guard = self._guard, None
         if signals is not None:
-            signals.__exit__()  # nobody here reads any more that Ctrl-C has come
+            signals.__exit__()  # no loop reads its flag any more: Ctrl-C would be lost
         self.close(save=False)
 
     def end_threads(self) -> None:
@@ -321,7 +321,7 @@ class CheckpointManager:
             self._save_told(told, "step", "end")
 
     def _end_with(self, error: BaseException, *, at_once: bool) -> None:
-        """After an exception: make durable what is whole; `at_once` an interrupt waits for nothing.
+        """Make durable what is whole after an exception; `at_once` an interrupt waits for nothing.
 
         Never raises an error of its own: the exception that ends the training is to be seen.
         """
@@ -361,7 +361,7 @@ class CheckpointManager:
             self._saver.streams = None
 
     def _stop_if_asked(self, step: int, epoch: int | None) -> None:
-        """In a `with` block: after a signal, save this step and end the process."""
+        """Save this step and end the process if a signal has come in a `with` block."""
         if self._guard is None:
             return
         self._guard.activate()

@@ -224,7 +224,7 @@ def _remove(lock: FileLock) -> None:
 
 
 def _listing(directory: Path) -> list[Path]:
-    """What is in `directory`; nothing where it is gone."""
+    """Return what is in `directory`; nothing where it is gone."""
     try:
         return sorted(directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -325,7 +325,7 @@ def _size(directory: Path) -> int:
 
 
 def left_by(run_directory: Path, run_id: str, generation: int, *, sure: bool = False) -> list[Left]:
-    """The whole snapshots of this run and generation that a dead process has left, newest first.
+    """Return the snapshots of this run and generation that a dead process has left, newest first.
 
     `sure`: the caller holds the run's lock, so that no other training can own what belongs to it.
     Then a lock that another process has taken is waited for, and `RunLocked` raised where it stays

@@ -83,7 +83,7 @@ def _without_wrappers_of(module: torch.nn.Module) -> Callable[[str], str]:
 
 
 def bare(name: str) -> str:
-    """`name` without any word that wrappers put into names, wherever it stands."""
+    """Return `name` without any word that wrappers put into names, wherever it stands."""
     return _ANY_PART.sub("", name)
 
 
@@ -121,7 +121,7 @@ def matched(here: Sequence[str], there: Sequence[str]) -> dict[str, str] | None:
 
 
 def unwrapped(value: Any) -> Any:
-    """The torch optimizer or scheduler inside of a wrapper, as Accelerate's and Fabric's are.
+    """Return the torch optimizer or scheduler inside of a wrapper such as Accelerate's.
 
     A wrapper with state of its own is returned as it is.
     """
@@ -148,7 +148,7 @@ def _is_same_state(outer: Any, inner: Any) -> bool:
 
 
 def parameter_names(state: Any, path: str = "") -> dict[int, list[str]]:
-    """All names of every tensor in a state, by the tensor's id: `model/0.weight`."""
+    """Return all names of every tensor in a state, by the tensor's id: `model/0.weight`."""
     found: dict[int, list[str]] = {}
     for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
         here = f"{path}/{key}" if path else str(key)
@@ -166,7 +166,7 @@ def parameter_names(state: Any, path: str = "") -> dict[int, list[str]]:
 
 
 def steppers_of(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The optimizers and schedulers in a state, and their paths, without their wrappers.
+    """Yield the optimizers and schedulers in a state with their paths, without their wrappers.
 
     Called at each save: containers of very many values are not searched.
     """
@@ -184,7 +184,7 @@ def steppers_of(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class SlotNames:
-    """Whose each slot of each optimizer in a state is, as the manifest says it.
+    """Name the parameter of each slot of each optimizer in a state, for the manifest.
 
     Kept from save to save while the optimizers hold the same parameters.
     """
@@ -227,7 +227,7 @@ class Slots:
 
 
 def saved_slots(groups: Sequence[Mapping[str, Any]], recorded: Any) -> Slots:
-    """The slots of saved `groups`, as the manifest has `recorded` them."""
+    """Return the slots of saved `groups`, as the manifest has `recorded` them."""
     sizes = [len(group["params"]) for group in groups]
     if isinstance(recorded, list) and [len(_list(group)) for group in recorded] == sizes:
         known = Slots([[n if isinstance(n, str) else None for n in g] for g in recorded], True)
@@ -237,7 +237,7 @@ def saved_slots(groups: Sequence[Mapping[str, Any]], recorded: Any) -> Slots:
 
 
 def live_slots(optimizer: Optimizer, known: Mapping[int, Sequence[str]], saved: Slots) -> Slots:
-    """The slots of a live optimizer; `known` are the names of all tensors of its state, by id.
+    """Return the slots of a live optimizer; `known` has the names of all tensors, by id.
 
     Tied weights have several names: the one that is in the checkpoint counts.
     """
@@ -250,7 +250,7 @@ def live_slots(optimizer: Optimizer, known: Mapping[int, Sequence[str]], saved: 
 
 
 def aligned(live: Slots, saved: Slots) -> list[tuple[int, list[int]]] | None:
-    """For each live group the saved one that belongs to it, and the places of its parameters there.
+    """Find for each live group the saved one, and the places of its parameters there.
 
     By name where both have names, else by position. None where that cannot be told.
     """
@@ -279,7 +279,7 @@ def aligned(live: Slots, saved: Slots) -> list[tuple[int, list[int]]] | None:
 
 
 def _matched_inside(here: Sequence[str], there: Sequence[str]) -> dict[str, str] | None:
-    """As `matched`, where the module stands under another name in the state."""
+    """Match as `matched`, where the module stands under another name in the state."""
     inside, theirs = ({name.partition("/")[2]: name for name in names} for names in (here, there))
     pairs = matched(list(inside), list(theirs))
     if pairs is None or (len(inside), len(theirs)) != (len(here), len(there)):
@@ -288,7 +288,7 @@ def _matched_inside(here: Sequence[str], there: Sequence[str]) -> dict[str, str]
 
 
 def difference(live: Slots, saved: Slots) -> str:
-    """How two optimizers' groups differ, as the end of a sentence."""
+    """Say how two optimizers' groups differ, as the end of a sentence."""
     said = [_("of {saved} parameters in the checkpoint, of {live} here", saved=saved, live=live)]
     here, there = live.flat(), saved.flat()
     if here and there:

@@ -1,6 +1,6 @@
 """Which manager of this process works in which run directory, until it has given it back.
 
-A manager that nobody can close any more (a notebook cell that was interrupted and is run again, an
+A manager that cannot be closed any more (a notebook cell that was interrupted and is run again, an
 exception, garbage) must not keep its directory until the process ends: the next one in the same
 thread takes over. At the end of the process what is under way is finished.
 """
@@ -39,11 +39,11 @@ class Tenure:
         self.over = threading.Event()
 
     def begin(self) -> None:
-        """From now on another manager that wants the directory finds this one."""
+        """Let another manager that wants the directory find this one."""
         _tenures.append(self)
 
     def end(self) -> None:
-        """Everything has been given back."""
+        """Note that everything has been given back."""
         with contextlib.suppress(ValueError):  # a forked child knows of none
             _tenures.remove(self)
         self.over.set()
@@ -96,7 +96,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _finish() -> None:
-    """At the end of the process: finish what is under way, while there are threads to do it."""
+    """Finish what is under way at the end of the process, while there are threads to do it."""
     for tenure in list(_tenures):
         manager = tenure.manager()
         try:

@@ -57,7 +57,7 @@ class Helper:
         return self._begun and not self._over
 
     def begins(self, patience: float) -> bool:
-        """Whether it has begun; what has not within `patience` seconds never does."""
+        """Return True if it has begun; what has not within `patience` seconds never does."""
         with self._change:
             self._change.wait_for(lambda: self._begun or self._over, patience)
             if not self._begun:

@@ -175,7 +175,7 @@ class Publisher:
         return replace(saved, entry=replace(entry, verified=True))
 
     def _let_go(self, entry: Entry, before: Contents, kept: Path | None) -> None:
-        """Now that `entry` is verified, what need not stay may go: what had its name, what is of
+        """Let go what need not stay now that `entry` is verified: what had its name, what is of
         other runs, and what no policy keeps."""
         catalog = self._catalog
         try:

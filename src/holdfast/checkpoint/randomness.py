@@ -14,7 +14,7 @@ _python: random.Random = random.getstate.__self__  # type: ignore[attr-defined]
 
 
 def stream_of(value: Any) -> Any:
-    """A generator of the user's as an object that can be saved and restored; None if it is none.
+    """Wrap a generator of the user's so that it can be saved and restored; None if it is none.
 
     These are torch.Generator, NumPy's Generator, RandomState and bit generators, random.Random.
     """
@@ -85,7 +85,7 @@ class RandomState:
         self._streams = streams
 
     def frozen(self) -> RandomState:
-        """The streams as they are now, whatever is drawn from them afterwards."""
+        """Return the streams as they are now; what is drawn afterwards does not change them."""
         return RandomState(_streams())
 
     def state_dict(self) -> dict[str, Any]:

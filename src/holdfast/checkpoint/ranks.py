@@ -28,14 +28,14 @@ def refuse() -> None:
 
 
 def _of_torch() -> tuple[int, int] | None:
-    """World size and rank as torch.distributed has them; None before it is initialised."""
+    """Return world size and rank of torch.distributed; None before it is initialised."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     return dist.get_world_size(), dist.get_rank()
 
 
 def _of_environment() -> tuple[int, int]:
-    """The same as torchrun tells the processes that it starts; one rank where nothing is said."""
+    """Return what torchrun tells the processes that it starts; one rank where nothing is said."""
     try:
         return int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     except (KeyError, ValueError):

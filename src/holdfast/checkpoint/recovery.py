@@ -77,8 +77,8 @@ def rescue(catalog: Catalog, reporter: Reporter, *, make_room: bool = False) -> 
 def _owed(
     catalog: Catalog, reporter: Reporter, left: Sequence[memory.Left], intact: set[str]
 ) -> list[memory.Left]:
-    """The kept saves among what is `left` that the disk never had whole. What was verified and is
-    gone was removed by policy or by hand, and must not come back."""
+    """Return the kept saves among what is `left` that the disk never had whole. What was verified
+    and is gone was removed by policy or by hand, and must not come back."""
     kept = [snapshot for snapshot in left if snapshot.kept]
     if not kept:
         return []
@@ -134,8 +134,10 @@ def _publish(
 def _any_intact(
     catalog: Catalog, reporter: Reporter, entries: Sequence[Entry], intact: set[str]
 ) -> bool:
-    """Whether one of `entries` is intact: read now, every byte, since memory is given back on the
-    word of it; then it joins `intact`. Damaged ones are set aside."""
+    """Return True if one of `entries` is intact; its id joins `intact`. Damaged ones are set aside.
+
+    Every byte is read now: memory is given back because of the answer.
+    """
     for entry in entries:
         if entry.id in intact:
             return True
@@ -210,7 +212,7 @@ def find(catalog: Catalog, source: str | os.PathLike[str] | None, tell: Tell) ->
 
 
 def cannot_read(path: Path, reason: object) -> CheckpointError:
-    """The error of a checkpoint that the system does not let us read now."""
+    """Return the error of a checkpoint that the system does not let us read now."""
     return CheckpointError(
         _("{path} cannot be read now ({reason}). It may be intact, so nothing older is taken in "
           "its place: try again, or name another checkpoint to go on from.", path=path,
@@ -219,8 +221,10 @@ def cannot_read(path: Path, reason: object) -> CheckpointError:
 
 
 def _perhaps_newest(catalog: Catalog, contents: Contents) -> list[tuple[str, str]]:
-    """The files that cannot be read now and may be newer than all that can, with the reason: those
-    of which the history does not say that they are older."""
+    """Return the files that cannot be read now and may be newer than all that can, with the reason.
+
+    The history may say of a file that it is older: that one is left out.
+    """
     newest, perhaps = contents.newest, contents.unreadable
     if newest is None or not perhaps:
         return perhaps

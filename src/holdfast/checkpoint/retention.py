@@ -107,8 +107,11 @@ def select(candidates: Sequence[Candidate], policies: Sequence[Policy]) -> list[
 
 
 def verified_states(candidates: Sequence[Candidate]) -> list[Order]:
-    """The verified states, newest first. One step that was saved twice in a row is one state, its
-    later save; the same step of a later epoch, in a loop that counts anew, is another."""
+    """Return the verified states, newest first.
+
+    One step that was saved twice in a row is one state, its later save; the same step of a later
+    epoch, in a loop that counts anew, is another.
+    """
     states: list[Order] = []
     label: tuple[int, int] | None = None
     for c in sorted((c for c in candidates if c.verified), key=lambda c: c.order, reverse=True):

@@ -94,7 +94,7 @@ class GoBack:
         _carry_out(self.catalog)
 
     def undo(self) -> None:
-        """Where the line is written the run has gone back; the next start says so."""
+        """Change nothing: once its line is written the run has gone back."""
 
 
 def set_aside(catalog: Catalog) -> Path | None:
@@ -164,7 +164,7 @@ def _carry_out(catalog: Catalog) -> None:
 
 
 def _source(catalog: Catalog, back: Rollback, name: str) -> Entry | None:
-    """The state that lies in the archive and is to be one of those here, too."""
+    """Return the state in the archive that is to be one of those here, too."""
     path = catalog.directory / name
     try:
         entry = summary(read_manifest(path), path.stat().st_size)

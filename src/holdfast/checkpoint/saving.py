@@ -77,13 +77,13 @@ class Told:
 
     @property
     def failed(self) -> bool:
-        """Whether what was asked for will not come."""
+        """True if the save is over and the disk does not have it."""
         save = self.save
         return save is not None and save.settled.done() and not self.durable
 
     @property
     def durable(self) -> bool:
-        """Whether it has been saved, and verified."""
+        """True if it is on the disk and was not found damaged there."""
         save = self.save
         if save is None or not save.settled.done() or save.settled.exception() is not None:
             return False
@@ -202,7 +202,7 @@ class Saver:
         self.run.settled = True
 
     def done(self, step: int, epoch: int | None, *, keep_streams: bool = False) -> Told:
-        """The loop says that `step` is done, and the state is that of it."""
+        """Note that the loop has done `step`: the live state is that of it."""
         self.sees(step)
         random = self.random.frozen() if self.random is not None and keep_streams else None
         self.told = Told(step, epoch, random)
@@ -210,7 +210,7 @@ class Saver:
         return self.told
 
     def has(self, step: int) -> bool:
-        """Whether the state of `step`, the one that training is at, is durable and verified."""
+        """Return True if the state of `step`, the one that training is at, is durable."""
         if self.told is None:
             return step == self.step  # it was restored
         return self.told.step == step and self.told.durable
@@ -336,7 +336,7 @@ class Saver:
     def again(
         self, step: int, epoch: int | None, metrics: Mapping[str, float] | None = None
     ) -> Wish:
-        """What to save in place of a save that has failed, now that training is at `step`.
+        """Choose what to save in place of a save that has failed, now that training is at `step`.
 
         Of the very step that failed, what was asked for. A later one is not that epoch's end, nor
         has it those metrics; it is kept where a kept one is missing, and the best if its own

@@ -298,7 +298,7 @@ class _Planner:
     def _aligned(
         self, live: Optimizer, saved: Any, given: Any, path: str
     ) -> list[dict[str, Any]] | None:
-        """The groups of `given`, each with its slots, in the order of the live optimizer's.
+        """Return the groups of `given`, each with its slots, in the order of the live optimizer's.
 
         `given` is what its hooks have made of `saved`: one that has given the slots to other
         parameters has done so by their places.
@@ -348,7 +348,7 @@ class _Planner:
     def _wanted_groups(
         self, live: Optimizer, groups: Sequence[Mapping[str, Any]], path: str
     ) -> list[dict[str, Any]]:
-        """The saved settings, except those that the user has changed since."""
+        """Return the saved settings, except those that the user has changed since."""
         result = []
         record = self._now.record.get(path, [])
         for number, (saved, then, group) in enumerate(
@@ -445,7 +445,7 @@ def _keep_metadata(found: Any, mine: Any, saved: Any) -> None:
 
 
 def _listens(module: torch.nn.Module) -> bool:
-    """Whether anything but torch's plain loading happens when the module is loaded."""
+    """Return True if anything but torch's plain loading happens when the module is loaded."""
     return type(module).load_state_dict is not torch.nn.Module.load_state_dict or any(
         part._load_state_dict_pre_hooks
         or part._load_state_dict_post_hooks
@@ -455,7 +455,7 @@ def _listens(module: torch.nn.Module) -> bool:
 
 
 def _converts(module: torch.nn.Module) -> bool:
-    """Whether the module may make something else of a state before it takes it."""
+    """Return True if the module may make something else of a state before it takes it."""
     return type(module).load_state_dict is not torch.nn.Module.load_state_dict or any(
         part._load_state_dict_pre_hooks
         or not type(part)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
@@ -464,7 +464,7 @@ def _converts(module: torch.nn.Module) -> bool:
 
 
 def _is_optimizer_state(value: Any) -> bool:
-    """Whether `value` has the form that `Optimizer.state_dict` gives."""
+    """Return True if `value` has the form that `Optimizer.state_dict` gives."""
     if not isinstance(value, Mapping) or not isinstance(value.get("state"), Mapping):
         return False
     groups = value.get("param_groups")
@@ -475,7 +475,7 @@ def _is_optimizer_state(value: Any) -> bool:
 
 
 def _through_hooks(live: Optimizer, saved: Any) -> Any:
-    """`saved` as the optimizer's own hooks give it on, which torch calls before it loads."""
+    """Return `saved` as the optimizer's pre-hooks of loading pass it on."""
     hooks = [*live._optimizer_load_state_dict_pre_hooks.values()]
     if not hooks or not _is_optimizer_state(saved):
         return saved
@@ -488,7 +488,7 @@ def _through_hooks(live: Optimizer, saved: Any) -> Any:
 
 
 def _is_same_order(given: Any, saved: Any) -> bool:
-    """Whether a hook has left the slots of an optimizer's state where they were."""
+    """Return True if a hook has left the slots of an optimizer's state where they were."""
     if given is saved or not _is_optimizer_state(given):
         return given is saved
     groups = [[list(group["params"]) for group in one["param_groups"]] for one in (given, saved)]
@@ -497,14 +497,14 @@ def _is_same_order(given: Any, saved: Any) -> bool:
 
 
 def _with_settings(saved: Any, live: Any, changed: Sequence[str]) -> Any:
-    """A scheduler's saved state with the live one's settings where they have changed."""
+    """Return a scheduler's saved state with the live one's settings where they have changed."""
     for setting in changed:
         saved = _with_setting(saved, live, setting.split("."))
     return saved
 
 
 def _with_setting(saved: Any, live: Any, place: Sequence[str]) -> Any:
-    """`saved` with what `live` has at `place`, where both have something there."""
+    """Return `saved` with what `live` has at `place`, where both have something there."""
     key: Any = int(place[0]) if isinstance(saved, list) else place[0]
     mine, theirs = _lookup(live, key), _lookup(saved, key)
     if mine is _MISSING or theirs is _MISSING or key == LAMBDAS == place[-1]:

@@ -217,7 +217,7 @@ class LoadScheduler(LoadObject):
 
 
 def dressed(value: Any, live: Any) -> Any:
-    """A setting as the live one is: learning rates may be tensors, or no longer be."""
+    """Give a setting the type of the live one: learning rates may be tensors, or no longer be."""
     if isinstance(live, torch.Tensor):
         return value.to(live.device) if isinstance(value, torch.Tensor) else live.new_tensor(value)
     if isinstance(value, torch.Tensor) and isinstance(live, float) and value.numel() == 1:
@@ -343,7 +343,7 @@ class LoadModule(LoadObject):
             raise StateMismatch(_refused(self.path, error)) from error
 
     def undo(self) -> None:
-        """Nothing: `Derived` puts everything back."""
+        """Do nothing: `Derived` puts everything back."""
 
 
 def _refused(path: str, error: Exception) -> str:

@@ -377,8 +377,10 @@ class _Normaliser:
         return leaf
 
     def _from_numpy(self, value: np.ndarray[Any, Any], path: str) -> torch.Tensor:
-        """The array's own memory as a tensor: a replay memory of gigabytes is copied once only, by
-        the snapshot. What torch cannot share is copied here."""
+        """Return the array's own memory as a tensor: what torch cannot share is copied.
+
+        So a replay memory of gigabytes is copied once only, by the snapshot.
+        """
         try:
             array = np.ascontiguousarray(value).reshape(value.shape)
             tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
