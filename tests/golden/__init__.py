@@ -1,0 +1,1 @@
+"""What Holdfast writes and says, recorded: see README.md in this folder."""
