@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers import models as bpe
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from holdfast.serving.streaming import BROKEN, StopFilter, TextStream, Vocabulary
 from holdfast.training.tokenizer import TextTokenizer, train_tokenizer
@@ -60,6 +61,21 @@ def test_tokenizers_of_another_kind_stream_whole_characters_too() -> None:
     stream = TextStream(Vocabulary(tokenizer), before=[2])
     assert stream.push(2) == " a", "a word behind a prompt keeps its space"
     assert Vocabulary(tokenizer).bytes_of(4) == "月".encode()[:1]
+
+
+def test_chinese_of_a_bert_tokenizer_has_no_spaces_streamed_or_whole() -> None:
+    names = ["[UNK]", "[SEP]", *"今天气好，“”", "hello", "##s", "world"]
+    made: Any = Tokenizer(
+        bpe.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]")
+    )
+    made.pre_tokenizer, made.decoder = BertPreTokenizer(), decoders.WordPiece()
+    made.normalizer = normalizers.BertNormalizer()
+    tokenizer = TextTokenizer({"tokenizer.json": made.to_str()}, 1)
+    for text in ("今天，“好天气”", "hellos world hello", "今天 hellos world 天"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text == "".join(pieces(tokenizer, ids))
+    stream = TextStream(Vocabulary(tokenizer), before=tokenizer.encode("今"))
+    assert stream.push(3) == "天", "nor behind a prompt"
 
 
 def test_a_stop_string_is_found_across_pieces_and_never_shown_in_part() -> None:

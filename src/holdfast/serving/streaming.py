@@ -35,7 +35,7 @@ class Vocabulary:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         text = str(tokenizer.to_state()["tokenizer.json"])
         described = json.loads(text)
-        self._tokenizer = Tokenizer.from_str(text)
+        self._text, self._tokenizer = tokenizer, Tokenizer.from_str(text)
         self.size = tokenizer.vocab_size
         self.byte_level = (described.get("decoder") or {}).get("type") == "ByteLevel"
         added = described.get("added_tokens") or ()
@@ -60,8 +60,7 @@ class Vocabulary:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, special ones left out."""
-        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return text
+        return self._text.decode(tokens)
 
     @functools.cached_property
     def pieces(self) -> tuple[bytes, ...]:

@@ -66,6 +66,11 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_PIECES)
 """One of these lies in a directory of Hugging Face that brings a tokenizer."""
 
 
+# BERT's tokenizers write a space before every word, and each Chinese character is one of them.
+_WIDE = "\u2014\u2018\u2019\u201c\u201d\u2026\u3000-\u303f\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
+_SPACE_IN_CHINESE = re.compile(rf"(?<=[{_WIDE}]) (?=[{_WIDE}\U00020000-\U0003ffff])")
+
+
 class TextTokenizer:
     """A tokenizer of the `tokenizers` library and the id that separates documents.
 
@@ -80,6 +85,8 @@ class TextTokenizer:
         self._tokenizer: Any = Tokenizer.from_str(files["tokenizer.json"])
         self._tokenizer.no_truncation()  # some models' files ask for it; it would lose text here
         self._tokenizer.no_padding()
+        decoder = json.loads(files["tokenizer.json"]).get("decoder") or {}
+        self._spaces_characters = decoder.get("type") == "WordPiece"
         self.eos_id = eos_id
         self.notes = list(notes)
         self.fingerprint = xxhash.xxh3_128_hexdigest(files["tokenizer.json"].encode())
@@ -99,10 +106,10 @@ class TextTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text, special tokens left out; bytes that are no whole character become
-        U+FFFD. Raises DataError as `encode` does."""
+        U+FFFD, and Chinese has no spaces. Raises DataError as `encode` does."""
         with _in_words():
             text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-            return text
+        return _SPACE_IN_CHINESE.sub("", text) if self._spaces_characters else text
 
     @property
     def json(self) -> str:
