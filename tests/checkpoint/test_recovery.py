@@ -220,7 +220,7 @@ def test_when_everything_is_damaged_nothing_is_started_over(tmp_path: Path) -> N
         before = snapshot(toy.state)
         with (
             toy.manager(tmp_path) as manager,
-            pytest.raises(DamagedCheckpoint, match=r"quarantine/.*--fresh"),
+            pytest.raises(DamagedCheckpoint, match="to begin anew, move quarantine/ away"),
         ):
             manager.resume()
         assert_same(snapshot(toy.state), before)
@@ -371,6 +371,20 @@ def test_random_numbers_of_nonsense_take_everything_back(tmp_path: Path) -> None
         manager.resume(tmp_path / "evil.pt")
     assert_same(snapshot(toy.state), before)
     assert torch.equal(torch.get_rng_state(), stream)
+
+
+def test_names_of_no_file_in_the_history_lose_no_run(tmp_path: Path) -> None:
+    make_run(tmp_path, 2)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        for event in (
+            {"event": "set_aside", "to": "archive/a\0b"},
+            {"event": "rolled_back", "id": "a", "order": [1, 1, 1], "generation": 7,
+             "source": "archive/\0"},
+            {"event": "durable", "run_id": "a", "generation": 1, "step": 3, "names": ["\0.pt"]},
+        ):  # fmt: skip
+            file.write(json.dumps({"time": "2026-11-30T12:00:00+00:00", **event}) + "\n")
+    _toy, result = resumed(tmp_path)
+    assert result.step == 2
 
 
 def test_a_history_of_strange_times_loses_no_run(tmp_path: Path) -> None:

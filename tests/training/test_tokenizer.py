@@ -109,9 +109,9 @@ def test_documents_are_encoded_as_each_alone_with_the_end_of_text_after_it(
 ) -> None:
     documents = [*stories(40, seed=7), DIFFICULT, "一"]
     expected = [token for text in documents for token in [*tokenizer.encode(text), 0]]
-    assert tokenizer.encode_documents(documents).tolist() == expected
-    assert tokenizer.encode_documents(documents).dtype == np.dtype("<u2")
-    assert len(tokenizer.encode_documents([])) == 0
+    assert tokenizer.encode_batch(documents)[0].tolist() == expected
+    assert tokenizer.encode_batch(documents)[0].dtype == np.dtype("<u2")
+    assert len(tokenizer.encode_batch([])[0]) == 0
     monkeypatch.setattr("holdfast.training.tokenizer.CHUNK", 100)
     chunks = list(tokenizer.encode_chunks(documents))
     assert len(chunks) > 5
@@ -150,7 +150,7 @@ def test_a_long_document_stays_whole_for_a_tokenizer_that_marks_the_beginning_of
     text = "\n".join(stories(50))
     expected = [*marked.encode(text), 0]
     monkeypatch.setattr("holdfast.training.tokenizer.CHUNK", 50)
-    assert marked.encode_documents([text]).tolist() == expected
+    assert marked.encode_batch([text])[0].tolist() == expected
 
 
 def test_text_without_punctuation_is_learned_from_in_reasonable_time() -> None:

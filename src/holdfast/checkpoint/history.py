@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.follow import LARGEST, Follower, objects
@@ -83,8 +83,13 @@ def now() -> str:
 
 def is_archived(source: object) -> bool:
     """Return True if `source`, relative to a run directory, names a file in its archive."""
-    parts = PurePosixPath(source).parts if isinstance(source, str) else ()
+    parts = PurePosixPath(source).parts if _is_name(source) else ()
     return parts[:1] == ("archive",) and ".." not in parts
+
+
+def _is_name(value: object) -> TypeGuard[str]:
+    """Return True if `value` may name a file; the line may come from a stranger."""
+    return isinstance(value, str) and "\0" not in value
 
 
 @dataclass(slots=True)
@@ -187,7 +192,7 @@ def _lasting(lines: list[bytes]) -> list[bytes]:
 
 def _names(event: Event) -> list[str]:
     names = event.get("names")
-    return [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
+    return [name for name in names if _is_name(name)] if isinstance(names, list) else []
 
 
 class History:

@@ -163,10 +163,6 @@ class TextTokenizer:
         for chunk in in_chunks(documents, len):
             yield self.encode_batch(chunk)
 
-    def encode_documents(self, documents: Iterable[str]) -> npt.NDArray[Any]:
-        """All documents as one array of `token_dtype`, each followed by the end-of-text id."""
-        return self.encode_batch(documents)[0]
-
     def _parts(self, document: str) -> Iterator[tuple[str, bool]]:
         """A document and True; a long one cut where that gives the same tokens, True with its end.
 
