@@ -12,10 +12,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from holdfast.checkpoint import filesystem
+
 try:
     import fcntl
 except ImportError:  # Windows: nothing is swept there
     fcntl = None  # type: ignore[assignment]
+
+# A FIFO of that name would block the open for ever.
+_LOOK = sum(getattr(os, flag, 0) for flag in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
 
 
 @contextlib.contextmanager
@@ -40,7 +45,7 @@ def sweep(parent: Path, prefix: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
-                path.unlink()
+                filesystem.remove(path)
 
 
 def left(parent: Path, prefix: str) -> list[Path]:
@@ -59,7 +64,7 @@ def _is_free(path: Path, rest: str) -> bool:
     if fcntl is None or not number.isdecimal() or _lives(int(number)):
         return False
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, _LOOK)
     except OSError:
         return False
     try:
