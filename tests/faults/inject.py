@@ -45,12 +45,17 @@ class How(enum.IntEnum):
     FAIL_FROM = 5  # it and all after it fail
     SHORT = 6  # a write writes half of what it was given, and says so
     LIE = 7  # a write changes a bit and says that all is well
-    RECORD = 8  # every call is logged with its data
+    DROP = 8  # a write keeps nothing and says that all is well
+    RECORD = 9  # every call is logged with its data
+    COUNT_READ = 10  # as COUNT, of the calls that open, read and list
+    FAIL_READ = 11  # such a call fails, this once
+    FAIL_READ_FROM = 12  # ... and whatever its error lasts for: this file, or the whole process
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault: what happens at the `nth` write-side call (from 1) after the process has armed."""
+    """One fault: what happens at the `nth` write-side call (from 1) after the process has armed; at
+    the `nth` read-side call where `how` says so."""
 
     how: How = How.OFF
     nth: int = 0
@@ -135,10 +140,18 @@ def shim() -> Any:
             ctypes.c_int, ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int,
         ]  # fmt: skip
         library.fault_arm.restype = None
+        library.fault_fired.restype = ctypes.c_long
         library.fault_mark.argtypes = [ctypes.c_char_p]
         library.fault_mark.restype = None
         return library
     return None
+
+
+def fired() -> bool:
+    """Whether the fault that this process has armed has happened."""
+    from tests.faults import seam
+
+    return bool(shim().fault_fired() if shim() is not None else seam.fired())
 
 
 def run(

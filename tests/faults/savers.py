@@ -7,6 +7,7 @@ caught, or the harness proves nothing. The libraries among the peers are in `pee
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,7 +22,8 @@ from typing import Any, ClassVar
 import torch
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint import container, filesystem, housekeeping
+from holdfast.checkpoint import container, filesystem, housekeeping, reading, recovery
+from holdfast.errors import DamagedCheckpoint
 from tests.support import bits
 
 Announce = Callable[[int], None]
@@ -302,6 +304,52 @@ class TempElsewhere(Ours):
             return None
 
         filesystem.write_file = write_file  # type: ignore[assignment]
+        super().start()
+
+
+class Condemns(Ours):
+    """A mutant: what the system does not let us read, once, is taken for damaged."""
+
+    name, control = "holdfast, mutant: an error of the system condemns a file", True
+
+    def start(self) -> None:
+        self._condemn()
+        super().start()
+
+    def resume(self) -> int:
+        self._condemn()
+        return super().resume()
+
+    @staticmethod
+    def _condemn() -> None:
+        reading._PAUSES = ()
+        for room, name in ((housekeeping, "verify_back"), (recovery, "_read")):
+            setattr(room, name, _condemning(getattr(room, name)))
+
+
+def _condemning(real: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        try:
+            return real(*args)
+        except OSError as error:
+            raise DamagedCheckpoint(str(error)) from error
+
+    return call
+
+
+class PrunesUnread(Ours):
+    """A mutant: what cannot be read back counts as verified."""
+
+    name, control = "holdfast, mutant: what cannot be read back is verified", True
+
+    def start(self) -> None:
+        reading._PAUSES, real = (), housekeeping.verify_back
+
+        def verify_back(*args: Any) -> None:
+            with contextlib.suppress(OSError):
+                real(*args)
+
+        housekeeping.verify_back = verify_back
         super().start()
 
 

@@ -2,10 +2,12 @@
 
    Every write-side call below one directory is counted, over all threads. At the call that was
    chosen the process is killed, or the call fails, is cut short, or lies; or every call is recorded
-   with its data, so that what a power cut may leave can be built afterwards. A process that has not
-   armed it pays one comparison a call. Made by tests/faults/inject.py. */
+   with its data, so that what a power cut may leave can be built afterwards. The READ modes count
+   what opens, reads and lists instead. A process that has not armed it pays one comparison a call.
+   Made by tests/faults/inject.py. */
 
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -23,7 +25,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { OFF, COUNT, KILL, KILL_HALF, FAIL, FAIL_FROM, SHORT, LIE, RECORD };
+enum { OFF, COUNT, KILL, KILL_HALF, FAIL, FAIL_FROM, SHORT, LIE, DROP, RECORD,
+       COUNT_READ, FAIL_READ, FAIL_READ_FROM };
 
 static volatile int mode = OFF;
 static char root[4096];
@@ -126,16 +129,18 @@ void fault_mark(const char *said)
     pthread_mutex_unlock(&turn);
 }
 
-enum { GO, STOP, HALF, FLIP };
+enum { GO, STOP, HALF, FLIP, KEEP_NOTHING };
 
 /* Count a call and say what is to become of it. What was chosen is logged before it happens. */
 static int enter(const char *name, const char *path, int writes)
 {
     int verdict = GO;
+    if (mode >= COUNT_READ)
+        return GO;
     pthread_mutex_lock(&turn);
     seen++;
     int now = seen == chosen || (mode == FAIL_FROM && seen >= chosen);
-    int fits = writes || (mode != KILL_HALF && mode != SHORT && mode != LIE);
+    int fits = writes || (mode != KILL_HALF && mode != SHORT && mode != LIE && mode != DROP);
     if (mode >= KILL && mode < RECORD && now && fits) {
         if (!fired)
             note(name, 0, 0, 0, path, "fired");
@@ -148,11 +153,62 @@ static int enter(const char *name, const char *path, int writes)
             verdict = HALF;
         if (mode == LIE)
             verdict = FLIP;
+        if (mode == DROP)
+            verdict = KEEP_NOTHING;
     } else if (mode == COUNT) {
         note(name, 0, 0, 0, path, "");
     }
     pthread_mutex_unlock(&turn);
     return verdict;
+}
+
+static dev_t broken_device;
+static ino_t broken_inode; /* what the first failed call was about */
+
+/* Count a read-side call; whether it fails. A shortage of the process (descriptors, memory) lasts for
+   every file, an error of the disk for this one. Python itself repeats what EINTR has ended. */
+static int refused(const char *name, const char *path, const struct stat *what)
+{
+    int fails = 0;
+    if (!below(path))
+        return 0;
+    pthread_mutex_lock(&turn);
+    seen++;
+    if (mode == COUNT_READ)
+        note(name, 0, 0, 0, path, "");
+    int shortage = error_number == EMFILE || error_number == ENOMEM || error_number == EINTR;
+    int same = what->st_dev == broken_device && what->st_ino == broken_inode;
+    int lasts = mode == FAIL_READ_FROM && fired && (shortage || same) && (error_number != EINTR || fired < 50);
+    if (mode > COUNT_READ && (seen == chosen || lasts)) {
+        if (!fired++) {
+            note(name, 0, 0, 0, path, "fired");
+            broken_device = what->st_dev, broken_inode = what->st_ino;
+        }
+        fails = 1;
+    }
+    pthread_mutex_unlock(&turn);
+    if (fails)
+        errno = error_number;
+    return fails;
+}
+
+static int refused_path(const char *name, int dirfd, const char *path)
+{
+    struct stat what;
+    char full[4096];
+    if (mode < COUNT_READ || fstatat(dirfd, path, &what, 0))
+        return 0;
+    absolute(dirfd, path, full);
+    return refused(name, full, &what);
+}
+
+static int refused_fd(int fd)
+{
+    struct stat what;
+    char path[4096];
+    if (mode < COUNT_READ || !path_of(fd, path) || fstat(fd, &what) || !S_ISREG(what.st_mode))
+        return 0;
+    return refused("read", path, &what);
 }
 
 /* -------------------------------------------------------------------------------------- the calls */
@@ -185,6 +241,8 @@ static int open_any(int dirfd, const char *path, int flags, mode_t permissions)
     static int (*openat_)(int, const char *, int, ...);
     if (!openat_)
         openat_ = REAL(openat);
+    if (!(flags & (O_ACCMODE | O_CREAT | O_TRUNC | O_DIRECTORY)) && refused_path("open", dirfd, path))
+        return -1;
     if (mode == OFF || !(flags & (O_CREAT | O_TRUNC)) || (flags & O_TMPFILE) == O_TMPFILE)
         return openat_(dirfd, path, flags, permissions);
     char full[4096];
@@ -257,6 +315,11 @@ static ssize_t put_bytes(int fd, const struct iovec *parts, int count, off_t off
     int verdict = mode == RECORD ? GO : enter("write", path, 1);
     if (verdict == STOP)
         return -1;
+    if (verdict == KEEP_NOTHING) { /* what the file did not have before reads as zeros */
+        if (offset < 0)
+            lseek(fd, length, SEEK_CUR);
+        return length;
+    }
     char *joined = malloc(length ? length : 1);
     size_t at = 0;
     for (int i = 0; i < count; i++) {
@@ -333,6 +396,35 @@ ssize_t pwritev64(int fd, const struct iovec *parts, int count, off64_t offset)
 }
 
 ssize_t pwritev(int fd, const struct iovec *parts, int count, off_t offset) { return pwritev64(fd, parts, count, offset); }
+
+/* What reads. */
+ssize_t read(int fd, void *data, size_t length)
+{
+    return refused_fd(fd) ? -1 : syscall(SYS_read, fd, data, length);
+}
+
+ssize_t pread64(int fd, void *data, size_t length, off64_t offset)
+{
+    return refused_fd(fd) ? -1 : syscall(SYS_pread64, fd, data, length, offset);
+}
+
+ssize_t pread(int fd, void *data, size_t length, off_t offset) { return pread64(fd, data, length, offset); }
+
+ssize_t preadv64(int fd, const struct iovec *parts, int count, off64_t offset)
+{
+    return refused_fd(fd) ? -1 : REAL(preadv64)(fd, parts, count, offset);
+}
+
+ssize_t preadv(int fd, const struct iovec *parts, int count, off_t offset) { return preadv64(fd, parts, count, offset); }
+
+ssize_t preadv64v2(int fd, const struct iovec *parts, int count, off64_t offset, int flags)
+{
+    return refused_fd(fd) ? -1 : REAL(preadv64v2)(fd, parts, count, offset, flags);
+}
+
+ssize_t preadv2(int fd, const struct iovec *parts, int count, off_t offset, int flags) { return preadv64v2(fd, parts, count, offset, flags); }
+
+DIR *opendir(const char *path) { return refused_path("list", AT_FDCWD, path) ? NULL : REAL(opendir)(path); }
 
 ssize_t copy_file_range(int in, off64_t *from, int out, off64_t *to, size_t length, unsigned flags)
 {

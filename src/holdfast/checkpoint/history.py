@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 
 from holdfast.checkpoint import filesystem
 from holdfast.checkpoint.follow import LARGEST, Follower, objects
+from holdfast.checkpoint.reading import patiently
 from holdfast.checkpoint.retention import Order
 
 Event = dict[str, Any]
@@ -211,7 +212,8 @@ class History:
     @property
     def known(self) -> Known:
         """What is known now, from all that was appended until now by any process. The object
-        changes with the next look: copy what is to be kept. Raises `OSError` as it comes."""
+        changes with the next look: copy what is to be kept. Raises `OSError` where trying again does
+        not help."""
         with self._turn:
             if self._looking:  # a finalizer that saves has interrupted a look in this thread
                 return History(self.path).known
@@ -227,7 +229,7 @@ class History:
 
     def _look(self) -> None:
         while True:
-            lines = self._follower.lines()
+            lines = patiently(self._follower.lines)
             if self._follower.restarted:
                 self._known = Known()
             for event in objects(_lasting(lines)):
