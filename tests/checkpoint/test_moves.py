@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint import Catalog, Resumed, filesystem, recovery, rollback
+from holdfast.checkpoint import Catalog, filesystem, recovery, rollback
 from holdfast.checkpoint.reporting import Reporter
-from tests.support import Toy, damage, events, everything, killed_at, make_run, tree_of, twin
-
-Went = tuple[int, int] | None  # step and generation that a start goes on from
-
-
-def start(run: Path) -> tuple[Went, Resumed | None]:
-    """What the next start goes on from; it says the same when asked again."""
-    found: list[tuple[Went, Resumed | None]] = []
-    for _again in range(2):
-        with Toy(seed=5).manager(run, keep_last=0) as manager:
-            resumed = manager.resume()
-            found.append((resumed and (resumed.step, resumed.generation), resumed))
-    assert found[0][0] == found[1][0]
-    return found[0]
+from tests.checkpoint.moves import MOVES, Move, start
+from tests.support import Toy, damage, everything, killed_at, make_run, tree_of, twin
 
 
 @pytest.fixture(params=[9, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
@@ -35,69 +22,24 @@ def moments(request: pytest.FixtureRequest) -> list[int]:
     return [1, *range(first, 300, request.param)]
 
 
-def sweep(
-    template: Path,
-    place: Path,
-    work: Callable[[Path], None],
-    moments: list[int],
-    *,
-    old: Went,
-    new: Went,
-) -> None:
-    """Kill `work` at each of its calls to the disk: the next start is at `old` or at `new`, nothing
-    is called lost, and no state that was announced is gone."""
-    outcomes, ids = set(), everything(template)
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.name)
+def test_a_step_back_is_done_or_not_done(fast_path: Path, moments: list[int], move: Move) -> None:
+    """Kill it at its calls to the disk."""
+    template, outcomes = fast_path / "template", set()
+    make_run(template, move.steps)
+    ids = everything(template)
     for moment in moments:
-        run = twin(template, place / str(moment))
-        died = killed_at(moment, lambda run=run: work(run))  # type: ignore[misc]
-        went, resumed = start(run)
-        assert went in (old, new), moment
-        assert resumed is None or resumed.steps_lost == 0, moment
-        assert everything(run) >= ids, moment
-        announced = [e["step"] for e in events(run) if e["event"] == "durable"]
-        assert resumed is None or resumed.step in announced, moment
+        run = twin(template, fast_path / str(moment))
+        died = killed_at(moment, lambda run=run: move.work(run))  # type: ignore[misc]
+        went, problem = move.judge(run, ids)
+        assert not problem, moment
         outcomes.add(went)
         shutil.rmtree(run)
         if not died:
             break
-    assert went == new, "it was not interrupted"
-    assert outcomes == {old, new}
+    assert went == move.new, "it was not interrupted"
+    assert outcomes == {move.old, move.new}
     assert moment > 10
-
-
-def test_going_back_by_resume(fast_path: Path, moments: list[int]) -> None:
-    make_run(fast_path / "template", 4)
-
-    def work(run: Path) -> None:
-        with Toy(seed=5).manager(run) as manager:
-            manager.resume(run / "checkpoint_step_2.pt")
-
-    sweep(fast_path / "template", fast_path, work, moments, old=(4, 1), new=(2, 2))
-
-
-def test_going_back_because_training_went_wrong(fast_path: Path, moments: list[int]) -> None:
-    make_run(fast_path / "template", 4)
-
-    def work(run: Path) -> None:
-        with Toy(seed=5).manager(run, keep_last=0) as manager:
-            manager.resume()
-            assert manager.go_back(3, "loss is NaN") is not None
-
-    sweep(fast_path / "template", fast_path, work, moments, old=(4, 1), new=(2, 2))
-
-
-def test_the_first_save_of_a_run_that_did_not_resume(fast_path: Path, moments: list[int]) -> None:
-    """Also where it takes the name of the newest of the old run."""
-    make_run(fast_path / "template", 3)
-
-    def work(run: Path) -> None:
-        toy = Toy(seed=3)
-        with toy.manager(run) as manager:
-            for _step in range(3):
-                toy.step()
-            manager.save(step=3, strict=True)
-
-    sweep(fast_path / "template", fast_path, work, moments, old=(3, 1), new=(3, 2))
 
 
 def test_a_resume_from_elsewhere_until_its_first_save(fast_path: Path, moments: list[int]) -> None:

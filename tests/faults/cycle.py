@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from holdfast.checkpoint import memory
 from tests.faults import inject
 from tests.faults.inject import Fault, How, Outcome
 from tests.faults.savers import Ours, Saver, Training
@@ -33,6 +34,13 @@ def scratch(place: Path | None = None) -> Iterator[Path]:
     finally:
         _unlock(path)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def forget(directory: Path) -> None:
+    """Give back what is left in shared memory of a run."""
+    for remains in memory.remains():
+        if remains.belongs_to(directory):
+            remains.remove()
 
 
 @functools.cache
@@ -59,21 +67,27 @@ def save_under(
     fault: Fault,
     log: Path | None = None,
     before: Callable[[], object] | None = None,
+    then: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """Train and save STEPS steps; the fault is armed before the ARMED-th, after a call of `before`.
-    What was announced are the lines "durable STEP"."""
+    What was announced are the lines "durable STEP"; after each `then` is called."""
 
     def body(arm: object, say: object) -> None:
         training = Training()
         it = saver(directory, training)
         it.start()
+
+        def announce(step: int) -> None:
+            say(f"durable {step}")  # type: ignore[operator]
+            then()
+
         for step in range(1, STEPS + 1):
             training.step()
             if step == ARMED:
                 if before is not None:
                     before()
                 arm()  # type: ignore[operator]
-            it.save(step, lambda done: say(f"durable {done}"))  # type: ignore[operator]
+            it.save(step, announce)
         it.finish()
 
     return inject.run(body, directory, fault, log)

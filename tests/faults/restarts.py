@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-from holdfast.checkpoint import container, memory
+from holdfast.checkpoint import container
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.errors import CheckpointError
 from tests.faults import cycle, inject
 from tests.faults.inject import Fault, How
-from tests.faults.savers import Ours, Training
+from tests.faults.savers import Ours, Remembering, Training
 from tests.faults.syscalls import ERRORS
 from tests.faults.tally import Tally, Verdict
 from tests.support import damage
@@ -78,7 +78,7 @@ class FromMemory(Start):
 
     def prepare(self, directory: Path) -> None:
         training = Training()
-        it = _Remembering(directory, training)
+        it = Remembering(directory, training)
         it.start()
         for step in range(1, cycle.STEPS + 1):
             training.step()
@@ -90,13 +90,7 @@ class FromMemory(Start):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def clean(self, directory: Path) -> None:
-        for remains in memory.remains():
-            if remains.belongs_to(directory):
-                remains.remove()
-
-
-class _Remembering(Ours):
-    memory_every = 1
+        cycle.forget(directory)
 
 
 STARTS: list[type[Start]] = [AfterDamage, GoingBack, FromMemory]

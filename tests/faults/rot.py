@@ -1,23 +1,34 @@
-"""Rot: each region of the newest checkpoint flipped, cut, zeroed, or swapped with another file's.
+"""Rot: each region of the newest checkpoint flipped, cut, zeroed, or swapped with another file's;
+the same in shared memory; and flipped bits in the cache and in the history.
 
 It must always be found, never be loaded, and the checkpoint before it be taken.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import re
 import shutil
 import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from tests.faults import cycle
+from holdfast.checkpoint import Catalog, container, memory
+from holdfast.errors import CheckpointError
+from tests.faults import cycle, inject
 from tests.faults.inject import Fault
-from tests.faults.savers import Saver
+from tests.faults.restarts import FromMemory, intact
+from tests.faults.savers import Ours, Saver
 from tests.faults.tally import Tally
+from tests.support import flip
+
+CACHE = "bit rot in metadata.json and events.jsonl"
+SLOTS = "rot in what a killed process left in memory"
 
 Damage = Callable[[bytearray, int, int, bytes], None]  # file, from, to, another file
 
@@ -63,6 +74,110 @@ def rot(saver: type[Saver], *, points: int, seed: int) -> Tally:
             shutil.rmtree(directory)
     tally.seconds = time.monotonic() - began
     return tally
+
+
+def cache_rot(saver: type[Ours], *, points: int | None, seed: int) -> Tally:
+    """One flipped bit in each byte of the cache and of the history, or in `points` of them: the
+    newest is gone on from, and every file stays that would have stayed."""
+    tally, began, rng = Tally(CACHE, saver.name), time.monotonic(), random.Random(seed)
+    with cycle.scratch() as template, cycle.scratch() as work:
+        cycle.save_under(Ours, template / "run", Fault())
+        _copy_with_links(template / "run", work / "run")
+        cycle.recover(Ours, work / "run", cycle.STEPS)
+        stay = intact(work / "run")  # the ids that are there after two more saves, undamaged
+        ours = stay & intact(template / "run")
+        for name, offset, bit in _bits(template / "run", points, rng):
+            shutil.rmtree(work / "run")
+            _copy_with_links(template / "run", work / "run")
+            flip(work / "run" / name, offset, bit)
+            tally.note(work / "run")
+            verdict = cycle.recover(saver, work / "run", cycle.STEPS)
+            gone = ours - intact(work / "run")
+            if gone and not verdict.problem:
+                verdict = replace(verdict, step=0, error=f"gone: {gone}")
+            tally.judge(verdict, f"bit {bit} of byte {offset} of {name}, seed {seed}")
+    tally.seconds = time.monotonic() - began
+    return tally
+
+
+def _bits(directory: Path, points: int | None, rng: random.Random) -> list[tuple[str, int, int]]:
+    """A bit of each byte of both files, or of `points` of them; first those that make one number
+    of an order another."""
+    orders = re.compile(rb'"(?:sequence|generation|step)": (\d)')
+    telling, others = [], []
+    for name in ("metadata.json", "events.jsonl"):
+        data = (directory / name).read_bytes()
+        digits = {found.start(1) for found in orders.finditer(data)}
+        telling += [(name, offset, rng.randrange(3)) for offset in sorted(digits)]
+        others += [(name, offset, rng.randrange(8)) for offset in range(len(data))]
+    rng.shuffle(telling)
+    rng.shuffle(others)
+    if points is None:
+        return telling + others
+    return telling[: points // 2] + others[: points - points // 2]
+
+
+def slot_rot(saver: type[Ours], *, points: int, seed: int) -> Tally:
+    """`points` damages of what a killed process has left in shared memory: it is told and never
+    trained on; the snapshot before it is taken, or the disk where all are damaged."""
+    tally, began, rng = Tally(SLOTS, saver.name), time.monotonic(), random.Random(seed)
+    if not memory.usable():
+        tally.skipped = "no shared memory here"
+        return tally
+    cycle.digests()  # imports here what every forked process would import
+    for number in range(points):
+        with cycle.scratch() as directory:
+            inject.run(lambda _arm, _say, at=directory: FromMemory().prepare(at), directory, Fault())  # type: ignore[misc]
+            try:
+                what, promised, quiet = _damage_slots(directory, number, rng)
+                tally.note(directory)
+                verdict = cycle.recover(saver, directory, promised)
+                told = Catalog(directory).events("failed")
+                silent = not quiet and not any(each.get("step") == cycle.STEPS for each in told)
+                if 0 < verdict.step < cycle.STEPS and silent:
+                    verdict = replace(verdict, step=-1, error="it has not been told")
+                tally.judge(verdict, f"{what}, seed {seed}")
+            finally:
+                FromMemory().clean(directory)
+    tally.seconds = time.monotonic() - began
+    return tally
+
+
+def _damage_slots(directory: Path, number: int, rng: random.Random) -> tuple[str, int, bool]:
+    """Damage the newest snapshot, its head, or all of them in their turn; what it was, the newest
+    step that is still to be had, and whether nothing can be told (no head, no snapshot)."""
+    (remains,) = (each for each in memory.remains() if each.belongs_to(directory))
+    slots = {}
+    for path in remains.directory.glob("*.pt"):
+        with contextlib.suppress(CheckpointError):  # not filled yet
+            slots[container.read_manifest(path)["identity"]["step"]] = path
+    newest, before = slots[max(slots)], slots[max(slots) - 1].read_bytes()
+    if number % 4 == 3:
+        head = newest.with_suffix(".head")
+        size = len(head.read_bytes().rstrip(b"\0"))
+        flip(head, offset := rng.randrange(size), bit := rng.randrange(8))
+        return f"bit {bit} of byte {offset} of the head", cycle.STEPS - 1, True
+    size = newest.stat().st_size
+    if number % 8 == 1:
+        half = rng.choice([(0, size // 2), (size // 2, size), (0, size)])
+        chosen = ("swap", *half)
+    else:
+        whole = list(choose(newest, 200, rng))
+        chosen = rng.choice(whole)
+    kind, start, stop = chosen
+    all_of_them = number % 4 == 2
+    changed = False
+    for path in slots.values() if all_of_them else [newest]:
+        data = bytearray(path.read_bytes())
+        was = bytes(data)
+        KINDS[kind](data, start, stop, before)
+        if all_of_them and bytes(data) == was:
+            _flip(data, start, stop, before)
+        changed = changed or bytes(data) != was
+        path.write_bytes(data)
+    what = f"{kind} {start}-{stop} of {size} in {'every slot' if all_of_them else 'the newest'}"
+    promised = 2 if all_of_them else cycle.STEPS - 1 if changed else cycle.STEPS
+    return what, promised, not changed
 
 
 def regions(path: Path) -> list[tuple[int, int]]:

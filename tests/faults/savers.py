@@ -22,7 +22,15 @@ from typing import Any, ClassVar
 import torch
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint import container, filesystem, housekeeping, reading, recovery
+from holdfast.checkpoint import (
+    catalog,
+    container,
+    filesystem,
+    housekeeping,
+    reading,
+    recovery,
+    rollback,
+)
 from holdfast.errors import DamagedCheckpoint
 from tests.support import bits
 
@@ -163,6 +171,13 @@ class Ours(Saver):
 
     def read(self) -> int:
         return int(load(self.directory / "latest.pt", only="global_step"))
+
+
+class Remembering(Ours):
+    """With a snapshot in memory at each step."""
+
+    name = "holdfast, with snapshots in memory"
+    memory_every = 1
 
 
 class OneName(Ours):
@@ -351,6 +366,36 @@ class PrunesUnread(Ours):
 
         housekeeping.verify_back = verify_back
         super().start()
+
+
+class BelievesTheCache(Ours):
+    """A mutant: metadata.json decides, as it stands there."""
+
+    name, control = "holdfast, mutant: the cache is believed", True
+
+    def resume(self) -> int:
+        real = catalog.Catalog.scan
+        catalog.Catalog.scan = lambda self, **_how: real(self, cached=True)  # type: ignore[method-assign]
+        catalog.Catalog._read_cache = _unchecked_cache  # type: ignore[method-assign]
+        return super().resume()
+
+
+def _unchecked_cache(self: catalog.Catalog) -> dict[tuple[str, str], catalog.Entry]:
+    try:
+        files = json.loads((self.directory / "metadata.json").read_bytes())["files"]
+        return {(name, entry.pop("stamp")): catalog.Entry(**entry) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+class BelievesTheDisk(Remembering):
+    """A mutant: memory is given back for a file that nobody has read."""
+
+    name, control = "holdfast, mutant: memory goes before the file is read", True
+
+    def resume(self) -> int:
+        rollback.damage_of_all = lambda *_args: None
+        return super().resume()
 
 
 MUTANTS: list[type[Saver]] = [NoDirectorySync, Believes, TrustsBytes, TempElsewhere]

@@ -7,20 +7,23 @@ import errno
 import time
 from collections.abc import Iterator
 
-from tests.faults import cycle
+from tests.faults import cycle, inject
 from tests.faults.inject import Fault, How
 from tests.faults.savers import Saver
 from tests.faults.tally import Tally
+from tests.support import die
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EINTR)
-ON_WRITES = (How.KILL_HALF, How.SHORT, How.LIE)
+ON_WRITES = (How.KILL_HALF, How.SHORT, How.LIE, How.DROP)
+UNREAD = "a lying write, killed before it is read back"
 KINDS: dict[str, list[Fault]] = {
     "killed at a call": [Fault(How.KILL), Fault(How.KILL_HALF)],
     "a call fails once": [Fault(How.FAIL, 0, number) for number in ERRORS],
     "calls fail from there on": [Fault(How.FAIL_FROM, 0, errno.ENOSPC),
                                  Fault(How.FAIL_FROM, 0, errno.EIO)],
     "a short write": [Fault(How.SHORT)],
-    "a lying write": [Fault(How.LIE)],
+    "a lying write": [Fault(How.LIE), Fault(How.DROP)],
+    UNREAD: [Fault(How.LIE), Fault(How.DROP)],
 }  # fmt: skip
 
 
@@ -29,16 +32,29 @@ def sweep(saver: type[Saver], kind: str, *, every: int = 1) -> Tally:
     tally, began = Tally(kind, saver.name), time.monotonic()
     for fault in points(saver, kind, every):
         with cycle.scratch() as directory:
-            outcome = cycle.save_under(saver, directory, fault)
-            if not outcome.fired:
-                continue
-            tally.note(directory)
-            verdict = cycle.recover(saver, directory, cycle.announced(outcome))
-            tally.judge(verdict, fault)
+            then = _die_once_fired if kind == UNREAD else _nothing
+            try:
+                outcome = cycle.save_under(saver, directory, fault, then=then)
+                if not outcome.fired:
+                    continue
+                tally.note(directory)
+                verdict = cycle.recover(saver, directory, cycle.announced(outcome))
+                tally.judge(verdict, fault)
+            finally:
+                cycle.forget(directory)
     tally.seconds = time.monotonic() - began
     if tally.points == 0:
         raise RuntimeError(f"{saver.name}, {kind}: no fault has fired")
     return tally
+
+
+def _die_once_fired() -> None:
+    """After an announcement, before anything is read back."""
+    if inject.fired():
+        die()
+
+
+def _nothing() -> None: ...
 
 
 def points(saver: type[Saver], kind: str, every: int) -> Iterator[Fault]:
