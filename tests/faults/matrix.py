@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tests.faults import (
+    evaluations,
     hostile,
     inject,
+    moves,
     obstacles,
     peers,
     power,
     random_kills,
+    reads,
     real_cut,
     restarts,
     rot,
@@ -65,16 +68,34 @@ def problem(row: Row, tally: Tally) -> str:
 
 def rows() -> list[Row]:
     """The whole matrix, in the order of the table."""
-    found = [_calls(savers.Ours, kind, "ours", quick=_QUICK[kind]) for kind in calls.KINDS]
+    found = [_calls(savers.Ours, kind, "ours", quick=quick) for kind, quick in _QUICK.items()]
     found += [
         _calls(savers.TorchSaveLatest, "killed at a call", "caught", quick=4),
         _calls(savers.TorchSaveLatest, "a call fails once", "caught", quick=8),
         _calls(savers.TorchSaveLatest, "a lying write", "caught", quick=2),
         _calls(savers.Believes, "a lying write", "caught", quick=1),
+        _calls(savers.Remembering, calls.UNREAD, "ours", quick=5),
+        _calls(savers.BelievesTheDisk, calls.UNREAD, "caught", quick=3),
+        *(
+            _counted(reads.BACK, saver, role, reads.read_back, quick=quick)
+            for saver, role, quick in (
+                (savers.Ours, "ours", 40),
+                (savers.Condemns, "caught", 16),
+                (savers.PrunesUnread, "caught", 24),
+            )
+        ),
+        *(
+            _counted(reads.START, saver, role, reads.at_a_start, quick=quick)
+            for saver, role, quick in ((savers.Ours, "ours", 40), (savers.Condemns, "caught", 12))
+        ),
     ]
     found += [_calls(peer, "killed at a call", "beside", quick=0) for peer in _BESIDE]
     found += [
         Row(start.name, savers.Ours.name, "ours", _restarting(start)) for start in restarts.STARTS
+    ]
+    found += [
+        _moved(moves.OURS, "ours", quick=8),
+        _moved(moves.MUTANT, "caught", quick=8),
     ]
     found += [_power(saver, "ours", quick=60) for saver in _SCENES]
     found += [_power(saver, "caught", quick=20) for saver in _TRUSTING_NAMES]
@@ -87,11 +108,17 @@ def rows() -> list[Row]:
         _rot(savers.TrustsBytes, "caught", quick=20),
         _rot(savers.TorchSaveLatest, "caught", quick=20),
         *(_rot(peer, "beside", quick=0) for peer in peers.PEERS),
+        *(_counted(rot.CACHE, saver, role, rot.cache_rot, quick=40)
+          for saver, role in ((savers.Ours, "ours"), (savers.BelievesTheCache, "caught"))),
+        *(_counted(rot.SLOTS, saver, role, rot.slot_rot, quick=quick, full=200)
+          for saver, role, quick in ((savers.Ours, "ours", 32), (savers.TrustsBytes, "caught", 8))),
         Row("disk full, read-only, no inodes, limits", savers.Ours.name, "ours",
             lambda _full, _seed: obstacles.obstructed(savers.Ours)),
         Row("hostile files", savers.Ours.name, "ours", lambda _full, _seed: hostile.hostile()),
         Row("a training killed at a random moment", savers.Ours.name, "ours",
             lambda full, seed: random_kills.random_kills(200 if full else 20, seed=seed)),
+        _struck(evaluations.OURS, "ours", quick=9),
+        _struck(evaluations.MUTANT, "caught", quick=3),
     ]  # fmt: skip
     return found
 
@@ -101,7 +128,7 @@ _QUICK = {
     "a call fails once": 5,
     "calls fail from there on": 5,
     "a short write": 1,
-    "a lying write": 1,
+    "a lying write": 2,
 }
 _SCENES = [savers.Ours, savers.OneName, savers.GoesBack, savers.SetsAside, savers.StartsAgain]
 _TRUSTING_NAMES = [*savers.BY_HAND, savers.NoDirectorySync, savers.TempElsewhere]
@@ -165,6 +192,38 @@ def _rot(saver: type[Saver], role: Role, *, quick: int) -> Row:
 
     fault = "bit rot, cut, zeroed, swapped"
     return Row(fault, saver.name, role, make, _missing(saver), full_only=not quick)
+
+
+def _counted(
+    fault: str,
+    saver: type[savers.Ours],
+    role: Role,
+    row: Callable[..., Tally],
+    *,
+    quick: int,
+    full: int | None = None,
+) -> Row:
+    """`quick`: points of the short form; `full`: of the full one, None: all there are."""
+
+    def make(whole: bool, seed: int) -> Tally:
+        return row(saver, points=full if whole else quick, seed=seed)
+
+    return Row(fault, saver.name, role, make)
+
+
+def _moved(saver: str, role: Role, *, quick: int) -> Row:
+    def make(full: bool, _seed: int) -> Tally:
+        return moves.sweep(saver, every=1 if full else quick)
+
+    missing = "" if inject.shim() is not None else "its calls cannot be seen without a C compiler"
+    return Row(moves.NAME, saver, role, make, missing)
+
+
+def _struck(saver: str, role: Role, *, quick: int) -> Row:
+    def make(full: bool, seed: int) -> Tally:
+        return evaluations.strike_duties(saver, points=90 if full else quick, seed=seed)
+
+    return Row(evaluations.NAME, saver, role, make)
 
 
 def _restarting(start: type[restarts.Start]) -> Callable[[bool, int], Tally]:

@@ -24,7 +24,7 @@ from tests.faults import cycle, inject
 from tests.faults.inject import Call, Fault, How, Outcome
 from tests.faults.restarts import intact
 from tests.faults.savers import Ours, Training
-from tests.faults.tally import Tally, Verdict
+from tests.faults.tally import Tally
 from tests.support import tree_of
 
 ERRORS = (errno.EIO, errno.EMFILE, errno.ENOMEM, errno.EINTR, errno.EACCES, errno.ESTALE)

@@ -212,8 +212,8 @@ class History:
     @property
     def known(self) -> Known:
         """What is known now, from all that was appended until now by any process. The object
-        changes with the next look: copy what is to be kept. Raises `OSError` where trying again does
-        not help."""
+        changes with the next look: copy what is to be kept. Raises `OSError` where a few tries
+        have failed."""
         with self._turn:
             if self._looking:  # a finalizer that saves has interrupted a look in this thread
                 return History(self.path).known
