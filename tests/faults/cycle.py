@@ -66,6 +66,7 @@ def save_under(
     directory: Path,
     fault: Fault,
     log: Path | None = None,
+    *,
     before: Callable[[], object] | None = None,
     then: Callable[[], object] = lambda: None,
 ) -> Outcome:

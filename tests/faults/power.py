@@ -90,7 +90,7 @@ def record(saver: type[Saver]) -> Trace:
             base.mkdir()
             Disk.read(directory).now().build(base)
 
-        outcome = cycle.save_under(saver, directory, Fault(How.RECORD), log, before)
+        outcome = cycle.save_under(saver, directory, Fault(How.RECORD), log, before=before)
         if outcome.status:
             raise RuntimeError(f"{saver.name}: the recorded cycle failed: {outcome.error}")
         marks = sum(call.name == "said" for call in outcome.log)
