@@ -181,6 +181,15 @@ def test_a_start_tries_again(
 
 
 @pytest.mark.parametrize("number", ERRORS)
+def test_a_start_reads_the_history_again(tmp_path: Path, trouble: Trouble, number: int) -> None:
+    make_run(tmp_path, 3)
+    trouble.meet(tmp_path / "events.jsonl", 3, number=number)
+    toy, result, _told = start(tmp_path)
+    assert trouble.times == 0
+    assert (toy.now, result.generation, result.skipped) == (3, 1, [])
+
+
+@pytest.mark.parametrize("number", ERRORS)
 @pytest.mark.parametrize("call", ["open", "preadv"])
 def test_the_newest_that_cannot_be_read_is_not_passed_over(
     tmp_path: Path, trouble: Trouble, number: int, call: str
