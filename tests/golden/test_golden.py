@@ -48,12 +48,12 @@ def test_a_file_of_format_1_is_read_to_the_bit(name: str, tmp_path: Path) -> Non
 
 
 def test_a_loop_that_an_earlier_version_began_comes_to_the_losses_it_would_have_had() -> None:
-    """The walk goes on from step 12 up to 24; that version went straight there."""
+    """It was killed after step 14, with the disk at step 12; straight on it went up to 24."""
     straight = (FILES / "losses.txt").read_text().splitlines()
     lines = replay.recorded("old")
     resumed = lines[lines.index("## gone on with a loop") :]
     steps = [line for line in resumed if line.startswith("step ")]
-    assert steps == straight[12:]
+    assert steps == straight[14:]
 
 
 def test_the_desk_tells_scripts_of_an_earlier_versions_runs_what_that_version_told() -> None:

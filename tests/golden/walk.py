@@ -292,6 +292,13 @@ def trainer(walk: Walk) -> None:
 # -------------------------------------------------------------------------------- of old versions
 
 KEPT = (Path("loop"), Path("trained"))
+MEMORY = Path("memory")  # of the loop, which was killed
+
+
+def _in_memory(run: Path) -> str:
+    """How a run's directory in shared memory is called, up to the run (docs/en/format.md)."""
+    stat = run.stat()
+    return f"holdfast-{os.getuid()}-{stat.st_dev}-{stat.st_ino}"
 
 
 def _tell_kept(walk: Walk) -> None:
@@ -308,14 +315,11 @@ def _tell_kept(walk: Walk) -> None:
 
 def pack(walk: Walk) -> None:
     """Write the files of `files/`, with the version that is installed."""
-    from tests.golden.loop import Exact, train
+    from tests.golden.loop import train
     from tests.golden.states import STATES
 
     target = Path(sys.argv[2])
     target.mkdir(parents=True, exist_ok=True)
-
-    def stop(_exact: Exact, _manager: Any) -> None:
-        raise RuntimeError("stopped here")
 
     def states() -> None:
         from holdfast import CheckpointManager
@@ -325,7 +329,9 @@ def pack(walk: Walk) -> None:
                 manager.save(step=1, metrics={"val_loss": 1.5, "bad": float("nan")}, strict=True)
 
     walk.start("states", states)
-    walk.start("loop", lambda: train(KEPT[0], 14, at={14: stop}))
+    walk.start("loop", lambda: train(KEPT[0], 14, kill=True))
+    (memory,) = Path("/dev/shm").glob(f"{_in_memory(KEPT[0])}-*")
+    shutil.copytree(memory, MEMORY)
     words = ["--checkpoint-dir", str(KEPT[1]), "--epochs", "2"]
     walk.start("trained", train_words(walk, *words, at={23: _interrupt}))
     _tell_kept(walk)
@@ -339,8 +345,8 @@ def pack(walk: Walk) -> None:
         data = (Path("state") / name / "latest.pt").read_bytes()
         (target / f"{name}.pt.golden").write_bytes(data)
     with tarfile.open(target / OLD.name, "w:xz") as archive:
-        for run in KEPT:
-            archive.add(run)
+        for path in (*KEPT, MEMORY):
+            archive.add(path)
 
 
 def old(walk: Walk) -> None:
@@ -350,6 +356,9 @@ def old(walk: Walk) -> None:
     with tarfile.open(OLD) as archive:
         archive.extractall(filter="tar")
     _tell_kept(walk)
+    (first, *_others) = (KEPT[0] / "events.jsonl").read_text("utf-8").splitlines()
+    run_id = json.loads(first)["run_id"][:8]
+    shutil.copytree(MEMORY, Path("/dev/shm") / f"{_in_memory(KEPT[0])}-{run_id}-g1")
     walk.start("gone on with a loop", lambda: train(KEPT[0], 24))
     walk.state(KEPT[0])
     words = ["--checkpoint-dir", str(KEPT[1]), "--epochs", "2", "--resume"]
@@ -420,7 +429,7 @@ def _forget_memory() -> None:
     """Remove what killed trainings of this walk have left in shared memory."""
     for stat in [path.stat() for path in Path.cwd().glob("*") if path.is_dir()]:
         for place in Path("/dev/shm").glob(f"holdfast-*-{stat.st_dev}-{stat.st_ino}-*"):
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(place)
 
 
 if __name__ == "__main__":
