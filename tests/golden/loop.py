@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ import numpy as np
 import torch
 
 from holdfast import CheckpointManager, EverySteps
-
-STEPS_PER_EPOCH = 4
 
 
 class Exact:
@@ -81,10 +80,14 @@ def train(
     until: int,
     *,
     source: str | None = None,
+    an_epoch: int = 4,
     kill: bool = False,
     at: dict[int, Any] | None = None,
 ) -> None:
-    """Train up to step `until` and end, or be killed there. `at` are things to do after a step."""
+    """Train up to step `until`, in epochs of `an_epoch` steps, and end, or be killed there.
+
+    `at` are things to do after a step.
+    """
     exact = Exact()
     with exact.manager(directory, on_event=say) as manager:
         resumed = manager.resume(source)
@@ -93,17 +96,14 @@ def train(
         while exact.now < until:
             exact.step()
             print("step", exact.now, "loss", exact.losses[-1])
-            epoch, rest = divmod(exact.now - 1, STEPS_PER_EPOCH)
+            epoch, rest = divmod(exact.now - 1, an_epoch)
             loss = {"val_loss": abs(6.0 - exact.now), "whole": float(exact.now), "no": float("nan")}
-            if rest == STEPS_PER_EPOCH - 1:
+            if rest == an_epoch - 1:
                 manager.end_epoch(epoch + 1, step=exact.now, metrics=loss)
             manager.after_step(exact.now, epoch=epoch + 1, metrics=loss if rest == 1 else None)
             if at and exact.now in at:
                 at[exact.now](exact, manager)
         print("durable", manager.saved_step, "in memory", manager.memory_step)
         if kill:
-            manager.wait()
-            import sys
-
             sys.stdout.flush()
             os.kill(os.getpid(), signal.SIGKILL)

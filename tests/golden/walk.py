@@ -172,7 +172,7 @@ def loop(walk: Walk) -> None:
     walk.state()
     walk.command("pin", "25", str(RUN))
     source = str(RUN / "best_model.pt")
-    walk.start("back to the best", lambda: train(RUN, 20, source=source))
+    walk.start("back to the best", lambda: train(RUN, 20, source=source, an_epoch=100))
     walk.state()
     walk.command("verify", str(RUN), "--all")
     walk.command("compare", str(RUN / "latest.pt"), source, "--tensors", "--sections", "all")
