@@ -20,6 +20,7 @@ import signal
 import sys
 import tarfile
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,6 +119,17 @@ def _full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def buffers_are_made() -> None:
+    """Wait for the three buffers in shared memory, which are made in the background: what lies
+    there at a kill, and what a full disk refuses, must not depend on how busy the machine is."""
+    stat = RUN.stat()
+    mine = f"holdfast-{os.getuid()}-{stat.st_dev}-{stat.st_ino}-*/slot-*.pt"
+    for _look in range(1000):
+        if sum(path.stat().st_size > 0 for path in Path("/dev/shm").glob(mine)) == 3:
+            return
+        time.sleep(0.02)
+
+
 def flip(path: Path) -> None:
     """Damage a file under all of its names: one bit in the middle of its first record."""
     path.chmod(0o644)
@@ -136,6 +148,7 @@ def loop(walk: Walk) -> None:
     from tests.golden.loop import Exact, train
 
     def fail(exact: Exact, manager: Any) -> None:
+        buffers_are_made()
         with _full_disk():
             print("saved", manager.save(step=exact.now, epoch=2))
         print("failing", manager.failing)
@@ -151,7 +164,7 @@ def loop(walk: Walk) -> None:
         raise RuntimeError("the loop is broken")
 
     def epochs() -> None:
-        train(RUN, 10, kill=True)
+        train(RUN, 10, kill=True, at={10: lambda *_: buffers_are_made()})
 
     def retried() -> None:
         train(RUN, 21, at={11: fail, 12: later, 14: pinned})
@@ -241,6 +254,7 @@ def train_words(
 
 
 def _kill() -> None:
+    buffers_are_made()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -253,6 +267,7 @@ def trainer(walk: Walk) -> None:
         return train_words(walk, *more, **at)
 
     def full() -> None:
+        buffers_are_made()
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
 
     def room() -> None:
