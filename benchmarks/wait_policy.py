@@ -2,7 +2,7 @@
 
 Trains the same steps of our `tiny` model in processes of their own, once a policy and round,
 interleaved, on a quiet machine and beside as many busy neighbours as there are processors. Prints
-seconds a step (median, and the spread of all rounds), and the ratio to the default, paired by round.
+seconds a step (median, spread of all rounds) and the ratio to the default, paired by round.
 The number of threads is the same, so the losses must be the same to the last bit.
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -36,6 +37,20 @@ def parser(prog: str, description: str, examples: str, *, scripts: bool = True) 
     made.add_argument("--lang", choices=LANGUAGES, metavar="|".join(LANGUAGES), help=lang_help)
     made.add_argument("--debug", action="store_true", help=_("show the traceback of an error"))
     return made
+
+
+def before_torch() -> None:
+    """Set what libraries read when they are loaded; call it before torch is imported.
+
+    OpenMP's threads spin while they wait for each other. On a machine in use a waiting thread then
+    takes the processor that the one it waits for needs, and a step takes many times as long. A
+    thread that sleeps instead computes the same bits (benchmarks/wait_policy.py). What the user has
+    set stays.
+    """
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    # What transformers has to say is said in the user's language where it matters.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def add_directory(made: Parser) -> None:

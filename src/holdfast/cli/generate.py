@@ -48,6 +48,7 @@ def run_generate(argv: Sequence[str], prog: str) -> int:
         )  # fmt: skip
     # A pipe is read before the model is loaded: what is wrong with it is told at once.
     piped = _from_pipe() if given.prompt is None and not sys.stdin.isatty() else None
+    common.before_torch()
     from holdfast.training.inference import load_for_inference
 
     loaded = load_for_inference(source)

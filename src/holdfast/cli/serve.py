@@ -35,7 +35,7 @@ def run_serve(argv: Sequence[str], prog: str) -> int:
     """`holdfast serve`: 0 when everything was answered at the end, 130 after a second Ctrl-C."""
     given = _serve_parser(prog).parse_args(argv)
     sources = _sources(given)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    common.before_torch()
     from holdfast.serving.server import serve
 
     with _speaking():

@@ -33,8 +33,7 @@ def train(argv: Sequence[str], prog: str) -> int:
 
 
 def _session(command: TrainCommand, prog: str) -> int:
-    # Quiet libraries: what they have to say is said in the user's language where it matters.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    common.before_torch()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from holdfast.training.console import Console
 
