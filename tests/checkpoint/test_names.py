@@ -225,20 +225,26 @@ def in_two(model: Any) -> Any:
     return groups if next(iter(model._modules)) == "a" else groups[::-1]
 
 
+@pytest.mark.parametrize("held", ["model", "its state_dict", "its parameters"])
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, Strange])
 @pytest.mark.parametrize("given", [all_of, named, in_two])
 @pytest.mark.parametrize("order", ["cba", "bca"])
 def test_moments_find_their_parameters_in_another_order(
-    order: str, given: Any, kind: Any, tmp_path: Path
+    order: str, given: Any, kind: Any, held: str, tmp_path: Path
 ) -> None:
+    def state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+        weights: Any = model if held == "model" else model.state_dict()
+        weights = dict(model.named_parameters()) if held == "its parameters" else weights
+        return {"model": weights, "optimizer": optimizer}
+
     model = Registered("abc")
     optimizer = kind(given(model), lr=0.1)
     train(model, optimizer)
-    with CheckpointManager(tmp_path, {"model": model, "optimizer": optimizer}) as manager:
+    with CheckpointManager(tmp_path, state_of(model, optimizer)) as manager:
         manager.save(step=1, strict=True)
     other = Registered(order)
     second = kind(given(other), lr=0.1)
-    with CheckpointManager(tmp_path, {"model": other, "optimizer": second}) as manager:
+    with CheckpointManager(tmp_path, state_of(other, second)) as manager:
         manager.resume()
     for name in "abc":
         mine, theirs = getattr(other, name).weight, getattr(model, name).weight

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,21 +147,34 @@ def _is_same_state(outer: Any, inner: Any) -> bool:
     )
 
 
-def parameter_names(state: Any, path: str = "") -> dict[int, list[str]]:
-    """Return all names of every tensor in a state, by the tensor's id: `model/0.weight`."""
-    found: dict[int, list[str]] = {}
+def memory_of(tensor: torch.Tensor) -> Hashable:
+    """Return what tells `tensor` from every other: where its numbers lie, and how.
+
+    A parameter and its entry in `model.state_dict()`, which people put into a state in place of the
+    model, are two objects over one memory. Without memory of its own it is the object itself.
+    """
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # a wrapper without memory of its own
+        address = 0
+    return (address, tensor.shape, tensor.stride()) if address else id(tensor)
+
+
+def parameter_names(state: Any, path: str = "") -> dict[Hashable, list[str]]:
+    """Return all names of every tensor in a state, by its memory: `model/0.weight`."""
+    found: dict[Hashable, list[str]] = {}
     for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
         here = f"{path}/{key}" if path else str(key)
         if isinstance(value, torch.nn.Module):
             tensors = dict(value.named_parameters(remove_duplicate=False))
             plain = plain_names(value, list(tensors))
             for name, tensor in tensors.items():
-                found.setdefault(id(tensor), []).append(f"{here}/{plain[name]}")
+                found.setdefault(memory_of(tensor), []).append(f"{here}/{plain[name]}")
         elif isinstance(value, torch.Tensor):
-            found.setdefault(id(value), []).append(here)
+            found.setdefault(memory_of(value), []).append(here)
         elif isinstance(value, Mapping | list | tuple):
-            for tensor_id, names in parameter_names(value, here).items():
-                found.setdefault(tensor_id, []).extend(names)
+            for memory, names in parameter_names(value, here).items():
+                found.setdefault(memory, []).extend(names)
     return found
 
 
@@ -194,17 +207,18 @@ class SlotNames:
         self._names: dict[str, list[list[str | None]]] = {}
 
     def __call__(self, state: Any) -> dict[str, list[list[str | None]]]:
+        optimizers = {p: value for p, value in steppers_of(state) if isinstance(value, Optimizer)}
         ids = {
             path: [[id(p) for p in group["params"]] for group in value.param_groups]
-            for path, value in steppers_of(state)
-            if isinstance(value, Optimizer)
+            for path, value in optimizers.items()
         }
         if ids != self._ids:
             known = parameter_names(state)
             self._names = {
-                path: [[known.get(i, [None])[0] for i in group] for group in groups]
-                for path, groups in ids.items()
-            }
+                path: [[known.get(memory_of(p), [None])[0] for p in group["params"]]
+                       for group in value.param_groups]
+                for path, value in optimizers.items()
+            }  # fmt: skip
             self._ids = ids
         return self._names
 
@@ -236,15 +250,17 @@ def saved_slots(groups: Sequence[Mapping[str, Any]], recorded: Any) -> Slots:
     return Slots([_param_names(group) for group in groups], False)
 
 
-def live_slots(optimizer: Optimizer, known: Mapping[int, Sequence[str]], saved: Slots) -> Slots:
-    """Return the slots of a live optimizer; `known` has the names of all tensors, by id.
+def live_slots(
+    optimizer: Optimizer, known: Mapping[Hashable, Sequence[str]], saved: Slots
+) -> Slots:
+    """Return the slots of a live optimizer; `known` is what `parameter_names` gives.
 
     Tied weights have several names: the one that is in the checkpoint counts.
     """
     if not saved.recorded:
         return Slots([_param_names(group) for group in optimizer.param_groups], False)
     there = set(saved.flat())
-    rows = [[known.get(id(p), ()) for p in group["params"]] for group in optimizer.param_groups]
+    rows = [[known.get(memory_of(p), ()) for p in g["params"]] for g in optimizer.param_groups]
     return Slots([[next((n for n in names if n in there), next(iter(names), None))
                    for names in row] for row in rows], True)  # fmt: skip
 

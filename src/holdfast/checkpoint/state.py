@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ class _Planner:
         self._live, self._strict = live, strict
         self._then, self._now = _mapping(manifest.get("configured")), configured
         self._parameters = _mapping(manifest.get("parameters"))
-        self._names: dict[int, list[str]] | None = None
+        self._names: dict[Hashable, list[str]] | None = None
         self._exchanges: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor, str]] = {}
         self._derived: list[Derived] = []
         self._schedulers: list[tuple[LRScheduler, Any, str]] = []
