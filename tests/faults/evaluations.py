@@ -33,7 +33,7 @@ STRIKES: list[Callable[[], Any]] = [
     lambda: signal.raise_signal(signal.SIGINT),
     die,
 ]
-_WITHIN = {"evaluate", "_loss", "sample", "sample_text", "_drawn", "__iter__"}  # functions
+_WITHIN = {"evaluate", "sample", "sample_text", "_drawn"}  # functions
 
 
 def strike_duties(saver: str, *, points: int, seed: int) -> Tally:
@@ -47,7 +47,7 @@ def strike_duties(saver: str, *, points: int, seed: int) -> Tally:
             run = Run(place / kind, corpus, kind)
             seen, modules = inject.answer(_live(run, Lines()))
             _import(modules)
-            kinds[kind] = (_moments(seen), run.comes_to())
+            kinds[kind] = (_moments(seen, ends=saver == OURS), run.comes_to())
         for number in range(points):
             kind = [*kinds][number % len(kinds)]
             moments, expected = kinds[kind]
@@ -60,7 +60,7 @@ def strike_duties(saver: str, *, points: int, seed: int) -> Tally:
             verdict = Verdict(0, 0, 1, same=True, goes_on=True)
             if again.status:
                 verdict = Verdict(0, 0, error=again.error[-300:])
-            elif (wrong := difference(expected, run.comes_to())) is not None:
+            elif (wrong := _differs(expected, run)) is not None:
                 verdict = Verdict(0, 0, 1, error=wrong)
             tally.judge(verdict, f"strike {which} at line {moment}, {kind}, {struck.status}, "
                         f"seed {seed}")  # fmt: skip
@@ -68,6 +68,13 @@ def strike_duties(saver: str, *, points: int, seed: int) -> Tally:
             shutil.rmtree(run.directory)
     tally.seconds = time.monotonic() - began
     return tally
+
+
+def _differs(expected: dict[str, Any], run: Run) -> str | None:
+    try:
+        return difference(expected, run.comes_to())
+    except FileNotFoundError as error:  # of a run that has never evaluated
+        return str(error)
 
 
 def _live(run: Run, lines: Lines, *, mutant: bool = False) -> Outcome:
@@ -83,13 +90,13 @@ def _live(run: Run, lines: Lines, *, mutant: bool = False) -> Outcome:
     return inject.run(body, run.directory, Fault())
 
 
-def _moments(seen: list[tuple[str, int, str]]) -> list[int]:
-    """The lines, from 1, within what a signal interrupts, and all after the last update."""
+def _moments(seen: list[tuple[str, int, str]], *, ends: bool) -> list[int]:
+    """The lines, from 1, within what a signal interrupts; with `ends` all after the last update."""
     last = max(number for number, (_file, _line, name) in enumerate(seen) if name == "one_step")
     return [
         number
         for number, (_file, _line, name) in enumerate(seen, 1)
-        if name in _WITHIN or number > last
+        if name in _WITHIN or (ends and number > last)
     ]
 
 
