@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager, EveryMinutes, EverySteps, RiskAware
+from holdfast.checkpoint.catalog import Catalog
 from holdfast.errors import ConfigError, SaveFailed, UnsupportedValue
 
 
@@ -54,7 +55,7 @@ def test_a_policy_that_cannot_be_meant(make: Any) -> None:
 @pytest.mark.parametrize(("arguments", "word"), [
     ({"step": 1, "kind": "epochs"}, "kind='epochs'"),
     ({"step": 1, "kind": "epoch"}, "needs to know of which"),
-    ({"step": 1, "kind": "epoch", "epoch": 0}, "epoch=0"),
+    ({"step": 1, "kind": "epoch", "epoch": -1}, "epoch=-1"),
     ({"step": -1}, "step=-1"),
     ({"step": "7"}, "step='7'"),
     ({"step": 1.5}, "step=1.5"),
@@ -78,10 +79,14 @@ def test_numbers_of_numpy_and_torch_are_steps(tmp_path: Path) -> None:
         assert manager.list()[0].step == 3
 
 
-def test_an_epoch_that_is_counted_from_zero(tmp_path: Path) -> None:
-    with CheckpointManager(tmp_path, {"n": 1}) as manager, pytest.raises(ConfigError) as error:
-        manager.end_epoch(0, step=1)
-    assert "epoch=0" in str(error.value)
+def test_epochs_may_be_counted_from_zero_and_none_takes_the_place_of_another(
+    tmp_path: Path,
+) -> None:
+    with CheckpointManager(tmp_path, {"n": 1}) as manager:
+        for step in (1, 2):  # the same number twice: the first is not silently replaced
+            saved = manager.end_epoch(0, step=step).durable.result()
+            assert saved is not None and saved.path.name == "model_epoch_0.pt"
+    assert {entry.step for entry in Catalog(tmp_path).scan().entries} == {1, 2}
 
 
 def test_a_closed_manager_resumes_nothing(tmp_path: Path) -> None:

@@ -193,8 +193,8 @@ def test_a_directory_that_cannot_be_written_is_packed_all_the_same(
     take = FileLock._try
 
     def refuse(self: FileLock) -> bool:
-        if self._path == run / ".catalog.lock":
-            raise PermissionError(13, "Permission denied", str(self._path))
+        if self.path == run / ".catalog.lock":
+            raise PermissionError(13, "Permission denied", str(self.path))
         return take(self)
 
     monkeypatch.setattr(FileLock, "_try", refuse)

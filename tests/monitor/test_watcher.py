@@ -130,7 +130,7 @@ def test_a_look_that_failed_halfway_is_made_up_for(
     view = RunView(make_run(tmp_path / "run"))
     real = run_view.look
 
-    def fail(_directory: Path) -> run_view.RunDirectory:
+    def fail(*_where: object, **_how: object) -> run_view.RunDirectory:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(run_view, "look", fail)

@@ -449,7 +449,7 @@ def test_a_file_that_is_not_there(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_two_on_one_directory_is_a_clear_error(run: Path, corpus: Path) -> None:
-    with run_lock(run), pytest.raises(RunLocked, match="Another process"):
+    with run_lock(run), pytest.raises(RunLocked, match="in use by this process already"):
         train(config_for(run, corpus))
 
 

@@ -95,7 +95,7 @@ def check_save(step: Any, epoch: Any, kind: str, metrics: Any = None) -> None:
     check_choice("kind", kind, KINDS)
     check_number("step", step, 0, whole=True)
     if epoch is not None:
-        check_number("epoch", epoch, 1 if kind == "epoch" else 0, whole=True)
+        check_number("epoch", epoch, 0, whole=True)
     elif kind == "epoch":
         raise ConfigError(
             _("A checkpoint of kind 'epoch' needs to know of which: epoch=1 for the first.")

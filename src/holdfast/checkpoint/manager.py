@@ -579,7 +579,7 @@ class CheckpointManager:
     def end_epoch(
         self, epoch: int, *, step: int, metrics: Mapping[str, float] | None = None
     ) -> PendingSave:
-        """Save at the end of `epoch` (counted from 1) as `model_epoch_<epoch>.pt`."""
+        """Save at the end of `epoch`, as the loop counts it, as `model_epoch_<epoch>.pt`."""
         return self.save_async(step=step, epoch=epoch, metrics=metrics, kind="epoch",
                                reason="epoch")  # fmt: skip
 

@@ -233,8 +233,8 @@ class CheckpointConfig:
     memory_every: str = option(
         "auto",
         help=N_(
-            "snapshots in memory, safe from kills; auto: at each of the first steps, then at most "
-            "1 % of the time; 0 for never"
+            "snapshots in memory, safe from kills; auto: as often as 1 % of the time allows; "
+            "0: never"
         ),
         metavar="STEPS|auto",
         count_or="auto",
@@ -283,8 +283,8 @@ class CheckpointConfig:
     checkpoint: str | None = option(
         None,
         help=N_(
-            "go back to this file of the run, or start a new run from another's weights; --epochs "
-            "and --num-steps count from there"
+            "go on from this file of the run, or from another's weights; epochs and steps count "
+            "from there"
         ),
         metavar="FILE",
         near=("init_from",),
