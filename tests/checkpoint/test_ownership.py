@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,15 @@ def test_garbage_that_saves_for_too_long_is_named_and_not_waited_for(
 
 class Stop(BaseException):
     """What a signal handler of the user's own may raise, anywhere."""
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """An interrupt that is raised at any line, also between two that no signal can part, may leave
+    a handler of ours: the next test begins with Python's own."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt_at(moment: int, work: Callable[[], Any]) -> bool:

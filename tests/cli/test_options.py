@@ -308,3 +308,24 @@ def test_other_commands_get_the_same_manners_from_the_parser() -> None:
         with pytest.raises(ConfigError, match="see holdfast clean --help"):
             parser.parse_args(argv)
     assert os.environ["LANGUAGE"] == "en"
+
+
+@pytest.mark.parametrize(("busy", "given", "policy"), [
+    (95.0, {}, "PASSIVE"), (3.0, {}, None), (95.0, {"GOMP_SPINCOUNT": "7"}, None),
+    (95.0, {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+])  # fmt: skip
+def test_threads_sleep_while_they_wait_only_where_others_are_at_work(
+    busy: float, given: dict[str, str], policy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    from holdfast.cli.common import before_torch
+
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda _interval: busy)
+    before_torch()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy

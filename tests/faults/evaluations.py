@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import random
 import shutil
 import signal
@@ -43,7 +44,7 @@ def strike_duties(saver: str, *, points: int, seed: int) -> Tally:
         place = Path(name)
         corpus = write_corpus(place, passages=2)
         kinds = {}
-        for kind in KINDS if points >= len(KINDS) else [*KINDS][-1:]:
+        for kind in KINDS if saver == OURS else ["steps"]:
             run = Run(place / kind, corpus, kind)
             seen, modules = inject.answer(_live(run, Lines()))
             _import(modules)
@@ -91,12 +92,20 @@ def _live(run: Run, lines: Lines, *, mutant: bool = False) -> Outcome:
 
 
 def _moments(seen: list[tuple[str, int, str]], *, ends: bool) -> list[int]:
-    """The lines, from 1, within what a signal interrupts; with `ends` all after the last update."""
+    """The lines, from 1, within what a signal interrupts, and all after the last update.
+
+    Without `ends`, for the control: where the last evaluation of the run begins. It is owed there
+    for certain, and nothing that comes later would make up for it.
+    """
+    if not ends:
+        names = [name for _file, _line, name in seen]
+        called = itertools.pairwise(names)
+        return [2 + max(i for i, two in enumerate(called) if two == ("after_step", "evaluate"))]
     last = max(number for number, (_file, _line, name) in enumerate(seen) if name == "one_step")
     return [
         number
         for number, (_file, _line, name) in enumerate(seen, 1)
-        if name in _WITHIN or (ends and number > last)
+        if name in _WITHIN or number > last
     ]
 
 

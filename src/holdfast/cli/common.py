@@ -21,6 +21,8 @@ from holdfast.i18n import LANGUAGES, _
 from holdfast.manage.values import json_ready
 from holdfast.training.config import OPTIONS
 
+_LOOK = 0.1  # seconds for which the processors are watched
+_BUSY = 30.0  # per cent of all processors: somebody else is at work
 DIRECTORY = str(OPTIONS["checkpoint_dir"].default)
 
 
@@ -43,12 +45,16 @@ def before_torch() -> None:
     """Set what libraries read when they are loaded; call it before torch is imported.
 
     OpenMP's threads spin while they wait for each other. On a machine in use a waiting thread then
-    takes the processor that the one it waits for needs, and a step takes many times as long. A
-    thread that sleeps instead computes the same bits (benchmarks/wait_policy.py). What the user has
-    set stays.
+    takes the processor that the one it waits for needs, and a step takes many times as long; a
+    thread that sleeps computes the same bits. On a quiet machine sleeping costs a fifth of the
+    speed (benchmarks/wait_policy.py), so it is chosen by what the machine does now. What the user
+    has set stays.
     """
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        import psutil
+
+        if psutil.cpu_percent(_LOOK) > _BUSY:
+            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     # What transformers has to say is said in the user's language where it matters.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
