@@ -64,7 +64,7 @@ i18n: $(VENV)/.dev  ## collect the strings again and compile the catalogues
 
 bench: $(VENV)/.train  ## saving and training beside the peers; hours; NANOGPT=DIR: nanoGPT too
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/holdfast bench --out benchmarks/results $(ARGS)
+	$(BIN)/python -m benchmarks.engine --out benchmarks/results $(ARGS)
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/prepare_speed.py data/zh_sample.txt
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
@@ -68,7 +69,7 @@ def main() -> None:
         if not directory.exists():
             make(directory, given.checkpoints, given.tensors)
         Catalog(directory).write_cache()
-        found = {"checkpoints": len(Catalog(directory).scan().entries)}
+        found: dict[str, Any] = {"checkpoints": len(Catalog(directory).scan().entries)}
         for name, cached in (("with metadata.json", True), ("without", False)):
             times = seconds(directory, given.runs, cached=cached)
             found[name] = {

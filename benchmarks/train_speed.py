@@ -107,7 +107,7 @@ def run_transformers(scratch: Path, steps: int, vocabulary: int, dtype: str) -> 
             window = torch.from_numpy(tokens[i * context : (i + 1) * context].astype(np.int64))
             return {"input_ids": window, "labels": window}
 
-    class Watch(TrainerCallback):
+    class Watch(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.ends: list[float] = []
 

@@ -14,13 +14,14 @@ from importlib import import_module
 from holdfast import __version__
 from holdfast.cli.parsing import language_of
 from holdfast.errors import ConfigError, HoldfastError
-from holdfast.i18n import N_, _, detect_language, encode_anything, set_language
+from holdfast.i18n import _, detect_language, encode_anything, set_language
 
 Command = Callable[[Sequence[str], str], int]
 
 # The modules of this room and the commands that each brings, in the order of `--help`. A module is
 # imported when one of its commands is called: no command waits for another.
 ROOMS: dict[str, tuple[str, ...]] = {
+    "train": ("train",),
     "protect": ("run", "service"),
     "list": ("list",),
     "show": ("show",),
@@ -44,8 +45,6 @@ _EXTRA_OF_COMMAND = {"dashboard": "web", "report": "web", "serve": "serve", "exp
 _EXTRA_OF_PACKAGE = dict.fromkeys(
     ("textual", "plotext", "matplotlib", "shtab", "psutil", "zstandard"), "desk"
 ) | {"plotly": "web"}
-_TRAIN_HELP = N_("train a language model from a text file")
-_BENCH_HELP = N_("measure saving and loading on this disk, beside other tools")
 
 
 def main(  # noqa: PLR0911 - one return a bad end
@@ -114,15 +113,13 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 def command_of(name: str, prog: str) -> Command:
     """What runs the command `name`; raises ConfigError, with what was perhaps meant."""
-    if name in _OWN:
-        return _OWN[name][1]
     for room, names in ROOMS.items():
         if name in names:
             command: Command = import_module(f"holdfast.cli.{room}").COMMANDS[name][1]
             return command
     from holdfast.training.fields import did_you_mean, nearest
 
-    known = [*_OWN, *(one for names in ROOMS.values() for one in names)]
+    known = [one for names in ROOMS.values() for one in names]
     raise ConfigError(
         _("{prog} has no command {name}{hint}; see {prog} --help", prog=prog, name=name,
           hint=did_you_mean(nearest(name, known)))
@@ -131,10 +128,10 @@ def command_of(name: str, prog: str) -> Command:
 
 def commands() -> dict[str, tuple[str, Command]]:
     """Every command by its name: what it is for, and what runs it. Imports all of them."""
-    found = {"train": _OWN["train"]}
+    found: dict[str, tuple[str, Command]] = {}
     for room in ROOMS:
         found |= import_module(f"holdfast.cli.{room}").COMMANDS
-    return {**found, **_OWN}
+    return found
 
 
 def _usage(prog: str) -> str:
@@ -151,24 +148,6 @@ def _usage(prog: str) -> str:
         prog=prog,
         rows=rows,
     )
-
-
-def _train(argv: Sequence[str], prog: str) -> int:
-    from holdfast.cli.train import train
-
-    return train(argv, prog)
-
-
-def _bench(argv: Sequence[str], prog: str) -> int:
-    from holdfast.cli.bench import run_bench
-
-    return run_bench(argv, prog)
-
-
-_OWN: dict[str, tuple[str, Command]] = {
-    "train": (_TRAIN_HELP, _train),
-    "bench": (_BENCH_HELP, _bench),
-}
 
 
 # ------------------------------------------------------------------------------------- bad ends

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from holdfast.cli import common
 from holdfast.cli.options import TrainCommand, parse_train
-from holdfast.i18n import _
+from holdfast.i18n import N_, _
 from holdfast.training.layers import save_config
 from holdfast.training.presets import list_presets_table, presets_json
 
@@ -30,6 +30,9 @@ def train(argv: Sequence[str], prog: str) -> int:
                 prog=prog))  # fmt: skip
         return 0
     return _session(command, prog)
+
+
+COMMANDS = {"train": (N_("train a language model from a text file"), train)}
 
 
 def _session(command: TrainCommand, prog: str) -> int:

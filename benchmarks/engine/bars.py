@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from holdfast.bench import training_loss
-from holdfast.bench.frameworks import DcpProcess, DcpThread, Orbax
-from holdfast.bench.measure import Ratio
-from holdfast.bench.peers import Ours, OursOverlapped, Peer, TorchSave, TorchSaveThread
-from holdfast.bench.run import DISK, MEMORY, Result
+from benchmarks.engine import training_loss
+from benchmarks.engine.frameworks import DcpProcess, DcpThread, Orbax
+from benchmarks.engine.measure import Ratio
+from benchmarks.engine.peers import Ours, OursOverlapped, Peer, TorchSave, TorchSaveThread
+from benchmarks.engine.run import DISK, MEMORY, Result
 from holdfast.i18n import _
 
 SIZE = "124m"  # that the bars were set for

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from holdfast.bench.frameworks import DcpThread
-from holdfast.bench.measure import Measure, Series
-from holdfast.bench.peers import Finish, Ours, OursOverlapped, Peer, TorchSaveThread
-from holdfast.bench.watch import sync_tree
-from holdfast.bench.workload import Workload
+from benchmarks.engine.frameworks import DcpThread
+from benchmarks.engine.measure import Measure, Series
+from benchmarks.engine.peers import Finish, Ours, OursOverlapped, Peer, TorchSaveThread
+from benchmarks.engine.watch import sync_tree
+from benchmarks.engine.workload import Workload
 
 WITHOUT = "no save"
 SAVERS: list[type[Peer]] = [Ours, OursOverlapped, TorchSaveThread, DcpThread]

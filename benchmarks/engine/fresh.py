@@ -1,6 +1,6 @@
 """What only a process of its own can show: its first save, and the memory that one save takes.
 
-`python -m holdfast.bench.fresh first|memory NAME SIZE DIR` prints one JSON object.
+`python -m benchmarks.engine.fresh first|memory NAME SIZE DIR` prints one JSON object.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
+from benchmarks.engine.watch import ROOT
 from holdfast.i18n import _
 
 _SHM = Path("/dev/shm")
@@ -24,9 +25,14 @@ _SAMPLE = 0.02  # s
 
 def in_process(mode: str, name: str, size: str, directory: Path) -> dict[str, float]:
     """Run `mode` ("first" or "memory") for the peer `name` in a new process. Raises OSError."""
-    command = [sys.executable, "-m", "holdfast.bench.fresh", mode, name, size, str(directory)]
+    arguments = [mode, name, size, str(directory.absolute())]
     child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-m", "benchmarks.engine.fresh", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         out, problems = child.communicate()
@@ -44,8 +50,8 @@ def in_process(mode: str, name: str, size: str, directory: Path) -> dict[str, fl
 
 def first_save(name: str, size: str, directory: Path) -> dict[str, float]:
     """The first save of a process, after one step of training."""
-    from holdfast.bench.frameworks import PEERS
-    from holdfast.bench.workload import Workload
+    from benchmarks.engine.frameworks import PEERS
+    from benchmarks.engine.workload import Workload
 
     work = Workload(size)
     peer = PEERS[name](work, directory)
@@ -63,9 +69,9 @@ def memory(name: str, size: str, directory: Path) -> dict[str, float]:
     Ours is counted from before the manager is made; a framework from when it is set up, so that
     its modules are not counted.
     """
-    from holdfast.bench.frameworks import PEERS
-    from holdfast.bench.peers import Ours
-    from holdfast.bench.workload import Workload
+    from benchmarks.engine.frameworks import PEERS
+    from benchmarks.engine.peers import Ours
+    from benchmarks.engine.workload import Workload
 
     work = Workload(size)
     work.step()

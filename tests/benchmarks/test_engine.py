@@ -19,24 +19,20 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.bench import limits, measure, report, training_loss
-from holdfast.bench import run as run_module
-from holdfast.bench.frameworks import PEERS, Dcp
-from holdfast.bench.limits import Disk, Memory
-from holdfast.bench.measure import Progress, Series, interleave, interval
-from holdfast.bench.peers import Ours, OursOverlapped, Peer, TorchSave
-from holdfast.bench.run import DISK, Options, Report, machine, run
-from holdfast.bench.watch import Watcher
-from holdfast.bench.workload import SHAPES, Model, Workload
-from holdfast.cli.bench import run_bench
+from benchmarks.engine import limits, measure, report, training_loss
+from benchmarks.engine import run as run_module
+from benchmarks.engine.__main__ import run_bench
+from benchmarks.engine.frameworks import PEERS, Dcp
+from benchmarks.engine.limits import Disk, Memory
+from benchmarks.engine.measure import Progress, Series, interleave, interval
+from benchmarks.engine.peers import Ours, OursOverlapped, Peer, TorchSave
+from benchmarks.engine.run import DISK, Options, Report, machine, run
+from benchmarks.engine.watch import ROOT, Watcher
+from benchmarks.engine.workload import SHAPES, Model, Workload
 from holdfast.errors import ConfigError
 from holdfast.manage.table import Screen
 
-PROGRAM = [
-    sys.executable,
-    "-c",
-    "import sys; from holdfast.cli.bench import run_bench; sys.exit(run_bench(sys.argv[1:], 'b'))",
-]
+PROGRAM = [sys.executable, "-m", "benchmarks.engine"]
 HEAVY = ("DCP async process", "Orbax async", "Lightning", "transformers.Trainer")
 
 
@@ -74,6 +70,7 @@ def test_what_a_peer_saves_comes_back_equal(name: str, tmp_path: Path) -> None:
         pytest.skip(f"not installed: {PEERS[name].missing()}")
     done = subprocess.run(
         [sys.executable, "-c", _ROUND_TRIP, name, str(tmp_path)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=200,
@@ -88,8 +85,8 @@ def test_what_a_peer_saves_comes_back_equal(name: str, tmp_path: Path) -> None:
 _ROUND_TRIP = """
 import json, sys, torch
 from pathlib import Path
-from holdfast.bench.frameworks import PEERS
-from holdfast.bench.workload import Workload
+from benchmarks.engine.frameworks import PEERS
+from benchmarks.engine.workload import Workload
 if __name__ == "__main__":
     work = Workload("tiny")
     peer = PEERS[sys.argv[1]](work, Path(sys.argv[2], "saves"))
@@ -298,7 +295,7 @@ def test_a_run_fills_every_table_and_leaves_nothing_behind(tmp_path: Path) -> No
 def test_unknown_names_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
     for argv in (["--only", "pickle"], ["--parts", "sav"], ["--rounds", "-1"]):
         with pytest.raises(ConfigError):
-            run_bench([*argv, "--dir", str(tmp_path)], "holdfast bench")
+            run_bench([*argv, "--dir", str(tmp_path)], "bench")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -307,6 +304,7 @@ def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     argv = ["--size", "10m", "--rounds", "500", "--parts", "save", "--only", "holdfast,torch.save"]
     process = subprocess.Popen(
         [*PROGRAM, *argv, "--dir", str(tmp_path)],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

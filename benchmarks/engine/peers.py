@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from holdfast.bench.watch import Watcher, sync_tree
-from holdfast.bench.workload import Workload, flat
+from benchmarks.engine.watch import Watcher, sync_tree
+from benchmarks.engine.workload import Workload, flat
 from holdfast.i18n import N_
 
 Finish = Callable[[], object]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from holdfast.bench.peers import (
+from benchmarks.engine.peers import (
     Finish,
     Ours,
     OursOverlapped,
@@ -28,7 +28,7 @@ from holdfast.bench.peers import (
     TorchSave,
     TorchSaveThread,
 )
-from holdfast.bench.workload import Workload, flat
+from benchmarks.engine.workload import Workload, flat
 from holdfast.i18n import N_
 
 

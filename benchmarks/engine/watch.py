@@ -15,6 +15,7 @@ from pathlib import Path
 
 from holdfast.checkpoint.filesystem import sync_directory, sync_file
 
+ROOT = Path(__file__).parents[2]  # where `benchmarks` can be imported
 _PAUSE = 0.001
 
 
@@ -48,7 +49,8 @@ class Watcher:
 
     def __init__(self, directory: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "holdfast.bench.watch", str(directory)],
+            [sys.executable, "-m", "benchmarks.engine.watch", str(directory.absolute())],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

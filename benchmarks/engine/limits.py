@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from holdfast.bench.watch import sync_tree
-from holdfast.bench.workload import Workload
+from benchmarks.engine.watch import sync_tree
+from benchmarks.engine.workload import Workload
 from holdfast.checkpoint.filesystem import sync_directory, sync_file
 
 _MIB = 1 << 20

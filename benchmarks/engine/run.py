@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from holdfast.bench import fresh, training_loss
-from holdfast.bench.frameworks import PEERS, Dcp, Orbax
-from holdfast.bench.limits import Disk, Memory, drop_cache
-from holdfast.bench.measure import (
+from benchmarks.engine import fresh, training_loss
+from benchmarks.engine.frameworks import PEERS, Dcp, Orbax
+from benchmarks.engine.limits import Disk, Memory, drop_cache
+from benchmarks.engine.measure import (
     Measure,
     Progress,
     Series,
@@ -31,7 +31,7 @@ from holdfast.bench.measure import (
     interleave,
     settle,
 )
-from holdfast.bench.peers import (
+from benchmarks.engine.peers import (
     Ours,
     OursOverlapped,
     Peer,
@@ -39,7 +39,7 @@ from holdfast.bench.peers import (
     TorchSave,
     TorchSaveThread,
 )
-from holdfast.bench.workload import Workload
+from benchmarks.engine.workload import Workload
 from holdfast.errors import ResourceError
 from holdfast.formatting import format_bytes
 from holdfast.i18n import N_, _

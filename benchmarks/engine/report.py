@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine import training_loss
+from benchmarks.engine.bars import SIZE, Bar, bars
+from benchmarks.engine.frameworks import PEERS
+from benchmarks.engine.measure import Ratio, Series
+from benchmarks.engine.peers import Ours, OursOverlapped, TorchSave
+from benchmarks.engine.run import DISK, MEMORY, Report, Result
 from holdfast import __version__
-from holdfast.bench import training_loss
-from holdfast.bench.bars import SIZE, Bar, bars
-from holdfast.bench.frameworks import PEERS
-from holdfast.bench.measure import Ratio, Series
-from holdfast.bench.peers import Ours, OursOverlapped, TorchSave
-from holdfast.bench.run import DISK, MEMORY, Report, Result
 from holdfast.formatting import NOTHING, format_bytes
 from holdfast.i18n import _
 from holdfast.manage.table import Column, Screen, render

@@ -1,6 +1,6 @@
-"""The command line of the benchmark: `holdfast bench`.
+"""The command line of the benchmark: `python -m benchmarks.engine`.
 
-Arguments, the scratch directory and printing; what is measured and how lives in holdfast.bench.
+Arguments, the scratch directory and printing; what is measured and how stand beside this module.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from holdfast.i18n import _
 if TYPE_CHECKING:
     import argparse
 
-    from holdfast.bench.run import Options
+    from benchmarks.engine.run import Options
 
 _ROUNDS, _QUICK_ROUNDS = 16, 3
 _SIZES = ("124m", "10m", "350m")
 
 
 def run_bench(argv: Sequence[str], prog: str) -> int:
-    """`holdfast bench`: 0, 1 where ours failed, or 130 after Ctrl-C, which prints what there is."""
+    """Measure and print; 0, 1 where ours failed, 130 after Ctrl-C, which prints what there is."""
     parser = _bench_parser(prog)
     given = parser.parse_args(argv)
     options = _options(given, prog)  # all that can be wrong is said before anything is measured
 
-    from holdfast.bench import report as reports
-    from holdfast.bench.measure import Progress
-    from holdfast.bench.peers import Ours
-    from holdfast.bench.run import Report, machine, run
+    from benchmarks.engine import report as reports
+    from benchmarks.engine.measure import Progress
+    from benchmarks.engine.peers import Ours
+    from benchmarks.engine.run import Report, machine, run
     from holdfast.manage.table import Screen
 
     progress = Progress()
@@ -99,8 +99,8 @@ def _bench_parser(prog: str) -> Parser:
 
 
 def _options(given: argparse.Namespace, prog: str) -> Options:
-    from holdfast.bench.frameworks import PEERS
-    from holdfast.bench.run import PARTS, QUICK_PARTS, Options
+    from benchmarks.engine.frameworks import PEERS
+    from benchmarks.engine.run import PARTS, QUICK_PARTS, Options
 
     known = {_plain(name): name for name in PEERS}
     wanted = [_plain(name) for name in (given.only or "").split(",") if name.strip()]
@@ -141,3 +141,7 @@ def _scratch(place: Path) -> Iterator[Path]:
             yield Path(name)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(run_bench(sys.argv[1:], "python -m benchmarks.engine"))
