@@ -1,5 +1,5 @@
-"""The benchmark: our checkpoints beside everybody else's and beside the limits of the machine.
+"""The engine's benchmark: checkpoints of holdfast, its peers, and the limits of the machine.
 
-Nobody depends on this room. It uses the engine as a stranger's training loop would, through its
-public API, and measures everybody's saves, interleaved, on one state and one disk.
+It uses the engine as any training loop would, through its public API. All savers save one state to
+one disk, in interleaved rounds.
 """

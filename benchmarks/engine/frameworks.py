@@ -1,7 +1,7 @@
-"""The peers that bring a protocol or a trainer of their own: DCP, Orbax, Lightning, transformers.
+"""The peers with a protocol or a trainer of their own: DCP, Orbax, Lightning, transformers.
 
-Each is used as its documentation shows it, in its fastest documented form; what it wants to be
-given in another form is converted outside the timed stretch, and its note says so.
+Each is used in its fastest documented form. A state that it needs in another form is converted
+outside the timed stretch, and its note says so.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ from benchmarks.engine.peers import (
     TorchSaveThread,
 )
 from benchmarks.engine.workload import Workload, flat
-from holdfast.i18n import N_
 
 
 class Dcp(Peer):
     """torch.distributed.checkpoint.save, one process."""
 
     name = "DCP"
-    syncs = N_("files only")
-    note = N_("syncs a file before its last buffer is written")
+    syncs = "files only"
+    note = "syncs a file before its last buffer is written"
 
     def __init__(self, work: Workload, directory: Path) -> None:
         super().__init__(work, directory)
@@ -111,7 +110,7 @@ class DcpProcess(DcpThread):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        # The process it starts meets this one here, wherever the host's name may lead.
+        # The process it starts connects to this one here; the host's name may not resolve.
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DCP_USE_PREFIX_STORE="1")
         distributed.init_process_group("gloo", rank=0, world_size=1)
 
@@ -144,7 +143,7 @@ class Orbax(Peer):
 
     name = "Orbax async"
     needs = ("orbax", "jax")
-    note = N_("given jax arrays, converted outside the time")
+    note = "given jax arrays, converted outside the time"
 
     def __init__(self, work: Workload, directory: Path) -> None:
         logging.getLogger("absl").setLevel(logging.ERROR)
@@ -208,10 +207,15 @@ class Lightning(Peer):
                 return work.optimizer
 
         self._trainer = lightning.Trainer(
-            max_steps=1, accelerator="gpu" if work.device.type == "cuda" else "cpu", devices=1,
-            logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=directory,
-        )  # fmt: skip
+            max_steps=1,
+            accelerator="gpu" if work.device.type == "cuda" else "cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=directory,
+        )
         self._trainer.fit(Module(), torch.utils.data.DataLoader(list(work.tokens)))  # type: ignore[arg-type]
         work.model.to(work.device)
 
@@ -261,21 +265,27 @@ class Transformers(Peer):
         return dict(flat({"model": model, "optimizer": optimizer}))
 
 
-# In the order of the table.
-PEERS: dict[str, type[Peer]] = {
-    peer.name: peer
-    for peer in (
-        Ours, OursOverlapped, TorchSave, TorchSaveThread, Safetensors, Dcp, DcpThread, DcpProcess,
-        Orbax, Lightning, Transformers,
-    )
-}  # fmt: skip
+_IN_ORDER: tuple[type[Peer], ...] = (
+    Ours,
+    OursOverlapped,
+    TorchSave,
+    TorchSaveThread,
+    Safetensors,
+    Dcp,
+    DcpThread,
+    DcpProcess,
+    Orbax,
+    Lightning,
+    Transformers,
+)
+PEERS = {peer.name: peer for peer in _IN_ORDER}
 
 
 @contextlib.contextmanager
 def _quiet_child() -> Iterator[None]:
-    """A process that is started meanwhile leaves Ctrl-C to us and keeps its log to itself.
+    """Let a process that is started meanwhile ignore Ctrl-C and write no log.
 
-    Both are inherited. What fails there comes back as an exception, not on stderr.
+    It inherits both. Its failures come back as exceptions, not on stderr.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -290,7 +300,7 @@ def _quiet_child() -> Iterator[None]:
 
 
 def _nothing() -> None:
-    """There is nothing left to do."""
+    """Do nothing: the save has ended already."""
 
 
 def _empty_like(value: Any) -> Any:

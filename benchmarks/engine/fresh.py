@@ -1,4 +1,4 @@
-"""What only a process of its own can show: its first save, and the memory that one save takes.
+"""Measurements that need a new process: its first save, and the memory that one save takes.
 
 `python -m benchmarks.engine.fresh first|memory NAME SIZE DIR` prints one JSON object.
 """
@@ -16,8 +16,9 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
+
 from benchmarks.engine.watch import ROOT
-from holdfast.i18n import _
 
 _SHM = Path("/dev/shm")
 _SAMPLE = 0.02  # s
@@ -43,19 +44,19 @@ def in_process(mode: str, name: str, size: str, directory: Path) -> dict[str, fl
         shutil.rmtree(directory, ignore_errors=True)
     if child.returncode != 0:
         why = problems.strip().splitlines()[-1:] or [str(child.returncode)]
-        raise OSError(_("a process of its own failed: {error}", error=why[0]))
+        raise OSError(f"the new process failed: {why[0]}")
     found: dict[str, float] = json.loads(out.splitlines()[-1])
     return found
 
 
 def first_save(name: str, size: str, directory: Path) -> dict[str, float]:
-    """The first save of a process, after one step of training."""
+    """Measure the first save of a process, after one step of training."""
     from benchmarks.engine.frameworks import PEERS
     from benchmarks.engine.workload import Workload
 
     work = Workload(size)
     peer = PEERS[name](work, directory)
-    work.step()  # what comes before a save in a training; who prepares in the background may do so
+    work.step()  # precedes a save in every training; a saver may prepare in the background here
     peer.prepare()
     timing = peer.save(1)
     peer.settle()
@@ -64,9 +65,9 @@ def first_save(name: str, size: str, directory: Path) -> dict[str, float]:
 
 
 def memory(name: str, size: str, directory: Path) -> dict[str, float]:
-    """The most memory that one save took beyond the training, in bytes, the page cache left out.
+    """Measure the peak memory of one save beyond the training, in bytes, without the page cache.
 
-    Ours is counted from before the manager is made; a framework from when it is set up, so that
+    Holdfast is counted from before the manager is made; a framework only after its set-up, so that
     its modules are not counted.
     """
     from benchmarks.engine.frameworks import PEERS
@@ -90,7 +91,7 @@ def memory(name: str, size: str, directory: Path) -> dict[str, float]:
 
 
 class _Peak:
-    """The most that this process and its children held meanwhile beyond what they held before."""
+    """Record the peak memory of this process and its children, less their memory at the start."""
 
     def __enter__(self) -> _Peak:
         _trim()
@@ -117,15 +118,16 @@ class _Peak:
 
 
 def _trim() -> None:
-    """Give back what the allocator keeps of the step before: a save must not hide in it."""
+    """Return freed memory to the system, so that a save cannot reuse it unseen."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _held() -> tuple[int, int]:
-    """Bytes of private and of shared memory, each page divided by who share it, of us and ours."""
-    import psutil
+    """Return the bytes of private and of shared memory of this process and its children.
 
+    A page that several processes share is divided among them.
+    """
     private = shared = 0
     here = psutil.Process()
     for process in (here, *here.children(recursive=True)):
@@ -140,11 +142,11 @@ def _held() -> tuple[int, int]:
 
 
 def _shared() -> int:
-    return shutil.disk_usage(_SHM).used if _SHM.is_dir() else 0
+    return shutil.disk_usage(_SHM).used
 
 
 if __name__ == "__main__":
     _mode, _name, _size, _directory = sys.argv[1:]
     _work = {"first": first_save, "memory": memory}[_mode]
     print(json.dumps(_work(_name, _size, Path(_directory))), flush=True)
-    os._exit(0)  # what a framework does at exit is not of interest, and may hang
+    os._exit(0)  # a framework may hang at exit

@@ -1,8 +1,8 @@
-"""The limits of this machine, measured in the same run as everybody's saves.
+"""The limits of this machine, measured in the same run as the saves.
 
 The disk: a plain writer that creates, preallocates, writes with direct I/O, syncs, renames and
 syncs the directory. Memory: one copy of the state into buffers that exist already. Reading: direct
-I/O into such a buffer. Nothing is serialised, checked or hashed here: it is what physics leaves.
+I/O into such a buffer. Nothing is serialised, checked or hashed here.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from benchmarks.engine.workload import Workload
 from holdfast.checkpoint.filesystem import sync_directory, sync_file
 
 _MIB = 1 << 20
-_ALIGN = 64  # of each tensor: what vector instructions like
+_ALIGN = 64  # bytes; vector instructions are fastest there
 _WAYS = [(threads, block * _MIB) for threads in (1, 2) for block in (4, 16)]
-_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class Memory:
-    """A buffer with room for the state, touched, page-aligned, and the copies into it."""
+    """A page-aligned buffer with room for the state, and the copies into it."""
 
     def __init__(self, work: Workload) -> None:
         self._work = work
@@ -40,7 +39,7 @@ class Memory:
         self.views = list(self._views())
         for view, source in zip(self.views, self.sources, strict=True):
             view.copy_(source)
-        if work.device.type == "cuda":  # pinned, as whoever wants to be fast does it
+        if work.device.type == "cuda":  # the fastest way to copy from a GPU
             self.views = [torch.empty_like(view, pin_memory=True) for view in self.views]
         self._threads = ThreadPoolExecutor(os.cpu_count() or 1)
         self.copy()
@@ -54,7 +53,7 @@ class Memory:
             offset += -(-tensor.nbytes // _ALIGN) * _ALIGN
 
     def copy(self) -> float:
-        """Seconds of the fastest of: _foreach_copy_, memmove, memmove by one thread a core."""
+        """Return the seconds of the fastest of: _foreach_copy_, memmove, memmove on all cores."""
         if self._work.device.type == "cuda":
             return self._seconds(lambda: torch._foreach_copy_(self.views, self.sources, True))
         pairs = list(zip(self.views, self.sources, strict=True))
@@ -85,7 +84,7 @@ def _move(pairs: _Pairs) -> None:
 
 
 def _halves(pairs: _Pairs, size: int) -> list[_Pairs]:
-    """`pairs` in one part a core, of about the same number of bytes."""
+    """Divide `pairs` into one part for each core, of about the same number of bytes."""
     share, filled = size / (os.cpu_count() or 1), 0
     parts: list[_Pairs] = [[]]
     for pair in pairs:
@@ -97,16 +96,16 @@ def _halves(pairs: _Pairs, size: int) -> list[_Pairs]:
 
 
 class Disk:
-    """Writes and reads a buffer as fast as this disk can, in `directory`.
+    """Write and read a buffer in `directory` as fast as this disk can.
 
-    How (threads, block size) is tried once, at the start. `direct` says whether direct I/O works
-    here; without it writing is buffered, and reading is from a dropped page cache.
+    The best number of threads and block size are found once, at the start. Where direct I/O does
+    not work (`direct` is False), writing is buffered and reading begins with an empty page cache.
     """
 
     def __init__(self, directory: Path, buffer: mmap.mmap) -> None:
         self._directory, self._buffer, self.size = directory, buffer, len(buffer)
         self._pool = ThreadPoolExecutor(max(threads for threads, _block in _WAYS))
-        self.direct = bool(_DIRECT) and self._try_direct()
+        self.direct = self._try_direct()
         write, read = {}, {}
         for way in _WAYS:
             write[way] = self.write(*way)
@@ -116,19 +115,18 @@ class Disk:
 
     @property
     def path(self) -> Path:
-        """What `write` leaves, for `read`."""
+        """The file that `write` leaves for `read`."""
         return self._directory / "limit.bin"
 
     def write(self, threads: int = 0, block: int = 0) -> float:
-        """Seconds from creating a temporary file to the return of the directory's fsync."""
+        """Return the seconds from creating a temporary file to the end of the directory's fsync."""
         if not threads:
             threads, block = self.write_way
         self.path.unlink(missing_ok=True)
         temporary = self.path.with_suffix(".tmp")
         began = time.monotonic()
         with self._opened(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY) as fd:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(fd, 0, len(self._buffer))
+            os.posix_fallocate(fd, 0, len(self._buffer))
             view = memoryview(self._buffer)
 
             def put(offset: int) -> None:
@@ -143,7 +141,7 @@ class Disk:
         return time.monotonic() - began
 
     def read(self, threads: int = 0, block: int = 0) -> float:
-        """Seconds to read what `write` left from the disk, not from the page cache."""
+        """Return the seconds to read the file of `write` from the disk, not from the page cache."""
         if not threads:
             threads, block = self.read_way
         drop_cache(self.path)
@@ -165,7 +163,7 @@ class Disk:
 
     @contextmanager
     def _opened(self, path: Path, flags: int) -> Iterator[int]:
-        fd = os.open(path, flags | (_DIRECT if self.direct else 0), 0o600)
+        fd = os.open(path, flags | (os.O_DIRECT if self.direct else 0), 0o600)
         try:
             yield fd
         finally:
@@ -195,10 +193,8 @@ class Disk:
 
 
 def drop_cache(target: Path) -> None:
-    """Drop what the page cache holds of the files of `target`; nothing where that cannot be."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    sync_tree(target)  # dirty pages stay
+    """Drop the files of `target` from the page cache."""
+    sync_tree(target)  # dirty pages would stay
     for path in [target] if target.is_file() else target.rglob("*"):
         if path.is_file():
             fd = os.open(path, os.O_RDONLY)

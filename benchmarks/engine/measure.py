@@ -1,7 +1,7 @@
-"""Interleaved rounds and what may be said from them: medians, ratios pair by pair, intervals.
+"""Interleaved rounds and what they show: medians, ratios pair by pair, intervals.
 
-Within a round everybody is measured once, in random order, so that whatever this machine does
-meanwhile hits all alike; a ratio is formed within rounds.
+Each round measures every contender once, in random order, so that whatever else the machine does
+meanwhile affects all of them alike. A ratio is formed within rounds.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+import psutil
+
 from holdfast.formatting import format_seconds
-from holdfast.i18n import _
 
 T = TypeVar("T")
 
-log = logging.getLogger("holdfast")
+log = logging.getLogger(__name__)
 
 Measure = Callable[[int], dict[str, float]]  # the number of the round → metrics
 _PAUSE = 0.3  # s between two measurements, after sync(2)
@@ -32,18 +33,20 @@ _PAUSE = 0.3  # s between two measurements, after sync(2)
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """The ratio of two medians; `low` and `high` enclose the median of the pairwise ratios with
-    at least 95 % confidence, and are None where there are too few pairs for that."""
+    """The ratio of two medians.
+
+    `low` and `high` enclose the median of the pairwise ratios with at least 95 % confidence. They
+    are None if there are too few pairs.
+    """
 
     value: float
     low: float | None
     high: float | None
-    pairs: int
 
 
 @dataclass(slots=True)
 class Series:
-    """What was measured in rounds: for each round contender → metric → value."""
+    """Measurements in rounds: for each round contender → metric → value."""
 
     rounds: list[dict[str, dict[str, float]]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # contender → why it is not measured
@@ -58,11 +61,8 @@ class Series:
         values = self.values(name, metric)
         return statistics.median(values) if values else None
 
-    def interval(self, name: str, metric: str) -> tuple[float | None, float | None]:
-        return interval(self.values(name, metric))
-
     def ratio(self, over: tuple[str, str], under: tuple[str, str]) -> Ratio | None:
-        """`over` (contender, metric) by `under`, from the rounds that have both."""
+        """Divide `over` (contender, metric) by `under`, using the rounds that have both."""
         pairs = [
             (row[over[0]][over[1]], row[under[0]][under[1]])
             for row in self.rounds
@@ -71,18 +71,18 @@ class Series:
         if not pairs:
             return None
         if over == under:
-            return Ratio(1.0, None, None, len(pairs))
+            return Ratio(1.0, None, None)
         low, high = interval([a / b for a, b in pairs])
         above, below = zip(*pairs, strict=True)
-        return Ratio(statistics.median(above) / statistics.median(below), low, high, len(pairs))
+        return Ratio(statistics.median(above) / statistics.median(below), low, high)
 
 
 def interval(values: list[float]) -> tuple[float | None, float | None]:
-    """A distribution-free interval that covers the median with at least 95 %.
+    """Return a distribution-free interval that covers the median with at least 95 %.
 
     The k-th smallest and k-th largest value, with the largest k for which the two tails of the
     binomial distribution (n, 1/2) hold at most 5 % (Conover, Practical Nonparametric Statistics,
-    3rd ed., section 3.2). Six values are the fewest that can say anything.
+    3rd ed., section 3.2). Fewer than six values give no interval.
     """
     n, k, tails = len(values), 0, 0.0
     while (tails := tails + 2 * math.comb(n, k) / 2**n) <= 0.05:
@@ -94,7 +94,7 @@ def interval(values: list[float]) -> tuple[float | None, float | None]:
 
 
 class Progress:
-    """One line on stderr where that is a terminal: what is measured, and how long it may take."""
+    """One line on stderr, if that is a terminal: the current measurement and the time left."""
 
     def __init__(self) -> None:
         self._active = sys.stderr.isatty()
@@ -107,8 +107,7 @@ class Progress:
         left = ""
         if self._done:
             each = (time.monotonic() - self._began) / self._done
-            time_left = format_seconds(each * (self._total - self._done))
-            left = _(", about {time} left in this part", time=time_left)
+            left = f", about {format_seconds(each * (self._total - self._done))} left in this part"
         self._done += 1
         self._write(f"\r\x1b[K{self._part} {self._done}/{self._total}: {what}{left}")
 
@@ -128,9 +127,9 @@ def interleave(
     series: Series,
     progress: Progress,
 ) -> None:
-    """Measure everybody once in each of `rounds`, whose numbers they are told, into `series`.
+    """Measure every contender once in each of `rounds`, into `series`.
 
-    Who fails is not measured any more, and why is in `series.failed`.
+    A contender that fails is not measured again; `series.failed` gets its reason.
     """
     for number in rounds:
         row: dict[str, dict[str, float]] = {}
@@ -147,32 +146,26 @@ def interleave(
 
 
 def attempt(name: str, series: Series, act: Callable[[], T]) -> T | None:
-    """What `act` gives; None where it fails, which becomes a row of the table."""
+    """Return the result of `act`. If it fails, note why for the table and return None."""
     try:
         return act()
-    except Exception as error:  # whatever somebody's library raises: the others are still measured
+    except Exception as error:  # a peer may raise anything; the others must still be measured
         log.debug("%s", name, exc_info=True)
         text = (str(error) or type(error).__name__).splitlines()[0]
-        series.failed[name] = _("failed: {error}", error=text)
+        series.failed[name] = f"failed: {text}"
         return None
 
 
 def settle() -> None:
-    """Let nobody pay for the dirty pages and the garbage of who was measured before."""
+    """Write the dirty pages and collect the garbage of the contender that was measured before."""
     gc.collect()
-    if hasattr(os, "sync"):
-        os.sync()
+    os.sync()
     time.sleep(_PAUSE)
 
 
 def cpu_seconds(without: Collection[int] = ()) -> float:
-    """Processor seconds of this process and its children so far, where psutil is installed; else
-    of this process alone. `without`: process ids of ours that are no part of what is measured."""
+    """Return the CPU seconds of this process and its children so far, less those of `without`."""
     total = time.process_time()
-    try:
-        import psutil
-    except ModuleNotFoundError:
-        return total
     for child in psutil.Process().children(recursive=True):
         if child.pid not in without:
             try:

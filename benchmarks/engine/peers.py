@@ -1,8 +1,8 @@
-"""Everybody who can save this state: a small class each, and ours among them.
+"""The savers of the benchmark, a small class each: holdfast, torch.save and safetensors.
 
-A saver begins (the training thread stands still), is finished (its own work is done) and is made
-durable: where it does not sync what it wrote, files and directories, that is done for it and is
-part of its time. Frameworks that bring a trainer or a protocol of their own are in frameworks.py.
+A save begins (training stands still), finishes (the saver's own work is done) and becomes durable:
+files and directories that the saver does not sync are synced for it, and that counts as its time.
+Frameworks with a trainer or a protocol of their own are in frameworks.py.
 """
 
 from __future__ import annotations
@@ -21,34 +21,32 @@ from typing import Any, ClassVar
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import holdfast
 from benchmarks.engine.watch import Watcher, sync_tree
 from benchmarks.engine.workload import Workload, flat
-from holdfast.i18n import N_
 
 Finish = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One save, in seconds since it was asked for.
+    """The times of one save, in seconds.
 
-    `stall`: how long the training thread stood still. `durable`: the return of the last
-    fsync(directory) as somebody outside sees it. `announced`: when the saver itself said so.
-    `step`: how long the training step took during which it was saved, where it was.
+    `stall`: the training thread stood still. `durable`: from the request to the return of the last
+    fsync(directory). `step`: the training step that overlapped the save, if one did.
     """
 
     stall: float
     durable: float
-    announced: float
     step: float | None = None
 
 
 class Peer(ABC):
-    """Somebody who saves the state of `work` below `directory`, save after save."""
+    """A saver of the state of `work` below `directory`."""
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()  # packages
-    syncs: ClassVar[str] = N_("no")  # whether it makes durable what it wrote
+    syncs: ClassVar[str] = "no"  # whether it makes its files durable itself
     note: ClassVar[str] = ""
 
     def __init__(self, work: Workload, directory: Path) -> None:
@@ -57,37 +55,36 @@ class Peer(ABC):
 
     @classmethod
     def missing(cls) -> list[str]:
-        """The packages it needs that are not installed."""
+        """Return the packages it needs that are not installed."""
         return [name for name in cls.needs if importlib.util.find_spec(name) is None]
 
     def target(self, number: int) -> Path:
         return self.directory / f"save_{number}"
 
     def prepare(self) -> None:  # noqa: B027 - most have nothing to do
-        """Bring the state into the form it wants; not timed."""
+        """Convert the state into the form it needs; not timed."""
 
     @abstractmethod
     def begin(self, target: Path) -> Finish:
-        """Start a save; the training may go on when this returns. The answer ends the save."""
+        """Start a save and return a function that ends it. Training may go on in between."""
 
     def save(self, number: int) -> Timing:
-        """Save once and wait until it is durable; `prepare` comes before."""
+        """Save once and wait until it is durable; call `prepare` before."""
         self.work.wait()
         began = time.monotonic()
         finish = self.begin(self.target(number))
         self.work.wait()  # a GPU may have to wait where the thread that drives it does not
         stall = time.monotonic() - began
         finish()
-        announced = time.monotonic() - began
         sync_tree(self.target(number))
-        return Timing(stall, time.monotonic() - began, announced)
+        return Timing(stall, time.monotonic() - began)
 
     def settle(self) -> None:  # noqa: B027
-        """Return when nothing of it goes on in the background."""
+        """Wait until nothing of a save goes on in the background."""
 
     @abstractmethod
     def load(self, number: int) -> dict[str, torch.Tensor]:
-        """The tensors of a save by their dotted names."""
+        """Return the tensors of a save by their dotted names."""
 
     def remove(self, number: int) -> None:
         target = self.target(number)
@@ -97,32 +94,30 @@ class Peer(ABC):
             target.unlink(missing_ok=True)
 
     def close(self) -> None:  # noqa: B027
-        """Give back what it holds; its files go with the benchmark's directory."""
+        """Release memory and processes; the files go with the benchmark's directory."""
 
 
 class Ours(Peer):
-    """CheckpointManager.save_async, seen by an observer in another process."""
+    """CheckpointManager.save_async, timed by an observer in another process."""
 
     name = "holdfast"
-    syncs = N_("yes")
+    syncs = "yes"
     overlap = False
 
     def __init__(self, work: Workload, directory: Path) -> None:
-        import holdfast
-
         super().__init__(work, directory)
         state = {"model": work.model, "optimizer": work.optimizer}
         self.manager = holdfast.CheckpointManager(
             directory, state, keep_last=2, overlap="always" if self.overlap else False
         )
-        self.manager.prepare()  # as `after_step` does in a training
+        self.manager.prepare()  # `after_step` does this in a training
         self.watcher: Watcher | None = None
 
     def target(self, number: int) -> Path:
         return self.directory / f"checkpoint_step_{number}.pt"
 
     def ask(self, target: Path) -> Any:
-        """Ask for a save; a Pending."""
+        """Request a save; return its promises."""
         step = int(target.stem.rpartition("_")[2])
         return self.manager.save_async(step=step, kind="step")
 
@@ -145,42 +140,39 @@ class Ours(Peer):
         if pending.durable.result() is None:
             raise OSError(f"{self.name}: the save of step {number} failed")
         announced = time.monotonic() - began
-        # The later of the two: nobody is told before it is durable, nor counts before being told.
-        durable = max(watcher.seen() - began, announced)
+        durable = max(watcher.seen() - began, announced)  # both must have happened
         step = trained - asked if self.overlap else None
-        return Timing(asked - began + in_hooks, durable, announced, step)
+        return Timing(asked - began + in_hooks, durable, step)
 
     def _train_on(self) -> float:
-        """What training does until the snapshot is complete; the seconds it stood still in it."""
+        """Train until the snapshot is complete. Return the seconds that training stood still."""
         return 0.0
 
     def settle(self) -> None:
         self.manager.wait()
 
     def load(self, number: int) -> dict[str, torch.Tensor]:
-        import holdfast
-
         return dict(flat(holdfast.load(self.target(number))))
 
     def remove(self, number: int) -> None:
-        """The manager keeps the last two and prunes the others itself."""
+        """Leave it to the manager, which keeps the last two and prunes the others."""
 
     def close(self) -> None:
-        self.manager.close()
+        self.manager.close(save=False)
         if self.watcher is not None:
             self.watcher.close()
 
 
 class OursOverlapped(Ours):
-    """The same, copied during a real forward and backward; time in the optimizer's hooks counts."""
+    """The same, copied during forward and backward; time in the optimizer's hooks is stall."""
 
     name = "holdfast overlapped"
-    note = N_("saves during a training step, which takes its share of the processor")
+    note = "saves during a training step, which takes its share of the processor"
     overlap = True
 
     def __init__(self, work: Workload, directory: Path) -> None:
-        # Hooks run in the order of registration, those for all optimizers first: ours brackets
-        # whatever the manager registers from here on.
+        # Hooks run in the order of registration, those for all optimizers first. This one and that
+        # of `_train_on` enclose the hooks that the manager registers from here on.
         self._entered = 0.0
         self._first = register_optimizer_step_pre_hook(self._enter)
         super().__init__(work, directory)
@@ -225,7 +217,7 @@ class TorchSave(Peer):
 
 
 class TorchSaveThread(TorchSave):
-    """torch.save of a copy (into buffers that stay) in a thread: what people write themselves."""
+    """torch.save of a copy (into buffers that stay) in a thread: the usual hand-written way."""
 
     name = "torch.save in a thread"
 
@@ -252,7 +244,7 @@ class TorchSaveThread(TorchSave):
 
 
 class Safetensors(Peer):
-    """safetensors' save_file, and the same protocol; plain values as JSON in its metadata."""
+    """save_file of safetensors and the same protocol; plain values as JSON in its metadata."""
 
     name = "safetensors"
     needs = ("safetensors",)

@@ -1,8 +1,7 @@
-"""What the benchmark tells: tables for a terminal, JSON with every single measurement, a plot."""
+"""The report of the benchmark: tables as text, JSON with every single measurement, a plot."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -12,94 +11,100 @@ from typing import Any
 from benchmarks.engine import training_loss
 from benchmarks.engine.bars import SIZE, Bar, bars
 from benchmarks.engine.frameworks import PEERS
-from benchmarks.engine.measure import Ratio, Series
+from benchmarks.engine.measure import Ratio, Series, interval
 from benchmarks.engine.peers import Ours, OursOverlapped, TorchSave
 from benchmarks.engine.run import DISK, MEMORY, Report, Result
 from holdfast import __version__
 from holdfast.formatting import NOTHING, format_bytes
-from holdfast.i18n import _
-from holdfast.manage.table import Column, Screen, render
+from holdfast.manage.table import PIPE, Column, render
 
 _OURS = Ours.name
-_Cell = Callable[[str], str]  # the name of a contender → what stands in the column
+_Cell = Callable[[str], str]  # the name of a contender → the text of its cell
 
 
 # ------------------------------------------------------------------------------------- tables
 
 
-def lines(report: Report, screen: Screen) -> Iterator[str]:
-    """Everything there is to tell, for a terminal or a pipe."""
+def lines(report: Report) -> Iterator[str]:
+    """Yield the whole report as text."""
     yield from _head(report)
     for result in report.results[:1]:
         for part in (_saves, _loads, _fresh, _training, _regular):
-            yield from part(result, screen)
-    yield from _growth(report.results, screen)
-    yield from _bars(bars(report.results), screen)
+            yield from part(result)
+    yield from _growth(report.results)
+    yield from _bars(bars(report.results))
     if not report.complete:
-        yield from ("", _("This run was interrupted: the tables show what there was by then."))
+        yield from ("", "This run was interrupted: the tables show what there was by then.")
 
 
 def _head(report: Report) -> Iterator[str]:
     about = report.machine
-    device = about["gpu"] or _("{model}, {count} cores", model=about["processor"],
-                               count=about["cores"])  # fmt: skip
-    yield _("Machine: {device}; {system}; torch {torch}; file system {filesystem}", device=device,
-            system=about["system"], torch=about["torch"],
-            filesystem=about["filesystem"] or NOTHING)  # fmt: skip
+    device = about["gpu"] or f"{about['processor']}, {about['cores']} cores"
+    system, torch, kind = about["system"], about["torch"], about["filesystem"] or NOTHING
+    yield f"Machine: {device}; {system}; torch {torch}; file system {kind}"
     for result in report.results[:1]:
-        yield _("State: {parameters} parameters with AdamW, {size} ({bytes} bytes) in {count} "
-                "tensors", parameters=f"{result.parameters:,}", size=format_bytes(result.nbytes),
-                bytes=f"{result.nbytes:,}", count=result.tensors)  # fmt: skip
+        size = f"{format_bytes(result.nbytes)} ({result.nbytes:,} bytes)"
+        yield (
+            f"State: {result.parameters:,} parameters with AdamW, {size} in {result.tensors} "
+            "tensors"
+        )
         if result.disk:
             threads, block = result.disk["write"]
-            yield _("Limit of the disk: {how}, {threads} × {block}", threads=threads,
-                    how=_("direct I/O") if result.disk["direct"] else _("buffered, this disk has "
-                    "no direct I/O"), block=format_bytes(block))  # fmt: skip
+            direct = result.disk["direct"]
+            how = "direct I/O" if direct else "buffered, this disk has no direct I/O"
+            yield f"Limit of the disk: {how}, {threads} × {format_bytes(block)}"
         rounds = max((len(series.rounds) for series in result.series.values()), default=0)
-        yield _("{rounds} rounds in random order, seed {seed}; medians; [95 % interval of the "
-                "ratios pair by pair]", rounds=rounds, seed=report.options.seed)  # fmt: skip
+        what = "medians; [95 % interval of the ratios pair by pair]"
+        yield f"{rounds} rounds in random order; {what}"
 
 
-def _saves(result: Result, screen: Screen) -> Iterator[str]:
+def _saves(result: Result) -> Iterator[str]:
     series, durable = result.part("save"), "durable"
 
     def core_seconds(name: str) -> str:
         value = series.median(name, "core_seconds")
         return NOTHING if value is None else f"{value / result.nbytes * 1e9:.2f}"
 
-    yield from _table(_("Saving"), series, screen, [DISK, MEMORY], {
-        _("training stands still"): lambda name: _seconds(series.median(name, "stall")),
-        _("durable after"): lambda name: _seconds(series.median(name, durable)),
-        _("÷ limit of the disk"): lambda name: _ratio(series.ratio((name, durable), (DISK, durable))),  # noqa: E501
-        _("÷ ours"): lambda name: _ratio(series.ratio((name, durable), (_OURS, durable))),
-        _("core-s/GB"): core_seconds,
-        _("syncs itself"): lambda name: _(PEERS[name].syncs) if name in PEERS else "",
-    })  # fmt: skip
+    def beside(other: str) -> _Cell:
+        return lambda name: _ratio(series.ratio((name, durable), (other, durable)))
+
+    cells: dict[str, _Cell] = {
+        "training stands still": lambda name: _seconds(series.median(name, "stall")),
+        "durable after": lambda name: _seconds(series.median(name, durable)),
+        "÷ limit of the disk": beside(DISK),
+        "÷ ours": beside(_OURS),
+        "core-s/GB": core_seconds,
+        "syncs itself": lambda name: PEERS[name].syncs if name in PEERS else "",
+    }
+    yield from _table("Saving", series, [DISK, MEMORY], cells)
     if not series.rounds:
         return
-    yield _("Who does not sync what it wrote, files and directories, had that done for it within "
-            "the time.")  # fmt: skip
+    yield "Files and directories that a saver did not sync were synced for it, within its time."
     for name in series.names():
         if name in PEERS and PEERS[name].note:
-            yield f"{name}: {_(PEERS[name].note)}"
+            yield f"{name}: {PEERS[name].note}"
     step = series.median(OursOverlapped.name, "step")
     if step is not None:
-        yield _("A step of training with a save took {time}.", time=_seconds(step))
+        yield f"A step of training with a save took {_seconds(step)}."
 
 
-def _loads(result: Result, screen: Screen) -> Iterator[str]:
+def _loads(result: Result) -> Iterator[str]:
     series = result.part("load")
-    yield from _table(_("Loading"), series, screen, [DISK], {
-        _("cold"): lambda name: _seconds(series.median(name, "cold")),
-        _("warm"): lambda name: _seconds(series.median(name, "warm")),
-        _("cold ÷ direct read"): lambda name: _ratio(series.ratio((name, "cold"), (DISK, "cold"))),
-        _("warm ÷ torch.load"): lambda name: _ratio(
-            series.ratio((name, "warm"), (TorchSave.name, "warm"))),
-        _("verified"): lambda name: _("yes") if name == _OURS else "",
-    })  # fmt: skip
+
+    def beside(other: str, metric: str) -> _Cell:
+        return lambda name: _ratio(series.ratio((name, metric), (other, metric)))
+
+    cells: dict[str, _Cell] = {
+        "cold": lambda name: _seconds(series.median(name, "cold")),
+        "warm": lambda name: _seconds(series.median(name, "warm")),
+        "cold ÷ direct read": beside(DISK, "cold"),
+        "warm ÷ torch.load": beside(TorchSave.name, "warm"),
+        "verified": lambda name: "yes" if name == _OURS else "",
+    }
+    yield from _table("Loading", series, [DISK], cells)
 
 
-def _fresh(result: Result, screen: Screen) -> Iterator[str]:
+def _fresh(result: Result) -> Iterator[str]:
     series = result.part("fresh")
 
     def peak(name: str) -> str:
@@ -110,103 +115,110 @@ def _fresh(result: Result, screen: Screen) -> Iterator[str]:
         value = series.median(name, "peak")
         return NOTHING if value is None else f"{value / result.nbytes:.2f}"
 
-    yield from _table(_("In a new process: its first save, and the memory one save takes"), series,
-                      screen, [], {
-        _("first: stands still"): lambda name: _seconds(series.median(name, "first_stall")),
-        _("first: durable after"): lambda name: _seconds(series.median(name, "first_durable")),
-        _("extra memory"): peak,
-        _("÷ state"): share,
-    })  # fmt: skip
+    cells: dict[str, _Cell] = {
+        "first: stands still": lambda name: _seconds(series.median(name, "first_stall")),
+        "first: durable after": lambda name: _seconds(series.median(name, "first_durable")),
+        "extra memory": peak,
+        "÷ state": share,
+    }
+    title = "In a new process: its first save, and the memory one save takes"
+    yield from _table(title, series, [], cells)
 
 
-def _training(result: Result, screen: Screen) -> Iterator[str]:
+def _training(result: Result) -> Iterator[str]:
     lost = training_loss.lost(result.part("training"))
 
-    def of_theirs(name: str) -> str:
+    def beside_ours(name: str) -> str:
         ours, theirs = lost.median(_OURS, "lost"), lost.median(name, "lost")
         return NOTHING if not ours or not theirs or ours < 0 else f"{theirs / ours:.1f}"
 
-    yield from _table(_("Training lost for one save in flight"), lost, screen, [], {
-        _("lost"): lambda name: _seconds(lost.median(name, "lost")),
-        _("95 % interval"): lambda name: _span(*lost.interval(name, "lost"), "s"),
-        _("÷ ours"): of_theirs,
-        _("step without"): lambda name: _seconds(lost.median(name, "step")),
-    })  # fmt: skip
+    cells: dict[str, _Cell] = {
+        "lost": lambda name: _seconds(lost.median(name, "lost")),
+        "95 % interval": lambda name: _span(*interval(lost.values(name, "lost")), "s"),
+        "÷ ours": beside_ours,
+        "step without": lambda name: _seconds(lost.median(name, "step")),
+    }
+    yield from _table("Training lost for one save in flight", lost, [], cells)
 
 
-def _regular(result: Result, screen: Screen) -> Iterator[str]:
-    series, rate = result.part("regular"), "rate"
-    plain = training_loss.WITHOUT, rate
-    yield from _table(_("Training with a save every 30 s"), series, screen, [plain[0]], {
-        _("steps/s"): lambda name: _number(series.median(name, rate)),
-        _("÷ no save"): lambda name: _ratio(series.ratio((name, rate), plain)),
-    })  # fmt: skip
+def _regular(result: Result) -> Iterator[str]:
+    series, without = result.part("regular"), training_loss.WITHOUT
+    cells: dict[str, _Cell] = {
+        "steps/s": lambda name: _number(series.median(name, "rate")),
+        "÷ no save": lambda name: _ratio(series.ratio((name, "rate"), (without, "rate"))),
+    }
+    yield from _table("Training with a save every 30 s", series, [without], cells)
 
 
-def _growth(results: Sequence[Result], screen: Screen) -> Iterator[str]:
+def _growth(results: Sequence[Result]) -> Iterator[str]:
     if len(results) < 2:
         return
-    columns = [Column(_("size")), *(Column(title, right=True) for title in (
-        _("bytes"), _("stands still"), _("durable after"), _("s/GB"), _("÷ limit of the disk"),
-        "torch.save", _("torch.save, s/GB")))]  # fmt: skip
+    titles = "bytes", "stands still", "durable after", "s/GB", "÷ limit of the disk"
+    theirs_titles = "torch.save", "torch.save, s/GB"
+    columns = [Column("size"), *(Column(title, right=True) for title in (*titles, *theirs_titles))]
     rows = []
     for result in sorted(results, key=lambda result: result.nbytes):
         series, each = result.part("save"), 1e9 / result.nbytes
         ours, theirs = (series.median(name, "durable") for name in (_OURS, TorchSave.name))
-        rows.append([
-            result.size, format_bytes(result.nbytes), _seconds(series.median(_OURS, "stall")),
-            _seconds(ours), _number(ours and ours * each),
+        row = [
+            result.size,
+            format_bytes(result.nbytes),
+            _seconds(series.median(_OURS, "stall")),
+            _seconds(ours),
+            _number(ours and ours * each),
             _ratio(series.ratio((_OURS, "durable"), (DISK, "durable"))),
-            _seconds(theirs), _number(theirs and theirs * each),
-        ])  # fmt: skip
-    yield from ("", screen.bold(_("How the cost grows")), *render(columns, rows, screen))
+            _seconds(theirs),
+            _number(theirs and theirs * each),
+        ]
+        rows.append(row)
+    yield from ("", "How the cost grows", *render(columns, rows, PIPE))
 
 
-def _bars(found: Sequence[Bar], screen: Screen) -> Iterator[str]:
+def _bars(found: Sequence[Bar]) -> Iterator[str]:
     if not found:
         return
-    columns = [Column(_("figure")), Column(_("bar"), True), Column(_("measured"), True),
-               Column(""), Column(_("95 % interval"), True)]  # fmt: skip
-    rows = [
-        [bar.figure, ("≥ " if bar.least else "≤ ") + _number(bar.limit, bar.unit),
-         _number(bar.value, bar.unit), "✓" if bar.met else "✗", _span(bar.low, bar.high)]
-        for bar in found
-    ]  # fmt: skip
-    title = _("What was to be reached (set for {size})", size=SIZE)
-    yield from ("", screen.bold(title), *render(columns, rows, screen))
+    columns = [
+        Column("figure"),
+        Column("bar", right=True),
+        Column("measured", right=True),
+        Column(""),
+        Column("95 % interval", right=True),
+    ]
+    rows = []
+    for bar in found:
+        limit = ("≥ " if bar.least else "≤ ") + _number(bar.limit, bar.unit)
+        value, verdict = _number(bar.value, bar.unit), "✓" if bar.met else "✗"
+        rows.append([bar.figure, limit, value, verdict, _span(bar.low, bar.high)])
+    yield from ("", f"What was to be reached (set for {SIZE})", *render(columns, rows, PIPE))
 
 
 def _table(
-    title: str, series: Series, screen: Screen, first: Sequence[str], cells: dict[str, _Cell]
+    title: str, series: Series, first: Sequence[str], cells: dict[str, _Cell]
 ) -> Iterator[str]:
-    """A row a contender: `first` ones first, then in the order of PEERS, then who is missing."""
+    """Yield a row for each contender: `first`, then in the order of PEERS, then the failed ones."""
     measured = series.names()
-    names = [name for name in (*first, *PEERS) if name in measured]
+    names = [name for name in (*first, *PEERS) if name in measured and name not in series.failed]
     failed = [name for name in PEERS if name in series.failed]
     if not names and not failed:
         return
-    columns = [Column(_("who")), *(Column(key, right=True, hide=i) for i, key in enumerate(cells))]
-    rows = [
-        [name, *(cell(name) for cell in cells.values())] for name in names if name not in failed
-    ]
-    yield from ("", screen.bold(title), *render(columns, rows, screen))
+    columns = [Column("who"), *(Column(key, right=True) for key in cells)]
+    rows = [[name, *(cell(name) for cell in cells.values())] for name in names]
+    yield from ("", title, *render(columns, rows, PIPE))
     yield from (f"{name}: {series.failed[name]}" for name in failed)
 
 
 def _seconds(value: float | None) -> str:
-    return NOTHING if value is None else _number(value, "s")
+    return _number(value, "s")
 
 
 def _number(value: float | None, unit: str = "") -> str:
-    """Three significant digits; seconds below a tenth in milliseconds."""
+    """Return three significant digits; seconds below a tenth in milliseconds."""
     if value is None:
         return NOTHING
     if unit == "s" and abs(value) < 0.1:
-        return _("{number} ms", number=f"{value * 1e3:.3g}")
-    text = f"{value:.{2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0}f}"
-    if abs(value) < 0.995:
-        text = f"{value:.3f}"
-    return _("{seconds} s", seconds=text) if unit else text
+        return f"{value * 1e3:.3g} ms"
+    digits = next((n for n, end in ((3, 0.995), (2, 9.995), (1, 99.95)) if abs(value) < end), 0)
+    return f"{value:.{digits}f} {unit}".rstrip()
 
 
 def _span(low: float | None, high: float | None, unit: str = "") -> str:
@@ -222,8 +234,19 @@ def _ratio(found: Ratio | None) -> str:
 # ---------------------------------------------------------------------------------- JSON and plot
 
 
+def write(report: Report, directory: Path) -> None:
+    """Write engine.json, engine.txt and engine.png (engine_gpu.* on a GPU) to `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / ("engine_gpu" if report.machine["gpu"] else "engine")
+    text = json.dumps(to_json(report), ensure_ascii=False, indent=1)
+    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    path.with_suffix(".txt").write_text("\n".join(lines(report)) + "\n", encoding="utf-8")
+    if report.results:
+        plot(report.results[0], path.with_suffix(".png"))
+
+
 def to_json(report: Report) -> dict[str, Any]:
-    """Every single measurement in the order it was made, and what was concluded."""
+    """Return every single measurement in the order in which it was made, and the bars."""
     return {
         "holdfast": __version__,
         "complete": report.complete,
@@ -234,44 +257,22 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
-def write(report: Report, directory: Path) -> list[Path]:
-    """Write engine.json, engine.txt and, where matplotlib is installed, engine.png there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    name = "engine_gpu" if report.machine["gpu"] else "engine"
-    written = [directory / f"{name}.json", directory / f"{name}.txt"]
-    text = json.dumps(to_json(report), ensure_ascii=False, indent=1)
-    written[0].write_text(text + "\n", encoding="utf-8")
-    written[1].write_text("\n".join(lines(report, Screen())) + "\n", encoding="utf-8")
-    if importlib.util.find_spec("matplotlib") is not None and report.results:
-        written.append(directory / f"{name}.png")
-        plot(report.results, written[-1])
-    return written
-
-
-def plot(results: Sequence[Result], path: Path) -> None:
-    """Stall and time to durable of everybody, and growth where there are several sizes."""
+def plot(result: Result, path: Path) -> None:
+    """Draw stall and time to durable of every contender: docs/images/saving.png."""
     from matplotlib.figure import Figure
 
-    series = results[0].part("save")
+    series = result.part("save")
     names = [name for name in (MEMORY, DISK, *PEERS) if name in series.names()][::-1]
-    figure = Figure(figsize=(12 if len(results) > 1 else 8, 4.8), layout="constrained")
-    axes = figure.subplots(1, 2 if len(results) > 1 else 1, squeeze=False)[0]
-    for offset, metric, label in ((0.2, "stall", "training stands still"),
-                                  (-0.2, "durable", "durable after")):  # fmt: skip
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    metrics = (0.2, "stall", "training stands still"), (-0.2, "durable", "durable after")
+    for offset, metric, label in metrics:
         values = [series.median(name, metric) or 0.0 for name in names]
-        bars_drawn = axes[0].barh([i + offset for i in range(len(names))], values, 0.4, label=label)
-        texts = [_number(value, "s") if value else "" for value in values]
-        axes[0].bar_label(bars_drawn, texts, fontsize=7, padding=2)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].set_xlabel(f"s, for {results[0].nbytes / 1e9:.2f} GB")
-    axes[0].legend(loc="upper right")
-    axes[0].margins(x=0.15)  # room for the figures beside the bars
-    if len(results) > 1:
-        ordered = sorted(results, key=lambda result: result.nbytes)
-        for name in (DISK, _OURS, TorchSave.name):
-            points = [(r.nbytes / 1e9, r.part("save").median(name, "durable")) for r in ordered]
-            known = [(x, y) for x, y in points if y is not None]
-            axes[1].plot([x for x, _y in known], [y for _x, y in known], "o-", label=name)
-        axes[1].set(xlabel="GB", ylabel="s until durable", xscale="log", yscale="log")
-        axes[1].legend()
+        drawn = axes.barh([i + offset for i in range(len(names))], values, 0.4, label=label)
+        texts = [_seconds(value) if value else "" for value in values]
+        axes.bar_label(drawn, texts, fontsize=7, padding=2)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel(f"s, for {result.nbytes / 1e9:.2f} GB")
+    axes.legend(loc="upper right")
+    axes.margins(x=0.15)  # room for the figures beside the bars
     figure.savefig(path, dpi=120)

@@ -1,6 +1,6 @@
-"""One run of the benchmark: what is measured, in which order, into which series.
+"""One run of the benchmark: its parts, their order and their series.
 
-The report is filled as it goes, so that Ctrl-C leaves what there is so far.
+The report is filled step by step, so that Ctrl-C keeps the measurements made before it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.engine import fresh, training_loss
@@ -40,19 +41,9 @@ from benchmarks.engine.peers import (
     TorchSaveThread,
 )
 from benchmarks.engine.workload import Workload
-from holdfast.errors import ResourceError
 from holdfast.formatting import format_bytes
-from holdfast.i18n import N_, _
 
-PARTS = {
-    "save": N_("saves"),
-    "load": N_("loads"),
-    "fresh": N_("new processes"),
-    "training": N_("training with a save"),
-    "regular": N_("training with regular saves"),
-    "growth": N_("other sizes"),
-}
-QUICK_PARTS = ("save", "load")
+PARTS = ("save", "load", "fresh", "training", "regular", "growth")
 DISK, MEMORY = "limit: disk", "limit: memory"
 _GROWTH: list[type[Peer]] = [Ours, TorchSave]
 _LOADS: list[type[Peer]] = [Ours, TorchSave, Safetensors, Dcp, Orbax]
@@ -63,22 +54,17 @@ _LEAST_SECONDS = 8.0  # of a block of training steps
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to measure: sizes of workload.SHAPES, the first of which gets the whole table."""
+    """The measurements of a run. The first of `sizes` (of workload.SHAPES) gets all tables."""
 
     sizes: tuple[str, ...]
     rounds: int
     parts: tuple[str, ...]
-    only: tuple[str, ...] = ()  # names of peers; empty for all
-    seed: int = 0
-    interval: float = training_loss.INTERVAL
-
-    def wants(self, name: str) -> bool:
-        return not self.only or name in self.only
+    only: tuple[str, ...]  # names of peers
 
 
 @dataclass(slots=True)
 class Result:
-    """What was measured for one size."""
+    """The measurements for one size."""
 
     size: str
     parameters: int
@@ -93,7 +79,7 @@ class Result:
 
 @dataclass(slots=True)
 class Report:
-    """What there is to tell, complete or not."""
+    """All measurements, with the machine and the options they belong to."""
 
     options: Options
     machine: dict[str, Any]
@@ -102,13 +88,10 @@ class Report:
 
 
 def machine(directory: Path) -> dict[str, Any]:
-    """What this machine is, without naming it."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or a processor that has no name
+    """Describe this machine without naming it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.machine()  # ARM processors give no name
     return {
         "processor": model,
         "cores": os.cpu_count(),
@@ -122,26 +105,17 @@ def machine(directory: Path) -> dict[str, Any]:
 
 
 def _filesystem(directory: Path) -> str | None:
-    try:
-        import psutil
-    except ModuleNotFoundError:
-        return None
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     place = directory.resolve()
     return next((mounts[path] for path in (place, *place.parents) if path in mounts), None)
 
 
 def run(report: Report, directory: Path, progress: Progress) -> None:
-    """Measure everything that `report.options` asks for, with files below `directory`.
-
-    Raises:
-        ResourceError: the disk has no room for what is kept there at the same time.
-    """
+    """Measure everything that `report.options` asks for, with files below `directory`."""
     options = report.options
-    rng = random.Random(options.seed)
     sizes = options.sizes if "growth" in options.parts else options.sizes[:1]
     for i, size in enumerate(sizes):
-        work = Workload(size, options.seed)
+        work = Workload(size)
         tensors = len(work.tensors())
         result = Result(size, work.parameters, work.nbytes, tensors)
         if i == 0:
@@ -149,23 +123,23 @@ def run(report: Report, directory: Path, progress: Progress) -> None:
         else:
             _check_room(directory, 7 * work.nbytes)
         report.results.append(result)
-        Once(work, result, options, directory / size, rng, progress).run(whole=i == 0)
+        Once(work, result, options, directory / size, progress).run(whole=i == 0)
     report.complete = True
 
 
 def _check_room(directory: Path, need: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < need:
-        raise ResourceError(
-            _("The benchmark needs {need} free on the disk and finds {free}: use a smaller --size "
-              "or another --dir.", need=format_bytes(need), free=format_bytes(free))
-        )  # fmt: skip
+        raise SystemExit(
+            f"The benchmark needs {format_bytes(need)} free on the disk and finds "
+            f"{format_bytes(free)}: use a smaller --size or another --dir."
+        )
 
 
 def _missing(peer: type[Peer], series: Series) -> bool:
     absent = peer.missing()
     if absent:
-        series.failed[peer.name] = _("not installed: {packages}", packages=", ".join(absent))
+        series.failed[peer.name] = f"not installed: {', '.join(absent)}"
     return bool(absent)
 
 
@@ -177,25 +151,22 @@ class Once:
     result: Result
     options: Options
     directory: Path
-    rng: random.Random
     progress: Progress
 
     def run(self, *, whole: bool) -> None:
-        """All parts that are wanted; for growth over sizes, the saves of a few."""
+        """Measure the parts that are wanted; for growth over sizes, only the saves of a few."""
         parts = self.options.parts if whole else ("save",)
         peers = list(PEERS.values()) if whole else _GROWTH
-        peers = [peer for peer in peers if self.options.wants(peer.name)]
-        for name, act in {
-            "save": self.saves, "load": self.loads, "fresh": self.fresh,
-            "training": self.training, "regular": self.regular,
-        }.items():  # fmt: skip
+        peers = [peer for peer in peers if peer.name in self.options.only]
+        acts = (self.saves, self.loads, self.fresh, self.training, self.regular)
+        for name, act in zip(PARTS, acts, strict=False):
             if name in parts:
                 series = self.result.part(name)
                 act([peer for peer in peers if not _missing(peer, series)])
                 shutil.rmtree(self.directory, ignore_errors=True)
 
     def saves(self, peers: list[type[Peer]]) -> None:
-        """Everybody's stall and time to durable, with the limits of disk and memory."""
+        """Measure stall and time to durable, with the limits of disk and memory."""
         series = self.result.part("save")
         wanted = [peer for peer in peers if peer is not TorchSaveThread]
         with self._open(wanted, series) as opened, self._limits() as (disk, memory):
@@ -213,12 +184,12 @@ class Once:
             self._interleave("save", trained, first=2)
 
     def _after_a_step(self, measure: Measure, number: int) -> dict[str, float]:
-        """A save comes after a step: threads are awake, caches hold what training left there."""
+        """Measure after a step, as a save of a training: threads are awake, caches are in use."""
         self.work.step()
         return measure(number)
 
     def loads(self, peers: list[type[Peer]]) -> None:
-        """Loading cold and warm; whether what is loaded is what was saved is checked first."""
+        """Check that the loaded state is the saved one, then measure loading cold and warm."""
         series = self.result.part("load")
         with (
             self._open([peer for peer in peers if peer in _LOADS], series) as opened,
@@ -231,13 +202,13 @@ class Once:
             self._interleave("load", contenders)
 
     def fresh(self, peers: list[type[Peer]]) -> None:
-        """The first save of a process and, once, the memory that a save takes."""
+        """Measure the first save of a process and, once, the memory that a save takes."""
 
         def contender(peer: type[Peer]) -> Measure:
             def measure(number: int) -> dict[str, float]:
                 known = peer.name, self.result.size, self.directory
                 found = fresh.in_process("first", *known)
-                if number == 1 and Path("/proc/self/smaps_rollup").exists():
+                if number == 1:
                     found |= fresh.in_process("memory", *known)
                 return found
 
@@ -247,7 +218,7 @@ class Once:
         self._interleave("fresh", wanted, rounds=min(self.options.rounds, _FRESH_ROUNDS))
 
     def training(self, peers: list[type[Peer]]) -> None:
-        """Seconds of training lost for one save in flight."""
+        """Measure the seconds of training lost for one save in flight."""
         self.work.step()
         began = time.monotonic()
         self.work.step()
@@ -255,11 +226,11 @@ class Once:
         self._train("training", peers, lambda peer: training_loss.block(self.work, peer, least))
 
     def regular(self, peers: list[type[Peer]]) -> None:
-        """The throughput of a training that saves every so many seconds."""
+        """Measure the throughput of a training that saves every 30 seconds."""
         self._train(
             "regular",
             [peer for peer in peers if issubclass(peer, Ours)],
-            lambda peer: training_loss.regular(self.work, peer, self.options.interval),
+            lambda peer: training_loss.regular(self.work, peer),
             min(self.options.rounds, _REGULAR_ROUNDS),
         )
 
@@ -280,15 +251,16 @@ class Once:
         self, part: str, contenders: Mapping[str, Measure], rounds: int = 0, first: int = 1
     ) -> None:
         numbers = range(first, first + (rounds or self.options.rounds))
-        self.progress.start(f"{self.result.size}, {_(PARTS[part])}", len(numbers) * len(contenders))
-        interleave(contenders, numbers, self.rng, self.result.part(part), self.progress)
+        self.progress.start(f"{self.result.size}, {part}", len(numbers) * len(contenders))
+        series = self.result.part(part)
+        interleave(contenders, numbers, random.Random(), series, self.progress)
         self.progress.clear()
 
     @contextmanager
     def _open(self, peers: list[type[Peer]], series: Series) -> Iterator[dict[str, Peer]]:
-        """Set everybody up with one save that does not count: the first has its own row."""
+        """Set up each peer with one save that does not count: `fresh` measures the first one."""
         opened: dict[str, Peer] = {}
-        self.progress.start(_("{size}, setting up", size=self.result.size), len(peers))
+        self.progress.start(f"{self.result.size}, setting up", len(peers))
         try:
             for kind in peers:
                 self.progress.next(kind.name)
@@ -316,8 +288,7 @@ class Once:
             stack.callback(memory.close)
             disk = Disk(place, memory.buffer)
             stack.callback(disk.close)
-            self.result.disk = {"direct": disk.direct, "write": disk.write_way,
-                                "read": disk.read_way}  # fmt: skip
+            self.result.disk = {"direct": disk.direct, "write": disk.write_way}
             yield disk, memory
 
 
@@ -327,7 +298,7 @@ def _saving(peer: Peer, watchers: set[int]) -> Measure:
         before = cpu_seconds(watchers)
         timing = peer.save(number)
         peer.settle()
-        found = {"stall": timing.stall, "durable": timing.durable, "announced": timing.announced}
+        found = {"stall": timing.stall, "durable": timing.durable}
         if timing.step is None:
             found["core_seconds"] = cpu_seconds(watchers) - before
         else:
@@ -339,21 +310,21 @@ def _saving(peer: Peer, watchers: set[int]) -> Measure:
 
 
 def _check(peer: Peer) -> None:
-    """Save what is loaded later, and prove that it comes back equal."""
+    """Make the save that is loaded later, and check that it comes back equal."""
     peer.prepare()
     peer.save(2)
     peer.settle()
     loaded = peer.load(2)
     for name, tensor in peer.work.tensors().items():
         if name not in loaded or not torch.equal(loaded[name], tensor.cpu()):
-            raise ValueError(_("{name} was not loaded as it was saved", name=name))
+            raise ValueError(f"{name} was not loaded as it was saved")
 
 
 def _loading(peer: Peer) -> Measure:
     def seconds() -> float:
         began = time.monotonic()
         for tensor in peer.load(2).values():
-            tensor.reshape(-1)[::512].sum()  # who only maps the file reads it here, page by page
+            tensor.reshape(-1)[::512].sum()  # a loader that only maps the file reads it here
         return time.monotonic() - began
 
     def measure(_number: int) -> dict[str, float]:
@@ -366,7 +337,7 @@ def _loading(peer: Peer) -> Measure:
 
 
 def _warm(target: Path) -> None:
-    """Bring the files of `target` into the page cache, however they were read before."""
+    """Read the files of `target` into the page cache."""
     for path in [target] if target.is_file() else target.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

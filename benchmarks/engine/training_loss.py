@@ -1,4 +1,4 @@
-"""What a save in flight costs a real training, in seconds of training lost.
+"""The cost of a save in flight to a real training, in seconds of training lost.
 
 A block of steps with one save is compared with a block without, in the same round: the clock stops
 when the save has left nothing to do, verification and pruning included, and at least `least` steps
@@ -21,11 +21,11 @@ from benchmarks.engine.workload import Workload
 WITHOUT = "no save"
 SAVERS: list[type[Peer]] = [Ours, OursOverlapped, TorchSaveThread, DcpThread]
 INTERVAL = 30.0  # s between two saves of a training that saves regularly
-_SAVES = 3  # of one such window
+_SAVES = 3  # of one window
 
 
 def block(work: Workload, peer: Peer | None, least: int) -> Measure:
-    """Steps with one save at their beginning, at least `least` of them."""
+    """Return a measurement of at least `least` steps, with one save at their beginning."""
 
     def measure(number: int) -> dict[str, float]:
         steps = 0
@@ -43,16 +43,16 @@ def block(work: Workload, peer: Peer | None, least: int) -> Measure:
     return measure
 
 
-def regular(work: Workload, peer: Peer | None, interval: float = INTERVAL) -> Measure:
-    """A window of training with a save in the middle of each `interval` seconds."""
+def regular(work: Workload, peer: Peer | None) -> Measure:
+    """Return a measurement of training with a save in the middle of each `INTERVAL`."""
 
     def measure(number: int) -> dict[str, float]:
         steps, saves = 0, 0
         saving: Future[object] | None = None
         with ThreadPoolExecutor(1) as pool:
             began = time.monotonic()
-            while (elapsed := time.monotonic() - began) < _SAVES * interval:
-                if peer is not None and elapsed >= (saves + 0.5) * interval:
+            while (elapsed := time.monotonic() - began) < _SAVES * INTERVAL:
+                if peer is not None and elapsed >= (saves + 0.5) * INTERVAL:
                     _end(peer, number * _SAVES + saves - 1, saving)
                     saving = _begin(peer, number * _SAVES + saves, pool)
                     saves += 1
@@ -82,7 +82,7 @@ def _end(peer: Peer | None, number: int, saving: Future[object] | None) -> None:
 
 
 def lost(series: Series) -> Series:
-    """Seconds of training lost for one save, round by round, from what `block` measured."""
+    """Return the seconds of training lost for one save, round by round, as `block` measured."""
     found = Series(failed=series.failed)
     for row in series.rounds:
         if WITHOUT in row:

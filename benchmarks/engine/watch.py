@@ -1,8 +1,8 @@
-"""The outside observer: a process that sees when a new checkpoint is durable. No torch here.
+"""A process that observes when a new checkpoint is durable. No torch here.
 
-It looks at a directory every millisecond. When a new `.pt` appears there, which happens by rename,
-it syncs that file and the directory itself, and the return of the last call is what it reports.
-The clock is CLOCK_MONOTONIC, which all processes of a machine share.
+It looks at a directory every millisecond. When a new `.pt` is renamed into it, it syncs that file
+and the directory itself, and reports the time when the last call returned. The clock is
+CLOCK_MONOTONIC, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _PAUSE = 0.001
 
 
 def published(directory: Path) -> set[str]:
-    """The names of the checkpoints in `directory`."""
+    """Return the names of the checkpoints in `directory`."""
     return {path.name for path in directory.iterdir() if path.suffix == ".pt"}
 
 
 def sync_tree(target: Path) -> None:
-    """Make `target`, what is below it and its name durable, whoever wrote it."""
+    """Make `target`, everything below it and its name durable."""
     if target.is_dir():
         for path, _folders, files in os.walk(target, topdown=False):
             for name in files:
@@ -45,7 +45,7 @@ def _sync(path: Path) -> None:
 
 
 class Watcher:
-    """Runs the observer for one directory. One question at a time: `arm`, then `seen`."""
+    """Run the observer for one directory. Call `arm`, then `seen`, in turn."""
 
     def __init__(self, directory: Path) -> None:
         self._process = subprocess.Popen(
@@ -54,7 +54,7 @@ class Watcher:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is for us, not for it
+            start_new_session=True,  # Ctrl-C must not end it
         )
         self._directory = directory
 
@@ -63,12 +63,12 @@ class Watcher:
         return self._process.pid
 
     def arm(self) -> None:
-        """Return when the observer knows what is there and looks for what is new."""
+        """Wait until the observer knows the present files and looks for new ones."""
         self._tell()
         self._answer()
 
     def seen(self) -> float:
-        """Wait for a new checkpoint; `time.monotonic()` of the moment when it was durable."""
+        """Wait for a new checkpoint. Return the `time.monotonic()` at which it was durable."""
         return float(self._answer())
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ class Watcher:
 
 
 def main(directory: Path) -> None:
-    """Answer each line of stdin twice: "armed", and when something new is durable, the time."""
+    """Answer each line of stdin twice: "armed", then the time when a new file is durable."""
     for _line in sys.stdin:
         known = published(directory)
         print("armed", flush=True)

@@ -1,7 +1,7 @@
-"""What is saved in the benchmark: a model shaped like GPT-2 with AdamW, and a real step of it.
+"""The state that the benchmark saves: a model shaped like GPT-2 with AdamW, and a real step of it.
 
-Plain torch, so that a user needs nothing else: the tensors have the names, shapes and number of
-transformers' GPT2LMHeadModel (with its tied head), which is not imported.
+Plain torch. The tensors have the names, shapes and number of transformers' GPT2LMHeadModel (with
+its tied head), which is not imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _VOCABULARY = 50_257
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Layers, width, heads, vocabulary; the context is 512 tokens for all."""
+    """The size of a model; the context is always 512 tokens."""
 
     layers: int
     width: int
@@ -71,7 +71,7 @@ class _Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A language model of `shape`; its forward takes tokens [batch, length] and gives the loss."""
+    """A language model of `shape`; its forward maps tokens [batch, length] to the loss."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -92,13 +92,13 @@ class Model(nn.Module):
 
 
 class Workload:
-    """A model with AdamW after its first update, on the GPU where there is one.
+    """A model with AdamW after its first update, on the GPU if there is one.
 
     `step()` is one real update on 1 × 512 tokens, in bf16 where the hardware computes in it.
     """
 
-    def __init__(self, size: str, seed: int = 0) -> None:
-        torch.manual_seed(seed)
+    def __init__(self, size: str) -> None:
+        torch.manual_seed(0)
         self.size = size
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = has_bf16(self.device)
@@ -112,11 +112,11 @@ class Workload:
         self.update()
 
     def state(self) -> dict[str, Any]:
-        """The state as the peers are given it: nested, its tensors the live ones."""
+        """Return the nested state that the peers save; its tensors are the live ones."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The live tensors of the state by their dotted names."""
+        """Return the live tensors of the state by their dotted names."""
         return dict(flat(self.state()))
 
     @property
@@ -129,13 +129,13 @@ class Workload:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def backward(self) -> None:
-        """Forward and backward: what comes between two updates."""
+        """Compute the loss and the gradients."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.model(self.tokens)
         loss.backward()
 
     def update(self) -> None:
-        """The optimizer's step: what changes the state."""
+        """Change the state by a step of the optimizer."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -145,13 +145,13 @@ class Workload:
         self.wait()
 
     def wait(self) -> None:
-        """Return when the device has done all it was told: a clock may be read now."""
+        """Wait until the device has done all its work, so that a clock may be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a nested state with dotted names, in order."""
+    """Yield the tensors of a nested state with dotted names, in order."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, Mapping):

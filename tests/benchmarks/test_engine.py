@@ -1,10 +1,11 @@
-"""The benchmark: everybody's save comes back equal, and what is said of the times is true of them.
+"""The engine's benchmark: every peer's save comes back equal, and the times mean what they say.
 
-Speed itself is not tested here: only that what is measured is what the table says it is.
+Speed itself is not tested here.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,18 +20,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.engine import limits, measure, report, training_loss
+from benchmarks.engine import measure, report, training_loss
 from benchmarks.engine import run as run_module
-from benchmarks.engine.__main__ import run_bench
 from benchmarks.engine.frameworks import PEERS, Dcp
 from benchmarks.engine.limits import Disk, Memory
-from benchmarks.engine.measure import Progress, Series, interleave, interval
+from benchmarks.engine.measure import Progress, Ratio, Series, interleave, interval
 from benchmarks.engine.peers import Ours, OursOverlapped, Peer, TorchSave
 from benchmarks.engine.run import DISK, Options, Report, machine, run
 from benchmarks.engine.watch import ROOT, Watcher
 from benchmarks.engine.workload import SHAPES, Model, Workload
-from holdfast.errors import ConfigError
-from holdfast.manage.table import Screen
 
 PROGRAM = [sys.executable, "-m", "benchmarks.engine"]
 HEAVY = ("DCP async process", "Orbax async", "Lightning", "transformers.Trainer")
@@ -42,6 +40,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_PAUSE", 0.0)
     monkeypatch.setattr(os, "sync", lambda: None)
     monkeypatch.setattr(run_module, "_LEAST_SECONDS", 0.1)
+    monkeypatch.setattr(training_loss, "INTERVAL", 0.2)
 
 
 @pytest.fixture
@@ -77,8 +76,8 @@ def test_what_a_peer_saves_comes_back_equal(name: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    stall, durable, announced = json.loads(done.stdout.splitlines()[-1])
-    assert 0 < stall <= announced <= durable
+    stall, durable = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < stall <= durable
 
 
 # In a process of its own: some of them change this one for good.
@@ -101,7 +100,7 @@ if __name__ == "__main__":
         peer.remove(number)
         work.step()
     peer.close()
-    print(json.dumps([timing.stall, timing.durable, timing.announced]))
+    print(json.dumps([timing.stall, timing.durable]))
 """
 
 
@@ -159,18 +158,24 @@ def test_files_and_directories_of_a_peer_that_does_not_sync_are_synced_in_its_ti
         "fsync",
         lambda fd: (synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())), fsync(fd)),
     )
-    timing = _Forgetful(work, tmp_path / "p").save(1)
+    _Forgetful(work, tmp_path / "p").save(1)
     place = tmp_path.resolve() / "p"
     assert synced == [str(place / "save_1" / "data"), str(place / "save_1"), str(place)]
-    assert timing.durable >= timing.announced
 
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_the_limit_of_the_disk_writes_and_reads_the_state(
     work: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
+    real = os.open
+
+    def without_direct_io(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no direct I/O")
+        return real(path, flags, mode)
+
     if not direct:
-        monkeypatch.setattr(limits, "_DIRECT", 0)
+        monkeypatch.setattr(os, "open", without_direct_io)
     memory = Memory(work)
     disk = Disk(tmp_path, memory.buffer)
     assert disk.write() > 0
@@ -205,18 +210,17 @@ def test_an_interval_takes_the_ranks_of_the_binomial_distribution() -> None:
 
 
 def test_a_ratio_is_formed_from_the_rounds_that_have_both() -> None:
-    series = Series([
+    rounds = [
         {"a": {"s": 2.0}, "b": {"s": 1.0}},
         {"a": {"s": 100.0}},
         {"a": {"s": 6.0}, "b": {"s": 2.0}, "c": {"other": 1.0}},
-    ])  # fmt: skip
-    found = series.ratio(("a", "s"), ("b", "s"))
-    assert found is not None
-    assert (found.value, found.low, found.pairs) == (4.0 / 1.5, None, 2)
+    ]
+    series = Series(rounds)
+    assert series.ratio(("a", "s"), ("b", "s")) == Ratio(4.0 / 1.5, None, None)
     assert series.ratio(("a", "s"), ("c", "s")) is None
 
 
-def test_rounds_are_shuffled_by_the_seed_and_a_failure_stops_nobody_else() -> None:
+def test_rounds_are_shuffled_by_the_seed_and_a_failure_stops_no_other() -> None:
     def order(seed: int) -> tuple[list[str], Series]:
         calls: list[str] = []
 
@@ -243,9 +247,8 @@ def test_rounds_are_shuffled_by_the_seed_and_a_failure_stops_nobody_else() -> No
 
 
 def test_training_lost_is_what_the_steps_would_not_have_taken() -> None:
-    series = Series([
-        {training_loss.WITHOUT: {"elapsed": 10.0, "steps": 10}, "x": {"elapsed": 13.5, "steps": 12}}
-    ])  # fmt: skip
+    without, saving = {"elapsed": 10.0, "steps": 10.0}, {"elapsed": 13.5, "steps": 12.0}
+    series = Series([{training_loss.WITHOUT: without, "x": saving}])
     assert training_loss.lost(series).values("x", "lost") == [1.5]
 
 
@@ -275,35 +278,29 @@ def test_a_run_fills_every_table_and_leaves_nothing_behind(tmp_path: Path) -> No
     parts = ("save", "load", "training", "regular")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    made = Report(Options(("tiny",), 1, parts, names, 1, interval=0.2), machine(scratch))
+    made = Report(Options(("tiny",), 1, parts, names), machine(scratch))
     run(made, scratch, Progress())
     assert made.complete
     assert list(scratch.iterdir()) == []
     result = made.results[0]
     assert all(not series.failed for series in result.series.values())
     assert set(result.part("save").rounds[0]) >= {DISK, *names}
-    text = "\n".join(report.lines(made, Screen()))
+    text = "\n".join(report.lines(made))
     for title in ("Saving", "Loading", "Training lost", "every 30 s"):
         assert title in text
-    written = report.write(made, tmp_path / "out")
-    assert {path.suffix for path in written} >= {".json", ".txt"}
-    found = json.loads(written[0].read_text())
+    report.write(made, tmp_path / "out")
+    written = {path.suffix: path for path in (tmp_path / "out").iterdir()}
+    assert written.keys() == {".json", ".txt", ".png"}
+    found = json.loads(written[".json"].read_text())
     assert found["results"][0]["series"]["save"]["rounds"][0][Ours.name]["durable"] > 0
-    assert str(tmp_path) not in written[0].read_text()
-
-
-def test_unknown_names_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
-    for argv in (["--only", "pickle"], ["--parts", "sav"], ["--rounds", "-1"]):
-        with pytest.raises(ConfigError):
-            run_bench([*argv, "--dir", str(tmp_path)], "bench")
-    assert list(tmp_path.iterdir()) == []
+    assert str(tmp_path) not in written[".json"].read_text()
 
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    argv = ["--size", "10m", "--rounds", "500", "--parts", "save", "--only", "holdfast,torch.save"]
+    options = "--size 10m --rounds 500 --parts save --only holdfast torch.save"
     process = subprocess.Popen(
-        [*PROGRAM, *argv, "--dir", str(tmp_path)],
+        [*PROGRAM, *options.split(), "--dir", str(tmp_path)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
