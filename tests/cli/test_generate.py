@@ -8,7 +8,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,12 +18,12 @@ import pytest
 
 from holdfast.cli.main import main
 from holdfast.training.inference import load_for_inference
+from tests import processes
 from tests.manage.runs import flip, make_run
 from tests.training.runs import config_for, train, write_corpus
 
 # A penalty below 0 rewards what was said: the text runs in a circle and nobody sees its end.
 ENDLESS = ["--tokens", "1000000", "--frequency-penalty", "-5", "--seed", "1"]
-PROGRAM = [sys.executable, "-m", "holdfast", "generate"]
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +145,8 @@ def test_a_pipe_that_is_no_text_or_has_no_end_is_refused_in_a_line(
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly(run: Path) -> None:
-    with subprocess.Popen(
-        [*PROGRAM, "今天", "--checkpoint", str(run), *ENDLESS],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
+    words = ["generate", "今天", "--checkpoint", run, *ENDLESS]
+    with processes.start(*words, text=False) as process:
         assert process.stdout and process.stderr
         assert process.stdout.read(6).decode() == "今天"
         process.stdout.close()
@@ -167,7 +164,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ.update(HOLDFAST_LANG="en", TERM="dumb")
-            os.execv(sys.executable, [*PROGRAM, *map(str, argv)])
+            processes.become(["holdfast", "generate", *map(str, argv)])
         self._bytes = b""
 
     @property
@@ -220,8 +217,8 @@ def test_ctrl_c_ends_the_text_and_at_the_prompt_everything(run: Path) -> None:
 
 
 def test_ctrl_c_keeps_what_was_written_and_exits_with_130(run: Path) -> None:
-    argv = ["今天", "--checkpoint", str(run), *ENDLESS]
-    process = subprocess.Popen([*PROGRAM, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    words = ["generate", "今天", "--checkpoint", run, *ENDLESS]
+    process = processes.start(*words, text=False)
     assert process.stdout
     assert process.stdout.read(9).decode("utf-8", "ignore").startswith("今天")
     process.send_signal(signal.SIGINT)

@@ -7,8 +7,7 @@ import logging
 import os
 import re
 import signal
-import subprocess
-import sys
+import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from holdfast.cli.main import main
 from holdfast.errors import ConfigError
 from holdfast.serving.server import _listen
 from holdfast.training.tokenizer import TextTokenizer
+from tests import processes
 from tests.serving.models import CONTEXT, Training, make_tokenizer, poet
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -41,9 +41,8 @@ class Server:
     """A server in a process of its own."""
 
     def __init__(self, *words: str, **environment: str) -> None:
-        call = [sys.executable, "-m", "holdfast", "serve", "--port", "0", *words]
-        self.process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        text=True, env={**os.environ, **environment})  # fmt: skip
+        environment = {**os.environ, **environment}
+        self.process = processes.start("serve", "--port", "0", *words, environment=environment)
         assert self.process.stdout is not None
         self.said = ""
         while "Ctrl-C" not in self.said and (line := self.process.stdout.readline()):
@@ -72,7 +71,7 @@ def server(run: Path) -> Iterator[Server]:
 
 def test_a_signal_lets_the_answers_under_way_end(server: Server) -> None:
     assert "best (step 100" in server.said
-    with server.ask(1500) as answer:
+    with server.ask(500) as answer:
         answer.readline()
         server.process.send_signal(signal.SIGTERM)
         lines = answer.read().decode().splitlines()
@@ -83,8 +82,7 @@ def test_a_signal_lets_the_answers_under_way_end(server: Server) -> None:
 
 
 def test_a_script_learns_the_address_and_the_models(run: Path) -> None:
-    call = [sys.executable, "-m", "holdfast", "serve", str(run), "--port", "0", "--json"]
-    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = processes.start("serve", run, "--port", "0", "--json")
     assert process.stdout is not None
     said = ""
     while not said.endswith("\n}\n") and (line := process.stdout.readline()):
@@ -110,12 +108,12 @@ def test_a_second_ctrl_c_ends_at_once(server: Server) -> None:
         assert status == 130 and "Ended at once" in err and "Traceback" not in err
 
 
-def test_a_port_in_use_is_told_in_a_line(server: Server, run: Path) -> None:
-    port = server.url.rpartition(":")[2]
-    call = [sys.executable, "-m", "holdfast", "serve", str(run), "--port", port]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 2 and f"port {port} is in use" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_a_port_in_use_is_told_in_a_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(run), "--port", str(port)]) == 2
+    told = capsys.readouterr().err
+    assert f"port {port} is in use" in told and len(told.splitlines()) == 1
 
 
 def test_a_port_is_taken_before_the_model_is_loaded() -> None:

@@ -17,6 +17,7 @@ import pytest
 from holdfast import load
 from holdfast.checkpoint import memory
 from holdfast.training.layers import save_config
+from tests import processes
 from tests.support import processor_seconds
 from tests.training.runs import ROOT, config_for, difference, final_state, write_corpus
 
@@ -29,10 +30,7 @@ ENVIRONMENT = {
 
 
 def run(*words: str, lang: str = "en", cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "holdfast", *words, "--lang", lang]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, check=False, timeout=200
-    )
+    return processes.run(*words, "--lang", lang, cwd=cwd, environment=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +47,9 @@ def config(tmp_path: Path, corpus: Path) -> Path:
 
 
 def start(config: Path, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "holdfast", "train", "--config", str(config), *words]
-    return subprocess.Popen(
-        [*command, "--lang", "en"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT, env=ENVIRONMENT,
-    )  # fmt: skip
+    return processes.start(
+        "train", "--config", config, *words, "--lang", "en", environment=ENVIRONMENT
+    )
 
 
 def read_until(process: subprocess.Popen[str], words: str) -> list[str]:
@@ -244,11 +240,8 @@ def ignore_hang_up() -> None:
 
 
 def test_sighup_that_nohup_ignores_is_left_alone(config: Path) -> None:
-    command = [sys.executable, "-m", "holdfast", "train", "--config", str(config), "--lang", "en"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env=ENVIRONMENT, preexec_fn=ignore_hang_up,  # noqa: PLW1509 - what nohup does
-    )  # fmt: skip
+    words = ["train", "--config", config, "--lang", "en"]
+    process = processes.start(*words, environment=ENVIRONMENT, first=ignore_hang_up)
     read_until(process, "step 5 is durable")
     process.send_signal(signal.SIGHUP)
     out, err = process.communicate(timeout=120)
@@ -265,6 +258,15 @@ def test_a_closed_pipe_does_not_end_the_training(tmp_path: Path, config: Path) -
     assert process.wait(120) == 0
     assert load(tmp_path / "run" / "latest.pt", only="history")["epochs"] == [1]
     process.stderr.close()  # type: ignore[union-attr]
+
+
+def test_a_reader_that_leaves_before_anything_is_written_ends_a_command_quietly() -> None:
+    process = processes.start("train", "--list-presets", environment=ENVIRONMENT)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == ""
+    process.stderr.close()
 
 
 def test_a_second_process_on_the_run_is_refused_and_the_first_goes_on(config: Path) -> None:
@@ -361,7 +363,9 @@ def test_the_log_file_is_plain_text(tmp_path: Path, config: Path) -> None:
 def test_list_answers_fast(tmp_path: Path, config: Path) -> None:
     """Not a benchmark: it catches an import of torch (0.8 s), nothing finer."""
     run("train", "--config", str(config), "--quiet")
-    words = ("list", str(tmp_path / "run"))
-    times = [processor_seconds(lambda: run(*words)) for _attempt in range(3)]
+    command = [sys.executable, "-m", "holdfast", "list", str(tmp_path / "run")]
+    times = [
+        processor_seconds(lambda: subprocess.run(command, check=True, capture_output=True))
+        for _attempt in range(3)
+    ]
     assert min(times) < 0.7
-    assert run(*words).returncode == 0

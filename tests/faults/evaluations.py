@@ -52,7 +52,8 @@ def strike_duties(saver: str, *, points: int, seed: int) -> Tally:
         for number in range(points):
             kind = [*kinds][number % len(kinds)]
             moments, expected = kinds[kind]
-            which = number // len(kinds) % len(STRIKES) if saver == OURS else 0
+            turn = number + number // len(kinds)  # three points are all kinds and all strikes
+            which = turn % len(STRIKES) if saver == OURS else 0
             moment = rng.choice(moments)
             run = Run(place / "run", corpus, kind, memory_every=1)
             struck = _live(run, Lines(moment, STRIKES[which]), mutant=saver == MUTANT)

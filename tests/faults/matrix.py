@@ -70,23 +70,23 @@ def rows() -> list[Row]:
     """The whole matrix, in the order of the table."""
     found = [_calls(savers.Ours, kind, "ours", quick=quick) for kind, quick in _QUICK.items()]
     found += [
-        _calls(savers.TorchSaveLatest, "killed at a call", "caught", quick=4),
-        _calls(savers.TorchSaveLatest, "a call fails once", "caught", quick=8),
-        _calls(savers.TorchSaveLatest, "a lying write", "caught", quick=2),
-        _calls(savers.Believes, "a lying write", "caught", quick=1),
-        _calls(savers.Remembering, calls.UNREAD, "ours", quick=5),
-        _calls(savers.BelievesTheDisk, calls.UNREAD, "caught", quick=3),
+        _calls(savers.TorchSaveLatest, "killed at a call", "caught", quick=1),
+        _calls(savers.TorchSaveLatest, "a call fails once", "caught", quick=1),
+        _calls(savers.TorchSaveLatest, "a lying write", "caught", quick=1),
+        _calls(savers.Believes, "a lying write", "caught", quick=2),
+        _calls(savers.Remembering, calls.UNREAD, "ours", quick=8),
+        _calls(savers.BelievesTheDisk, calls.UNREAD, "caught", quick=1),
         *(
             _counted(reads.BACK, saver, role, reads.read_back, quick=quick)
             for saver, role, quick in (
-                (savers.Ours, "ours", 40),
+                (savers.Ours, "ours", 16),
                 (savers.Condemns, "caught", 16),
                 (savers.PrunesUnread, "caught", 24),
             )
         ),
         *(
             _counted(reads.START, saver, role, reads.at_a_start, quick=quick)
-            for saver, role, quick in ((savers.Ours, "ours", 40), (savers.Condemns, "caught", 12))
+            for saver, role, quick in ((savers.Ours, "ours", 16), (savers.Condemns, "caught", 12))
         ),
     ]
     found += [_calls(peer, "killed at a call", "beside", quick=0) for peer in _BESIDE]
@@ -94,41 +94,42 @@ def rows() -> list[Row]:
         Row(start.name, savers.Ours.name, "ours", _restarting(start)) for start in restarts.STARTS
     ]
     found += [
-        _moved(moves.OURS, "ours", quick=8),
-        _moved(moves.MUTANT, "caught", quick=8),
+        _moved(moves.OURS, "ours", quick=16),
+        _moved(moves.MUTANT, "caught", quick=16),
     ]
-    found += [_power(saver, "ours", quick=60) for saver in _SCENES]
-    found += [_power(saver, "caught", quick=20) for saver in _TRUSTING_NAMES]
+    found += [_power(saver, "ours", quick=24) for saver in _SCENES]
+    found += [_power(saver, "caught", quick=12) for saver in _TRUSTING_NAMES]
     found += [_power(peer, "beside", quick=0) for peer in peers.PEERS]
     found += [_real_cut(savers.Ours, "ours", quick=5)]
     found += [_real_cut(saver, "caught", quick=3) for saver in savers.BY_HAND]
     found += [_real_cut(peer, "beside", quick=0) for peer in peers.PEERS]
     found += [
-        _rot(savers.Ours, "ours", quick=60),
+        _rot(savers.Ours, "ours", quick=30),
         _rot(savers.TrustsBytes, "caught", quick=20),
         _rot(savers.TorchSaveLatest, "caught", quick=20),
         *(_rot(peer, "beside", quick=0) for peer in peers.PEERS),
-        *(_counted(rot.CACHE, saver, role, rot.cache_rot, quick=40)
+        *(_counted(rot.CACHE, saver, role, rot.cache_rot, quick=20)
           for saver, role in ((savers.Ours, "ours"), (savers.BelievesTheCache, "caught"))),
         *(_counted(rot.SLOTS, saver, role, rot.slot_rot, quick=quick, full=200)
-          for saver, role, quick in ((savers.Ours, "ours", 32), (savers.TrustsBytes, "caught", 8))),
+          for saver, role, quick in ((savers.Ours, "ours", 16), (savers.TrustsBytes, "caught", 8))),
         Row("disk full, read-only, no inodes, limits", savers.Ours.name, "ours",
             lambda _full, _seed: obstacles.obstructed(savers.Ours)),
-        Row("hostile files", savers.Ours.name, "ours", lambda _full, _seed: hostile.hostile()),
+        Row("hostile files", savers.Ours.name, "ours",
+            lambda full, _seed: hostile.hostile(full=full)),
         Row("a training killed at a random moment", savers.Ours.name, "ours",
-            lambda full, seed: random_kills.random_kills(200 if full else 20, seed=seed)),
-        _struck(evaluations.OURS, "ours", quick=9),
-        _struck(evaluations.MUTANT, "caught", quick=3),
+            lambda full, seed: random_kills.random_kills(200 if full else 8, seed=seed)),
+        _struck(evaluations.OURS, "ours", quick=3),
+        _struck(evaluations.MUTANT, "caught", quick=1),
     ]  # fmt: skip
     return found
 
 
 _QUICK = {
-    "killed at a call": 1,
-    "a call fails once": 5,
-    "calls fail from there on": 5,
-    "a short write": 1,
-    "a lying write": 2,
+    "killed at a call": 5,
+    "a call fails once": 21,
+    "calls fail from there on": 21,
+    "a short write": 3,
+    "a lying write": 5,
 }
 _SCENES = [savers.Ours, savers.OneName, savers.GoesBack, savers.SetsAside, savers.StartsAgain]
 _TRUSTING_NAMES = [*savers.BY_HAND, savers.NoDirectorySync, savers.TempElsewhere]
@@ -153,10 +154,15 @@ def _missing(saver: type[Saver]) -> str:
 
 
 def _calls(saver: type[Saver], kind: str, role: Role, *, quick: int) -> Row:
-    """`quick`: each so-manieth point in the short form; 0: not there."""
+    """`quick`: each so-manieth point in the short form; 0: not there. The short form of a control
+    ends with its first failure."""
 
     def make(full: bool, _seed: int) -> Tally:
-        return calls.sweep(saver, kind, every=1 if full else quick)
+        if full:
+            return calls.sweep(saver, kind)
+        if role == "caught":
+            return calls.sweep(saver, kind, every=quick, until_failed=True)
+        return calls.sweep(saver, kind, every=quick, reach=0)
 
     return Row(kind, saver.name, role, make, _missing(saver), full_only=not quick)
 
@@ -227,4 +233,4 @@ def _struck(saver: str, role: Role, *, quick: int) -> Row:
 
 
 def _restarting(start: type[restarts.Start]) -> Callable[[bool, int], Tally]:
-    return lambda full, _seed: restarts.sweep(start, every=1 if full else 3)
+    return lambda full, _seed: restarts.sweep(start, every=1 if full else 9)

@@ -29,10 +29,17 @@ KINDS: dict[str, list[Fault]] = {
 }  # fmt: skip
 
 
-def sweep(saver: type[Saver], kind: str, *, every: int = 1) -> Tally:
-    """All points of one kind of fault, or each `every`-th. RuntimeError where none fired."""
+def sweep(
+    saver: type[Saver], kind: str, *, every: int = 1, reach: int = 2, until_failed: bool = False
+) -> Tally:
+    """All points of one kind of fault, or each `every`-th. RuntimeError where none fired.
+
+    `until_failed`: from the last point back to the first one that fails. The latest saves have no
+    successor that hides what was lost, so a control fails there soonest.
+    """
     tally, began = Tally(kind, saver.name), time.monotonic()
-    for fault in points(saver, kind, every):
+    found = list(points(saver, kind, every, reach))
+    for fault in reversed(found) if until_failed else found:
         with cycle.scratch() as directory:
             then = _die_once_fired if kind == UNREAD else _nothing
             try:
@@ -46,6 +53,8 @@ def sweep(saver: type[Saver], kind: str, *, every: int = 1) -> Tally:
                 tally.judge(cycle.recover(saver, directory, newest), fault)
             finally:
                 cycle.forget(directory)
+        if until_failed and tally.failed:
+            break
     tally.seconds = time.monotonic() - began
     if tally.points == 0:
         raise RuntimeError(f"{saver.name}, {kind}: no fault has fired")
@@ -67,14 +76,15 @@ def _die_once_fired() -> None:
 def _nothing() -> None: ...
 
 
-def points(saver: type[Saver], kind: str, every: int) -> Iterator[Fault]:
+def points(saver: type[Saver], kind: str, every: int, reach: int) -> Iterator[Fault]:
     """The faults of a kind at every call of a clean cycle, in their order.
 
-    Two threads may change places, so a write is looked for around where it was in the clean cycle.
+    Two threads may change places, so a write is looked for up to `reach` calls around where it was
+    in the clean cycle. Of those points most do not fire.
     """
     names = cycle.clean_calls(saver)
     for number in range(1, len(names) + 1):
-        near_write = "write" in names[max(0, number - 3) : number + 2]
+        near_write = "write" in names[max(0, number - 1 - reach) : number + reach]
         for i, fault in enumerate(KINDS[kind]):
             if (number + i) % every == 0 and (near_write or fault.how not in ON_WRITES):
                 yield Fault(fault.how, number, fault.error)

@@ -37,7 +37,10 @@ def try_out(directory: Path, corpus: Path, **options: Any) -> tuple[Estimate, st
     [
         {"epochs": 1},
         {"epochs": 4, "keep_last_n": 0, "eval_every": 7, "save_every": 9},
-        {"model": "mini", "epochs": "none", "num_steps": 2, "sample_tokens": 0},
+        pytest.param(
+            {"model": "mini", "epochs": "none", "num_steps": 2, "sample_tokens": 0},
+            marks=pytest.mark.slow,
+        ),
         {"epochs": "none", "num_steps": 12, "vocab_size": 700, "learning_rate": 0.0123456789},
     ],
     ids=["one epoch", "many epochs", "mini", "steps"],

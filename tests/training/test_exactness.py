@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,10 @@ from holdfast.checkpoint import state as engine_state
 from holdfast.checkpoint.lock import run_lock
 from holdfast.checkpoint.transaction import LoadScheduler
 from holdfast.manage import rollback
+from holdfast.training.layers import save_config
 from holdfast.training.trainer import Trainer
+from tests import processes
 from tests.support import archived
-from tests.training import runs
 from tests.training.runs import (
     Killed,
     config_for,
@@ -109,23 +108,20 @@ def test_killed_at_random_steps_is_bit_identical(
 @pytest.mark.usefixtures("shape_as_shipped")
 def test_killed_by_a_real_signal_right_after_an_announcement(tmp_path: Path, corpus: Path) -> None:
     """SIGKILL of a real process; the line it had just printed is the promise."""
-    train(config_for(tmp_path / "straight", corpus))
-    config = config_for(tmp_path / "run", corpus, temp_every_steps=SAVE_EVERY)
+    train(config_for(tmp_path / "straight", corpus, epochs=1))
+    config = config_for(tmp_path / "run", corpus, epochs=1, temp_every_steps=SAVE_EVERY)
     file = tmp_path / "config.json"
-    from holdfast.training.layers import save_config
-
     save_config(config, file)
-    command = [sys.executable, "-m", "holdfast", "train", "--config", str(file), "--lang", "en"]
-    for wanted in ("step 8 is durable", "step 24 is durable"):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=runs.ROOT)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if wanted in line:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-        assert process.wait(60) == -signal.SIGKILL
-        process.stdout.close()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, check=False)
+    words = ["train", "--config", file, "--lang", "en"]
+    process = processes.start(*words)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 12 is durable" in line:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    done = processes.run(*words)
     assert done.returncode == 0, done.stderr
     assert "Going on from" in done.stdout
     straight, again = final_state(tmp_path / "straight"), final_state(tmp_path / "run")

@@ -56,7 +56,9 @@ def main(  # noqa: PLR0911 - one return a bad end
     set_language(language_of(words) or lang or detect_language())
     debug = "--debug" in words
     try:
-        return _dispatch(words, prog)
+        status = _dispatch(words, prog)
+        sys.stdout.flush()  # at exit a closed pipe would be a complaint and status 120
+        return status
     except HoldfastError as error:
         return _fail(str(error), error.exit_code, error, debug)
     except KeyboardInterrupt as error:

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -58,6 +59,13 @@ class Status:
     durable_at: float = 0.0  # time.monotonic()
     memory_step: int = 0  # of the newest snapshot that outlives this process; 0: none
     failing: bool = False  # whether saves fail since the durable step
+
+
+def _discard(fd: int) -> None:
+    """Send what is written to `fd` from now on to nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, fd)
+    os.close(nowhere)
 
 
 class _Rich(RichConsole):
@@ -196,6 +204,9 @@ class Console:
                 return
             self._dead = True
             self._live = None
+            with contextlib.suppress(OSError, ValueError):  # not a file
+                # What could not be written fails again at exit, and changes the exit status to 120.
+                _discard(self._stream.fileno())
 
     # ------------------------------------------------------------------------------------ the bar
 
