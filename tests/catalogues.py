@@ -1,6 +1,7 @@
-"""Collect the strings of the source and compile the catalogues: python tests/catalogues.py update.
+"""Collect the strings of the source and compile the catalogue: python tests/catalogues.py update.
 
-`make i18n` runs it; test_catalogues.py checks that nobody forgot to.
+English is in the source itself and needs no catalogue. `make i18n` runs this module;
+test_catalogues.py fails where that was forgotten.
 """
 
 from __future__ import annotations
@@ -15,38 +16,32 @@ from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po, write_po
 
 SOURCE = Path(__file__).parents[1] / "src" / "holdfast"
-LANGUAGES = ("en", "zh")
+PO = SOURCE / "locale" / "zh" / "LC_MESSAGES" / "holdfast.po"
+MO = PO.with_suffix(".mo")
 HEADER = "# Holdfast: every sentence that a person reads. `make i18n` keeps it complete.\n#"
 
 
-def po_path(language: str) -> Path:
-    return SOURCE / "locale" / language / "LC_MESSAGES" / "holdfast.po"
-
-
 def extracted() -> set[str]:
-    """All strings marked with `_` and `N_` in the package."""
+    """Return all strings marked with `_` and `N_` in the package."""
     found = extract_from_dir(
         SOURCE, method_map=[("**.py", "python")], keywords={"_": None, "N_": None}
     )
     return {message for _file, _line, message, _comments, _context in found if message}
 
 
-def read(language: str) -> Catalog:
-    path = po_path(language)
-    if not path.exists():
-        return Catalog(locale=language, domain="holdfast", fuzzy=False, header_comment=HEADER)
-    with path.open("rb") as file:
-        return read_po(file, locale=language, domain="holdfast")
+def read() -> Catalog:
+    """Return the Chinese catalogue as it is now."""
+    with PO.open("rb") as file:
+        return read_po(file, locale="zh", domain="holdfast")
 
 
-def merged(language: str) -> Catalog:
-    """The catalogue with exactly the strings of the source; English translates to itself."""
-    old = read(language)
-    new = Catalog(locale=language, domain="holdfast", fuzzy=False, header_comment=HEADER)
+def merged() -> Catalog:
+    """Return the catalogue with exactly the strings of the source."""
+    old = read()
+    new = Catalog(locale="zh", domain="holdfast", fuzzy=False, header_comment=HEADER)
     for message in sorted(extracted()):
         known = old.get(message)
-        text = message if language == "en" else (known.string if known else "")
-        new.add(message, str(text or ""))
+        new.add(message, str(known.string if known else ""))
     return new
 
 
@@ -59,16 +54,15 @@ def po_bytes(catalog: Catalog) -> bytes:
 
 
 class _Undated(Catalog):
-    """Without the header's times and versions: the same strings give the same bytes."""
+    """A catalogue without times and versions: the same strings give the same bytes."""
 
     mime_headers = property(lambda _self: [("Content-Type", "text/plain; charset=utf-8")])
 
 
-def mo_bytes(language: str) -> bytes:
-    """The compiled form of the .po file as it is now."""
-    catalog = read(language)
-    plain = _Undated(locale=language, domain="holdfast", fuzzy=False)
-    for message in catalog:
+def mo_bytes() -> bytes:
+    """Return the compiled form of the .po file as it is now."""
+    plain = _Undated(locale="zh", domain="holdfast", fuzzy=False)
+    for message in read():
         if message.id:
             plain.add(message.id, message.string)
     buffer = io.BytesIO()
@@ -77,16 +71,11 @@ def mo_bytes(language: str) -> bytes:
 
 
 def update() -> list[str]:
-    """Write .po and .mo of all languages; returns what still has no translation."""
-    missing = []
-    for language in LANGUAGES:
-        catalog = merged(language)
-        path = po_path(language)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(po_bytes(catalog))
-        path.with_suffix(".mo").write_bytes(mo_bytes(language))
-        missing += [f"{language}: {m.id}" for m in catalog if m.id and not m.string]
-    return missing
+    """Write the .po and the .mo file; return the strings that have no translation."""
+    catalog = merged()
+    PO.write_bytes(po_bytes(catalog))
+    MO.write_bytes(mo_bytes())
+    return [str(message.id) for message in catalog if message.id and not message.string]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Chinese and English: gettext catalogues, the choice of language, and characters on a console.
+"""Chinese and English: a gettext catalogue, the choice of language, and characters on a console.
 
-`_("... {name} ...", name=value)` translates and fills in. English is the source text and the
-fall-back. argparse and everything else that uses gettext's default domain speaks the same language.
+`_("... {name} ...", name=value)` translates and fills in. English is the source text and has no
+catalogue. argparse and everything else that uses gettext's default domain speaks the same language.
 """
 
 from __future__ import annotations
