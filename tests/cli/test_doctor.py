@@ -90,6 +90,7 @@ def test_help_tells_of_both(words: list[str], capsys: pytest.CaptureFixture[str]
 # ------------------------------------------------------------------------------------- the proof
 
 
+@pytest.mark.slow  # with processes that are forks: tests/training/test_proving.py
 def test_the_proof_as_a_user_calls_it(tmp_path: Path, config: Path) -> None:
     done = subprocess.run(
         [*COMMAND, "--prove-resume", "--config", str(config), "--steps", "3", "--more", "2"],

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ import pytest
 from holdfast.errors import Interrupted
 from holdfast.training.layers import save_config
 from holdfast.training.trainer import Trainer
+from tests import processes
 from tests.support import damage
-from tests.training.runs import ROOT, config_for, train, write_corpus
+from tests.training.conftest import small_shape  # noqa: F401 - for all tests here
+from tests.training.runs import config_for, train, write_corpus
 
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if k not in ("LANGUAGE", "HOLDFAST_LANG")},
@@ -67,10 +68,7 @@ def holdfast(
     words: str | list[str], lang: str = "en", timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
     argv = words.split() if isinstance(words, str) else words
-    return subprocess.run(
-        [sys.executable, "-m", "holdfast", *argv, "--lang", lang], capture_output=True, text=True,
-        cwd=ROOT, env=ENVIRONMENT, check=False, timeout=timeout,
-    )  # fmt: skip
+    return processes.run(*argv, "--lang", lang, environment=ENVIRONMENT, timeout=timeout)
 
 
 def _interrupted_after(step: int, config_path: Path, corpus: Path) -> None:
@@ -144,14 +142,14 @@ def test_what_is_no_run_is_one_line_and_stays_as_it_was(
 
 
 @pytest.fixture
-def training(runs: Runs, tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+def training(runs: Runs, tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
     """A run directory that is written to as often as can be."""
     directory, file = tmp_path / "live", tmp_path / "config.json"
     config = config_for(directory, runs.corpus, epochs=500, temp_every_steps=2, keep_last_n=2)
     save_config(config, file)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "holdfast", "train", "--config", str(file), "--quiet"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, env=ENVIRONMENT,
+    process = processes.start(
+        "train", "--config", file, "--quiet", environment=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (directory / "best_model.pt").exists():
@@ -163,7 +161,7 @@ def training(runs: Runs, tmp_path: Path) -> Iterator[tuple[Path, subprocess.Pope
 
 
 def test_every_look_works_while_a_training_writes(
-    runs: Runs, training: tuple[Path, subprocess.Popen[bytes]]
+    runs: Runs, training: tuple[Path, subprocess.Popen[str]]
 ) -> None:
     live, process = training
     for words in LOOKS:

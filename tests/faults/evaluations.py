@@ -19,13 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from holdfast.training import models
 from holdfast.training.trainer import Trainer
 from tests.faults import cycle, inject
 from tests.faults.inject import Fault, Outcome
 from tests.faults.tally import Tally, Verdict
 from tests.support import die
 from tests.training.duties import KINDS, Lines, Run
-from tests.training.runs import difference, write_corpus
+from tests.training.runs import SMALL, difference, write_corpus
 
 NAME = "a signal inside an evaluation, a sample, the last step"
 OURS, MUTANT = "holdfast", "holdfast, mutant: what a signal interrupts is done with"
@@ -39,6 +40,7 @@ _WITHIN = {"evaluate", "sample", "sample_text", "_drawn"}  # functions
 
 def strike_duties(saver: str, *, points: int, seed: int) -> Tally:
     """Strike so many times, at lines that `seed` chooses, in every kind of run in turn."""
+    models.SHAPES["tiny"] = SMALL
     tally, began, rng = Tally(NAME, saver), time.monotonic(), random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)

@@ -117,7 +117,8 @@ def rows() -> list[Row]:
         Row("hostile files", savers.Ours.name, "ours",
             lambda full, _seed: hostile.hostile(full=full)),
         Row("a training killed at a random moment", savers.Ours.name, "ours",
-            lambda full, seed: random_kills.random_kills(200 if full else 8, seed=seed)),
+            lambda full, seed: random_kills.random_kills(
+                200 if full else 8, seed=seed, small=not full)),
         _struck(evaluations.OURS, "ours", quick=3),
         _struck(evaluations.MUTANT, "caught", quick=1),
     ]  # fmt: skip
@@ -161,7 +162,7 @@ def _calls(saver: type[Saver], kind: str, role: Role, *, quick: int) -> Row:
         if full:
             return calls.sweep(saver, kind)
         if role == "caught":
-            return calls.sweep(saver, kind, every=quick, until_failed=True)
+            return calls.sweep(saver, kind, every=quick, reach=1, until_failed=True)
         return calls.sweep(saver, kind, every=quick, reach=0)
 
     return Row(kind, saver.name, role, make, _missing(saver), full_only=not quick)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import HoldfastError
-from holdfast.training import session
+from holdfast.training import models, session
 from holdfast.training.console import Console
 from tests.faults import inject
 from tests.faults.inject import Fault, Outcome, Strike
 from tests.faults.tally import Tally, Verdict
-from tests.training.runs import config_for, difference, final_state, write_corpus
+from tests.training.runs import SMALL, config_for, difference, final_state, write_corpus
 
 OPTIONS = {"temp_every_steps": 3, "save_every": 8, "memory_every": 1}
 
@@ -101,9 +101,12 @@ _V1 = "memory.limit_in_bytes", "memory.usage_in_bytes"
 _V2 = "memory.max", "memory.current"
 
 
-def random_kills(kills: int, *, seed: int) -> Tally:
-    """End trainings until `kills` of them have been ended in the middle. Raises AssertionError
-    where a finished one is not what the undisturbed one is."""
+def random_kills(kills: int, *, seed: int, small: bool = False) -> Tally:
+    """End trainings until `kills` of them have been ended in the middle; of a `small` model, or of
+    one as it ships. Raises AssertionError where a finished one is not what the undisturbed one is.
+    """
+    if small:
+        models.SHAPES["tiny"] = SMALL
     tally, began = Tally("a training killed at a random moment", "holdfast"), time.monotonic()
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as place:

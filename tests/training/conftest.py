@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from holdfast.training.models import SHAPES, Shape
+from holdfast.training.models import SHAPES
+from tests.training.runs import SMALL
 
 SHIPPED = SHAPES["tiny"]
-SMALL = Shape("llama", 2, 64, 2, 128, 2048, inner=160, kv_heads=2)
 
 
 @pytest.fixture(autouse=True, scope="module")

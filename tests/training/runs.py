@@ -14,6 +14,7 @@ from holdfast import load
 from holdfast.training import session
 from holdfast.training.config import Config
 from holdfast.training.console import Console
+from holdfast.training.models import Shape
 from holdfast.training.presets import resolve
 from holdfast.training.trainer import Trainer
 
@@ -40,6 +41,9 @@ HARD = {
     "precision": "fp32",
     "memory_every": 0,  # these tests are about the disk
 }
+
+# For tests of logic, in the place of "tiny": 0.1 M parameters, a checkpoint of 1.5 MB.
+SMALL = Shape("llama", 2, 64, 2, 128, 2048, inner=160, kv_heads=2)
 
 
 class Killed(BaseException):

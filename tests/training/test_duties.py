@@ -77,7 +77,7 @@ def assert_a_signal_changes_nothing(
 def test_a_signal_at_any_moment_of_a_step_changes_nothing_of_the_end(
     tmp_path: Path, corpus: Path, undisturbed: Undisturbed
 ) -> None:
-    assert_a_signal_changes_nothing(undisturbed, tmp_path, corpus, points(undisturbed, 5))
+    assert_a_signal_changes_nothing(undisturbed, tmp_path, corpus, points(undisturbed, 3))
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_a_signal_at_a_third_of_the_lines_of_the_loop_changes_nothing_of_the_end
 def test_a_kill_at_any_moment_of_a_step_changes_nothing_of_the_end(
     tmp_path: Path, corpus: Path, undisturbed: Undisturbed, memory_every: int
 ) -> None:
-    for moment in points(undisturbed, 3):
+    for moment in points(undisturbed, 2):
         run = Run(tmp_path / f"at{moment}", corpus, undisturbed.kind, memory_every=memory_every,
                   temp_every_steps=2)  # fmt: skip
 
