@@ -69,7 +69,8 @@ class Run:
 
     def said(self) -> tuple[list[str], list[str]]:
         """What the loop said, in its order, and what the saves said."""
-        lines = [line[20:] for line in self._said.getvalue().splitlines()]
+        waited = re.compile("; training waited .*")  # a busy machine's
+        lines = [waited.sub("", line[20:]) for line in self._said.getvalue().splitlines()]
         saved = re.compile(r"  (✓|🏆)")
         loop = re.compile(r"\s*(📊|📉|🔢|✍️|🛑)")
         return (

@@ -236,6 +236,11 @@ class CheckpointManager:
         return self._saver.writer.memory_step
 
     @property
+    def copying(self) -> bool:
+        """True while a snapshot is being taken."""
+        return self._saver.snapshots.copying
+
+    @property
     def failing(self) -> bool:
         """Whether a save has failed since the newest durable state."""
         return self._saver.watch.failures > 0
@@ -263,6 +268,12 @@ class CheckpointManager:
     def improves(self, metrics: Mapping[str, float]) -> bool:
         """Whether `metrics` are better than those of all that is durable or on its way there."""
         return self._saver.improves(metrics)
+
+    def wait_for_copy(self) -> None:
+        """Return when the snapshot that is being taken is whole: with `memory_every`, a kill leaves
+        it from now on."""
+        if os.getpid() == self._pid:
+            self._saver.snapshots.wait()
 
     def wait(self) -> None:
         """Return when every save that was asked for is durable, verified and told."""

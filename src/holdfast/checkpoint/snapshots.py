@@ -65,6 +65,11 @@ class Snapshots:
         """Whether snapshots outlive the process."""
         return self._memory
 
+    @property
+    def copying(self) -> bool:
+        """True while a snapshot is being taken."""
+        return self._copying is not None and not self._copying[0].complete.is_set()
+
     def open(self, directory: Path, run_id: str, generation: int, tree: Tree, reserve: int) -> None:
         """Move into shared memory, where that is wanted and there is room; else say why not."""
         if not self._memory or self._tier is not None:

@@ -245,6 +245,9 @@ class Console:
             with self._survive():
                 live.stop()
 
+    def stepped(self) -> None:
+        """Do nothing; called after each update of the weights, for a console that watches it."""
+
     def progress(self, *, force: bool = False) -> None:
         """The status has changed: the bar redraws itself; in a pipe a line now and then."""
         now = time.monotonic()

@@ -38,7 +38,6 @@ from holdfast.training.config import OPTIONS, CheckpointConfig, Config
 from holdfast.training.console import Console
 from holdfast.training.continuing import SavedRun
 from holdfast.training.fields import format_value
-from holdfast.training.records import Records
 from holdfast.training.session import Workshop, prepare, save_policies
 from holdfast.training.trainer import EVALUATION_ROWS, Trainer
 
@@ -132,9 +131,7 @@ def _measure(workshop: Workshop, console: Console, signals: guard.SignalGuard) -
     done = trainer.progress.step
     left = 0 if trainer.finished else max(0, trainer.plan.total_steps - done)
     console.say(_("⏱️  Timing a few real steps..."))
-    with tempfile.TemporaryDirectory(prefix="holdfast-dry-run-") as scratch:
-        trainer.records = Records(Path(scratch), tensorboard=False, resumed_step=0)
-        step = _time_steps(workshop, signals)
+    step = _time_steps(workshop, signals)
     began = time.perf_counter()
     trainer.evaluate(limit=EVALUATION_BATCHES)
     rows = max(EVALUATION_ROWS, workshop.config.training.batch_size)

@@ -42,6 +42,7 @@ def stop(trainer: Trainer, number: int) -> None:
         step=step, epoch=trainer.progress.epoch, reason="signal",
         within=grace - gone if grace else math.inf,
     )  # fmt: skip
+    trainer.tell()
     raise Interrupted(
         _("Stopped at step {step}; step {durable} is durable. The same command goes on from "
           "there.", step=step, durable=manager.saved_step), number
@@ -62,6 +63,8 @@ def keep(trainer: Trainer) -> None:
             manager.save_last(step=step, epoch=trainer.progress.epoch, reason="error")
         if manager.saved_step < step:
             manager.save_snapshot()
+        if manager.saved_step == step:
+            trainer.tell()
     except Exception as error:  # noqa: BLE001 - the one that ends the training is to be seen
         problem = str(error) or type(error).__name__
     durable = manager.saved_step
@@ -128,6 +131,7 @@ def _settle(trainer: Trainer, places: list[Place]) -> None:
     ahead = [place for place in setbacks.places if place >= here]
     progress.left_out += [place for place in ahead if place not in progress.left_out]
     trainer.watch.suspects.clear()
+    trainer.untold = trainer.records.missing(progress.step, progress.lines)
     trainer.whole = True
 
 
@@ -135,10 +139,11 @@ def leave_out(trainer: Trainer) -> None:
     """A step without an update, in place of one whose data made the loss unusable: all that counts
     steps goes on as if there had been one, with the mean loss of the epoch."""
     progress = trainer.progress
+    trainer.tell()
     trainer.whole = False
     progress.left_out.remove([progress.epoch, progress.position])
     progress.loss_sum += progress.loss_sum / max(1, progress.position)
     trainer.scheduler.step()
     progress.count_step()
+    trainer.note("left_out")
     trainer.whole = True
-    trainer.records.event("left_out", progress.step)

@@ -26,19 +26,22 @@ class Progress:
     stopped_early: bool = False
     left_out: list[list[int]] = field(default_factory=list)  # [epoch, position] that lie ahead
     owed: bool = False  # the last step's evaluation, saves and epoch's end are still to be done
+    lines: list[dict[str, Any]] = field(default_factory=list)  # what the last step has come to
 
     def count_step(self) -> None:
         """One more step is done, and nothing yet of what is due after it."""
         self.step += 1
         self.position += 1
         self.owed = True
+        self.lines = []
 
     def state_dict(self) -> dict[str, Any]:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        restored = type(self)(**state)  # an older checkpoint lacks what came later
+        for each in fields(self):
+            setattr(self, each.name, getattr(restored, each.name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,8 +101,8 @@ class _Watch(Console):
     def working(self, label: str, done: int, total: int) -> None:
         _tell(self._answers, working=label, done=done, total=total)
 
-    def progress(self, *, force: bool = False) -> None:
-        """Called by the trainer once in every step, after the weights have changed."""
+    def stepped(self) -> None:
+        """Tell the parent of the step that has been done, and stop or wait after it as ordered."""
         step, last = self.status.step, self._order.stop
         if self.status.total_steps < last:
             raise ConfigError(

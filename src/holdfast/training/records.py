@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import filesystem
+from holdfast.checkpoint.follow import Follower
 from holdfast.checkpoint.history import now
 from holdfast.errors import ConfigError
 from holdfast.i18n import _
@@ -57,6 +58,26 @@ class Records:
         self._append({"event": event, "step": step, **values})
         names = ("val_loss", "train_loss_epoch")
         self._draw(step, {n: values[n] for n in names if isinstance(values.get(n), float)})
+
+    def missing(self, step: int, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return those of the `lines` about `step` that metrics.jsonl lacks: a kill came first.
+
+        All are missing after a line about an earlier step, from which training has gone on. Without
+        one this is not the directory where the steps before were made, and none is missing.
+        """
+        missing: list[dict[str, Any]] = []
+        written = Follower(self._directory / METRICS)
+        while lines:
+            with self._survive(METRICS):
+                for line in written.new():
+                    at = line.get("back_to", line.get("step"))
+                    if isinstance(at, int) and at < step:
+                        missing = list(lines)
+                    elif at == step:
+                        missing = [each for each in missing if each["event"] != line.get("event")]
+            if not written.more or METRICS in self._failing:
+                break
+        return missing
 
     def history(self, history: dict[str, list[Any]]) -> None:
         """training_history.json: {"train_loss": [...], "val_loss": [...], "epochs": [...]}."""

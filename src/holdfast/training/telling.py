@@ -1,9 +1,12 @@
-"""What a training tells of itself at the end of an epoch: time, losses, a text it writes."""
+"""What a training tells of its steps: in its records, and on the console at an evaluation or at the
+end of an epoch."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from holdfast.i18n import _
 from holdfast.training.generate import sample_text
@@ -12,15 +15,51 @@ if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
 
 
-def tell_epoch(trainer: Trainer, epoch: int, metrics: dict[str, float], text: str | None) -> None:
-    """The block that a person reads at the end of an epoch, with the `text` that the model has
-    written (`sample`). The next's time counts from here."""
+def tell(trainer: Trainer, line: dict[str, Any]) -> None:
+    """Write a line of `Trainer.note` into the records, and say it on the console."""
+    values = {name: value for name, value in line.items() if name not in ("event", "step")}
+    records, event, step = trainer.records, line["event"], line["step"]
+    if event == "step":
+        status = trainer.console.status
+        values["tokens_per_second"] = status.tokens_per_second
+        values["durable_step"] = status.durable_step
+        values["memory_step"] = status.memory_step or None
+        values["gpu_bytes"] = _gpu_bytes(trainer.device)
+        records.step(step, **values)
+    else:
+        records.event(event, step, **values)
+    if event == "evaluation":
+        _tell_evaluation(trainer, step, values)
+    elif event == "epoch":
+        records.history(trainer.state["history"])
+        _tell_epoch(trainer, values)
+    elif event == "sample":
+        trainer.console.say(_("  ✍️  Sample: {text}", text=values["text"]))
+
+
+def _tell_evaluation(trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+    progress, say = trainer.progress, trainer.console.say
+    if progress.stopped_early:
+        say(_("🛑 No better validation loss in {count} evaluations: stopping early.",
+              count=progress.stale), important=True)  # fmt: skip
+    if all(line["event"] != "epoch" for line in progress.lines):
+        say(_("📊 Step {step}: validation loss {loss}, bits per byte {bits}", step=step,
+              loss=f"{metrics['val_loss']:.4f}",
+              bits=f"{metrics['bits_per_byte']:.3f}"))  # fmt: skip
+
+
+def _tell_epoch(trainer: Trainer, metrics: dict[str, Any]) -> None:
+    """Say the losses of an epoch and the time it took. The next one's time counts from here."""
     seconds = time.monotonic() - trainer.epoch_began
     trainer.epoch_began = time.monotonic()
     say = trainer.console.say
     say()
     total = f"/{trainer.plan.epochs}" if trainer.plan.epochs else ""
-    say(_("📊 Epoch {epoch} results", epoch=f"{epoch}{total}"), style="bold", important=True)
+    say(
+        _("📊 Epoch {epoch} results", epoch=f"{metrics['epoch']}{total}"),
+        style="bold",
+        important=True,
+    )
     say(_("  ⏱️  Time: {seconds} s ({minutes} min)", seconds=f"{seconds:.1f}",
           minutes=f"{seconds / 60:.1f}"))  # fmt: skip
     say(_("  📉 Training loss: {loss}", loss=f"{metrics['train_loss']:.4f}"), important=True)
@@ -30,15 +69,11 @@ def tell_epoch(trainer: Trainer, epoch: int, metrics: dict[str, float], text: st
         say(_("  🔢 Perplexity: {perplexity} · bits per byte: {bits}",
               perplexity=f"{metrics['perplexity']:.2f}",
               bits=f"{metrics['bits_per_byte']:.3f}"))  # fmt: skip
-    if text is not None:
-        trainer.records.event("sample", trainer.progress.step, epoch=epoch, text=text)
-        say(_("  ✍️  Sample: {text}", text=text))
 
 
-def evaluation_line(step: int, metrics: dict[str, float]) -> str:
-    """One line for an evaluation within an epoch."""
-    return _("📊 Step {step}: validation loss {loss}, bits per byte {bits}", step=step,
-             loss=f"{metrics['val_loss']:.4f}", bits=f"{metrics['bits_per_byte']:.3f}")  # fmt: skip
+def _gpu_bytes(device: torch.device) -> int | None:
+    """Bytes of the GPU's memory that this process has taken; None on a CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else None
 
 
 def sample(trainer: Trainer) -> str | None:

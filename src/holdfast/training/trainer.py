@@ -91,12 +91,14 @@ class Trainer:
         self.step_seconds = math.nan
         self.epoch_began = time.monotonic()  # when the work of this epoch began in this process
         self.whole = True  # between two steps: the live state is that of one step
+        self.untold: list[dict[str, Any]] = []  # of `progress.lines`, those still to be written
         self.watch = LossWatch()
         self.setbacks = ending.Setbacks()
 
     def bind(self, manager: CheckpointManager, records: Records) -> None:
-        """Say where to save and what to write; `resume()` of the manager comes after this."""
+        """Say where to save and what to write, after `resume()` of the manager."""
         self.manager, self.records = manager, records
+        self.untold = records.missing(self.progress.step, self.progress.lines)
 
     # ------------------------------------------------------------------------------------ the loop
 
@@ -162,6 +164,7 @@ class Trainer:
             losses.append(loss.detach())
             progress.tokens += inputs.numel()
         mean, norm = torch.stack(losses).mean(), self._clip()
+        self.tell()  # here the wait costs nothing: the optimizer would wait for the snapshot
         if norm is not None:  # looked at before the step: it would ruin the weights
             self._check(mean.item(), norm.item())
         self.optimizer.step()
@@ -172,7 +175,7 @@ class Trainer:
         self.whole = True
 
     def after_step(self) -> None:
-        """Do the duties of the last step: evaluate, tell, save; at most one checkpoint.
+        """Do the duties of the last step: evaluate, save, tell; at most one checkpoint.
 
         First what takes time and changes nothing. A signal that comes meanwhile leaves all duties
         owed, and the next start does them. After that everything is done, whatever comes: half a
@@ -195,19 +198,43 @@ class Trainer:
             self.end_run(metrics, text)
         else:
             self._go_past(metrics)
-        self.console.status.memory_step = self.manager.memory_step
-        self.console.status.failing = self.manager.failing
+        if metrics or ends_epoch or ends_run or not self.manager.copying:
+            self.tell()
+        if ends_epoch:
+            self.console.say(_("💾 Saving the checkpoint..."))
+
+    def note(self, event: str, **values: Any) -> None:
+        """Have `tell` write a line about the last step. It is part of the state, so that a kill
+        before it is written does not lose it: `values` must be the same after every resume."""
+        line = {"event": event, "step": self.progress.step, **values}
+        self.progress.lines.append(line)
+        self.untold.append(line)
+
+    def tell(self) -> None:
+        """Write and show what the last step has come to.
+
+        Wait first for the snapshot of it that is being taken: a kill must not leave less than what
+        was shown.
+        """
+        if not hasattr(self, "manager"):  # a dry run
+            return
+        self.manager.wait_for_copy()
+        status = self.console.status
+        status.memory_step, status.failing = self.manager.memory_step, self.manager.failing
+        while self.untold:
+            telling.tell(self, self.untold[0])
+            del self.untold[0]
+        if status.step:  # a step has been done in this process
+            self.console.progress()
 
     def end_epoch(self, metrics: dict[str, float], text: str | None) -> None:
-        """History, checkpoint, and the block that tells of them, after an epoch's evaluation."""
+        """Do the history and the checkpoint of an epoch, after its evaluation."""
         progress = self.progress
         epoch, mean = progress.epoch, progress.loss_sum / max(1, progress.position)
         metrics = {"train_loss": mean, **metrics}
         with self._settling():
-            improved = self._note(metrics)
-            self._remember(epoch, metrics)
-        telling.tell_epoch(self, epoch, metrics, text)
-        self.console.say(_("💾 Saving the checkpoint..."))
+            improved = self._judge(metrics)
+            self._remember(epoch, metrics, text)
         if self.config.checkpoint.save_every_epoch:
             self._save("epoch", metrics, reason="epoch", epoch=epoch)
         else:
@@ -217,9 +244,8 @@ class Trainer:
         """The history and the last checkpoint of a run that does not end with an epoch's."""
         epoch, metrics = self.progress.epoch, {"train_loss": self.progress.smoothed, **metrics}
         with self._settling():
-            self._note(metrics)
-            self._remember(epoch, metrics)
-        telling.tell_epoch(self, epoch, metrics, text)
+            self._judge(metrics)
+            self._remember(epoch, metrics, text)
         self._save("step", metrics, reason="end", epoch=epoch)
 
     def _go_past(self, metrics: dict[str, float]) -> None:
@@ -227,9 +253,7 @@ class Trainer:
         progress = self.progress
         epoch = progress.epoch
         with self._settling():
-            improved = self._note(metrics)
-        if metrics:
-            self.console.say(telling.evaluation_line(progress.step, metrics))
+            improved = self._judge(metrics)
         if _every(self.config.checkpoint.save_every, progress.step):
             self._save("step", metrics, reason="save_every", epoch=epoch)
         elif improved:
@@ -357,14 +381,10 @@ class Trainer:
         status.loss, status.smoothed, status.learning_rate = loss, progress.smoothed, rate
         status.tokens_per_second = tokens / self.step_seconds
         status.eta = self.step_seconds * (self.plan.total_steps - progress.step)
-        self.console.progress()
+        self.console.stepped()
         if progress.step % self.config.training.log_every == 0:
-            self.records.step(
-                progress.step, epoch=progress.epoch, loss=loss, smoothed_loss=progress.smoothed,
-                learning_rate=rate, tokens_per_second=status.tokens_per_second,
-                durable_step=status.durable_step, memory_step=status.memory_step or None,
-                gpu_bytes=_gpu_bytes(self.device),
-            )  # fmt: skip
+            self.note("step", epoch=progress.epoch, loss=loss, smoothed_loss=progress.smoothed,
+                      learning_rate=rate)  # fmt: skip
         if not math.isfinite(loss):
             self.console.warn(_("The loss of step {step} is {loss}.", step=progress.step,
                                 loss=loss))  # fmt: skip
@@ -377,7 +397,7 @@ class Trainer:
             return self.config.checkpoint.save_every
         return training.eval_every
 
-    def _note(self, metrics: dict[str, float]) -> bool:
+    def _judge(self, metrics: dict[str, float]) -> bool:
         """Keep the best loss and count evaluations without a better one. Returns whether no file
         has a better one: the save of the best loss may have failed."""
         if "val_loss" not in metrics:
@@ -388,11 +408,7 @@ class Trainer:
             self.state["best_loss"] = metrics["val_loss"]
         if self.progress.stale >= self._patience:
             self.progress.stopped_early = True
-            self.console.say(
-                _("🛑 No better validation loss in {count} evaluations: stopping early.",
-                  count=self.progress.stale), important=True
-            )  # fmt: skip
-        self.records.event("evaluation", self.progress.step, **metrics)
+        self.note("evaluation", **metrics)
         return self.manager.improves(metrics)
 
     def _stale_after(self, metrics: dict[str, float]) -> int:
@@ -409,14 +425,15 @@ class Trainer:
         patience = self.config.training.patience
         return math.inf if patience is None else patience
 
-    def _remember(self, epoch: int, metrics: dict[str, float]) -> None:
+    def _remember(self, epoch: int, metrics: dict[str, float], text: str | None) -> None:
         history = self.state["history"]
         history["train_loss"].append(metrics["train_loss"])
         history["val_loss"].append(metrics.get("val_loss"))
         history["epochs"].append(epoch)
         self.state["train_loss"] = metrics["train_loss"]
-        self.records.event("epoch", self.progress.step, epoch=epoch, **metrics)
-        self.records.history(history)
+        self.note("epoch", epoch=epoch, **metrics)
+        if text is not None:
+            self.note("sample", epoch=epoch, text=text)
 
     def _begin_epoch(self) -> None:
         self.progress.epoch += 1
@@ -494,11 +511,6 @@ class Trainer:
             "seed": self.config.training.seed,
             "samples_per_step": self.config.training.batch_size * self.plan.accumulation,
         }
-
-
-def _gpu_bytes(device: torch.device) -> int | None:
-    """Bytes of the GPU's memory that this process has taken; None on a CPU."""
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else None
 
 
 def _every(interval: int | None, step: int) -> bool:
