@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import json
 import mmap
 import os
 import random
@@ -261,6 +262,34 @@ def test_a_snapshot_without_checksums_is_not_believed(tmp_path: Path) -> None:
         assert resumed is not None
         assert resumed.step == 5
     assert_same(snapshot(toy.state), snapshot(after(5).state))
+
+
+def test_nothing_is_announced_before_its_snapshot_in_memory_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, append = os.pwrite, filesystem.append_line
+    announced: list[tuple[int, int]] = []
+
+    def slow_memory(fd: int, data: bytes, offset: int) -> int:
+        if Path(f"/proc/self/fd/{fd}").readlink().is_relative_to(memory.PLACE):
+            time.sleep(0.2)  # the head, without which a snapshot is not found
+        return write(fd, data, offset)
+
+    def listen(path: Path, line: str) -> None:
+        event = json.loads(line)
+        if event["event"] == "durable":
+            announced.append((event["step"], manager.memory_step))
+        append(path, line)
+
+    monkeypatch.setattr(os, "pwrite", slow_memory)
+    monkeypatch.setattr(filesystem, "append_line", listen)
+    toy = Toy()
+    with toy.manager(tmp_path, memory_every=1, save_when=[EverySteps(1)]) as manager:
+        for _step in range(3):
+            toy.step()
+            manager.after_step(toy.now)
+            manager.wait()
+    assert announced == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_no_step_of_an_optimizer_begins_before_the_snapshot_can_be_verified(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class Snapshot:
     records: list[Record]
     blueprint: Blueprint | None = None
     sealer: Sealer | None = None
+    stager: int = 0  # the thread that completes it
     complete: threading.Event = field(default_factory=threading.Event)
 
 
@@ -364,6 +365,7 @@ class Writer:
         """Complete a snapshot: values and manifest first, then what is left of the tensors. The
         disk need not wait for the latter: it follows the copy."""
         began = time.thread_time()
+        snapshot.stager = threading.get_ident()
         try:
             self._complete(snapshot)
         finally:
@@ -474,6 +476,9 @@ class Writer:
             if self._abandoned:
                 raise _Abandoned
             sealer.advance(end)
+            # A disk that lies may lose what is announced: by then a kill must leave the snapshot.
+            if end >= blueprint.size and snapshot.stager != threading.get_ident():
+                snapshot.complete.wait()
 
         draft = Draft(
             blueprint.manifest,
