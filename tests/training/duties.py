@@ -34,7 +34,7 @@ class Run:
 
     def __init__(self, directory: Path, corpus: Path, kind: str, **options: Any) -> None:
         self.directory = directory
-        self._config = config_for(directory, corpus, **KINDS[kind], **options)
+        self._config = config_for(directory, corpus, **{**KINDS[kind], **options})
         self._said = io.StringIO()
 
     def start(self) -> bool:
@@ -60,11 +60,9 @@ class Run:
     def wrote(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that say what the model has come to."""
         varies = ("time", "tokens_per_second", "durable_step", "memory_step")
-        lines = map(json.loads, (self.directory / "metrics.jsonl").read_text().splitlines())
         return [
             {key: value for key, value in line.items() if key not in varies}
-            for line in lines
-            if line["event"] in ("step", "evaluation", "epoch", "sample", "left_out")
+            for line in lines_of(self.directory)
         ]
 
     def said(self) -> tuple[list[str], list[str]]:
@@ -87,6 +85,16 @@ class Run:
             [(each.step, each.val_loss) for each in view.evaluations],
             [(each.step, each.epoch, each.text) for each in view.samples],
         )
+
+
+def lines_of(directory: Path, *events: str) -> list[dict[str, Any]]:
+    """Return the whole lines of metrics.jsonl of these `events`; by default all about its steps."""
+    events = events or ("step", "evaluation", "epoch", "sample", "left_out")
+    try:
+        *lines, _rest = (directory / "metrics.jsonl").read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [line for line in map(json.loads, lines) if line["event"] in events]
 
 
 class Lines:

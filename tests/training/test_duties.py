@@ -4,9 +4,11 @@ done once, whatever comes: the end is that of the undisturbed run, and so is all
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 
 from holdfast.checkpoint import memory
 from tests.support import die, in_child
-from tests.training.duties import KINDS, Lines, Run
+from tests.training.duties import KINDS, Lines, Run, lines_of
 from tests.training.runs import difference, write_corpus
 
 
@@ -106,3 +108,45 @@ def test_a_kill_at_any_moment_of_a_step_changes_nothing_of_the_end(
         assert run.start(), place
         assert difference(undisturbed.comes_to, run.comes_to()) is None, place
         assert run.shown() == undisturbed.run.shown(), place
+
+
+def kill_once_more_is_shown(directory: Path, lines: int) -> None:
+    """Kill this process as soon as `lines` more lines about its steps stand in metrics.jsonl."""
+    victim, wanted = os.getpid(), len(lines_of(directory)) + lines
+    if os.fork() == 0:
+        while os.getppid() == victim:
+            if len(lines_of(directory)) >= wanted:
+                os.kill(victim, signal.SIGKILL)
+            time.sleep(0.0005)
+        os._exit(0)
+
+
+@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+def test_what_was_shown_before_a_kill_is_gone_on_from_and_no_line_is_lost_or_doubled(
+    tmp_path: Path, corpus: Path
+) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    options = {"num_steps": 40, "eval_every": 4, "save_every": 9, "memory_every": 1}
+    straight = Run(tmp_path / "straight", corpus, "steps", **options)
+    assert straight.start()
+    run = Run(tmp_path / "killed", corpus, "steps", **options)
+
+    shown = 0
+    for _kill in range(12):
+        more = draw.randrange(1, 4)
+
+        def be_killed(more: int = more) -> None:
+            kill_once_more_is_shown(run.directory, more)
+            run.start()
+
+        if in_child(be_killed) == 0:
+            break
+        if shown:
+            resumed = lines_of(run.directory, "resumed")[-1]["step"]
+            assert resumed >= shown, (resumed, shown)
+        shown = lines_of(run.directory)[-1]["step"]
+    assert run.start()
+    assert run.wrote() == straight.wrote()
+    assert difference(straight.comes_to(), run.comes_to()) is None
