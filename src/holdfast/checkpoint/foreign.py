@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from holdfast.checkpoint import numpy_pickles
-from holdfast.checkpoint.manager import load
+from holdfast.checkpoint.access import load
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
 

@@ -13,12 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from holdfast.checkpoint.pages import PAGE
+
 ARCHIVE = "checkpoint"
 MANIFEST = f"{ARCHIVE}/holdfast.json"
 
-Buffer = bytes | bytearray | memoryview
-
-PAGE = 4096  # payloads of a page or more start on one: direct I/O and mmap want it
 SMALL = 64  # smaller ones on a cache line: a state with thousands of scalars stays small
 
 PADDING_ID = 0x4648  # "HF": the extra field whose zeros move a payload to its alignment

@@ -15,24 +15,31 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from holdfast.checkpoint.parallel import end_workers
 from holdfast.errors import RunLocked
 from holdfast.i18n import _
-
-if TYPE_CHECKING:
-    from holdfast.checkpoint.manager import CheckpointManager
 
 log = logging.getLogger("holdfast")
 
 _PATIENCE = 60.0  # seconds for what a manager that became garbage has under way
 
 
+class Manager(Protocol):
+    """The part of a CheckpointManager that is called here."""
+
+    def give_way(self) -> None:
+        """Finish the work in progress and release the directory."""
+
+    def end_threads(self) -> None:
+        """Finish the work in progress and end the threads."""
+
+
 class Tenure:
     """The time in which a manager holds `directory`. It does not keep the manager alive."""
 
-    def __init__(self, directory: Path, manager: CheckpointManager) -> None:
+    def __init__(self, directory: Path, manager: Manager) -> None:
         self.directory = directory.absolute()
         self.thread = threading.current_thread()
         self.manager = weakref.ref(manager)

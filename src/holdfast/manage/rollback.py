@@ -144,9 +144,9 @@ def execute(shown: Plan) -> Plan:
             raise DamagedCheckpoint(str(error), error.why)
     with guard.deferred_interrupt():
         if _left(catalog):
-            from holdfast.checkpoint import recovery  # which needs torch
+            from holdfast.checkpoint.rescue import rescue  # which needs torch
 
-            recovery.rescue(catalog, Reporter(catalog))
+            rescue(catalog, Reporter(catalog))
         rollback.roll_back(catalog, shown.chosen, shown.source)
     return shown
 

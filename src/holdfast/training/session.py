@@ -29,8 +29,8 @@ from holdfast.checkpoint.layout import PAGE
 from holdfast.checkpoint.lock import FileLock
 from holdfast.checkpoint.manager import CheckpointManager, Resumed, checkpoint_size, run_lock
 from holdfast.checkpoint.place import check_rights
-from holdfast.checkpoint.recovery import rescue
 from holdfast.checkpoint.reporting import EventHandler, Reporter
+from holdfast.checkpoint.rescue import rescue
 from holdfast.checkpoint.risk import RiskAware
 from holdfast.checkpoint.schedule import EveryMinutes, EverySteps, SavePolicy
 from holdfast.checkpoint.state import plan_restore
