@@ -29,8 +29,8 @@ from holdfast import CheckpointManager, load
 from holdfast.checkpoint import Catalog, EverySteps, filesystem, image, memory, verify, writer
 from holdfast.checkpoint.container import Reader, read_manifest
 from holdfast.checkpoint.lock import FileLock
-from holdfast.checkpoint.recovery import rescue
 from holdfast.checkpoint.reporting import Reporter
+from holdfast.checkpoint.rescue import rescue
 from holdfast.errors import CheckpointError, RunLocked, SaveFailed
 from holdfast.manage import leftovers
 from tests.support import (

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint import Catalog, filesystem, recovery, rollback
+from holdfast.checkpoint import Catalog, filesystem, rollback
 from holdfast.checkpoint.reporting import Reporter
+from holdfast.checkpoint.rescue import rescue
 from tests.checkpoint.moves import MOVES, Move, start
 from tests.support import Toy, damage, everything, killed_at, make_run, tree_of, twin
 
@@ -79,7 +80,7 @@ def test_beginning_anew(fast_path: Path, moments: list[int]) -> None:
     for moment in moments:
         run = twin(template, fast_path / str(moment))
         died = killed_at(moment, lambda run=run: rollback.set_aside(Catalog(run)))  # type: ignore[misc]
-        recovery.rescue(Catalog(run), Reporter(Catalog(run)))
+        rescue(Catalog(run), Reporter(Catalog(run)))
         here = {n for n in tree_of(run) if not n.startswith("archive/")} - {".run.lock"}
         if died and here > {".catalog.lock"}:
             assert here - {".catalog.lock"} == files, moment

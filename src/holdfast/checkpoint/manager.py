@@ -44,6 +44,7 @@ from holdfast.checkpoint.outcome import PendingSave, Resumed, Saved
 from holdfast.checkpoint.place import Place, check_rights
 from holdfast.checkpoint.publisher import Publisher
 from holdfast.checkpoint.reporting import EventHandler, Reporter
+from holdfast.checkpoint.rescue import rescue
 from holdfast.checkpoint.retention import KeepLast, KeepRollingTemps, Policy
 from holdfast.checkpoint.saving import RETRY, Saver, Told
 from holdfast.checkpoint.schedule import AnyOf, Moment, SavePolicy
@@ -424,7 +425,7 @@ class CheckpointManager:
         self._own()
         self.wait()
         # An older state that is asked for by name must not go to make room for what is left behind.
-        recovery.rescue(self.catalog, self._reporter, make_room=source is None)
+        rescue(self.catalog, self._reporter, make_room=source is None)
         with self.catalog.lock():
             found = recovery.find(self.catalog, source, self._reporter.tell)
             if found is None:
