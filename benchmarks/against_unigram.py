@@ -61,7 +61,7 @@ def main() -> int:
 
 def bits(run: Path) -> float:
     """Validation bits per byte of the best checkpoint, from its manifest."""
-    from holdfast.checkpoint.catalog import Catalog
+    from holdfast.checkpoint.rundir.catalog import Catalog
 
     best = Catalog(run).scan().best
     assert best is not None

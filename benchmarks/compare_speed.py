@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from holdfast import CheckpointManager
-from holdfast.checkpoint.container import Reader
+from holdfast.checkpoint.format.container import Reader
 from holdfast.manage.drift import drift
 
 

@@ -23,8 +23,11 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager
-from holdfast.checkpoint import Catalog, Saved, codec, container, filesystem, image, layout
-from holdfast.checkpoint.tree import normalise
+from holdfast.checkpoint import Catalog, Saved
+from holdfast.checkpoint.format import container, image, layout
+from holdfast.checkpoint.state import codec
+from holdfast.checkpoint.state.tree import normalise
+from holdfast.checkpoint.system import filesystem
 
 # ------------------------------------------------------------------------------------------- files
 

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.engine.watch import sync_tree
 from benchmarks.engine.workload import Workload
-from holdfast.checkpoint.filesystem import sync_directory, sync_file
+from holdfast.checkpoint.system import sync_directory, sync_file
 
 _MIB = 1 << 20
 _ALIGN = 64  # bytes; vector instructions are fastest there

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from holdfast.checkpoint.filesystem import sync_directory, sync_file
+from holdfast.checkpoint.system import sync_directory, sync_file
 
 ROOT = Path(__file__).parents[2]  # where `benchmarks` can be imported
 _PAUSE = 0.001

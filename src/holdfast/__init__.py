@@ -8,27 +8,41 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from holdfast.version import __version__
 
 if TYPE_CHECKING:
+    from holdfast.checkpoint import AnyOf as AnyOf
+    from holdfast.checkpoint import Catalog as Catalog
     from holdfast.checkpoint import CheckpointManager as CheckpointManager
+    from holdfast.checkpoint import Entry as Entry
     from holdfast.checkpoint import EveryEpoch as EveryEpoch
     from holdfast.checkpoint import EveryMinutes as EveryMinutes
     from holdfast.checkpoint import EverySteps as EverySteps
     from holdfast.checkpoint import OnBest as OnBest
+    from holdfast.checkpoint import PendingSave as PendingSave
+    from holdfast.checkpoint import Resumed as Resumed
     from holdfast.checkpoint import RiskAware as RiskAware
+    from holdfast.checkpoint import Saved as Saved
     from holdfast.checkpoint import SignalGuard as SignalGuard
     from holdfast.checkpoint import load as load
-    from holdfast.checkpoint import prove_resume as prove_resume
     from holdfast.checkpoint import verify as verify
+    from holdfast.prove import Proof as Proof
+    from holdfast.prove import prove_resume as prove_resume
 
 __all__ = [
+    "AnyOf",
+    "Catalog",
     "CheckpointManager",
+    "Entry",
     "EveryEpoch",
     "EveryMinutes",
     "EverySteps",
     "OnBest",
+    "PendingSave",
+    "Proof",
+    "Resumed",
     "RiskAware",
+    "Saved",
     "SignalGuard",
     "__version__",
     "load",
@@ -38,8 +52,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in __all__:
-        from holdfast import checkpoint
+    if name not in __all__:
+        raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
+    from holdfast import checkpoint, prove
 
-        return getattr(checkpoint, name)
-    raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
+    return getattr(prove if name in prove.__all__ else checkpoint, name)

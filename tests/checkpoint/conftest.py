@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from holdfast.checkpoint import filesystem
+from holdfast.checkpoint.system import filesystem
 from holdfast.i18n import language, set_language
 
 

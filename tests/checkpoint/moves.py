@@ -7,7 +7,8 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.checkpoint import Catalog, Resumed, rollback
+from holdfast.checkpoint import Catalog, Resumed
+from holdfast.checkpoint.rundir import rollback
 from holdfast.manage import rollback as desk
 from tests.support import Toy, events, everything
 

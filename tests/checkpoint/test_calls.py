@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager, EveryMinutes, EverySteps, RiskAware
-from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.errors import ConfigError, SaveFailed, UnsupportedValue
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.checkpoint import catalog as catalog_module
-from holdfast.checkpoint import container
-from holdfast.checkpoint.catalog import BEST, LATEST, MAIN, Catalog, Entry, name_of, summary
+from holdfast.checkpoint.format import container
+from holdfast.checkpoint.rundir import catalog as catalog_module
+from holdfast.checkpoint.rundir.catalog import BEST, LATEST, MAIN, Catalog, Entry, name_of, summary
 from holdfast.errors import ForeignCheckpoint, RunLocked
 from tests.support import (
     craft,

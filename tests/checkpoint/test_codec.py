@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from holdfast import load
-from holdfast.checkpoint import codec
-from holdfast.checkpoint.container import Reader
-from holdfast.checkpoint.layout import MANIFEST, PAGE
-from holdfast.checkpoint.reading import OWN_PAGES, File
-from holdfast.checkpoint.tree import DTYPES, normalise
+from holdfast.checkpoint.format.container import Reader
+from holdfast.checkpoint.format.layout import MANIFEST
+from holdfast.checkpoint.format.reading import OWN_PAGES, File
+from holdfast.checkpoint.state import codec
+from holdfast.checkpoint.state.tree import DTYPES, normalise
+from holdfast.checkpoint.system.pages import PAGE
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from tests.support import assert_same, craft, flip, write_state
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.checkpoint import compare_states
-from holdfast.checkpoint.compare_states import count_values, differences, first_difference
+from holdfast.prove import states
+from holdfast.prove.states import count_values, differences, first_difference
 
 OTHER_NAN = struct.unpack("d", struct.pack("Q", 0x7FF8_0000_0000_0001))[0]
 
@@ -64,7 +64,7 @@ def test_the_first_difference_has_a_name_and_both_values(a: Any, b: Any, message
 
 def test_the_index_is_that_of_the_first_element(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a later chunk, and where the tensor does not lie in memory as it is indexed."""
-    monkeypatch.setattr(compare_states, "_CHUNK", 7)
+    monkeypatch.setattr(states, "_CHUNK", 7)
     a = torch.arange(60.0).reshape(3, 4, 5).permute(2, 0, 1)
     b = a.clone()
     b[3, 1, 2] += 0.5

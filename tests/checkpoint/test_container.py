@@ -20,12 +20,15 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.checkpoint import codec, container, layout, load, reading, verify
-from holdfast.checkpoint import image as images
-from holdfast.checkpoint.container import Reader
-from holdfast.checkpoint.layout import PAGE, Record, local_header, place, plan, tail
-from holdfast.checkpoint.reading import CHUNK, OWN_PAGES
-from holdfast.checkpoint.tree import normalise
+from holdfast.checkpoint import load, verify
+from holdfast.checkpoint.format import container, layout, reading
+from holdfast.checkpoint.format import image as images
+from holdfast.checkpoint.format.container import Reader
+from holdfast.checkpoint.format.layout import Record, local_header, place, plan, tail
+from holdfast.checkpoint.format.reading import CHUNK, OWN_PAGES
+from holdfast.checkpoint.state import codec
+from holdfast.checkpoint.state.tree import normalise
+from holdfast.checkpoint.system.pages import PAGE
 from holdfast.errors import (
     CheckpointError,
     DamagedCheckpoint,

@@ -17,7 +17,7 @@ import torch
 
 from holdfast import CheckpointManager, EverySteps, load
 from holdfast.checkpoint import ranks
-from holdfast.checkpoint.guard import Stopped
+from holdfast.checkpoint.system.signals import Stopped
 from holdfast.errors import ConfigError
 from tests.support import Toy, after, assert_same, events, in_child, snapshot
 

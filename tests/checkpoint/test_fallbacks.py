@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager, load, verify
-from holdfast.checkpoint import direct, filesystem, memory
+from holdfast.checkpoint.rundir import shared_memory
+from holdfast.checkpoint.system import direct, filesystem
 from tests.support import in_child
 
 PATHS = ("direct", "hardlinks", "reflink", "copyrange", "fallocate", "sharedmemory")
@@ -108,8 +109,8 @@ def test_where_there_is_no_direct_io_at_all(monkeypatch: pytest.MonkeyPatch) -> 
     assert not direct.switch_on(7)
     direct.switch_off(7)
     monkeypatch.setattr(sys, "platform", "win32")
-    assert not memory.usable()
-    assert memory.remains() == []
+    assert not shared_memory.usable()
+    assert shared_memory.remains() == []
 
 
 def _refuse(*_arguments: int) -> None:
@@ -132,7 +133,9 @@ def test_what_is_missing_is_said_once(
 def test_a_forked_child_neither_saves_nor_takes_anything_away(tmp_path: Path) -> None:
     """A data-loader worker inherits the manager: its end must not remove the parent's memory."""
     state = {"w": torch.zeros(1000)}
-    with CheckpointManager(tmp_path, state, memory_every=1 if memory.usable() else 0) as manager:
+    with CheckpointManager(
+        tmp_path, state, memory_every=1 if shared_memory.usable() else 0
+    ) as manager:
         manager.resume()
         manager.after_step(1)
         manager.wait()

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.filesystem import (
+from holdfast.checkpoint.system import filesystem
+from holdfast.checkpoint.system.filesystem import (
     append_line,
     free_bytes,
     make_directory,

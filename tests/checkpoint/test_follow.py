@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import follow
-from holdfast.checkpoint.follow import Follower
+from holdfast.checkpoint.system import follow
+from holdfast.checkpoint.system.follow import Follower
 
 
 @pytest.fixture

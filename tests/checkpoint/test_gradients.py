@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint import gradients
-from holdfast.checkpoint.transaction import Transaction
+from holdfast.checkpoint.state import gradients
+from holdfast.checkpoint.state.transaction import Transaction
 from holdfast.errors import StateMismatch, UnsupportedValue
 from tests.support import assert_same, snapshot
 

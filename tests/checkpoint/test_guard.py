@@ -11,8 +11,8 @@ from types import FrameType
 
 import pytest
 
-from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.guard import RESERVE, SignalGuard, check_space, deferred_interrupt
+from holdfast.checkpoint.system import filesystem
+from holdfast.checkpoint.system.signals import RESERVE, SignalGuard, check_space, deferred_interrupt
 from holdfast.errors import ResourceError
 from tests.support import in_child
 

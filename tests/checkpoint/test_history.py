@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from holdfast.checkpoint import Catalog
-from holdfast.checkpoint.history import History, Known
+from holdfast.checkpoint.rundir.history import History, Known
 from tests.support import Toy, in_child
 
 

@@ -13,18 +13,21 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import Catalog, filesystem, memory, safety, verify
-from holdfast.checkpoint.schedule import OnBest
+from holdfast.checkpoint import Catalog, verify
+from holdfast.checkpoint.policy import alarm
+from holdfast.checkpoint.policy.when import OnBest
+from holdfast.checkpoint.rundir import shared_memory
+from holdfast.checkpoint.system import filesystem
 from tests.support import Toy, die, events, fail_with, in_child, killed_at, listener, said
 
-ROOMS = pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+ROOMS = pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 
 
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path, fast_path: Path) -> Iterator[None]:
     """Whatever a test leaves in shared memory goes with it."""
     yield
-    for remains in memory.remains():
+    for remains in shared_memory.remains():
         run = remains.run
         if run is not None and {tmp_path, fast_path} & {run, *run.parents}:
             remains.remove()
@@ -64,7 +67,7 @@ def lost_after(moment: int, run: Path) -> tuple[bool, list[int]]:
         newest = Catalog(run).scan().newest
         assert newest is not None
         assert {"latest.pt", "model.pt"} <= set(newest.names), "they mean the newest"
-    assert not [r for r in memory.remains() if r.run == run]
+    assert not [r for r in shared_memory.remains() if r.run == run]
     return died, [epoch for epoch in done if epoch not in here]
 
 
@@ -174,7 +177,7 @@ def test_what_is_given_up_for_an_end_at_once_is_made_up_for(tmp_path: Path) -> N
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A disk that takes nothing until it is told to."""
-    monkeypatch.setattr(safety, "RETRY", 0.0)
+    monkeypatch.setattr(alarm, "RETRY", 0.0)
     real = filesystem.write_file
 
     def switch(on: bool) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import lock as lock_module
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.system import lock as lock_module
+from holdfast.checkpoint.system.lock import FileLock
 from holdfast.errors import RunLocked
 from tests.support import die, in_child
 

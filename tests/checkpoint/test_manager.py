@@ -15,19 +15,12 @@ import pytest
 import torch
 
 from holdfast import load
-from holdfast.checkpoint import (
-    Catalog,
-    EveryMinutes,
-    EverySteps,
-    catalog,
-    container,
-    filesystem,
-    guard,
-    housekeeping,
-    manager,
-    saving,
-)
+from holdfast.checkpoint import Catalog, EveryMinutes, EverySteps, manager
+from holdfast.checkpoint.format import container
 from holdfast.checkpoint.manager import CheckpointManager, checkpoint_size, run_lock
+from holdfast.checkpoint.rundir import catalog, tidy
+from holdfast.checkpoint.save import saver
+from holdfast.checkpoint.system import filesystem, signals
 from holdfast.errors import (
     DamagedCheckpoint,
     RunLocked,
@@ -288,7 +281,7 @@ def test_a_manager_that_could_not_be_made_holds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(housekeeping, "sweep", fail_with(errno.EIO))
+        patch.setattr(tidy, "sweep", fail_with(errno.EIO))
         with pytest.raises(OSError, match="Input/output"):
             Toy().manager(tmp_path)
     with pytest.raises(UnsupportedValue, match=r"bad is a builtins\.object"):
@@ -488,7 +481,7 @@ def test_a_damaged_checkpoint_is_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpoint):
         load(tmp_path / "latest.pt")
     assert manager.load is load
-    assert guard.RESERVE > 0
+    assert signals.RESERVE > 0
 
 
 # ------------------------------------------------------------------------------------------- clocks
@@ -505,7 +498,7 @@ def test_a_clock_that_jumps_changes_no_order_and_no_count(
     def now() -> str:
         return (began + datetime.timedelta(days=days[0])).isoformat(timespec="milliseconds")
 
-    for module in (catalog, saving):
+    for module in (catalog, saver):
         monkeypatch.setattr(module, "now", now)
     toy = Toy()
     with toy.manager(tmp_path, keep_last=2) as engine:

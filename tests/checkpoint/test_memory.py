@@ -26,11 +26,15 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint import Catalog, EverySteps, filesystem, image, memory, verify, writer
-from holdfast.checkpoint.container import Reader, read_manifest
-from holdfast.checkpoint.lock import FileLock
-from holdfast.checkpoint.reporting import Reporter
-from holdfast.checkpoint.rescue import rescue
+from holdfast.checkpoint import Catalog, EverySteps, verify
+from holdfast.checkpoint.format import image
+from holdfast.checkpoint.format.container import Reader, read_manifest
+from holdfast.checkpoint.rundir import shared_memory
+from holdfast.checkpoint.rundir.reporter import Reporter
+from holdfast.checkpoint.save import writer
+from holdfast.checkpoint.save.rescue import rescue
+from holdfast.checkpoint.system import filesystem
+from holdfast.checkpoint.system.lock import FileLock
 from holdfast.errors import CheckpointError, RunLocked, SaveFailed
 from holdfast.manage import leftovers
 from tests.support import (
@@ -46,21 +50,21 @@ from tests.support import (
     snapshot,
 )
 
-pytestmark = pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+pytestmark = pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 
 
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path) -> Iterator[None]:
     """Whatever a test leaves in shared memory goes with it."""
     yield
-    for remains in memory.remains():
+    for remains in shared_memory.remains():
         run = remains.run  # read once: tests of others come and go there
         if run is not None and tmp_path in [run, *run.parents]:
             remains.remove()
 
 
-def left(directory: Path) -> list[memory.Remains]:
-    return [remains for remains in memory.remains() if remains.run == directory]
+def left(directory: Path) -> list[shared_memory.Remains]:
+    return [remains for remains in shared_memory.remains() if remains.run == directory]
 
 
 def killed(directory: Path, steps: int, *, then: Callable[[], Any] = die, **options: Any) -> None:
@@ -301,7 +305,7 @@ def test_no_step_of_an_optimizer_begins_before_the_snapshot_can_be_verified(tmp_
             toy.step()  # its hook waits
             if step > 1:
                 (remains,) = left(tmp_path)
-                newest = memory.newest_in(remains)
+                newest = shared_memory.newest_in(remains)
                 assert newest is not None
                 assert newest.step == step - 1
                 assert verify(newest.path) is None
@@ -406,7 +410,7 @@ def test_a_rescue_that_fails_says_why_in_one_line(
 def test_each_slot_is_a_checkpoint_that_torch_opens(tmp_path: Path) -> None:
     killed(tmp_path, 4)
     (remains,) = left(tmp_path)
-    newest = memory.newest_in(remains)
+    newest = shared_memory.newest_in(remains)
     assert newest is not None
     assert torch.load(newest.path, weights_only=True)["global_step"] == 4
     assert (newest.path.stat().st_mode & 0o777, remains.directory.stat().st_mode & 0o777) == (
@@ -540,14 +544,14 @@ def test_memory_for_one_slot_only_saves_without_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one slot has what a crash falls back to: nothing that is under way would free it."""
-    toy, real = Toy(), memory.MemoryTier.slot
+    toy, real = Toy(), shared_memory.MemoryTier.slot
 
-    def slot(tier: memory.MemoryTier, capacity: int) -> Any:
+    def slot(tier: shared_memory.MemoryTier, capacity: int) -> Any:
         if list(tier.directory.glob("slot-*")):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(tier, capacity)
 
-    monkeypatch.setattr(memory.MemoryTier, "slot", slot)
+    monkeypatch.setattr(shared_memory.MemoryTier, "slot", slot)
     with toy.manager(tmp_path, memory_every=1) as manager:
         manager.resume()
         toy.step()
@@ -572,7 +576,7 @@ def test_a_state_that_grows_leaves_no_old_slots_behind(tmp_path: Path) -> None:
             manager.after_step(step)
             manager.wait()
             (remains,) = left(tmp_path)
-            newest = memory.newest_in(remains)
+            newest = shared_memory.newest_in(remains)
             assert newest is not None
             assert newest.step == step
         assert len(list(remains.directory.glob("slot-*.pt"))) <= writer.MEMORY_SLOTS
@@ -604,7 +608,7 @@ def test_killed_before_its_first_snapshot_leaves_nothing_for_ever(tmp_path: Path
         toy = Toy()
         manager = toy.manager(tmp_path, memory_every=1)
         manager.resume()
-        memory.SharedSlot.complete = die  # type: ignore[assignment, method-assign]
+        shared_memory.SharedSlot.complete = die  # type: ignore[assignment, method-assign]
         manager.after_step(1)
         manager.wait()
 
@@ -648,7 +652,7 @@ def test_a_moved_run_finds_its_snapshots(tmp_path: Path) -> None:
         resumed = manager.resume()
         assert resumed is not None
         assert resumed.step == 3
-    for remains in memory.remains():
+    for remains in shared_memory.remains():
         assert remains.run != tmp_path / "a"
 
 
@@ -677,7 +681,7 @@ def test_what_another_process_keeps_is_not_passed_over_in_silence(
 ) -> None:
     """Training from the disk meanwhile, it would meet the older snapshot at a later start."""
     killed(tmp_path, 5)
-    monkeypatch.setattr(memory, "_PATIENCE", 0.1)
+    monkeypatch.setattr(shared_memory, "_PATIENCE", 0.1)
     lock = left(tmp_path)[0].directory / "owner.lock"
     with Toy(seed=9).manager(tmp_path) as manager:
         with asking(lock), pytest.raises(RunLocked, match="are in use by another process"):
@@ -715,7 +719,7 @@ def test_looking_at_what_is_left_takes_no_lock(tmp_path: Path) -> None:
         os.write(tell, b"x")
         while True:
             leftovers.plan()
-            memory.left_by(tmp_path, "x", 1)
+            shared_memory.left_by(tmp_path, "x", 1)
     try:
         os.read(ready, 1)
         lock = FileLock(remains.directory / "owner.lock")
@@ -814,9 +818,9 @@ def test_too_little_room_turns_it_off_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     if why == "docker":
-        monkeypatch.setattr(memory, "free_bytes", lambda: 1 << 20)
+        monkeypatch.setattr(shared_memory, "free_bytes", lambda: 1 << 20)
     elif why == "little memory":
-        monkeypatch.setattr("holdfast.checkpoint.snapshots.available_memory", lambda: 1 << 20)
+        monkeypatch.setattr("holdfast.checkpoint.save.snapshots.available_memory", lambda: 1 << 20)
     else:
         monkeypatch.setenv("HOLDFAST_DISABLE", "sharedmemory")
     told: list[str] = []

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager
-from holdfast.checkpoint import memory, reading
+from holdfast.checkpoint.format import reading
+from holdfast.checkpoint.rundir import shared_memory
 from tests.support import in_child
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -60,7 +61,7 @@ def test_a_save_takes_one_copy_of_the_state(tmp_path: Path) -> None:
 def test_without_room_for_a_copy_a_save_takes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("holdfast.checkpoint.writer.available_memory", lambda: 0)
+    monkeypatch.setattr("holdfast.checkpoint.save.writer.available_memory", lambda: 0)
 
     def work() -> None:
         state = make_state()
@@ -73,7 +74,7 @@ def test_without_room_for_a_copy_a_save_takes_nothing(
     measured(work)
 
 
-@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+@pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 def test_the_memory_tier_takes_three_copies_in_shared_memory(tmp_path: Path) -> None:
     def work() -> None:
         state = {"w": torch.zeros(SIZE >> 4)}
@@ -84,7 +85,7 @@ def test_the_memory_tier_takes_three_copies_in_shared_memory(tmp_path: Path) -> 
                 manager.wait()
             saved = manager.save(step=6, strict=True)
             assert saved is not None
-            (remains,) = [each for each in memory.remains() if each.run == tmp_path]
+            (remains,) = [each for each in shared_memory.remains() if each.run == tmp_path]
             assert remains.size == pytest.approx(3 * saved.entry.size, rel=0.02)
 
     measured(work)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint import Catalog, filesystem, rollback
-from holdfast.checkpoint.reporting import Reporter
-from holdfast.checkpoint.rescue import rescue
+from holdfast.checkpoint import Catalog
+from holdfast.checkpoint.rundir import rollback
+from holdfast.checkpoint.rundir.reporter import Reporter
+from holdfast.checkpoint.save.rescue import rescue
+from holdfast.checkpoint.system import filesystem
 from tests.checkpoint.moves import MOVES, Move, start
 from tests.support import Toy, damage, everything, killed_at, make_run, tree_of, twin
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint.names import matched
-from holdfast.checkpoint.state import plan_restore
+from holdfast.checkpoint.state.names import matched
+from holdfast.checkpoint.state.restore import plan_restore
 from holdfast.errors import StateMismatch
 from tests.support import assert_same
 

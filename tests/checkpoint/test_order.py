@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from holdfast import CheckpointManager, EverySteps
-from holdfast.checkpoint import Catalog, Resumed, memory
-from holdfast.checkpoint.retention import KeepLast
+from holdfast.checkpoint import Catalog, Resumed
+from holdfast.checkpoint.policy.keep import KeepLast
+from holdfast.checkpoint.rundir import shared_memory
 from tests.support import Told, Toy, after, assert_same, damage, events, in_child, said, snapshot
 
 STEPS = 4  # in an epoch of these loops
@@ -21,7 +22,7 @@ STEPS = 4  # in an epoch of these loops
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path) -> Iterator[None]:
     yield
-    for remains in memory.remains():
+    for remains in shared_memory.remains():
         run = remains.run
         if run is not None and tmp_path in [run, *run.parents]:
             remains.remove()
@@ -84,7 +85,7 @@ def test_policies_go_on_in_an_epoch_that_counts_anew(tmp_path: Path) -> None:
     assert asked == [(epoch, batch) for epoch in (1, 2, 3) for batch in (2, 4)]
 
 
-@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+@pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 @pytest.mark.parametrize("on_disk", [0, 3, STEPS, STEPS + 1])
 def test_a_snapshot_of_a_later_epoch_is_rescued(tmp_path: Path, on_disk: int) -> None:
     """The disk has a larger step, of the epoch before; the process is killed."""

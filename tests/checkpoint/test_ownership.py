@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint import filesystem, manager, memory, ownership
+from holdfast.checkpoint import manager
 from holdfast.checkpoint.manager import run_lock
+from holdfast.checkpoint.rundir import ownership, shared_memory
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import RunLocked, SaveFailed
 from tests.support import Toy, assert_same, in_child, snapshot
 
-shared = pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+shared = pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 
 
 def open_files() -> int:
@@ -147,7 +149,9 @@ def test_garbage_gives_everything_back(tmp_path: Path) -> None:
     eventually(lambda: open_files() <= before and len(list(tasks.iterdir())) <= threads)
     assert load(tmp_path / "latest.pt", only="global_step") == 6, "what was under way is finished"
     device, inode = tmp_path.stat().st_dev, tmp_path.stat().st_ino
-    assert not [left for left in memory.remains() if (left.device, left.inode) == (device, inode)]
+    assert not [
+        left for left in shared_memory.remains() if (left.device, left.inode) == (device, inode)
+    ]
 
 
 def run_lock_is_free(directory: Path) -> bool:
@@ -317,18 +321,18 @@ def test_one_buffer_in_memory_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It holds the newest snapshot, which nothing would ever free: the disk is waited for."""
-    if not memory.usable():
+    if not shared_memory.usable():
         pytest.skip("no /dev/shm on this system")
     made: list[int] = []
-    slot = memory.MemoryTier.slot
+    slot = shared_memory.MemoryTier.slot
 
-    def one(tier: memory.MemoryTier, capacity: int) -> Any:
+    def one(tier: shared_memory.MemoryTier, capacity: int) -> Any:
         if made:
             raise OSError(28, "No space left on device")
         made.append(capacity)
         return slot(tier, capacity)
 
-    monkeypatch.setattr(memory.MemoryTier, "slot", one)
+    monkeypatch.setattr(shared_memory.MemoryTier, "slot", one)
     toy = Toy()
     with toy.manager(tmp_path, memory_every=1) as engine:
         engine.resume()

@@ -14,8 +14,8 @@ from functools import partial
 
 import pytest
 
-from holdfast.checkpoint import parallel
-from holdfast.checkpoint.parallel import Helper, together, yield_the_disk
+from holdfast.checkpoint.system import threads
+from holdfast.checkpoint.system.threads import Helper, together, yield_the_disk
 
 
 def test_all_threads_take_part_and_all_work_is_done() -> None:
@@ -114,9 +114,9 @@ def test_an_interrupt_stops_the_others_first(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a system call of Linux")
 def test_threads_inherit_the_low_priority_of_the_disk_thread() -> None:
-    if platform.machine() not in parallel._IOPRIO_SET:
+    if platform.machine() not in threads._IOPRIO_SET:
         pytest.skip(f"the number of the system call is not known for {platform.machine()}")
-    get = parallel._IOPRIO_SET[platform.machine()] + 1
+    get = threads._IOPRIO_SET[platform.machine()] + 1
     found: list[int] = []
 
     both = threading.Barrier(2)

@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 
 from holdfast import load
-from holdfast.checkpoint import Catalog, memory, safety, saving
+from holdfast.checkpoint import Catalog
 from holdfast.checkpoint.manager import CheckpointManager, run_lock
-from holdfast.checkpoint.place import check_rights
+from holdfast.checkpoint.policy import alarm
+from holdfast.checkpoint.rundir import shared_memory
+from holdfast.checkpoint.rundir.place import check_rights
+from holdfast.checkpoint.save import saver
 from holdfast.errors import ResourceError, RunLocked, SaveFailed
 from tests.checkpoint.test_lock import Holder
 from tests.support import Told, Toy, events, in_child, listener, make_run, said, tree_of
@@ -26,8 +29,8 @@ NOBODY = 65534
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "_LOOK_EVERY", 0.0)
-    monkeypatch.setattr(safety, "RETRY", 0.0)
+    monkeypatch.setattr(saver, "_LOOK_EVERY", 0.0)
+    monkeypatch.setattr(alarm, "RETRY", 0.0)
 
 
 def refused(directory: Path) -> None:
@@ -212,7 +215,7 @@ def test_where_it_cannot_be_made_anew_training_goes_on(tmp_path: Path) -> None:
         assert manager.saved_step == 5
 
 
-@pytest.mark.skipif(not memory.usable(), reason="no shared memory here")
+@pytest.mark.skipif(not shared_memory.usable(), reason="no shared memory here")
 def test_snapshots_in_memory_belong_to_the_new_directory(tmp_path: Path) -> None:
     run, toy = tmp_path / "run", Toy()
     with toy.manager(run, memory_every=1) as manager:

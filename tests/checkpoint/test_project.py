@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint import project
-from holdfast.checkpoint.container import read_manifest
+from holdfast.checkpoint.format.container import read_manifest
+from holdfast.checkpoint.system import project
 from tests.manage.runs import make_run
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")

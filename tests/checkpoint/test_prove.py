@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.checkpoint import prove
-from holdfast.checkpoint.prove import NOT_REPEATABLE, NOT_RESTORED, OUTSIDE, Proof, prove_resume
 from holdfast.errors import ConfigError, HoldfastError, UnsupportedValue
+from holdfast.prove import resume
+from holdfast.prove.resume import NOT_REPEATABLE, NOT_RESTORED, OUTSIDE, Proof, prove_resume
 from tests.support import Toy
 
 STEPS, MORE = 4, 3
@@ -25,7 +25,7 @@ STEPS, MORE = 4, 3
 def runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways to interrupt; whether a process is really killed."""
     if request.param != "forked":
-        monkeypatch.setattr(prove, "_can_fork", lambda: False)
+        monkeypatch.setattr(resume, "_can_fork", lambda: False)
     return request.param == "forked"
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint import direct, filesystem, reading
-from holdfast.checkpoint.layout import PAGE
-from holdfast.checkpoint.reading import CHUNK, OWN_PAGES, File, Part, cut, own_pages, run
+from holdfast.checkpoint.format import reading
+from holdfast.checkpoint.format.reading import CHUNK, OWN_PAGES, File, Part, cut, own_pages, run
+from holdfast.checkpoint.system import direct, filesystem
+from holdfast.checkpoint.system.pages import PAGE
 
 Ways = Callable[[pytest.MonkeyPatch], None]
 

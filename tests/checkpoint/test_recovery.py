@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from holdfast import load, verify
-from holdfast.checkpoint import Catalog, Resumed, catalog, container, filesystem, recovery
+from holdfast.checkpoint import Catalog, Resumed
+from holdfast.checkpoint.format import container
+from holdfast.checkpoint.rundir import catalog, recovery
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import (
     CheckpointError,
     DamagedCheckpoint,

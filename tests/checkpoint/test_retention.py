@@ -8,7 +8,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.checkpoint.retention import (
+from holdfast.checkpoint.policy.keep import (
     Candidate,
     KeepBest,
     KeepEvery,

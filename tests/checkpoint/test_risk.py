@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import AnyOf, EverySteps, RiskAware, risk
-from holdfast.checkpoint.schedule import Choice, Cost, Measured, Moment
+from holdfast.checkpoint import AnyOf, EverySteps, RiskAware
+from holdfast.checkpoint.policy import risk
+from holdfast.checkpoint.policy.when import Choice, Cost, Measured, Moment
 from tests.support import Toy, listener
 
 HOUR, MB, GB = 3600.0, 1e6, 1e9

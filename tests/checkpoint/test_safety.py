@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from holdfast.checkpoint.safety import ESCALATE_AGAIN, REPEAT, RETRY, Watch
+from holdfast.checkpoint.policy.alarm import ESCALATE_AGAIN, REPEAT, RETRY, Watch
 
 
 def test_without_a_wanted_save_nothing_is_unsafe_however_long_it_takes() -> None:

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from holdfast import load, verify
-from holdfast.checkpoint import Catalog, filesystem, reading
+from holdfast.checkpoint import Catalog
+from holdfast.checkpoint.format import reading
 from holdfast.checkpoint.manager import CheckpointManager
-from holdfast.checkpoint.publisher import Draft
+from holdfast.checkpoint.save.publisher import Draft
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import ResourceError, SaveFailed
 from tests.support import (
     Broken,
@@ -372,7 +374,7 @@ def test_a_disk_that_stays_full_is_not_tried_at_every_step(
 ) -> None:
     """By minutes: a failed save is tried again when they have passed, not after the next step."""
     from holdfast.checkpoint import manager as module
-    from holdfast.checkpoint.schedule import EveryMinutes
+    from holdfast.checkpoint.policy.when import EveryMinutes
 
     clock = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.checkpoint import AnyOf, EveryEpoch, EveryMinutes, EverySteps, OnBest
-from holdfast.checkpoint.schedule import MemoryPace, Moment
+from holdfast.checkpoint.policy.when import MemoryPace, Moment
 from tests.support import Toy
 
 

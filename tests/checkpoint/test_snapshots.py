@@ -15,9 +15,12 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint import EverySteps, container, filesystem, slot, snapshots, staging
-from holdfast.checkpoint.layout import Record
-from holdfast.checkpoint.snapshots import Modes
+from holdfast.checkpoint import EverySteps
+from holdfast.checkpoint.format import container
+from holdfast.checkpoint.format.layout import Record
+from holdfast.checkpoint.save import snapshots, staging
+from holdfast.checkpoint.save.snapshots import Modes
+from holdfast.checkpoint.system import filesystem, slots
 from holdfast.errors import SaveFailed
 from tests.support import Toy, assert_same, events, python, snapshot
 
@@ -217,8 +220,8 @@ def test_the_fast_path_writes_what_the_plain_one_writes(
         return saved.path
 
     fast = [save("eager"), save("overlapped", overlap=True), save("memory", memory_every=1)]
-    monkeypatch.setattr(slot, "available_memory", lambda: 0)
-    monkeypatch.setattr("holdfast.checkpoint.writer.available_memory", lambda: 0)
+    monkeypatch.setattr(slots, "available_memory", lambda: 0)
+    monkeypatch.setattr("holdfast.checkpoint.save.writer.available_memory", lambda: 0)
     slow = save("direct")
     for path in fast:
         with container.Reader(path) as a, container.Reader(slow) as b:
@@ -245,7 +248,7 @@ def test_what_lies_on_a_device_is_under_way_before_anybody_can_follow(tmp_path: 
         def tensor(self) -> torch.Tensor:
             return torch.full((self.nbytes,), 7, dtype=torch.uint8)
 
-    place = slot.Slot(1 << 20)
+    place = slots.Slot(1 << 20)
     copy = staging.Copy(place, [(Elsewhere(), Record("a", 0, 4096, 5000))])  # type: ignore[list-item]
     copy.await_bytes(1 << 20)
     assert bytes(place.buffer[4096:9096]) == b"\7" * 5000
@@ -310,7 +313,7 @@ def test_what_must_be_kept_makes_training_wait_and_that_is_counted(
 def test_with_one_buffer_a_dropped_save_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_disk: threading.Event
 ) -> None:
-    monkeypatch.setattr("holdfast.checkpoint.writer.PRIVATE_SLOTS", 1)
+    monkeypatch.setattr("holdfast.checkpoint.save.writer.PRIVATE_SLOTS", 1)
     toy = Toy()
     with toy.manager(tmp_path, save_when=[EverySteps(2)]) as manager:
         manager.resume()
@@ -410,7 +413,7 @@ manager.save_async(step=1)
 def test_without_memory_for_a_copy_saving_waits_for_the_disk_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("holdfast.checkpoint.writer.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr("holdfast.checkpoint.save.writer.available_memory", lambda: 1 << 20)
     told: list[str] = []
     toy = Toy()
     with toy.manager(tmp_path, on_event=lambda event, _fields: told.append(event)) as manager:

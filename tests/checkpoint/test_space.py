@@ -15,8 +15,11 @@ import pytest
 import torch
 
 from holdfast import load, verify
-from holdfast.checkpoint import Catalog, filesystem, guard, memory, safety, space
+from holdfast.checkpoint import Catalog
 from holdfast.checkpoint.manager import CheckpointManager
+from holdfast.checkpoint.policy import alarm
+from holdfast.checkpoint.rundir import shared_memory, space
+from holdfast.checkpoint.system import filesystem, signals
 from holdfast.errors import ResourceError
 from tests.support import die, events, in_child, listener, said, tree_of
 
@@ -29,7 +32,7 @@ Disk = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _no_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     """The small disks here are smaller than what stays free of a real one."""
-    monkeypatch.setattr(guard, "RESERVE", 64 << 10)
+    monkeypatch.setattr(signals, "RESERVE", 64 << 10)
 
 
 def training(directory: Path, **options: Any) -> CheckpointManager:
@@ -110,7 +113,7 @@ def test_what_has_names_elsewhere_frees_nothing_and_stays(small_disk: Disk) -> N
     assert steps(run) == [1, 3, 4, 5]
 
 
-@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+@pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 @pytest.mark.parametrize("named", [False, True])
 def test_a_snapshot_of_a_killed_training_makes_room_as_a_save_does(
     small_disk: Disk, named: bool
@@ -150,7 +153,7 @@ def test_the_start_counts_what_can_be_let_go(
     with training(tmp_path) as manager:
         for step in range(1, 5):
             manager.save(step=step)
-    monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: guard.RESERVE)
+    monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: signals.RESERVE)
     space.check_room(Catalog(tmp_path), int(1.5 * SIZE * MB))
     with pytest.raises(ResourceError, match="the next checkpoint needs"):
         space.check_room(Catalog(tmp_path), int(2.5 * SIZE * MB))
@@ -250,7 +253,7 @@ def test_a_limit_of_file_sizes_is_a_failed_save(tmp_path: Path) -> None:
 def test_it_is_tried_again_and_said_when_there_is_room(
     small_disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safety, "RETRY", 0.0)
+    monkeypatch.setattr(alarm, "RETRY", 0.0)
     disk = small_disk(4 * MB)
     told, tell = listener()
     with training(disk / "run", on_event=tell) as manager:
@@ -296,7 +299,7 @@ def test_a_removal_is_recorded_where_there_was_no_room_for_its_line(
         real(path, line)
 
     monkeypatch.setattr(filesystem, "append_line", full_until_removed)
-    monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: guard.RESERVE)
+    monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: signals.RESERVE)
     gone = space.make_room(Catalog(tmp_path), MB // 2, manager.run_id)
     assert [entry.step for entry in gone] == [1]
     assert gone_for_space(tmp_path) == [1]

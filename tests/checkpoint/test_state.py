@@ -26,9 +26,9 @@ from torch.optim.lr_scheduler import (
 )
 
 from holdfast import load
-from holdfast.checkpoint.configured import Configured
-from holdfast.checkpoint.randomness import RandomState
-from holdfast.checkpoint.state import plan_restore
+from holdfast.checkpoint.state.configured import Configured
+from holdfast.checkpoint.state.randomness import RandomState
+from holdfast.checkpoint.state.restore import plan_restore
 from holdfast.errors import StateMismatch
 from tests.support import assert_same, bits, snapshot, write_state
 

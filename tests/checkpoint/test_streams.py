@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint.tree import normalise
+from holdfast.checkpoint.state.tree import normalise
 from holdfast.errors import StateMismatch, UnsupportedValue
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import Catalog, load, memory, reading
+from holdfast.checkpoint import Catalog, load
+from holdfast.checkpoint.format import reading
+from holdfast.checkpoint.rundir import shared_memory
 from holdfast.errors import CheckpointError
 from holdfast.manage import verify
 from tests.support import Told, Toy, craft, damage, die, events, in_child, make_run, said, tree_of
@@ -321,7 +323,7 @@ def test_a_checkpoint_of_a_later_version_keeps_its_place(tmp_path: Path) -> None
     assert [name for name, _why in Catalog(tmp_path).scan().unreadable] == ["unread_latest.pt"]
 
 
-@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+@pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 def test_memory_is_not_given_back_for_a_rescue_that_could_not_be_read_back(
     tmp_path: Path, trouble: Trouble
 ) -> None:
@@ -334,8 +336,8 @@ def test_memory_is_not_given_back_for_a_rescue_that_could_not_be_read_back(
         manager.wait()
         die()
 
-    def left() -> list[memory.Remains]:
-        return [each for each in memory.remains() if each.belongs_to(tmp_path)]
+    def left() -> list[shared_memory.Remains]:
+        return [each for each in shared_memory.remains() if each.belongs_to(tmp_path)]
 
     in_child(run)
     trouble.meet_named("temp_step1.pt", call="preadv")

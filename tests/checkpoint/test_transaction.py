@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.checkpoint import transaction
-from holdfast.checkpoint.transaction import (
+from holdfast.checkpoint.state import transaction
+from holdfast.checkpoint.state.transaction import (
     Assign,
     Exchange,
     LoadObject,

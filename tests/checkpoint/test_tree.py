@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from holdfast import load
-from holdfast.checkpoint.tree import DTYPES, MAX_DEPTH, normalise
+from holdfast.checkpoint.state.tree import DTYPES, MAX_DEPTH, normalise
 from holdfast.errors import UnsupportedValue
 from tests.support import assert_same, bits, image_of, write_state
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.cli.clean import run_clean
 from holdfast.errors import ConfigError, RunLocked
 from holdfast.manage import locking

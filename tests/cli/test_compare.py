@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.checkpoint.container import Reader
+from holdfast.checkpoint.format.container import Reader
 from holdfast.cli import compare as command
 from holdfast.cli.main import main
 from holdfast.manage.compare import compare

@@ -186,8 +186,8 @@ def test_wrong_options_end_with_2(
 def test_a_difference_is_shown_and_is_the_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from holdfast.checkpoint.compare_states import Difference
-    from holdfast.checkpoint.prove import OUTSIDE, Proof, explain
+    from holdfast.prove.resume import OUTSIDE, Proof, explain
+    from holdfast.prove.states import Difference
     from holdfast.training.proving import TrainingProof
 
     first = Difference("model.weight", (0, 1), "0.5", "0.25")

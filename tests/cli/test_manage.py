@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from holdfast import i18n
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.system.lock import FileLock
 from holdfast.cli import clean, compare, history, show, states, verify
 from holdfast.cli import list as listing
 from holdfast.cli.main import main

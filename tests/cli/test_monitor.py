@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.system.lock import FileLock
 from holdfast.cli.monitor import run_monitor
 from tests.manage.runs import Training, desk, desk_json, make_run
 from tests.monitor.recorded import Recorded, ago

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from holdfast import load
-from holdfast.checkpoint import memory
+from holdfast.checkpoint.rundir import shared_memory
 from holdfast.training.layers import save_config
 from tests import processes
 from tests.support import processor_seconds
@@ -292,7 +292,7 @@ def test_a_lock_dies_with_its_owner(config: Path) -> None:
     assert run("train", "--config", str(config)).returncode == 0
 
 
-@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+@pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 def test_a_killed_training_goes_on_from_memory_and_ends_as_if_nothing_had_been(
     tmp_path: Path, corpus: Path
 ) -> None:

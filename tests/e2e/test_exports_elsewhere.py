@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.serving.export import export
-from holdfast.serving.importing import import_model
+from holdfast.exchange.export import export
+from holdfast.exchange.importing import import_model
 from holdfast.training.inference import load_for_inference
 from tests.serving.strangers import Stranger, make_run
 

@@ -26,9 +26,9 @@ from typing import Any
 import pytest
 
 from holdfast import load
-from holdfast.checkpoint.catalog import Catalog
-from holdfast.checkpoint.container import Reader
-from holdfast.checkpoint.retention import KeepBest
+from holdfast.checkpoint.format.container import Reader
+from holdfast.checkpoint.policy.keep import KeepBest
+from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.manage.rundir import look
 from holdfast.manage.unpack import unpack
 from tests.manage.runs import desk

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from holdfast import load
-from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.training.layers import save_config
 from tests.e2e.test_command_line import ENVIRONMENT, ROOT
 from tests.training.runs import config_for, difference, final_state, train, write_corpus

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from holdfast.checkpoint import memory
+from holdfast.checkpoint.rundir import shared_memory
 from tests.faults import inject
 from tests.faults.inject import Fault, How, Outcome
 from tests.faults.savers import Ours, Saver, Training
@@ -38,7 +38,7 @@ def scratch(place: Path | None = None) -> Iterator[Path]:
 
 def forget(directory: Path) -> None:
     """Give back what is left in shared memory of a run."""
-    for remains in memory.remains():
+    for remains in shared_memory.remains():
         if remains.belongs_to(directory):
             remains.remove()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from holdfast.checkpoint import layout
+from holdfast.checkpoint.format import layout
 from tests.faults import cycle
 from tests.faults.inject import Fault
 from tests.faults.savers import Ours

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from holdfast.checkpoint import rollback
+from holdfast.checkpoint.rundir import rollback
 from tests.checkpoint.moves import ANEW, MOVES, Move
 from tests.faults import cycle, inject
 from tests.faults.inject import Fault, How

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import container, reading
+from holdfast.checkpoint.format import container, reading
 from holdfast.errors import HoldfastError
 from tests.faults import cycle, inject
 from tests.faults.inject import Call, Fault, How, Outcome

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from holdfast.checkpoint import filesystem
+from holdfast.checkpoint.system import filesystem
 from tests.faults import cycle, inject
 from tests.faults.inject import Fault, Outcome
 from tests.faults.savers import Saver, Training

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-from holdfast.checkpoint import container
-from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.format import container
+from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.errors import CheckpointError
 from tests.faults import cycle, inject
 from tests.faults.inject import Fault, How

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from holdfast.checkpoint import Catalog, container, memory
+from holdfast.checkpoint import Catalog
+from holdfast.checkpoint.format import container
+from holdfast.checkpoint.rundir import shared_memory
 from holdfast.errors import CheckpointError
 from tests.faults import cycle, inject
 from tests.faults.inject import Fault
@@ -125,7 +127,7 @@ def slot_rot(saver: type[Ours], *, points: int, seed: int) -> Tally:
     """`points` damages of what a killed process has left in shared memory: it is told and never
     trained on; the snapshot before it is taken, or the disk where all are damaged."""
     tally, began, rng = Tally(SLOTS, saver.name), time.monotonic(), random.Random(seed)
-    if not memory.usable():
+    if not shared_memory.usable():
         tally.skipped = "no shared memory here"
         return tally
     cycle.digests()  # imports here what every forked process would import
@@ -152,7 +154,7 @@ def slot_rot(saver: type[Ours], *, points: int, seed: int) -> Tally:
 def _damage_slots(directory: Path, number: int, rng: random.Random) -> tuple[str, int, bool]:
     """Damage the newest snapshot, its head, or all of them in their turn; what it was, the newest
     step that is still to be had, and whether nothing can be told (no head, no snapshot)."""
-    (remains,) = (each for each in memory.remains() if each.belongs_to(directory))
+    (remains,) = (each for each in shared_memory.remains() if each.belongs_to(directory))
     slots = {}
     for path in remains.directory.glob("*.pt"):
         with contextlib.suppress(CheckpointError):  # not filled yet

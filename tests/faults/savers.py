@@ -22,15 +22,9 @@ from typing import Any, ClassVar
 import torch
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint import (
-    catalog,
-    container,
-    filesystem,
-    housekeeping,
-    reading,
-    recovery,
-    rollback,
-)
+from holdfast.checkpoint.format import container, reading
+from holdfast.checkpoint.rundir import catalog, recovery, rollback, tidy
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import DamagedCheckpoint
 from tests.support import bits
 
@@ -262,7 +256,7 @@ class Believes(Ours):
     name, control = "holdfast, mutant: pruned before it is verified", True
 
     def start(self) -> None:
-        housekeeping.verify_back = lambda *_args: None
+        tidy.verify_back = lambda *_args: None
         super().start()
 
 
@@ -338,7 +332,7 @@ class Condemns(Ours):
     @staticmethod
     def _condemn() -> None:
         reading._PAUSES = ()
-        for room, name in ((housekeeping, "verify_back"), (recovery, "_read")):
+        for room, name in ((tidy, "verify_back"), (recovery, "_read")):
             setattr(room, name, _condemning(getattr(room, name)))
 
 
@@ -358,13 +352,13 @@ class PrunesUnread(Ours):
     name, control = "holdfast, mutant: what cannot be read back is verified", True
 
     def start(self) -> None:
-        reading._PAUSES, real = (), housekeeping.verify_back
+        reading._PAUSES, real = (), tidy.verify_back
 
         def verify_back(*args: Any) -> None:
             with contextlib.suppress(OSError):
                 real(*args)
 
-        housekeeping.verify_back = verify_back
+        tidy.verify_back = verify_back
         super().start()
 
 

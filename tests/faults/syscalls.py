@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from holdfast.checkpoint import memory
+from holdfast.checkpoint.rundir import shared_memory
 from tests.faults import cycle, inject
 from tests.faults.inject import Fault, How
 from tests.faults.savers import Saver
@@ -63,8 +63,8 @@ def sweep(
 
 def _in_memory(directory: Path) -> int:
     """The newest step that lies whole in shared memory; 0 where none does."""
-    here = [each for each in memory.remains() if each.belongs_to(directory)]
-    return max((left.step for each in here if (left := memory.newest_in(each))), default=0)
+    here = [each for each in shared_memory.remains() if each.belongs_to(directory)]
+    return max((left.step for each in here if (left := shared_memory.newest_in(each))), default=0)
 
 
 def _die_once_fired() -> None:

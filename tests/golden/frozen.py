@@ -1,7 +1,8 @@
 """Freeze whatever makes two runs of the same code differ, for this process and its forks.
 
-Only the standard library, torch and the 17 public names of `holdfast` are touched, so that files of
-the package may move and internals may be renamed. Import it before the package is used.
+Only the standard library, torch, the 17 public names of `holdfast` and its version are touched, so
+that files of the package may move and internals may be renamed. Import it before the package is
+used.
 """
 
 from __future__ import annotations
@@ -86,9 +87,9 @@ def _uuid4() -> uuid.UUID:
 
 def freeze() -> None:
     """Replace clocks, ids, versions, and what the machine says of itself."""
-    import holdfast
+    from holdfast import version
 
-    holdfast.__version__ = "0"
+    version.__version__ = "0"
     nanoseconds: Callable[[Callable[[], float]], Callable[[], int]]
     nanoseconds = lambda get: lambda: int(get() * 1e9)  # noqa: E731
     time.time, time.monotonic, time.perf_counter = clock.wall, clock.since_boot, clock.since_boot

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from holdfast import load
-from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.catalog import Catalog, Entry
-from holdfast.checkpoint.lock import FileLock, run_lock
+from holdfast.checkpoint.rundir.catalog import Catalog, Entry
+from holdfast.checkpoint.system import filesystem
+from holdfast.checkpoint.system.lock import FileLock, run_lock
 from holdfast.errors import ResourceError, RunLocked
 from holdfast.manage import clean, locking
 from holdfast.manage import rollback as going_back

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.guard import RESERVE
+from holdfast.checkpoint.system import filesystem
+from holdfast.checkpoint.system.signals import RESERVE
 from holdfast.manage import disk_checks, mounts
 from holdfast.manage.disk_checks import disk_checks as check_disk
 from holdfast.manage.findings import BAD, OK, UNKNOWN, WARN, Finding, worst

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint import memory
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.rundir import shared_memory
+from holdfast.checkpoint.system.lock import FileLock
 from holdfast.errors import HoldfastError
 from holdfast.manage import doctor
 from holdfast.manage.findings import BAD, OK, WARN, Finding
@@ -131,7 +131,7 @@ def test_damage_of_earlier_days_is_remembered(run: Path) -> None:
 # ------------------------------------------------------------------------------- memory and clock
 
 
-@pytest.mark.skipif(not memory.usable(), reason="needs shared memory")
+@pytest.mark.skipif(not shared_memory.usable(), reason="needs shared memory")
 def test_a_step_that_is_only_in_memory_is_said(tmp_path: Path) -> None:
     """A killed training whose newest snapshot is not on the disk."""
     run = tmp_path / "run"
@@ -154,7 +154,7 @@ def test_a_step_that_is_only_in_memory_is_said(tmp_path: Path) -> None:
         found = about(run)["remains"]
         assert found.state == WARN and "step 2 of a killed training" in found.found
     finally:
-        for left in memory.remains():
+        for left in shared_memory.remains():
             if left.belongs_to(run):
                 left.remove()
     assert "remains" not in about(run)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.checkpoint.container import Reader
+from holdfast.checkpoint.format.container import Reader
 from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint, HoldfastError
 from holdfast.manage import drift_table, tensors
 from holdfast.manage.drift import Drift, TensorDrift, drift, layer_of

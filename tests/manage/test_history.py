@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.manage.history import HISTORY, history_of, write_csv
 from holdfast.manage.rundir import look
 from holdfast.manage.story import describe, is_story, story

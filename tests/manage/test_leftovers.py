@@ -9,25 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint import memory
+from holdfast.checkpoint.rundir import shared_memory
 from holdfast.cli.main import main
 from holdfast.manage import leftovers
 from tests.checkpoint.test_memory import killed
 from tests.support import Toy, damage
 
-pytestmark = pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+pytestmark = pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 
 
 @pytest.fixture(autouse=True)
 def only_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Other tests, and other trainings, have their own in shared memory: hands off."""
-    real = memory.remains
+    real = shared_memory.remains
 
-    def mine() -> list[memory.Remains]:
+    def mine() -> list[shared_memory.Remains]:
         found = [(remains, remains.run) for remains in real()]
         return [r for r, run in found if run is not None and tmp_path in [run, *run.parents]]
 
-    monkeypatch.setattr(memory, "remains", mine)
+    monkeypatch.setattr(shared_memory, "remains", mine)
     yield
     for remains in mine():
         remains.remove()
@@ -49,7 +49,7 @@ def test_what_only_the_memory_has_stays(tmp_path: Path) -> None:
 
 def test_what_is_on_the_disk_goes(tmp_path: Path) -> None:
     killed(tmp_path, 3)
-    (remains,) = memory.remains()
+    (remains,) = shared_memory.remains()
     copy = tmp_path / "copy"
     shutil.copytree(remains.directory, copy)
     with Toy(seed=9).manager(tmp_path) as manager:
@@ -65,7 +65,7 @@ def test_what_is_on_the_disk_goes(tmp_path: Path) -> None:
 def test_memory_does_not_go_for_a_file_that_is_damaged(tmp_path: Path) -> None:
     """Its manifest says that the step is on the disk; the memory has the only intact one."""
     killed(tmp_path, 3)
-    (remains,) = memory.remains()
+    (remains,) = shared_memory.remains()
     copy = tmp_path / "copy"
     shutil.copytree(remains.directory, copy)
     with Toy(seed=9).manager(tmp_path) as manager:
@@ -98,10 +98,10 @@ def test_what_a_training_uses_stays(tmp_path: Path) -> None:
 
 def test_a_trap_of_somebody_else_is_no_remains(tmp_path: Path) -> None:
     """A link, or a name that is not ours, in a directory that everybody may write."""
-    trap = memory.PLACE / "holdfast-0-1-2-00000000-g1"
+    trap = shared_memory.PLACE / "holdfast-0-1-2-00000000-g1"
     trap.symlink_to(tmp_path)
     try:
-        assert all(remains.directory != trap for remains in memory.remains())
+        assert all(remains.directory != trap for remains in shared_memory.remains())
     finally:
         trap.unlink()
 

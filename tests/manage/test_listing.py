@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from holdfast.checkpoint import container
-from holdfast.checkpoint import image as images
-from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.format import container
+from holdfast.checkpoint.format import image as images
+from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.errors import HoldfastError
 from holdfast.manage.listing import SORTS, listing_of
 from holdfast.manage.pin import pin

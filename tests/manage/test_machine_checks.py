@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import memory, writer
+from holdfast.checkpoint.rundir import shared_memory
+from holdfast.checkpoint.save import writer
 from holdfast.manage import machine_checks
 from holdfast.manage.findings import BAD, OK, UNKNOWN, WARN
 
@@ -38,10 +39,10 @@ def test_memory(free: int, needed: int, state: str) -> None:
 def test_shared_memory_holds_three_snapshots(
     monkeypatch: pytest.MonkeyPatch, free: int, needed: int, state: str
 ) -> None:
-    monkeypatch.setattr(memory, "usable", lambda: True)
-    monkeypatch.setattr(memory, "free_bytes", lambda: free)
-    monkeypatch.setattr(memory, "PLACE", Path("/"))
-    found = machine_checks.shared_memory(needed)
+    monkeypatch.setattr(shared_memory, "usable", lambda: True)
+    monkeypatch.setattr(shared_memory, "free_bytes", lambda: free)
+    monkeypatch.setattr(shared_memory, "PLACE", Path("/"))
+    found = machine_checks.snapshots_in_memory(needed)
     assert (found.state, bool(found.advice)) == (state, state == WARN)
 
 
@@ -50,7 +51,7 @@ def test_the_number_of_snapshots_is_the_engines() -> None:
 
 
 def test_shared_memory_that_is_off_or_closed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "usable", lambda: False)
+    monkeypatch.setattr(shared_memory, "usable", lambda: False)
     assert machine_checks.shared_memory(0).state == WARN
     monkeypatch.setenv("HOLDFAST_DISABLE", "sharedmemory")
     assert "switched off" in machine_checks.shared_memory(0).found

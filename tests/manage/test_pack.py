@@ -18,9 +18,9 @@ import pytest
 import xxhash
 
 from holdfast import load
-from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.catalog import Catalog
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.rundir.catalog import Catalog
+from holdfast.checkpoint.system import filesystem
+from holdfast.checkpoint.system.lock import FileLock
 from holdfast.errors import ConfigError, DamagedCheckpoint, HoldfastError, RunLocked
 from holdfast.manage import locking, packing
 from holdfast.manage.pack import Packed, pack, target_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.checkpoint import Catalog
-from holdfast.checkpoint.lock import run_lock
+from holdfast.checkpoint.system.lock import run_lock
 from holdfast.errors import CheckpointError, HoldfastError
 from holdfast.manage import clean
 from holdfast.manage.listing import listing_of

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import Catalog, filesystem, memory, rollback
-from holdfast.checkpoint.catalog import ROLES
-from holdfast.checkpoint.lock import run_lock
+from holdfast.checkpoint import Catalog
+from holdfast.checkpoint.rundir import rollback, shared_memory
+from holdfast.checkpoint.rundir.catalog import ROLES
+from holdfast.checkpoint.system import filesystem
+from holdfast.checkpoint.system.lock import run_lock
 from holdfast.errors import CheckpointError, DamagedCheckpoint, HoldfastError, RunLocked
 from holdfast.manage.rollback import execute, plan, undo
 from holdfast.manage.table import Screen
@@ -351,7 +353,7 @@ def test_a_full_disk_goes_back_or_does_not(tmp_path: Path, monkeypatch: pytest.M
 def nothing_left(tmp_path: Path) -> Iterator[None]:
     """Whatever a test leaves in shared memory goes with it."""
     yield
-    for remains in memory.remains():
+    for remains in shared_memory.remains():
         run = remains.run  # read once: tests of others come and go there
         if run is not None and tmp_path in [run, *run.parents]:
             remains.remove()
@@ -376,7 +378,7 @@ def killed_in_memory(directory: Path) -> None:
     assert in_child(run) == -signal.SIGKILL
 
 
-@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+@pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("wanted", [1, 2])
 def test_what_a_killed_training_left_in_memory_goes_to_the_archive(
@@ -388,7 +390,7 @@ def test_what_a_killed_training_left_in_memory_goes_to_the_archive(
     go_back(tmp_path, str(wanted))
     assert steps(tmp_path)[0] == wanted
     assert (archived(tmp_path) / "temp" / "temp_step5.pt").exists()
-    assert not [r for r in memory.remains() if r.run == tmp_path]
+    assert not [r for r in shared_memory.remains() if r.run == tmp_path]
     goes_on_from(tmp_path, wanted, 2)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.cells import cell_len
 
-from holdfast.checkpoint.container import Reader
+from holdfast.checkpoint.format.container import Reader
 from holdfast.errors import CheckpointError
 from holdfast.manage.listing import listing_of
 from holdfast.manage.pin import pin

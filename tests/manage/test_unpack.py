@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from holdfast import load
-from holdfast.checkpoint import filesystem
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import (
     CheckpointError,
     DamagedCheckpoint,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint.container import read_manifest
+from holdfast.checkpoint.format.container import read_manifest
 from holdfast.errors import ForeignCheckpoint
 from holdfast.manage.values import flatten, json_ready, plain_state
 

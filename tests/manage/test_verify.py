@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import container
-from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.format import container
+from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.errors import HoldfastError
 from holdfast.manage.rundir import look
 from holdfast.manage.verify import Progress, targets_of, verify

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.monitor.guarding import (
+from holdfast.guarding import (
     HEADERS,
     Guard,
     Hosts,

@@ -15,7 +15,7 @@ import pytest
 from rich.cells import cell_len
 from rich.text import Text
 
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.system.lock import FileLock
 from holdfast.i18n import set_language
 from holdfast.monitor import panels, words
 from holdfast.monitor.forecast import Disk

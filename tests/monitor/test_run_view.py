@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint import memory
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.rundir import shared_memory
+from holdfast.checkpoint.system.lock import FileLock
 from holdfast.errors import HoldfastError
 from holdfast.monitor.curves import INTERRUPTED, curves_of
 from holdfast.monitor.run_view import (
@@ -28,7 +28,7 @@ from tests.manage.runs import Training, flip, make_run
 from tests.monitor.recorded import Recorded, ago, stamp
 from tests.support import Toy, in_child
 
-linux = pytest.mark.skipif(not memory.usable(), reason="needs locks and /dev/shm of Linux")
+linux = pytest.mark.skipif(not shared_memory.usable(), reason="needs locks and /dev/shm of Linux")
 
 
 @pytest.fixture
@@ -535,7 +535,7 @@ def test_a_kill_costs_the_steps_since_the_newest_snapshot(tmp_path: Path) -> Non
         view.refresh()
         assert view.safety.memory_step is None, "what a roll-back abandons saves nothing"
     finally:
-        for left in memory.remains():
+        for left in shared_memory.remains():
             if left.belongs_to(directory):
                 left.remove()
 

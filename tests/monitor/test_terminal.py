@@ -15,7 +15,7 @@ import pytest
 from rich.cells import cell_len
 from textual.pilot import Pilot
 
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.system.lock import FileLock
 from holdfast.i18n import language, set_language
 from holdfast.monitor import watcher
 from holdfast.monitor.terminal import Help, Monitor, Panel

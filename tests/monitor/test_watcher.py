@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.system.lock import FileLock
 from holdfast.monitor import run_view, watcher
 from holdfast.monitor.run_view import FINISHED, STOPPED, RunView
 from holdfast.monitor.watcher import Look, Watcher, runs_in

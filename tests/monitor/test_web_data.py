@@ -7,7 +7,7 @@ import math
 import re
 from pathlib import Path
 
-from holdfast.checkpoint.history import now
+from holdfast.checkpoint.rundir.history import now
 from holdfast.manage import clean
 from holdfast.monitor import web_data
 from holdfast.monitor.run_view import Point, RunView

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import uvicorn
 
-from holdfast.monitor.guarding import Guard
+from holdfast.guarding import Guard
 from holdfast.monitor.web_app import create_app, guarded
 from holdfast.monitor.web_hub import Hub
 from holdfast.training.records import Records

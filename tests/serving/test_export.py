@@ -23,10 +23,10 @@ from holdfast.errors import (
     Interrupted,
     ResourceError,
 )
-from holdfast.serving import export_formats, target
-from holdfast.serving.export import FORMATS, Exported, export
-from holdfast.serving.export_check import Deviation
-from holdfast.serving.importing import import_model
+from holdfast.exchange import export_formats, target
+from holdfast.exchange.export import FORMATS, Exported, export
+from holdfast.exchange.export_check import Deviation
+from holdfast.exchange.importing import import_model
 from holdfast.training.inference import load_for_inference
 from tests.serving.strangers import Stranger, make_run, tokenizer
 from tests.support import damage
@@ -284,7 +284,7 @@ def test_a_tokenizer_that_cuts_otherwise_is_found(
 def test_ruined_weights_are_told_as_such(tmp_path: Path, inside: Path) -> None:
     state = Stranger("gpt2").state("model")
     state["model"]["transformer.wpe.weight"].fill_(float("nan"))
-    from holdfast.serving.export_formats import write_state
+    from holdfast.exchange.export_formats import write_state
 
     write_state(state, tmp_path / "x.pt", None)
     with pytest.raises(HoldfastError, match="weights are ruined"):

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from holdfast.errors import HoldfastError
-from holdfast.serving import export_onnx
-from holdfast.serving.export import Exported, export
-from holdfast.serving.importing import import_model
+from holdfast.exchange import export_onnx
+from holdfast.exchange.export import Exported, export
+from holdfast.exchange.importing import import_model
 from holdfast.training.inference import load_for_inference
 from tests.serving.strangers import Stranger, batches
 

@@ -21,10 +21,10 @@ from holdfast.errors import (
     HoldfastError,
     StateMismatch,
 )
-from holdfast.serving import importing
+from holdfast.exchange import importing
+from holdfast.exchange.export import export
+from holdfast.exchange.importing import Imported, import_model
 from holdfast.serving.engine import end_ids_of
-from holdfast.serving.export import export
-from holdfast.serving.importing import Imported, import_model
 from holdfast.training import models
 from holdfast.training.config import ModelConfig
 from holdfast.training.inference import load_for_inference

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from holdfast.checkpoint import drafts
-from holdfast.serving.target import MARK, check_target, making
+from holdfast.checkpoint.system import drafts
+from holdfast.exchange.target import MARK, check_target, making
 from tests.support import die, in_child
 
 

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from holdfast.errors import ConfigError
-from holdfast.monitor.guarding import is_loopback
+from holdfast.guarding import is_loopback
 from holdfast.serving import server
 from holdfast.serving.limits import Gate, Limits, Receive
 from holdfast.serving.protocol import ApiError

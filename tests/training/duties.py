@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.errors import Interrupted
 from holdfast.monitor.run_view import RunView
 from holdfast.training import session

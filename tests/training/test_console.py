@@ -13,8 +13,8 @@ from pathlib import Path
 import pyte
 import pytest
 
-from holdfast.checkpoint.catalog import Entry
 from holdfast.checkpoint.manager import Resumed, Saved
+from holdfast.checkpoint.rundir.catalog import Entry
 from holdfast.i18n import set_language
 from holdfast.training.console import Console
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from holdfast import load
-from holdfast.checkpoint import filesystem, memory
+from holdfast.checkpoint.rundir import shared_memory
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import ResourceError
 from holdfast.training.config import OPTIONS
 from holdfast.training.console import Console
@@ -129,7 +130,7 @@ def test_for_scripts_it_is_every_figure_and_every_option_with_its_source(
     assert set(found["configuration"]) == set(OPTIONS)
 
 
-@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+@pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 @pytest.mark.usefixtures("shape_as_shipped")
 def test_the_memory_for_snapshots_is_what_was_said(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
@@ -143,7 +144,7 @@ def test_the_memory_for_snapshots_is_what_was_said(
         original(self)
         if self.progress.step == 8:
             self.manager.wait()
-            found.extend(r.size for r in memory.remains() if r.run == tmp_path / "run")
+            found.extend(r.size for r in shared_memory.remains() if r.run == tmp_path / "run")
 
     monkeypatch.setattr(Trainer, "after_step", after_step)
     train(config_for(tmp_path / "run", corpus, epochs=1, memory_every=1))
@@ -154,7 +155,7 @@ def test_the_memory_for_snapshots_is_what_was_said(
 def test_a_small_shared_memory_is_said_beforehand(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda: 64 << 20)  # Docker's default
+    monkeypatch.setattr(shared_memory, "free_bytes", lambda: 64 << 20)  # Docker's default
     estimate, said = try_out(tmp_path / "run", corpus, epochs=1, memory_every="auto")
     assert "none that outlives a kill" in said
     assert estimate.snapshot_bytes == estimate.checkpoint_bytes

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import memory
+from holdfast.checkpoint.rundir import shared_memory
 from tests.support import die, in_child
 from tests.training.duties import KINDS, Lines, Run, lines_of
 from tests.training.runs import difference, write_corpus
@@ -30,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path) -> Iterator[None]:
     yield
-    for remains in memory.remains():
+    for remains in shared_memory.remains():
         if remains.run is not None and tmp_path in [remains.run, *remains.run.parents]:
             remains.remove()
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from holdfast import load
-from holdfast.checkpoint import filesystem, memory
-from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.manager import CheckpointManager
+from holdfast.checkpoint.rundir import shared_memory
+from holdfast.checkpoint.rundir.catalog import Catalog
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import Diverged, Interrupted
 from holdfast.monitor.run_view import RunView
 from holdfast.training import ending, telling
@@ -33,7 +34,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path) -> Iterator[None]:
     yield
-    for remains in memory.remains():
+    for remains in shared_memory.remains():
         if remains.run is not None and tmp_path in [remains.run, *remains.run.parents]:
             remains.remove()
 
@@ -111,7 +112,7 @@ def test_a_nan_stops_before_it_changes_anything_and_says_what_to_do(
     assert view.broke_off is None, "it was not killed"
 
 
-@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+@pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 def test_the_last_good_step_comes_from_memory(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +205,7 @@ def test_with_nothing_to_go_back_to_it_stops(
         train(config_for(tmp_path / "run", corpus, on_nan="rollback"))
 
 
-@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+@pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 def test_a_roll_back_leaves_nothing_of_the_abandoned_way_in_memory(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,13 +214,13 @@ def test_a_roll_back_leaves_nothing_of_the_abandoned_way_in_memory(
     original = ending._settle
 
     def look(*arguments: Any) -> None:
-        found.append([each.directory.name for each in memory.remains() if each.run == run])
+        found.append([each.directory.name for each in shared_memory.remains() if each.run == run])
         original(*arguments)
 
     monkeypatch.setattr(ending, "_settle", look)
     train(config_for(run, corpus, memory_every=1, on_nan="rollback", epochs=1))
     assert found == [[]]
-    assert [each for each in memory.remains() if each.run == run] == []
+    assert [each for each in shared_memory.remains() if each.run == run] == []
 
 
 def test_a_spike_goes_back_behind_its_first_step(
@@ -272,7 +273,7 @@ def test_an_error_between_steps_loses_nothing(
     assert difference(reference, final_state(run)) is None
 
 
-@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+@pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 def test_an_error_within_a_step_leaves_the_step_before_from_memory(
     tmp_path: Path, corpus: Path, reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +283,7 @@ def test_an_error_within_a_step_leaves_the_step_before_from_memory(
         with pytest.raises(RuntimeError, match="CUDA error"):
             train(config_for(run, corpus, memory_every=1, epochs=1))
     assert newest_step(run) == 8
-    assert [each for each in memory.remains() if each.run == run] == []
+    assert [each for each in shared_memory.remains() if each.run == run] == []
     train(config_for(run, corpus, epochs=1))
     assert difference(reference, final_state(run)) is None
 

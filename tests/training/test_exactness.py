@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from holdfast.checkpoint import Catalog
-from holdfast.checkpoint import state as engine_state
-from holdfast.checkpoint.lock import run_lock
-from holdfast.checkpoint.transaction import LoadScheduler
+from holdfast.checkpoint.state import restore as engine_state
+from holdfast.checkpoint.state.transaction import LoadScheduler
+from holdfast.checkpoint.system.lock import run_lock
 from holdfast.manage import rollback
 from holdfast.training.layers import save_config
 from holdfast.training.trainer import Trainer
@@ -186,7 +186,7 @@ def scheduler_not_restored(patch: pytest.MonkeyPatch) -> None:
 
 
 def optimizer_not_restored(patch: pytest.MonkeyPatch) -> None:
-    from holdfast.checkpoint.transaction import LoadOptimizer
+    from holdfast.checkpoint.state.transaction import LoadOptimizer
 
     patch.setattr(LoadOptimizer, "commit", lambda self: None)
 

@@ -12,7 +12,7 @@ import pytest
 
 from holdfast import load
 from holdfast.errors import HoldfastError
-from holdfast.serving.export_formats import write_state
+from holdfast.exchange.export_formats import write_state
 from holdfast.training import continuing
 from holdfast.training.config import ModelConfig
 from holdfast.training.inference import load_for_inference

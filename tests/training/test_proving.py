@@ -16,10 +16,10 @@ from typing import IO, Any
 import pytest
 import torch
 
-from holdfast.checkpoint import memory
-from holdfast.checkpoint.prove import NOT_REPEATABLE, OUTSIDE
-from holdfast.checkpoint.randomness import RandomState
+from holdfast.checkpoint.rundir import shared_memory
+from holdfast.checkpoint.state.randomness import RandomState
 from holdfast.errors import CheckpointError, ConfigError, DataError
+from holdfast.prove.resume import NOT_REPEATABLE, OUTSIDE
 from holdfast.training import continuing, prove_worker
 from holdfast.training.plan import Progress
 from holdfast.training.prove_worker import Order
@@ -100,7 +100,7 @@ def proof_of(
 
 def test_the_trainer_proves_itself(tmp_path: Path, corpus: Path) -> None:
     """With all that makes it hard, and snapshots in memory as a user has them."""
-    before = {remains.directory for remains in memory.remains()}
+    before = {remains.directory for remains in shared_memory.remains()}
     proof, seen = proof_of(tmp_path, corpus, memory_every="auto")
     assert proof.equal and proof.proof.difference is None
     assert (proof.at, proof.what) == (None, None)
@@ -111,7 +111,7 @@ def test_the_trainer_proves_itself(tmp_path: Path, corpus: Path) -> None:
     assert [stage.step for stage in seen if stage.name == "resumed" and stage.step] == [4, 5]
     lefts = [stage.left for stage in seen if stage.left is not None]
     assert lefts and lefts[-1] == 0.0
-    mine = {r for r in memory.remains() if r.run and str(tmp_path) in str(r.run)}
+    mine = {r for r in shared_memory.remains() if r.run and str(tmp_path) in str(r.run)}
     assert not {r.directory for r in mine} - before
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint import filesystem
+from holdfast.checkpoint.system import filesystem
 from holdfast.training.records import HISTORY, METRICS, Records
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from holdfast import load
-from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.manager import run_lock
-from holdfast.checkpoint.risk import RiskAware
-from holdfast.checkpoint.schedule import EveryMinutes, EverySteps
+from holdfast.checkpoint.policy.risk import RiskAware
+from holdfast.checkpoint.policy.when import EveryMinutes, EverySteps
+from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.errors import (
     CheckpointError,
     DamagedCheckpoint,
@@ -456,7 +456,7 @@ def test_two_on_one_directory_is_a_clear_error(run: Path, corpus: Path) -> None:
 def test_a_disk_that_cannot_hold_one_checkpoint_is_said_before_step_one(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from holdfast.checkpoint import filesystem
+    from holdfast.checkpoint.system import filesystem
 
     monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: 1 << 20)
     with pytest.raises(ResourceError, match="1 MB free"):
@@ -467,7 +467,7 @@ def test_the_room_for_what_the_optimizer_makes_is_asked_for_before_step_one(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its moments are two thirds of each checkpoint, and not there at the start."""
-    from holdfast.checkpoint import space
+    from holdfast.checkpoint.rundir import space
 
     asked: list[int] = []
     monkeypatch.setattr(space, "check_room", lambda _catalog, needed: asked.append(needed))
@@ -485,7 +485,7 @@ def test_a_failed_save_is_told_and_training_goes_on(
 ) -> None:
     import errno
 
-    from holdfast.checkpoint import filesystem
+    from holdfast.checkpoint.system import filesystem
 
     original, failed = filesystem.sync_file, []
 
@@ -512,7 +512,7 @@ def test_an_end_that_cannot_be_saved_is_no_success_and_goes_on_when_there_is_roo
     tmp_path: Path, corpus: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk fills up before the last epoch's checkpoint."""
-    from holdfast.checkpoint import filesystem
+    from holdfast.checkpoint.system import filesystem
 
     original = Trainer.evaluate
 
@@ -534,7 +534,7 @@ def test_an_end_that_cannot_be_saved_is_no_success_and_goes_on_when_there_is_roo
 def test_a_run_that_nobody_can_save_any_more_stops_if_so_asked_and_is_told(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from holdfast.checkpoint import filesystem
+    from holdfast.checkpoint.system import filesystem
 
     original, told = Trainer.after_step, tmp_path / "told"
 
@@ -576,7 +576,7 @@ def test_a_finished_run_is_told_and_the_command_is_in_no_checkpoint(
 def test_a_run_directory_deleted_while_training_gets_what_a_fresh_one_has(
     tmp_path: Path, corpus: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from holdfast.checkpoint import saving
+    from holdfast.checkpoint.save import saver
 
     new, original = tmp_path / "new", Trainer.after_step
 
@@ -586,7 +586,7 @@ def test_a_run_directory_deleted_while_training_gets_what_a_fresh_one_has(
         original(self)
 
     monkeypatch.setattr(Trainer, "after_step", delete)
-    monkeypatch.setattr(saving, "_LOOK_EVERY", 0.0)
+    monkeypatch.setattr(saver, "_LOOK_EVERY", 0.0)
     said = train(config_for(new, corpus))
     assert said.count("was deleted while training") == 1
     assert {"config.json", "metrics.jsonl", "training_history.json", "latest.pt"} < {

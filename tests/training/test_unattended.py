@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint import rollback
-from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.rundir import rollback
+from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.errors import CheckpointError
 from holdfast.training import unattended
 from holdfast.training.config import Config

@@ -1,7 +1,9 @@
 """The engine: saves and restores the complete state of any PyTorch training.
 
-Nothing in here knows that a trainer, a tokenizer or a terminal exists. Names are loaded when first
-used: what only reads manifests never imports torch.
+Nothing in here knows that a trainer, a tokenizer or a terminal exists. Its rooms, from the bottom
+up: `policy` and `system`, `format`, `state`, `rundir`, `save`, and the façade `manager.py`; a room
+imports from those before it only, and through their faces. Names are loaded when first used: what
+only reads manifests never imports torch.
 """
 
 from __future__ import annotations
@@ -10,42 +12,40 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from holdfast.checkpoint.catalog import Catalog as Catalog
-    from holdfast.checkpoint.catalog import Entry as Entry
-    from holdfast.checkpoint.guard import SignalGuard as SignalGuard
     from holdfast.checkpoint.manager import CheckpointManager as CheckpointManager
-    from holdfast.checkpoint.manager import load as load
-    from holdfast.checkpoint.manager import verify as verify
-    from holdfast.checkpoint.outcome import PendingSave as PendingSave
-    from holdfast.checkpoint.outcome import Resumed as Resumed
-    from holdfast.checkpoint.outcome import Saved as Saved
-    from holdfast.checkpoint.prove import Proof as Proof
-    from holdfast.checkpoint.prove import prove_resume as prove_resume
-    from holdfast.checkpoint.risk import RiskAware as RiskAware
-    from holdfast.checkpoint.schedule import AnyOf as AnyOf
-    from holdfast.checkpoint.schedule import EveryEpoch as EveryEpoch
-    from holdfast.checkpoint.schedule import EveryMinutes as EveryMinutes
-    from holdfast.checkpoint.schedule import EverySteps as EverySteps
-    from holdfast.checkpoint.schedule import OnBest as OnBest
+    from holdfast.checkpoint.policy import AnyOf as AnyOf
+    from holdfast.checkpoint.policy import EveryEpoch as EveryEpoch
+    from holdfast.checkpoint.policy import EveryMinutes as EveryMinutes
+    from holdfast.checkpoint.policy import EverySteps as EverySteps
+    from holdfast.checkpoint.policy import OnBest as OnBest
+    from holdfast.checkpoint.policy import RiskAware as RiskAware
+    from holdfast.checkpoint.records import PendingSave as PendingSave
+    from holdfast.checkpoint.records import Resumed as Resumed
+    from holdfast.checkpoint.records import Saved as Saved
+    from holdfast.checkpoint.rundir import Catalog as Catalog
+    from holdfast.checkpoint.rundir import Entry as Entry
+    from holdfast.checkpoint.state import checkpoint_size as checkpoint_size
+    from holdfast.checkpoint.state import load as load
+    from holdfast.checkpoint.state import verify as verify
+    from holdfast.checkpoint.system import SignalGuard as SignalGuard
 
 _WHERE = {
-    "AnyOf": "schedule",
-    "Catalog": "catalog",
+    "AnyOf": "policy",
+    "Catalog": "rundir",
     "CheckpointManager": "manager",
-    "Entry": "catalog",
-    "EveryEpoch": "schedule",
-    "EveryMinutes": "schedule",
-    "EverySteps": "schedule",
-    "OnBest": "schedule",
-    "PendingSave": "outcome",
-    "Proof": "prove",
-    "Resumed": "outcome",
-    "RiskAware": "risk",
-    "Saved": "outcome",
-    "SignalGuard": "guard",
-    "load": "manager",
-    "prove_resume": "prove",
-    "verify": "manager",
+    "Entry": "rundir",
+    "EveryEpoch": "policy",
+    "EveryMinutes": "policy",
+    "EverySteps": "policy",
+    "OnBest": "policy",
+    "PendingSave": "records",
+    "Resumed": "records",
+    "RiskAware": "policy",
+    "Saved": "records",
+    "SignalGuard": "system",
+    "checkpoint_size": "state",
+    "load": "state",
+    "verify": "state",
 }
 
 __all__ = [
@@ -58,13 +58,12 @@ __all__ = [
     "EverySteps",
     "OnBest",
     "PendingSave",
-    "Proof",
     "Resumed",
     "RiskAware",
     "Saved",
     "SignalGuard",
+    "checkpoint_size",
     "load",
-    "prove_resume",
     "verify",
 ]
 

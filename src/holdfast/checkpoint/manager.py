@@ -26,31 +26,33 @@ from typing import Any, Literal
 
 import torch
 
-from holdfast.checkpoint import (
-    calls,
-    filesystem,
-    gradients,
-    guard,
-    housekeeping,
+from holdfast.checkpoint import calls, ranks
+from holdfast.checkpoint.policy import AnyOf, KeepLast, KeepRollingTemps, Moment, Policy, SavePolicy
+from holdfast.checkpoint.records import PendingSave, Resumed, Saved
+from holdfast.checkpoint.rundir import (
+    Catalog,
+    Entry,
+    EventHandler,
+    Place,
+    Reporter,
+    archive_of,
+    check_rights,
     ownership,
-    ranks,
     recovery,
     rollback,
+    tidy,
 )
-from holdfast.checkpoint.access import checkpoint_size, load, verify
-from holdfast.checkpoint.catalog import Catalog, Entry, archive_of
-from holdfast.checkpoint.lock import FileLock, run_lock
-from holdfast.checkpoint.outcome import PendingSave, Resumed, Saved
-from holdfast.checkpoint.place import Place, check_rights
-from holdfast.checkpoint.publisher import Publisher
-from holdfast.checkpoint.reporting import EventHandler, Reporter
-from holdfast.checkpoint.rescue import rescue
-from holdfast.checkpoint.retention import KeepLast, KeepRollingTemps, Policy
-from holdfast.checkpoint.saving import RETRY, Saver, Told
-from holdfast.checkpoint.schedule import AnyOf, Moment, SavePolicy
-from holdfast.checkpoint.snapshots import Overlap
-from holdfast.checkpoint.state import plan_restore
-from holdfast.checkpoint.transaction import LoadObject
+from holdfast.checkpoint.save import RETRY, Overlap, Publisher, Saver, Told, rescue
+from holdfast.checkpoint.state import (
+    LoadObject,
+    checkpoint_size,
+    gradients,
+    load,
+    plan_restore,
+    verify,
+)
+from holdfast.checkpoint.system import FileLock, filesystem, run_lock
+from holdfast.checkpoint.system import signals as guard
 from holdfast.errors import DamagedCheckpoint, SaveFailed, StateMismatch, Superseded
 from holdfast.i18n import _
 
@@ -179,7 +181,7 @@ class CheckpointManager:
             if lock is None:
                 self._held.append(self._lock.release)
                 self._lock.acquire()
-            housekeeping.sweep(self.catalog)
+            tidy.sweep(self.catalog)
             self._reporter = Reporter(self.catalog, on_event)
             self._place = Place(self.catalog, self._lock, self._reporter)
             self._held.append(self._place.close)

@@ -83,7 +83,7 @@ def add_ways_in(made: Parser) -> None:
 
 
 def _host(text: str) -> str:
-    from holdfast.monitor.guarding import host_name
+    from holdfast.guarding import host_name
 
     if "*" in text or (host_name(text) is None and host_name(f"[{text}]") is None):
         raise argparse.ArgumentTypeError(

@@ -47,7 +47,7 @@ def run_export(argv: Sequence[str], prog: str) -> int:
     parser.add_argument("--force", action="store_true",
                         help=_("replace an export that is there"))  # fmt: skip
     given = parser.parse_args(argv)
-    from holdfast.serving.export import export
+    from holdfast.exchange.export import export
 
     line = StageLine()
     try:
@@ -65,7 +65,7 @@ def run_export(argv: Sequence[str], prog: str) -> int:
 def run_import(argv: Sequence[str], prog: str) -> int:
     """`holdfast import`: 0."""
     given = _import_parser(prog).parse_args(argv)
-    from holdfast.serving.importing import import_model
+    from holdfast.exchange.importing import import_model
 
     line = StageLine()
     try:

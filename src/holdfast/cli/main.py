@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from holdfast import __version__
 from holdfast.cli.parsing import language_of
 from holdfast.errors import ConfigError, HoldfastError
 from holdfast.i18n import _, detect_language, encode_anything, set_language
+from holdfast.version import __version__
 
 Command = Callable[[Sequence[str], str], int]
 

@@ -116,7 +116,7 @@ def _sources(given: argparse.Namespace) -> list[Path]:
 def _settings(given: argparse.Namespace) -> Settings:
     import torch
 
-    from holdfast.monitor.guarding import is_loopback
+    from holdfast.guarding import is_loopback
     from holdfast.serving.library import Options
     from holdfast.serving.server import Settings, check
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from holdfast.checkpoint.lock import run_lock
+from holdfast.checkpoint.system import run_lock
 from holdfast.cli import common
 from holdfast.errors import ConfigError
 from holdfast.i18n import N_, _

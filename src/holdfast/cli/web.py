@@ -35,7 +35,7 @@ def run_dashboard(argv: Sequence[str], prog: str) -> int:
     given = _dashboard_parser(prog).parse_args(argv)
     roots = [Path(each) for each in given.directories or [common.DIRECTORY]]
     _check_roots(roots)
-    from holdfast.monitor.guarding import is_loopback, new_token
+    from holdfast.guarding import is_loopback, new_token
     from holdfast.monitor.web_app import create_app, guarded
     from holdfast.monitor.web_hub import Hub
 

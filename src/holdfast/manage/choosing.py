@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.catalog import ARCHIVE, EVENTS, Entry, summary
-from holdfast.checkpoint.container import read_manifest
+from holdfast.checkpoint.format import read_manifest
+from holdfast.checkpoint.rundir import ARCHIVE, EVENTS, Entry, summary
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError, DamagedCheckpoint
 from holdfast.i18n import _
 from holdfast.manage.rundir import RunDirectory, set_aside

@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import filesystem, guard
-from holdfast.checkpoint.catalog import ARCHIVE, QUARANTINE, Catalog
-from holdfast.checkpoint.lock import run_lock
+from holdfast.checkpoint.rundir import ARCHIVE, QUARANTINE, Catalog
+from holdfast.checkpoint.system import filesystem, run_lock, signals
 from holdfast.errors import RunLocked
 from holdfast.formatting import NOTHING, format_bytes
 from holdfast.i18n import _
@@ -125,7 +124,7 @@ def execute(shown: Plan) -> Plan:
         try:
             with (
                 catalogue_lock(catalog),
-                guard.deferred_interrupt(),
+                signals.deferred_interrupt(),
                 _writers_dead(shown) as dead,
             ):
                 now = plan(shown.directory, shown.wish)

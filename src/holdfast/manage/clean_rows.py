@@ -1,6 +1,6 @@
 """What goes from a run directory and what stays, a row each, and why.
 
-Retention decides (checkpoint/retention.py and its floor); the reasons only explain. Nothing is
+Retention decides (checkpoint/policy/keep.py and its floor); the reasons only explain. Nothing is
 removed in this room: manage/clean.py does that.
 """
 
@@ -11,10 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.catalog import ARCHIVE, QUARANTINE, ROLES, TEMP
-from holdfast.checkpoint.container import read_manifest
-from holdfast.checkpoint.retention import (
+from holdfast.checkpoint.format import read_manifest
+from holdfast.checkpoint.policy import (
     Candidate,
     KeepBest,
     KeepEvery,
@@ -23,6 +21,8 @@ from holdfast.checkpoint.retention import (
     select,
     verified_states,
 )
+from holdfast.checkpoint.rundir import ARCHIVE, QUARANTINE, ROLES, TEMP
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError
 from holdfast.i18n import N_, _
 from holdfast.manage.rundir import RunDirectory, set_aside

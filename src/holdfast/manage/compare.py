@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.catalog import Entry, summary
-from holdfast.checkpoint.container import Reader
+from holdfast.checkpoint.format import Reader
+from holdfast.checkpoint.rundir import Entry, summary
 from holdfast.errors import HoldfastError
 from holdfast.formatting import NOTHING, format_bytes, format_loss, format_time
 from holdfast.i18n import _

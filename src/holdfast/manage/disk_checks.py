@@ -1,8 +1,8 @@
 """The disk of a run directory: room, speed, and whether what it calls durable is durable.
 
 Measured with files of our own in a directory of our own, which is gone afterwards, for a few
-seconds at most. The writing goes through the engine's own door (checkpoint/filesystem.py), so that
-what is measured is what a save does. No torch in this room.
+seconds at most. The engine's own functions write (checkpoint/system/filesystem.py), so that the
+speed is that of a save. No torch in this room.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from holdfast.checkpoint import direct, filesystem
-from holdfast.checkpoint.guard import RESERVE
-from holdfast.checkpoint.layout import PAGE
+from holdfast.checkpoint.system import PAGE, RESERVE, direct, filesystem
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import _
 from holdfast.manage import mounts

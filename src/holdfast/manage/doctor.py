@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import memory
-from holdfast.checkpoint.catalog import QUARANTINE, Entry
-from holdfast.checkpoint.lock import run_lock
+from holdfast.checkpoint.rundir import QUARANTINE, Entry, shared_memory
+from holdfast.checkpoint.system import run_lock
 from holdfast.formatting import format_age, format_bytes, format_time, parse_time
 from holdfast.i18n import _
 from holdfast.manage import leftovers
@@ -126,7 +125,7 @@ def remains(run: RunDirectory) -> Iterator[Finding]:
     """Snapshots in shared memory that a killed training of this run has left."""
     ids = {entry.run_id for entry in run.entries} | {str(e.get("run_id")) for e in run.events}
     for row in leftovers.plan().rows:
-        newest = memory.newest_in(row.remains)
+        newest = shared_memory.newest_in(row.remains)
         # An inode may have been another run's before: whose it is the snapshot says.
         ours = newest is not None and newest.identity["run_id"] in ids
         if ours and row.remains.belongs_to(run.directory) and row.reason != "in_use":

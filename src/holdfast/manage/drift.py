@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.container import Reader
-from holdfast.checkpoint.parallel import together
+from holdfast.checkpoint.format import Reader
+from holdfast.checkpoint.system import together
 from holdfast.errors import HoldfastError
 from holdfast.i18n import _
 from holdfast.manage.sums import Sums

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.container import read_manifest
+from holdfast.checkpoint.format import read_manifest
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError
 from holdfast.formatting import NOTHING, format_loss, format_time, parse_time
 from holdfast.i18n import _

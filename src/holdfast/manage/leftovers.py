@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import memory, rollback
-from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.rundir import Catalog, rollback, shared_memory
 from holdfast.formatting import NOTHING, format_bytes
 from holdfast.i18n import N_, _
 from holdfast.manage.table import Column, Screen, printable, render
@@ -30,7 +29,7 @@ _STAYS = ("in_use", "unsaved")
 class Row:
     """What one training has, or has left, in shared memory."""
 
-    remains: memory.Remains
+    remains: shared_memory.Remains
     run: Path | None
     step: int | None  # of the newest complete snapshot
     reason: str  # a key of `_REASONS`
@@ -95,7 +94,7 @@ class Plan:
 
 def plan() -> Plan:
     """Look at everything of this user in shared memory."""
-    return Plan([_row(remains) for remains in memory.remains()])
+    return Plan([_row(remains) for remains in shared_memory.remains()])
 
 
 def execute(shown: Plan) -> Plan:
@@ -113,7 +112,7 @@ def execute(shown: Plan) -> Plan:
 
 def _is_intact(row: Row) -> bool:
     """Whether a state as new as the one in memory can be read from the disk."""
-    newest = memory.newest_in(row.remains)
+    newest = shared_memory.newest_in(row.remains)
     if newest is None or row.run is None:
         return False
     catalog = Catalog(row.run)
@@ -124,8 +123,8 @@ def _is_intact(row: Row) -> bool:
         return False
 
 
-def _row(remains: memory.Remains) -> Row:
-    newest = memory.newest_in(remains)
+def _row(remains: shared_memory.Remains) -> Row:
+    newest = shared_memory.newest_in(remains)
     step = None if newest is None else newest.step
     run = remains.run
     here = run is not None and remains.belongs_to(run)

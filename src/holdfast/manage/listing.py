@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.catalog import ARCHIVE, QUARANTINE, Entry
+from holdfast.checkpoint.rundir import ARCHIVE, QUARANTINE, Entry
 from holdfast.formatting import NOTHING, format_age, format_bytes, format_loss, parse_time
 from holdfast.i18n import _
 from holdfast.manage.rundir import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.rundir import Catalog
 from holdfast.errors import ResourceError, RunLocked
 from holdfast.i18n import _
 

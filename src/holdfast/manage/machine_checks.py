@@ -14,15 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from holdfast import __version__
-from holdfast.checkpoint import memory
-from holdfast.checkpoint.filesystem import disabled
-from holdfast.checkpoint.slot import available_memory
+from holdfast.checkpoint.rundir import shared_memory
+from holdfast.checkpoint.system import available_memory, disabled
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
 from holdfast.manage.findings import BAD, OK, UNKNOWN, WARN, Finding, unknown
+from holdfast.version import __version__
 
-_SLOTS = 3  # snapshots in shared memory (checkpoint/writer.py, which would import torch)
+_SLOTS = 3  # snapshots in shared memory (checkpoint/save/writer.py, which would import torch)
 _OLDEST_PYTHON = (3, 10)
 _OLDEST_TORCH = (2, 10)
 _NEEDED = ("numpy", "isal", "xxhash", "rich")
@@ -39,7 +38,7 @@ _NVIDIA = Path("/proc/driver/nvidia/version")
 def machine_checks(needed: int) -> Iterator[Finding]:
     """Everything about this machine; `needed` as in `disk_checks`."""
     yield main_memory(available_memory(), needed)
-    yield shared_memory(needed)
+    yield snapshots_in_memory(needed)
     yield from removal_at_logout()
     yield from file_size_limit(needed)
     yield from preloaded(os.environ.get("LD_PRELOAD", ""))
@@ -66,7 +65,7 @@ def main_memory(free: int, needed: int) -> Finding:
     )  # fmt: skip
 
 
-def shared_memory(needed: int) -> Finding:
+def snapshots_in_memory(needed: int) -> Finding:
     """Whether snapshots can lie where they outlive a killed training: three of them."""
     if not sys.platform.startswith("linux"):
         return unknown("shared_memory")
@@ -74,12 +73,17 @@ def shared_memory(needed: int) -> Finding:
                "costs the steps since the last save to the disk")  # fmt: skip
     if disabled("sharedmemory"):
         return Finding("shared_memory", WARN, _("switched off by HOLDFAST_DISABLE"))
-    if not memory.usable():
-        return Finding("shared_memory", WARN, _("{path} cannot be written", path=memory.PLACE),
-                       advice)  # fmt: skip
-    free = memory.free_bytes()
-    found = _("{free} free of {size} in {path}", free=format_bytes(free),
-              size=format_bytes(_size_of(memory.PLACE)), path=memory.PLACE)  # fmt: skip
+    if not shared_memory.usable():
+        found = _("{path} cannot be written", path=shared_memory.PLACE)
+        return Finding("shared_memory", WARN, found, advice)
+    free = shared_memory.free_bytes()
+    size = format_bytes(_size_of(shared_memory.PLACE))
+    found = _(
+        "{free} free of {size} in {path}",
+        free=format_bytes(free),
+        size=size,
+        path=shared_memory.PLACE,
+    )
     wanted = _SLOTS * needed
     if needed:
         found += _("; three snapshots of this run take {size}", size=format_bytes(wanted))
@@ -94,7 +98,7 @@ def _size_of(place: Path) -> int:
 
 def removal_at_logout() -> Iterator[Finding]:
     """systemd removes a user's shared memory when the last session ends, unless told otherwise."""
-    if not Path("/run/systemd/system").is_dir() or not memory.usable():
+    if not Path("/run/systemd/system").is_dir() or not shared_memory.usable():
         return
     import pwd
 

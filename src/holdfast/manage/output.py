@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from holdfast.checkpoint import filesystem
+from holdfast.checkpoint.system import filesystem
 
 
 def write_output(path: Path, data: bytes) -> None:

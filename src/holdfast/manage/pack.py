@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 import xxhash
 
-from holdfast.checkpoint import filesystem
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import ConfigError, DamagedCheckpoint, HoldfastError, ResourceError
 from holdfast.formatting import NOTHING, format_bytes, format_time
 from holdfast.i18n import _

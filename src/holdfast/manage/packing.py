@@ -18,21 +18,20 @@ from typing import Any
 
 import xxhash
 
-from holdfast import __version__
-from holdfast.checkpoint import filesystem, memory
-from holdfast.checkpoint.catalog import (
+from holdfast.checkpoint.format import Reader, Record, read_manifest
+from holdfast.checkpoint.rundir import (
     ARCHIVE,
+    LOCKS,
     METADATA,
     QUARANTINE,
     TEMP,
     Catalog,
     Entry,
+    now,
+    shared_memory,
     summary,
 )
-from holdfast.checkpoint.container import Reader, read_manifest
-from holdfast.checkpoint.history import now
-from holdfast.checkpoint.layout import Record
-from holdfast.checkpoint.place import LOCKS
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import (
     CheckpointError,
     DamagedCheckpoint,
@@ -44,6 +43,7 @@ from holdfast.i18n import _
 from holdfast.manage.locking import catalogue_lock
 from holdfast.manage.packed import MANIFEST, SUMS, Contents, Item, is_sane
 from holdfast.manage.rundir import RunDirectory, look
+from holdfast.version import __version__
 
 _AGAIN = 5  # looks at a directory that cannot be locked and changes under us
 _SPARE = 64  # descriptors beside those of the run
@@ -285,7 +285,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def _only_in_memory(catalog: Catalog, newest: Entry | None) -> int | None:
     """The step of a newer snapshot that a killed training has left in shared memory."""
     run = catalog.history.known.run
-    left = [] if run is None else memory.left_by(catalog.directory, *run)
+    left = [] if run is None else shared_memory.left_by(catalog.directory, *run)
     if left and newest is not None and left[0].order > newest.order:
         return left[0].step
     return None

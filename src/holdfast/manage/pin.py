@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.catalog import Catalog, Entry
+from holdfast.checkpoint.rundir import Catalog, Entry
 from holdfast.i18n import _
 from holdfast.manage.choosing import choose
 from holdfast.manage.rundir import look

@@ -1,8 +1,8 @@
 """`holdfast rollback`: what going back to an earlier state means, and doing it.
 
 What is newer goes to the archive, the snapshot that a killed training has left in memory as well,
-and the next start goes on from the chosen state in a new generation; checkpoint/rollback.py is what
-does it. No torch in this room, unless there is such a snapshot.
+and the next start goes on from the chosen state in a new generation
+(checkpoint/rundir/rollback.py). No torch in this room, unless there is such a snapshot.
 """
 
 from __future__ import annotations
@@ -12,9 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import guard, memory, rollback
-from holdfast.checkpoint.catalog import ARCHIVE, LATEST, Catalog, Entry, archive_of
-from holdfast.checkpoint.reporting import Reporter
+from holdfast.checkpoint.rundir import (
+    ARCHIVE,
+    LATEST,
+    Catalog,
+    Entry,
+    Reporter,
+    archive_of,
+    rollback,
+    shared_memory,
+)
+from holdfast.checkpoint.system import signals
 from holdfast.errors import CheckpointError, DamagedCheckpoint
 from holdfast.formatting import format_bytes, format_loss
 from holdfast.i18n import _
@@ -142,9 +150,9 @@ def execute(shown: Plan) -> Plan:
         error = rollback.damage_of(shown.directory / shown.source)
         if error is not None:
             raise DamagedCheckpoint(str(error), error.why)
-    with guard.deferred_interrupt():
+    with signals.deferred_interrupt():
         if _left(catalog):
-            from holdfast.checkpoint.rescue import rescue  # which needs torch
+            from holdfast.checkpoint.save import rescue  # which needs torch
 
             rescue(catalog, Reporter(catalog))
         rollback.roll_back(catalog, shown.chosen, shown.source)
@@ -171,10 +179,10 @@ def _run_of(run: RunDirectory) -> str | None:
     return newest.run_id if newest is not None else known[0] if known is not None else None
 
 
-def _left(catalog: Catalog) -> list[memory.Left]:
+def _left(catalog: Catalog) -> list[shared_memory.Left]:
     """What a killed training of the run as it is now has left in memory, newest first."""
     run = catalog.history.known.run
-    return [] if run is None else memory.left_by(catalog.directory, *run)
+    return [] if run is None else shared_memory.left_by(catalog.directory, *run)
 
 
 def _step_in_memory(catalog: Catalog, chosen: Entry, newest: Entry | None) -> int | None:

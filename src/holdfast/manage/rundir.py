@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.catalog import ARCHIVE, QUARANTINE, TEMP, Catalog, Contents, Entry
+from holdfast.checkpoint.rundir import ARCHIVE, QUARANTINE, TEMP, Catalog, Contents, Entry
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import HoldfastError
 from holdfast.i18n import N_, _
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.catalog import QUARANTINE, Entry, summary
-from holdfast.checkpoint.container import NewerFormat, Reader
+from holdfast.checkpoint.format import NewerFormat, Reader
+from holdfast.checkpoint.rundir import QUARANTINE, Entry, summary
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
 from holdfast.manage import zip_look

@@ -23,10 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.catalog import Catalog, Entry
-from holdfast.checkpoint.history import now
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.rundir import Catalog, Entry, now
+from holdfast.checkpoint.system import FileLock, filesystem
 from holdfast.errors import ConfigError, DataError, Diverged, GaveUp, Interrupted, RunLocked
 from holdfast.formatting import format_seconds, parse_time
 from holdfast.i18n import _

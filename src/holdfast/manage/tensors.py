@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from holdfast.checkpoint import reading
-from holdfast.checkpoint.container import Reader
-from holdfast.checkpoint.layout import ARCHIVE, Record
+from holdfast.checkpoint.format import ARCHIVE, Reader, Record, reading
 from holdfast.errors import ForeignCheckpoint
 from holdfast.i18n import _
 from holdfast.manage.sums import Kind, Scratch, Sums

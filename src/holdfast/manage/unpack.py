@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from holdfast.checkpoint import drafts, filesystem, guard
-from holdfast.checkpoint.catalog import Catalog
-from holdfast.checkpoint.container import NewerFormat, Reader
+from holdfast.checkpoint.format import NewerFormat, Reader
+from holdfast.checkpoint.rundir import Catalog
+from holdfast.checkpoint.system import drafts, filesystem, signals
 from holdfast.errors import HoldfastError
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
@@ -59,7 +59,7 @@ def unpack(
         _check_target(target)
         _check_ratio(found)
         filesystem.make_directory(target.absolute().parent)
-        check_room(target, packed.contents.size + guard.RESERVE)
+        check_room(target, packed.contents.size + signals.RESERVE)
         with _beside(target) as place:
             sink = _Sink(place, _meter(packed.contents, show))
             packed.read(sink, sink.meter.count)
@@ -119,7 +119,7 @@ def _beside(target: Path) -> Iterator[Path]:
         with drafts.held(place):
             yield place
     finally:
-        with guard.deferred_interrupt():
+        with signals.deferred_interrupt():
             shutil.rmtree(place, ignore_errors=True)
 
 

@@ -1,7 +1,7 @@
 """The plain values of a checkpoint for people and for JSON, read from its manifest without torch.
 
-The encoding is that of checkpoint/codec.py, whose decoder builds tensors. Here a tensor stays what
-the manifest says of it.
+The encoding is that of checkpoint/state/codec.py, whose decoder builds tensors. Here a tensor stays
+what the manifest says of it.
 """
 
 from __future__ import annotations

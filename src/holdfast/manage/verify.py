@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.catalog import ARCHIVE, EVENTS, QUARANTINE, ROLES, TEMP, Catalog
-from holdfast.checkpoint.container import NewerFormat, Reader
+from holdfast.checkpoint.format import NewerFormat, Reader
+from holdfast.checkpoint.rundir import ARCHIVE, EVENTS, QUARANTINE, ROLES, TEMP, Catalog
 from holdfast.errors import CheckpointError, DamagedCheckpoint, HoldfastError, RunLocked
 from holdfast.i18n import _
 from holdfast.manage.rundir import DAMAGED, checkpoint_files, look, set_aside

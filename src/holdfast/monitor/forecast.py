@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.checkpoint.catalog import Entry
-from holdfast.checkpoint.retention import KeepRollingTemps
+from holdfast.checkpoint.policy import KeepRollingTemps
+from holdfast.checkpoint.rundir import Entry
 from holdfast.formatting import parse_time
 
 ROLLING = KeepRollingTemps().count  # temporary checkpoints that may lie there at a time

@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from holdfast import __version__
-from holdfast.checkpoint import filesystem
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import HoldfastError
+from holdfast.guarding import EMPTY_STYLE
 from holdfast.i18n import _
 from holdfast.monitor import web_data
-from holdfast.monitor.guarding import EMPTY_STYLE
 from holdfast.monitor.run_view import EMPTY, RunView
 from holdfast.monitor.web_files import SCRIPTS, WEB, plotting_script
+from holdfast.version import __version__
 
 _PRIVATE = ("path", "commands")  # of the machine that made it; nothing to whoever reads it
 

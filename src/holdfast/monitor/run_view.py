@@ -16,10 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import filesystem, memory
-from holdfast.checkpoint.catalog import EVENTS, Catalog, Entry
-from holdfast.checkpoint.follow import Follower
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.rundir import EVENTS, Catalog, Entry, shared_memory
+from holdfast.checkpoint.system import FileLock, Follower, filesystem
 from holdfast.errors import HoldfastError
 from holdfast.formatting import parse_time
 from holdfast.manage.rundir import RunDirectory, look, names_of, number
@@ -361,8 +359,8 @@ class RunView:
         run = [e for e in reversed(self.events) if "run_id" in e and "generation" in e][:1]
         steps = []
         with contextlib.suppress(OSError):  # deleted at this moment: the directory, or a slot
-            for each in memory.remains():
-                left = memory.newest_in(each) if each.belongs_to(self.directory) else None
+            for each in shared_memory.remains():
+                left = shared_memory.newest_in(each) if each.belongs_to(self.directory) else None
                 if left is not None and all(
                     left.identity[name] == event[name]
                     for event in run for name in ("run_id", "generation")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.catalog import Entry
+from holdfast.checkpoint.rundir import Entry
 from holdfast.formatting import parse_time
 from holdfast.manage.rundir import number
 from holdfast.manage.story import describe

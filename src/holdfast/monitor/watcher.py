@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from holdfast.checkpoint.catalog import EVENTS
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.rundir import EVENTS
+from holdfast.checkpoint.system import FileLock
 from holdfast.errors import HoldfastError
 from holdfast.i18n import _
 from holdfast.monitor.live_curve import Curve, Series

@@ -16,8 +16,8 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 
+from holdfast.guarding import App, Guard, Hosts, Origins
 from holdfast.monitor import web_data
-from holdfast.monitor.guarding import App, Guard, Hosts, Origins
 from holdfast.monitor.web_files import SCRIPTS, TYPES, WEB, packed_script, plotting_script
 from holdfast.monitor.web_hub import Cursor, Hub, whole
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from holdfast.checkpoint.catalog import Entry
+from holdfast.checkpoint.rundir import Entry
 from holdfast.formatting import parse_time
 from holdfast.manage.rundir import DAMAGED, names_of, number
 from holdfast.monitor.run_view import RunView

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 
-from holdfast.checkpoint.catalog import BEST
+from holdfast.checkpoint.rundir import BEST
 from holdfast.monitor.run_view import STOPPED, TRAINING, RunView
 
 

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.catalog import ARCHIVE, QUARANTINE
+from holdfast.checkpoint.rundir import ARCHIVE, QUARANTINE
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import HoldfastError
 from holdfast.formatting import parse_time
 from holdfast.manage.compare import compare

@@ -20,7 +20,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from holdfast import __version__
 from holdfast.i18n import _
 from holdfast.serving import answers, protocol
 from holdfast.serving.answers import ChatForm, CompletionForm, Form, Generation, Prompt
@@ -28,6 +27,7 @@ from holdfast.serving.engine import QueueFull
 from holdfast.serving.library import Library, Served
 from holdfast.serving.limits import Gate, Limits
 from holdfast.serving.protocol import ApiError, server_error, too_many
+from holdfast.version import __version__
 
 log = logging.getLogger("holdfast")
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from holdfast.checkpoint.catalog import ROLES, TEMP, Catalog, Entry, summary
-from holdfast.checkpoint.container import read_manifest
+from holdfast.checkpoint.format import read_manifest
+from holdfast.checkpoint.rundir import ROLES, TEMP, Catalog, Entry, summary
 from holdfast.errors import CheckpointError, HoldfastError
 from holdfast.i18n import _
 from holdfast.serving.chatting import ChatTemplate

@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from holdfast.guarding import Hosts, Origins, bearer_of, host_name, is_loopback, same_secret
 from holdfast.i18n import _
-from holdfast.monitor.guarding import Hosts, Origins, bearer_of, host_name, is_loopback, same_secret
 from holdfast.serving.protocol import ApiError, too_many
 
 Scope = MutableMapping[str, Any]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.catalog import Entry
+from holdfast.checkpoint.rundir import Entry
 from holdfast.manage.rundir import number
 
 

@@ -6,7 +6,7 @@ import logging
 import threading
 from pathlib import Path
 
-from holdfast.checkpoint.catalog import EVENTS
+from holdfast.checkpoint.rundir import EVENTS
 from holdfast.serving.library import Library
 
 log = logging.getLogger("holdfast")

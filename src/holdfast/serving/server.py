@@ -24,8 +24,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from holdfast.errors import ConfigError
+from holdfast.guarding import is_loopback
 from holdfast.i18n import _
-from holdfast.monitor.guarding import is_loopback
 from holdfast.serving.app import create_app
 from holdfast.serving.library import Library, Options
 from holdfast.serving.limits import Limits

@@ -1,0 +1,25 @@
+"""Train a Chinese language model from text with one command, on top of the engine.
+
+`session` is one start of it, `trainer` its loop. Nothing of the desk, of pages or of servers may
+enter. `__all__` names the modules that other rooms may import.
+"""
+
+__all__ = [
+    "config",
+    "console",
+    "dry_run",
+    "fields",
+    "generate",
+    "inference",
+    "layers",
+    "models",
+    "plan",
+    "plausible",
+    "prepare",
+    "presets",
+    "proving",
+    "session",
+    "side_by_side",
+    "tokenizer",
+    "unattended",
+]

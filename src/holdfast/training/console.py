@@ -26,14 +26,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from holdfast.checkpoint import risk, words
+from holdfast.checkpoint.policy import risk
+from holdfast.checkpoint.rundir import words
 from holdfast.formatting import format_age, format_bytes, format_seconds, parse_time
 from holdfast.i18n import _, encode_anything
 from holdfast.training import trouble
 
 if TYPE_CHECKING:
-    from holdfast.checkpoint.manager import Resumed, Saved
-    from holdfast.checkpoint.schedule import Choice
+    from holdfast.checkpoint import Resumed, Saved
+    from holdfast.checkpoint.policy import Choice
 
 log = logging.getLogger("holdfast")
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import codec, container, filesystem
-from holdfast.checkpoint.catalog import Catalog, Contents, Entry, summary
-from holdfast.checkpoint.recovery import cannot_read
+from holdfast.checkpoint.format import container
+from holdfast.checkpoint.rundir import Catalog, Contents, Entry, cannot_read, summary
+from holdfast.checkpoint.state import codec
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError, StateMismatch
 from holdfast.i18n import N_, _
 from holdfast.training import unattended

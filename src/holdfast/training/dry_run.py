@@ -19,16 +19,13 @@ from typing import Any
 
 import torch
 
-from holdfast.checkpoint import filesystem, guard
-from holdfast.checkpoint.access import load
-from holdfast.checkpoint.catalog import Catalog
-from holdfast.checkpoint.manager import checkpoint_size
-from holdfast.checkpoint.place import check_rights
-from holdfast.checkpoint.risk import RiskAware
-from holdfast.checkpoint.schedule import Cost, EveryMinutes, EverySteps, Measured
-from holdfast.checkpoint.snapshots import lack_of_shared_memory
-from holdfast.checkpoint.state import plan_restore
-from holdfast.checkpoint.writer import MEMORY_SLOTS
+from holdfast.checkpoint import checkpoint_size
+from holdfast.checkpoint.policy import Cost, EveryMinutes, EverySteps, Measured, RiskAware
+from holdfast.checkpoint.rundir import Catalog, check_rights
+from holdfast.checkpoint.save import MEMORY_SLOTS, lack_of_shared_memory
+from holdfast.checkpoint.state import load, plan_restore
+from holdfast.checkpoint.system import filesystem
+from holdfast.checkpoint.system import signals as guard
 from holdfast.errors import Interrupted, ResourceError
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import N_, _

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from holdfast.checkpoint import codec
-from holdfast.checkpoint.catalog import Catalog, Entry, summary
-from holdfast.checkpoint.container import Reader
+from holdfast.checkpoint.format import Reader
+from holdfast.checkpoint.rundir import Catalog, Entry, summary
+from holdfast.checkpoint.state import codec
 from holdfast.errors import CheckpointError, DataError, ForeignCheckpoint, HoldfastError
 from holdfast.i18n import _
 from holdfast.training import models

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from holdfast.checkpoint.parallel import Helper
+from holdfast.checkpoint.system import Helper
 from holdfast.errors import ConfigError, HoldfastError, Interrupted
 from holdfast.i18n import _
 

@@ -20,8 +20,8 @@ from typing import Any, TextIO
 import torch
 import xxhash
 
-from holdfast.checkpoint.catalog import Catalog
-from holdfast.checkpoint.randomness import RandomState
+from holdfast.checkpoint.rundir import Catalog
+from holdfast.checkpoint.state import RandomState
 from holdfast.errors import ConfigError, HoldfastError, Interrupted, SaveFailed
 from holdfast.i18n import _, set_language
 from holdfast.training import trainer

@@ -21,12 +21,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
 
-from holdfast.checkpoint import memory
-from holdfast.checkpoint.access import load
-from holdfast.checkpoint.compare_states import first_difference
-from holdfast.checkpoint.prove import NOT_REPEATABLE, OUTSIDE, Proof, explain, judge, revived
+from holdfast.checkpoint.rundir import shared_memory
+from holdfast.checkpoint.state import load
 from holdfast.errors import CheckpointError
 from holdfast.i18n import _, language
+from holdfast.prove import NOT_REPEATABLE, OUTSIDE, Proof, explain, first_difference, judge, revived
 from holdfast.training.config import OPTIONS, Config
 from holdfast.training.prove_worker import Order
 
@@ -127,7 +126,7 @@ def _workshop(place: Path) -> Iterator[Path]:
         yield directory
     finally:
         for run in directory.iterdir():
-            for left in memory.remains():
+            for left in shared_memory.remains():
                 if left.belongs_to(run):
                     left.remove()
         shutil.rmtree(directory, ignore_errors=True)

@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import filesystem
-from holdfast.checkpoint.follow import Follower
-from holdfast.checkpoint.history import now
+from holdfast.checkpoint.rundir import now
+from holdfast.checkpoint.system import Follower, filesystem
 from holdfast.errors import ConfigError
 from holdfast.i18n import _
 

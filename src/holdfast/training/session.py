@@ -21,19 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.checkpoint import guard as guards
-from holdfast.checkpoint import ranks, rollback, space, words
-from holdfast.checkpoint.catalog import Catalog
-from holdfast.checkpoint.foreign import load_weights
-from holdfast.checkpoint.layout import PAGE
-from holdfast.checkpoint.lock import FileLock
-from holdfast.checkpoint.manager import CheckpointManager, Resumed, checkpoint_size, run_lock
-from holdfast.checkpoint.place import check_rights
-from holdfast.checkpoint.reporting import EventHandler, Reporter
-from holdfast.checkpoint.rescue import rescue
-from holdfast.checkpoint.risk import RiskAware
-from holdfast.checkpoint.schedule import EveryMinutes, EverySteps, SavePolicy
-from holdfast.checkpoint.state import plan_restore
+from holdfast.checkpoint import CheckpointManager, Resumed, checkpoint_size, ranks
+from holdfast.checkpoint.policy import EveryMinutes, EverySteps, RiskAware, SavePolicy
+from holdfast.checkpoint.rundir import (
+    Catalog,
+    EventHandler,
+    Reporter,
+    check_rights,
+    rollback,
+    space,
+    words,
+)
+from holdfast.checkpoint.save import rescue
+from holdfast.checkpoint.state import load_weights, plan_restore
+from holdfast.checkpoint.system import PAGE, FileLock, run_lock
+from holdfast.checkpoint.system import signals as guards
 from holdfast.errors import (
     CheckpointError,
     ConfigError,

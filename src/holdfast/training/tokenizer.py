@@ -23,7 +23,7 @@ import numpy.typing as npt
 import xxhash
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from holdfast.checkpoint import filesystem
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import DataError
 from holdfast.i18n import _
 from holdfast.training.plausible import check_tokenizer

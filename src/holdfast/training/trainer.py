@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from holdfast.checkpoint.guard import SignalGuard
-from holdfast.checkpoint.manager import CheckpointManager
+from holdfast.checkpoint import CheckpointManager
+from holdfast.checkpoint.system import SignalGuard
 from holdfast.errors import Diverged, Interrupted, SaveFailed
 from holdfast.i18n import _
 from holdfast.training import ending, telling

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from holdfast.checkpoint.words import sentence
+from holdfast.checkpoint.rundir import sentence
 from holdfast.i18n import _
 
 if TYPE_CHECKING:

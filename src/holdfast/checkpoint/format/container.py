@@ -1,0 +1,320 @@
+"""Reading the file: a ZIP of stored records that is a standard `.pt`, verified before it is used.
+
+Only bytes live here: no torch, no pickle, no names of directories. `docs/en/format.md` specifies
+the format; this module, layout.py and image.py are the one place that implements it.
+
+    checkpoint/data/0 … data/N     one record a storage, aligned
+    checkpoint/data.pkl            for everybody else's `torch.load`; we never unpickle it
+    checkpoint/byteorder, version  what torch expects beside it
+    checkpoint/holdfast.json       the manifest: identity, records with checksums, tensors, values
+    central directory, end record  with a comment of fixed length that says where the manifest is
+
+Every byte that is not payload is known from the records alone (layout.py). So verifying is: hash
+the manifest, compute what the headers must be and compare, hash each payload. No byte of the file
+is left out of that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from isal import isal_zlib
+
+from holdfast.checkpoint.format import reading
+from holdfast.checkpoint.format.image import FORMAT_VERSION, HASH_CHUNK, MAX_MANIFEST, checksums
+from holdfast.checkpoint.format.layout import (
+    ARCHIVE,
+    COMMENT_RE,
+    COMMENT_SIZE,
+    MANIFEST,
+    PADDING_ID,
+    Record,
+    local_header,
+    place,
+    tail,
+)
+from holdfast.checkpoint.system import PAGE
+from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint
+from holdfast.i18n import _
+
+_NAME_RE = re.compile(r"[\x21-\x7e]{1,255}")
+LOADERS = 8  # threads that load: most wait for the disk, some hash, some wait for their turn
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+class NewerFormat(ForeignCheckpoint):
+    """A checkpoint that a later holdfast wrote: intact for all we know, and not ours to judge."""
+
+
+class Reader:
+    """An open checkpoint whose manifest has been checked; headers and payloads are, when read."""
+
+    def __init__(self, path: str | os.PathLike[str], *, patient: bool = True) -> None:
+        """Open `path`; raise `ForeignCheckpoint` or `DamagedCheckpoint`, `OSError` as it comes,
+        which says nothing about the file. `patient`: try again what the system refuses."""
+        self.path = Path(path)
+        self._file = reading.File(self.path, patient=patient)
+        try:
+            self.size = self._file.size
+            self.manifest, self._slot = self._read_manifest()
+            self.records = [*self._parse_records(), self._slot]
+        except BaseException:  # whatever ends this, an interrupt too, leaks no descriptor
+            self.close()
+            raise
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def check_structure(self) -> None:
+        """Compare every byte outside the payloads with what the manifest says it must be."""
+        self._run(self._structure())
+
+    def verify(
+        self,
+        *,
+        threads: int = 2,
+        crc: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Check every byte as the device has it; raise `DamagedCheckpoint`, the first fault found.
+
+        Direct I/O reads past the page cache; where there is none the file's pages are dropped from
+        it first. Memory is bounded. Without `crc` the CRC-32 of payloads, which is there for other
+        people's tools, is only compared between headers and manifest: enough where xxh3-128 is to
+        find what the disk has done, not what a writer has computed. `progress` is called with
+        the bytes of payload that have been checked since the last time, from any of the threads;
+        what it raises ends the check.
+        """
+        payloads = [self._payload(record, crc=crc, progress=progress) for record in self.records]
+        self._run([*self._structure(), *payloads], threads=threads, fresh=True)
+
+    def verify_record(self, record: Record, *, crc: bool = True) -> None:
+        """Check the payload of one record in bounded memory."""
+        self._run([self._payload(record, crc=crc)])
+
+    def load(
+        self, buffers: Iterable[tuple[Record, memoryview]], *, rest: bool, threads: int = LOADERS
+    ) -> None:
+        """Fill each record's buffer (`record.size` bytes, writable) with its payload, verified by
+        xxh3-128, and check the structure; with `rest`, verify all other payloads too.
+
+        Buffers of `reading.own_pages` are filled without a copy between. Raises as `verify` does;
+        what stands in the buffers is not to be used then.
+        """
+        payloads = {r.name: self._payload(r, buffer) for r, buffer in buffers}
+        for record in self.records if rest else ():
+            if record.name not in payloads:
+                payloads[record.name] = self._payload(record)
+        self._run([*self._structure(), *payloads.values()], threads=threads)
+
+    def read(self, record: Record) -> bytes:
+        buffer = bytearray(record.size)
+        self._run([self._payload(record, memoryview(buffer))])
+        return bytes(buffer)
+
+    def stream(
+        self, record: Record, buffer: memoryview, *, past_cache: bool = False
+    ) -> Iterator[memoryview]:
+        """The payload of `record` in pieces of `len(buffer)` bytes (whole pages), the last one
+        shorter; each lies in `buffer` until the next is asked for.
+
+        Verified by xxh3-128 on the way: `DamagedCheckpoint` comes in place of the last piece, so
+        what was made of the others is not to be used then. `past_cache` reads from the device,
+        into a buffer of `reading.own_pages` without a copy between.
+        """
+        assert len(buffer) % PAGE == 0, len(buffer)
+        xxh3 = xxhash.xxh3_128()
+        for start in range(record.offset, record.end, len(buffer)):
+            size = min(len(buffer), record.end - start)
+            target = buffer[: -(-size // PAGE) * PAGE] if past_cache else buffer[:size]
+            got = self._file.read(start, target, past_cache=past_cache)
+            if got < size:
+                raise self._damaged(_("it ends at byte {offset}", offset=start + got))
+            xxh3.update(buffer[:size])
+            if start + size == record.end and xxh3.hexdigest() != record.xxh3:
+                raise self._damaged(_("the content of record {name} has changed", name=record.name))
+            yield buffer[:size]
+
+    def read_part(self, record: Record, start: int, size: int) -> bytearray:
+        """`size` bytes of a payload from its byte `start` on, of a record that `verify_record` has
+        checked: this does not."""
+        assert 0 <= start <= start + size <= record.size, (record, start, size)
+        return self._pread(record.offset + start, size)
+
+    def is_mostly_cached(self) -> bool:
+        """Whether most of the file is in the page cache, so that it is best read from there."""
+        return self._file.is_mostly_cached(reading.sample_pages(self.size))
+
+    def forget_cached(self) -> None:
+        """Ask the kernel to drop the file's pages, so that the next read comes from the device."""
+        self._file.forget_cached()
+
+    def record(self, name: str) -> Record:
+        for record in self.records:
+            if record.name == name:
+                return record
+        raise self._damaged(_("record {name} is missing", name=name))
+
+    # ------------------------------------------------------------------------------ the first look
+
+    def _read_manifest(self) -> tuple[dict[str, Any], Record]:
+        comment = self._pread(max(0, self.size - COMMENT_SIZE), COMMENT_SIZE, short=True)
+        found = COMMENT_RE.fullmatch(comment)
+        if found is None:
+            raise self._not_ours()
+        offset, size, digest = int(found[1]), int(found[2]), found[3].decode()
+        if size > min(self.size, MAX_MANIFEST) or offset + size > self.size:
+            raise self._damaged(_("its manifest lies outside the file"))
+        text = bytes(self._pread(offset, size))
+        crc32, xxh3 = checksums(text)
+        if xxh3 != digest:
+            raise self._damaged(_("its manifest has changed"))
+        try:
+            manifest = json.loads(text.decode("utf-8", "surrogatepass"))
+            version = manifest["format_version"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._senseless() from error
+        if not isinstance(version, int) or version < FORMAT_VERSION:
+            raise self._senseless()
+        if version > FORMAT_VERSION:
+            raise NewerFormat(
+                _("{path} has format version {version}; this holdfast reads {ours}: update it.",
+                  path=self.path, version=version, ours=FORMAT_VERSION)
+            )  # fmt: skip
+        return manifest, Record(MANIFEST, -1, offset, size, crc32, xxh3)
+
+    def _parse_records(self) -> list[Record]:
+        """The records, each where the layout rule puts it: stated offsets are not believed."""
+        stated = self.manifest.get("records")
+        if not isinstance(stated, list) or not stated:
+            raise self._senseless()
+        records: list[Record] = []
+        names = {MANIFEST}
+        for entry in stated:
+            try:
+                name, size, crc32 = entry["name"], entry["size"], int(entry["crc32"], 16)
+                offset, xxh3 = entry["offset"], entry["xxh3_128"]
+                sane = type(size) is int and size >= 0 and _NAME_RE.fullmatch(name) is not None
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._senseless() from error
+            if not sane or name in names or not 0 <= crc32 < 1 << 32:
+                raise self._senseless()
+            record = place(records[-1].end if records else 0, name, size, crc32, xxh3)
+            if record.offset != offset or record.end > self.size:
+                raise self._damaged(_("record {name} lies outside the file", name=name))
+            records.append(record)
+            names.add(name)
+        slot = place(records[-1].end, MANIFEST, self._slot.size, self._slot.crc32, self._slot.xxh3)
+        if slot.offset != self._slot.offset:
+            raise self._damaged(_("its manifest is not where it belongs"))
+        self._slot = slot
+        return records
+
+    def _not_ours(self) -> DamagedCheckpoint | ForeignCheckpoint:
+        if self.size == 0:
+            return self._damaged(_("it is empty"))
+        head = self._pread(0, min(self.size, 256), short=True)
+        if f"{ARCHIVE}/data".encode() in head and struct.pack("<H", PADDING_ID) in head:
+            return self._damaged(_("its end is missing: it was cut or overwritten"))
+        if not any(head):
+            return self._damaged(_("it begins with zeros: its data never reached the disk"))
+        return ForeignCheckpoint(
+            _("{path} was not written by holdfast.", path=self.path), _("not written by holdfast")
+        )
+
+    def _senseless(self) -> ForeignCheckpoint:
+        return ForeignCheckpoint(_("{path} has a manifest that makes no sense.", path=self.path))
+
+    def _damaged(self, why: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(_("{path} is damaged: {why}.", path=self.path, why=why), why)
+
+    # ---------------------------------------------------------------------------- what is checked
+
+    def _run(self, parts: list[reading.Part], *, threads: int = 1, fresh: bool = False) -> None:
+        parts.sort(key=lambda part: part.start)
+        try:
+            reading.run(self._file, parts, threads=threads, fresh=fresh)
+        except EOFError as error:
+            raise self._damaged(_("it ends at byte {offset}", offset=error.args[0])) from None
+
+    def _structure(self) -> list[reading.Part]:
+        """Every byte outside the payloads, to be compared with what it must be."""
+        end, expected = self.records[-1].end, tail(self.records)
+        if self.size != end + len(expected):
+            raise self._damaged(
+                _("it has {size} bytes instead of {expected}", size=self.size,
+                  expected=end + len(expected))
+            )  # fmt: skip
+        parts = []
+        for record in self.records:
+            wrong = _("the header of record {name} is wrong", name=record.name)
+            parts.append(self._fixed(record.header, local_header(record), wrong))
+        return [*parts, self._fixed(end, expected, _("its directory is wrong"))]
+
+    def _fixed(self, start: int, expected: bytes, wrong: str) -> reading.Part:
+        done = 0
+
+        def compare(found: memoryview) -> None:
+            nonlocal done
+            if found != expected[done : done + len(found)]:
+                raise self._damaged(wrong)
+            done += len(found)
+
+        return reading.Part(start, start + len(expected), compare)
+
+    def _payload(
+        self,
+        record: Record,
+        buffer: memoryview | None = None,
+        *,
+        crc: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> reading.Part:
+        """The payload of `record`, to be hashed and compared, in `buffer` if there is one."""
+        crc32, xxh3, left = 0, xxhash.xxh3_128(), record.size
+
+        def check(found: memoryview) -> None:
+            nonlocal crc32, left
+            if not crc:
+                xxh3.update(found)
+            for start in range(0, len(found) if crc else 0, HASH_CHUNK):
+                chunk = found[start : start + HASH_CHUNK]  # both, while it is in the caches
+                xxh3.update(chunk)
+                crc32 = isal_zlib.crc32(chunk, crc32)
+            left -= len(found)
+            if not left and (xxh3.hexdigest() != record.xxh3 or (crc and crc32 != record.crc32)):
+                raise self._damaged(_("the content of record {name} has changed", name=record.name))
+            if progress is not None:
+                progress(len(found))
+
+        if not record.size:
+            check(memoryview(b""))
+        return reading.Part(record.offset, record.end, check, buffer)
+
+    def _pread(self, offset: int, size: int, *, short: bool = False) -> bytearray:
+        buffer = bytearray(size)
+        got = self._file.read(offset, memoryview(buffer))
+        if got != size and not short:
+            raise self._damaged(_("it ends at byte {offset}", offset=offset + got))
+        return buffer[:got] if got < size else buffer
+
+
+def read_manifest(path: str | os.PathLike[str], *, patient: bool = True) -> dict[str, Any]:
+    """The manifest of `path`, its own checksum verified, the payloads unread. As `Reader`."""
+    with Reader(path, patient=patient) as reader:
+        return reader.manifest

@@ -1,0 +1,460 @@
+"""What lies in a run directory: which file is which checkpoint, the newest, the best, the history.
+
+Reads manifests only (no torch): identity is the manifest's, never the inode's or the clock's, so a
+directory copied without its links is understood as well. `events.jsonl` is the history and only
+grows; `metadata.json` is a cache that can be thrown away: what only shows may look into it, and
+nothing that decides does. Whatever changes the catalogue holds `lock()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from holdfast.checkpoint.format import NewerFormat, Reader, patiently, read_manifest
+from holdfast.checkpoint.policy import Candidate, KeepBest, Order
+from holdfast.checkpoint.rundir.history import Event, History, Rollback, is_later, now
+from holdfast.checkpoint.system import FileLock, filesystem
+from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
+from holdfast.i18n import _
+
+log = logging.getLogger("holdfast")
+
+LATEST, MAIN, BEST = "latest.pt", "model.pt", "best_model.pt"
+ROLES = (BEST, LATEST, MAIN)  # names that move from checkpoint to checkpoint
+TEMP, QUARANTINE, ARCHIVE, REPLACED = "temp", "quarantine", "archive", "replaced"
+EVENTS, METADATA = "events.jsonl", "metadata.json"
+# metadata.json begins with a checksum of what stands behind "files".
+_CACHE_HEAD, _CACHE_FILES = b'{\n"format_version": 2,\n"xxh3_128": ', b'"files": '
+NONSENSE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One checkpoint under all of its names; `names` are relative, the telling one first."""
+
+    id: str
+    run_id: str
+    generation: int
+    step: int
+    sequence: int
+    kind: str  # "epoch", "step", "best" or "temp"
+    reason: str
+    epoch: int | None
+    created: str  # ISO 8601 with the zone
+    size: int
+    loss: float | None  # decides which is best; lower is better
+    metrics: dict[str, Any] = field(default_factory=dict)
+    parent: dict[str, Any] | None = None
+    names: tuple[str, ...] = ()
+    verified: bool = False
+    pinned: bool = False  # by the user: retention never takes it
+
+    @property
+    def order(self) -> Order:
+        """Newer is greater. What was saved last in a generation is its newest: the step is a label,
+        which many loops count anew in each epoch. Clocks and mtimes decide nothing."""
+        return (self.generation, self.sequence)
+
+    def precedes(self, event: Mapping[str, Any]) -> bool:
+        """Return True if `event`, one of `Known.announced`, tells of a later save than this one."""
+        return is_later(event, self.order, self.step)
+
+    def candidate(self) -> Candidate:
+        marks = self.verified, self.pinned
+        return Candidate(self.id, self.order, self.kind, self.loss, *marks, epoch=self.epoch,
+                         step=self.step)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a scan found; `entries` newest first."""
+
+    entries: list[Entry]
+    damaged: list[tuple[str, str]]  # name and reason
+    foreign: list[str]
+    unreadable: list[tuple[str, str]] = field(default_factory=list)  # perhaps intact: hands off
+
+    @property
+    def newest(self) -> Entry | None:
+        return self.entries[0] if self.entries else None
+
+    def of(self, run_id: str) -> Contents:
+        """Return the same, with the checkpoints of one run alone."""
+        return replace(self, entries=[entry for entry in self.entries if entry.run_id == run_id])
+
+    def abandoned(self, back: Rollback) -> list[Entry]:
+        """Return what `back` leaves behind: what is newer than its state, or of another run."""
+        return [
+            entry
+            for entry in self.entries
+            if entry.generation < back.generation
+            and (entry.order > back.order or back.run_id not in (None, entry.run_id))
+        ]
+
+    @property
+    def best(self) -> Entry | None:
+        mask = KeepBest(1)([entry.candidate() for entry in self.entries])
+        return next((e for e, chosen in zip(self.entries, mask, strict=True) if chosen), None)
+
+
+def in_words(error: BaseException) -> str:
+    """Return what the system has said, or the kind of an error without words."""
+    return str(error) or type(error).__name__
+
+
+class Catalog:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self.history = History(self.directory / EVENTS)
+        self._read: dict[tuple[str, str], Entry] = {}  # what this object has read of the manifests
+
+    def lock(self, wait: float = 30.0) -> FileLock:
+        """The short lock of whoever changes the catalogue; not the lock of the run."""
+        return FileLock(self.directory / ".catalog.lock", wait=wait)
+
+    def path(self, entry: Entry) -> Path:
+        return self.directory / entry.names[0]
+
+    # -------------------------------------------------------------------------------- looking
+
+    def scan(self, *, cached: bool = False) -> Contents:
+        """All checkpoints here, from their manifests; what cannot be read is named, not raised.
+
+        `cached` believes metadata.json as well: for a thousand checkpoints on a screen, not for
+        what is removed, moved or gone on from.
+        """
+        read = {**self._read_cache(), **self._read} if cached else self._read
+        seen: dict[tuple[str, str], Entry] = {}
+        known = self.history.known
+        found: dict[str, Entry] = {}
+        names: dict[str, list[str]] = {}
+        by_inode: dict[tuple[int, int], Entry] = {}
+        damaged: list[tuple[str, str]] = []
+        foreign: list[str] = []
+        unreadable: list[tuple[str, str]] = []
+        for name, status in self._files():
+            key = (status.st_dev, status.st_ino)
+            try:
+                stamp = (name, _stamp(status))
+                entry = by_inode.get(key) or read.get(stamp)
+                if entry is None:
+                    # After one that cannot be read the others are not waited for.
+                    path, patient = self.directory / name, not unreadable
+                    entry = summary(read_manifest(path, patient=patient), status.st_size)
+            except DamagedCheckpoint as error:
+                damaged.append((name, error.why))
+            except NewerFormat as error:
+                unreadable.append((name, str(error)))
+            except ForeignCheckpoint:
+                if name in known.names:  # what was once ours and no longer looks like it
+                    damaged.append((name, _("something else has been written over it")))
+                else:
+                    foreign.append(name)
+            except FileNotFoundError:
+                continue  # the trainer has just replaced it
+            except (OSError, MemoryError) as error:  # says nothing about the file
+                unreadable.append((name, in_words(error)))
+            else:
+                by_inode[key] = seen[stamp] = entry
+                found.setdefault(entry.id, entry)
+                names.setdefault(entry.id, []).append(name)
+        entries = [
+            replace(
+                entry,
+                names=tuple(sorted(names[id_], key=_telling)),
+                verified=id_ in known.verified,
+                pinned=id_ in known.pinned,
+            )
+            for id_, entry in found.items()
+        ]
+        entries.sort(key=lambda entry: entry.order, reverse=True)
+        if not cached:
+            self._read = seen
+        return Contents(entries, damaged, foreign, unreadable)
+
+    def _files(self) -> Iterator[tuple[str, os.stat_result]]:
+        for prefix in ("", TEMP):
+            place = os.path.join(self.directory, prefix)  # noqa: PTH118 - a Path for each of a
+            try:  # thousand files takes longer than looking at them
+                listing = sorted(patiently(partial(os.listdir, place)))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            for item in listing:
+                if item.endswith(".pt"):
+                    with contextlib.suppress(FileNotFoundError):  # replaced or pruned just now
+                        found = os.lstat(os.path.join(place, item))  # noqa: PTH118
+                        if stat.S_ISREG(found.st_mode):
+                            yield f"{prefix}/{item}" if prefix else item, found
+
+    def generation(self) -> int:
+        """The highest generation that was ever begun here; 0 where there is no run yet."""
+        present = [entry.generation for entry in self.scan().entries]
+        return max([self.history.known.generation, *present])
+
+    # -------------------------------------------------------------------------------- history
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Append one line to the history, durably."""
+        self.history.record(event, **fields)
+
+    def events(self, *kinds: str) -> Iterator[Event]:
+        """The whole history, or its events of some kinds, oldest first."""
+        return self.history.events(*kinds)
+
+    def _note(self, event: str, **fields: Any) -> bool:
+        """Record what has been done where a full disk must not stop it from being done; returns
+        whether there was room for the line."""
+        try:
+            self.record(event, **fields)
+        except OSError as error:
+            log.warning("%s: %s", EVENTS, error)
+            return False
+        return True
+
+    # -------------------------------------------------------------------------------- changing
+
+    def assign_roles(self, contents: Contents) -> None:
+        """Point latest, main and best at what they should mean; repairs what a crash left."""
+        self.clear_roles(contents)
+        newest = contents.newest
+        if newest is not None:
+            if all(name in ROLES for name in newest.names):
+                # Its own name is gone, and the next save takes the others away from it.
+                self.give_name(self.directory / newest.names[0], newest)
+            self.publish(newest, (LATEST, MAIN))
+        if contents.best is not None:
+            self.publish(contents.best, (BEST,))
+
+    def give_name(self, source: Path, entry: Entry) -> Path:
+        """Let `entry`, which lies at `source`, have a name of its own here; nothing makes way for
+        it. Returns the name."""
+        own = self.directory / name_of(entry)
+        free = own.with_name(f"{own.stem}-{entry.id[:8]}.pt") if own.exists() else own
+        filesystem.make_directory(free.parent)
+        filesystem.publish(source, free)
+        filesystem.sync_directory(free.parent)
+        return free
+
+    def publish(self, entry: Entry, names: Sequence[str]) -> dict[str, str]:
+        """Let `names` stand for `entry`; returns how ("link", "reflink", "copy") for each.
+
+        Without hard links a temporary checkpoint is published as latest.pt only: copies of the
+        whole state every few minutes would cost more than the name is worth.
+        """
+        source = self.directory / entry.names[0]
+        how: dict[str, str] = {}
+        for name in names:
+            target = self.directory / name
+            if target == source or filesystem.same_data(source, target):
+                how[name] = "link"
+                continue
+            if name in entry.names:
+                how[name] = _rejoin(source, target)
+                continue
+            how[name] = filesystem.publish(source, target)
+            if how[name] == "copy" and entry.kind == "temp":
+                break
+        filesystem.sync_directory(self.directory)
+        return how
+
+    def delete(self, entry: Entry, why: str) -> None:
+        """Remove a checkpoint under all names. Whether it may go was decided by retention."""
+        fields = {"id": entry.id, "step": entry.step, "names": list(entry.names), "reason": why}
+        noted = self._note("removed", **fields)
+        for name in entry.names:
+            filesystem.remove(self.directory / name)
+        for parent in {(self.directory / name).parent for name in entry.names}:
+            filesystem.sync_directory(parent)
+        if not noted:  # the disk was full to the last byte, and now it is not
+            self._note("removed", **fields)
+
+    def quarantine(self, names: Iterable[str], reason: str) -> list[str]:
+        """Set damaged files aside, with every name of the same inode and the reason beside them."""
+        wanted = [self.directory / name for name in names if (self.directory / name).exists()]
+        every = [name for name, _stat in self._files()]
+        same = [
+            n for n in every if any(filesystem.same_data(self.directory / n, w) for w in wanted)
+        ]
+        place = self.directory / QUARANTINE
+        for name in same:
+            filesystem.move(self.directory / name, place / name)
+        if same:
+            with contextlib.suppress(OSError):  # a full disk: the history says it as well
+                line = f"{now()} {', '.join(same)}: {reason}"
+                filesystem.append_line(place / "reasons.txt", line)
+            self._note("quarantined", names=same, reason=reason)
+        return same
+
+    def clear_roles(self, contents: Contents) -> None:
+        """Nothing is overwritten unseen: what bears the name of a role and is no checkpoint of
+        ours, because it is damaged or somebody else's, makes way. What cannot be read now stays a
+        candidate: it keeps another name, or is given one."""
+        for name, reason in contents.damaged:
+            if name in ROLES:
+                self.quarantine([name], reason)
+        for name in contents.foreign:
+            if name in ROLES:
+                self.replace(name)
+        unreadable = [name for name, _why in contents.unreadable]
+        for name in unreadable:
+            path = self.directory / name
+            others = (self.directory / other for other in unreadable if other not in ROLES)
+            if name in ROLES and not any(filesystem.same_data(path, other) for other in others):
+                filesystem.move(path, path.with_name(f"unread_{name}"))
+
+    def replace(self, name: str) -> Path:
+        """Move what is called `name` to `archive/replaced/`; returns where it lies now."""
+        place = filesystem.move(self.directory / name, self.directory / ARCHIVE / REPLACED / name)
+        self._note("archived", names=[name], to=f"{ARCHIVE}/{REPLACED}")
+        return place
+
+    def archive(self, entries: Sequence[Entry], generation: int) -> Path:
+        """Move checkpoints out of the way of recovery; they are kept in `archive/`, in a folder of
+        their run and of `generation`, the one that ends with them. Returns that of the newest."""
+        for entry in entries:
+            label = archive_of(entry, generation)
+            place = self.directory / label
+            for name in entry.names:
+                with contextlib.suppress(FileNotFoundError):  # a damaged copy of it is gone already
+                    filesystem.move(self.directory / name, place / name)
+            self._note("archived", id=entry.id, step=entry.step, generation=entry.generation,
+                       names=list(entry.names), to=label)  # fmt: skip
+        return self.directory / archive_of(entries[0], generation)
+
+    # -------------------------------------------------------------------------------- the cache
+
+    def write_cache(self, contents: Contents | None = None) -> None:
+        """Write metadata.json anew; reading it spares `holdfast list` a thousand manifests."""
+        contents = contents or self.scan()
+        files = {}
+        for entry in contents.entries:
+            marks = ("names", "verified", "pinned")
+            fields = {k: v for k, v in asdict(entry).items() if k not in marks}
+            for name in entry.names:
+                with contextlib.suppress(FileNotFoundError):
+                    stamp = _stamp((self.directory / name).stat())
+                    files[name] = {"stamp": stamp, **fields}
+        text = json.dumps(files, ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass")
+        data = b"%s%s,\n%s%s\n}\n" % (_CACHE_HEAD, _digest(text), _CACHE_FILES, text)
+        try:
+            filesystem.write_file(self.directory / METADATA, [(0, data)], len(data), mode=0o644)
+        except OSError as error:  # it is only a cache
+            log.warning("%s: %s", METADATA, error)
+
+    def _read_cache(self) -> Mapping[tuple[str, str], Entry]:
+        """What metadata.json says; nothing where a byte of it has changed."""
+        try:
+            data = filesystem.read_small(self.directory / METADATA)
+            head, found, rest = data.partition(b",\n" + _CACHE_FILES)
+            text = rest.removesuffix(b"\n}\n")
+            if not found or head != _CACHE_HEAD + _digest(text):
+                return {}
+            files = json.loads(text.decode("utf-8", "surrogatepass"))
+            return {
+                (name, entry.pop("stamp")): _sane(Entry(**entry)) for name, entry in files.items()
+            }
+        except (OSError, *NONSENSE):
+            return {}  # it is only a cache
+
+
+def archive_of(entry: Entry, generation: int) -> str:
+    """Where `entry` goes that is archived when `generation` ends, relative to the run directory:
+    the folder is its run's, so that files of two runs are never taken for one another."""
+    return f"{ARCHIVE}/{entry.run_id[:8]}/generation_{generation}"
+
+
+def name_of(entry: Entry) -> str:
+    """What a checkpoint is called when it is written, relative to the run directory."""
+    if entry.kind == "epoch":
+        return f"model_epoch_{entry.epoch}.pt"
+    if entry.kind == "temp":
+        epoch = "" if entry.epoch is None else f"epoch{entry.epoch}_"
+        return f"{TEMP}/temp_{epoch}step{entry.step}.pt"
+    return f"checkpoint_step_{entry.step}.pt"
+
+
+def summary(manifest: Mapping[str, Any], size: int) -> Entry:
+    """The entry that a manifest describes. Raises `ForeignCheckpoint` where it says too little."""
+    try:
+        identity, score = manifest["identity"], manifest.get("score") or {}
+        value = score.get("value")
+        loss = None if value is None else (value if score["lower_is_better"] else -value)
+        entry = Entry(
+            id=identity["id"],
+            run_id=identity["run_id"],
+            generation=identity["generation"],
+            step=identity["step"],
+            sequence=identity["sequence"],
+            parent=identity["parent"],
+            kind=manifest["kind"],
+            reason=manifest["reason"],
+            epoch=manifest["epoch"],
+            created=manifest["created"],
+            metrics=manifest["metrics"],
+            size=size,
+            loss=loss,
+        )
+        return _sane(entry)
+    except NONSENSE as error:
+        raise ForeignCheckpoint(
+            _("The manifest describes no checkpoint ({error}).", error=error)
+        ) from error
+
+
+def _sane(entry: Entry) -> Entry:
+    """`entry` if its fields are what they are declared to be; anybody may have written them."""
+    texts = (entry.kind, entry.reason, entry.created)
+    numbers = [entry.generation, entry.step, entry.sequence, entry.size]
+    numbers += [] if entry.epoch is None else [entry.epoch]
+    mappings = (entry.metrics, entry.parent or {})
+    plain = (bool, int, float, str, type(None))
+    sane = (
+        all(isinstance(text, str) for text in texts)
+        and entry.id.isalnum()  # becomes part of a file name
+        and entry.run_id.isalnum()
+        and all(isinstance(number, int) for number in numbers)
+        and (entry.loss is None or math.isfinite(entry.loss))
+        and all(isinstance(item, plain) for m in mappings for item in m.values())
+    )
+    if not sane:
+        raise TypeError(entry.id)
+    return entry
+
+
+def _rejoin(source: Path, target: Path) -> str:
+    """Make `target`, a copy of the checkpoint `source`, a link to it again, where links work.
+
+    Of two copies one may be damaged, and it must not take the other's place.
+    """
+    try:
+        with Reader(source) as reader:
+            reader.verify()
+    except (CheckpointError, OSError):
+        return "copy"
+    return filesystem.publish(source, target, copy=False) or "copy"
+
+
+def _digest(text: bytes) -> bytes:
+    return b'"%s"' % xxhash.xxh3_128_hexdigest(text).encode()
+
+
+def _stamp(found: os.stat_result) -> str:
+    return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ino}"
+
+
+def _telling(name: str) -> tuple[bool, str]:
+    return name in ROLES, name

@@ -1,0 +1,109 @@
+"""What is done to a run directory around a save: making way, reading back, letting go, sweeping.
+
+Each function leaves the directory, at every moment, with all states that had been announced; a
+crash in the middle of any of them is repaired by doing it again.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from holdfast.checkpoint.format import container
+from holdfast.checkpoint.policy import Policy, select
+from holdfast.checkpoint.rundir.catalog import ARCHIVE, REPLACED, TEMP, Catalog, Contents, Entry
+from holdfast.checkpoint.system import filesystem
+from holdfast.errors import DamagedCheckpoint
+from holdfast.i18n import _
+
+
+def keep_old(catalog: Catalog, target: Path, name: str, before: Contents) -> Path | None:
+    """Give what already bears the name `target` a second one, which is returned: nothing is ever
+    silently overwritten. A checkpoint stays where retention sees it, and so does what cannot be
+    read now; what is no checkpoint of ours goes to `archive/replaced/`."""
+    if not target.exists():
+        return None
+    stays = any(name in entry.names for entry in before.entries) or name in dict(before.unreadable)
+    place = target.parent if stays else catalog.directory / ARCHIVE / REPLACED
+    filesystem.make_directory(place)
+    kept = place / f"{target.stem}-{uuid.uuid4().hex[:8]}.pt"
+    with catalog.lock():
+        filesystem.publish(target, kept)
+    filesystem.sync_directory(place)
+    return kept
+
+
+def verify_back(entry: Entry, target: Path) -> None:
+    """Read the file that was written back past the page cache; only then may anything old go.
+
+    Raises `CheckpointError` where what was read is wrong, or there is nothing to read. `OSError`
+    and `MemoryError` say nothing about the file: it is as durable as it was, and not verified.
+    """
+    try:
+        with container.Reader(target) as reader:
+            # Its CRC-32s are of the very bytes that were hashed, and compared with the headers.
+            reader.verify(crc=False)
+            if reader.manifest["identity"]["id"] != entry.id:
+                raise DamagedCheckpoint(
+                    _("{path} holds another checkpoint.", path=target),
+                    _("it holds another checkpoint"),
+                )
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(str(error)) from error
+
+
+def take_back(
+    catalog: Catalog, entry: Entry, target: Path, kept: Path | None, why: str
+) -> list[str]:
+    """Set a file aside that was not found right; the names mean again what they meant before it was
+    written. `kept` as `keep_old` gave it. Return the names that were set aside."""
+    with catalog.lock():
+        names = catalog.quarantine(entry.names, why)
+        if kept is not None:
+            filesystem.move(kept, target)
+        catalog.assign_roles(catalog.scan())
+    return names
+
+
+def settle_old(catalog: Catalog, entry: Entry, before: Contents, kept: Path) -> None:
+    """Decide what becomes of a verified save's predecessor of the same name: the same moment of the
+    same run, saved once more, goes. Another moment, as where steps are counted anew in each epoch,
+    keeps the name that `keep_old` gave it, and is retention's to judge; so is what is pinned."""
+    name, last = entry.names[0], before.newest
+    if kept.parent.name == REPLACED:
+        catalog.record("archived", names=[name], to=f"{ARCHIVE}/{REPLACED}/{kept.name}")
+    elif last is not None and name in last.names and not last.pinned:
+        moments = [(e.run_id, e.generation, e.epoch, e.step) for e in (last, entry)]
+        if moments[0] == moments[1]:
+            filesystem.remove(kept)
+
+
+def archive_others(catalog: Catalog, run_id: str) -> tuple[int, Path] | None:
+    """Move what is of other runs to the archive, now that this one has a verified state here: it
+    must neither win the next recovery nor be pruned. Returns how many, and where they lie."""
+    with catalog.lock():
+        others = [entry for entry in catalog.scan().entries if entry.run_id != run_id]
+        if not others:
+            return None
+        return len(others), catalog.archive(others, others[0].generation)
+
+
+def prune(catalog: Catalog, policies: Sequence[Policy]) -> None:
+    """Remove what neither a policy nor the floor keeps."""
+    with catalog.lock():
+        contents = catalog.scan()
+        mask = select([entry.candidate() for entry in contents.entries], policies)
+        for entry, keep in zip(contents.entries, mask, strict=True):
+            if not keep:
+                catalog.delete(entry, "retention")
+        kept = [entry for entry, keep in zip(contents.entries, mask, strict=True) if keep]
+        catalog.write_cache(Contents(kept, [], []))
+
+
+def sweep(catalog: Catalog) -> None:
+    """Remove temporary files of dead writers; the caller's run lock says that they are dead."""
+    with catalog.lock():
+        for directory in (catalog.directory, catalog.directory / TEMP):
+            for path in filesystem.temporaries(directory):
+                filesystem.remove(path)

@@ -1,0 +1,38 @@
+"""Turn live PyTorch objects into a plain tree and restore them from one, as a transaction.
+
+This room knows tensors, optimizers, schedulers and random streams. It knows no run directory and
+never writes to a disk.
+"""
+
+from __future__ import annotations
+
+from holdfast.checkpoint.state import codec, gradients
+from holdfast.checkpoint.state.access import checkpoint_size, load, verify
+from holdfast.checkpoint.state.configured import Configured
+from holdfast.checkpoint.state.foreign import WEIGHT_KEYS, load_foreign, load_weights
+from holdfast.checkpoint.state.names import SlotNames, bare, unwrapped
+from holdfast.checkpoint.state.randomness import RandomState
+from holdfast.checkpoint.state.restore import plan_restore
+from holdfast.checkpoint.state.transaction import LoadObject
+from holdfast.checkpoint.state.tree import StorageSlice, Tree, normalise
+
+__all__ = [
+    "WEIGHT_KEYS",
+    "Configured",
+    "LoadObject",
+    "RandomState",
+    "SlotNames",
+    "StorageSlice",
+    "Tree",
+    "bare",
+    "checkpoint_size",
+    "codec",
+    "gradients",
+    "load",
+    "load_foreign",
+    "load_weights",
+    "normalise",
+    "plan_restore",
+    "unwrapped",
+    "verify",
+]

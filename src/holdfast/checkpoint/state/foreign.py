@@ -1,0 +1,92 @@
+"""Weights from `.pt` files that others wrote: read with `weights_only`, never executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.checkpoint.state import numpy_pickles
+from holdfast.checkpoint.state.access import load
+from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
+from holdfast.i18n import _
+
+# Where the usual training scripts put the weights: ours and the original guides', the PyTorch
+# tutorials', Lightning's, DeepSpeed's.
+WEIGHT_KEYS = ("model", "model_state_dict", "state_dict", "module")
+
+# What torch says of a name that it would have to import.
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
+
+
+def load_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint of ours (verified) or in anybody's `.pt` (safely read).
+
+    Raises `CheckpointError` with the reason where there are none that can be trusted.
+    """
+    try:
+        state = load(path, only="model")
+    except DamagedCheckpoint:
+        raise
+    except CheckpointError:
+        state = load_foreign(path)
+    if isinstance(state, Mapping):
+        for key in WEIGHT_KEYS:
+            if isinstance(state.get(key), Mapping):
+                state = state[key]
+                break
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(
+        state, Mapping) else {}  # fmt: skip
+    if not tensors:
+        raise ForeignCheckpoint(_("{path} holds no weights that could be found.", path=path))
+    return tensors
+
+
+def load_foreign(source: str | os.PathLike[str]) -> Any:
+    """`torch.load` with `weights_only`, its many ways to fail turned into ours.
+
+    Raises `ForeignCheckpoint` that names what a file wanted to call, `DamagedCheckpoint`, `OSError`
+    as it comes.
+    """
+    path = Path(source)
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ForeignCheckpoint(
+                _("{path} is no PyTorch checkpoint, or a very old or damaged one.", path=path)
+            )
+        with zipfile.ZipFile(path) as archive:
+            # torch stores and never compresses: whatever inflates is not its file but a bomb.
+            claimed = sum(item.file_size for item in archive.infolist())
+        if claimed > path.stat().st_size:
+            raise ForeignCheckpoint(
+                _("{path} claims more bytes than it has; it was not loaded.", path=path)
+            )
+        return numpy_pickles.load(path)
+    except pickle.UnpicklingError as error:
+        refused = _GLOBAL.search(str(error))
+        if refused is None:
+            raise _damaged(path, error) from error
+        raise ForeignCheckpoint(
+            _("{path} wants to run code when it is loaded ({name}); it was not. Only files of "
+              "tensors and plain values are read: save it again without what needs {name}.",
+              path=path, name=refused[1])
+        ) from error  # fmt: skip
+    except _FAILURES as error:
+        raise _damaged(path, error) from error
+
+
+# What zipfile and torch.load raise over a file that somebody or something has changed.
+_FAILURES = (RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError,
+             OverflowError, AssertionError, struct.error, zipfile.BadZipFile)  # fmt: skip
+
+
+def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
+    why = str(error).strip().split("\n", maxsplit=1)[0] or type(error).__name__
+    return DamagedCheckpoint(_("{path} is damaged: {why}.", path=path, why=why), why)

@@ -1,0 +1,117 @@
+"""Files of JSON lines that others write, read as they grow: `tail -f` for programs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.system import filesystem
+
+_PIECE = 1 << 20  # bytes that one look takes in at most: a long history is never whole in memory
+_MOST = 4 << 30  # bytes: twenty million lines; what is larger is no history, or a sparse file
+_LONGEST = 1 << 20  # bytes of a line
+_AT_ONCE = 64  # lines
+_DEEPEST = 8  # mappings and lists in one another
+LARGEST = 1 << 63
+_TAIL = 64  # bytes before the position by which the file is known again
+_raw_decode = json.JSONDecoder().raw_decode  # twice as fast as loads() for a short line
+_BEGINNING = b'{"time"'  # of every line that holdfast writes; never inside one: quotes are escaped
+
+
+class Follower:
+    """Reads what has come to a file of JSON lines since the last look.
+
+    A line that is still being written waits for its end; one that a crash has torn is passed over,
+    and what was written behind it is read. A file that was replaced or cut is read anew from its
+    beginning, also where the new one is longer or has got the inode of the old one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._position = 0
+        self._inode = 0
+        self._tail = b""  # the last bytes before the position
+        self._rest = b""  # the beginning of a line whose end is not there yet
+        self.restarted = False  # whether the last look began anew: forget what came before
+        self.more = False  # whether there is more than the last look took in: look again
+
+    def new(self) -> list[dict[str, Any]]:
+        """What the lines hold that have come, or the first of many; nothing where there is no file.
+        Raises OSError as it comes: the next look then takes in what this one would have."""
+        return [value for value in objects(self.lines()) if _sane(value)]
+
+    def lines(self) -> list[bytes]:
+        """The lines that have come, as they are: what they hold may be of any depth and size."""
+        known = self._position
+        try:
+            with os.fdopen(filesystem.open_regular(self._path), "rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                if status.st_size > _MOST:
+                    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(self._path))
+                file.seek(known - len(self._tail))
+                if status.st_ino != self._inode or file.read(len(self._tail)) != self._tail:
+                    known = file.seek(0)
+                data = file.read(min(_PIECE, max(0, status.st_size - known)))
+        except (FileNotFoundError, NotADirectoryError):
+            known, data, status = 0, b"", None
+        self.restarted = known < self._position
+        if self.restarted:
+            self._tail = self._rest = b""
+        self._position = known + len(data)
+        self._inode = 0 if status is None else status.st_ino
+        self._tail = (self._tail + data)[-_TAIL:]
+        self.more = status is not None and self._position < status.st_size
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _LONGEST:  # no line of ours: without an end it would fill the memory
+            self._rest = b""
+        return lines
+
+
+def objects(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the object of each line that holds one.
+
+    Some lines are parsed as one text, which takes half the time. One by one where not each of them
+    is an object; never all at once, since many objects are work for the garbage collector.
+    """
+    for start in range(0, len(lines), _AT_ONCE):
+        part = lines[start : start + _AT_ONCE]
+        try:
+            values = json.loads(b"[%s]" % b",\n".join(part))
+        except (ValueError, RecursionError):
+            values = []
+        if len(values) != len(part) or not all(isinstance(value, dict) for value in values):
+            values = filter(None, map(_parsed, part))
+        yield from values
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Return the object in `line`, or the one behind a torn beginning; None if there is none."""
+    value = _object(line)
+    beginning = line.rfind(_BEGINNING) if value is None else -1
+    return value if beginning < 0 else _object(line[beginning:])
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        text = line.decode("utf-8", "surrogatepass")
+        value, end = _raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and not text[end:].strip() else None
+
+
+def _sane(value: object, depth: int = 0) -> bool:
+    """Return True if `value` is no deeper, and no number in it larger, than what we write.
+
+    The line may come from a stranger: a list in 900 lists ends a program that walks through it, and
+    a number of 400 digits one that counts with it.
+    """
+    if isinstance(value, dict):
+        return depth < _DEEPEST and all(_sane(each, depth + 1) for each in value.values())
+    if isinstance(value, list):
+        return depth < _DEEPEST and all(_sane(each, depth + 1) for each in value)
+    return not isinstance(value, int) or abs(value) < LARGEST
