@@ -379,7 +379,7 @@ def die(*_args: Any, **_kwargs: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# The calls of the engine to the disk, in holdfast.checkpoint.filesystem.
+# The calls of the engine to the disk, in holdfast.checkpoint.system.filesystem.
 SEAM = ("_allocate", "_write_all", "sync_file", "sync_directory", "_rename", "_link", "remove",
         "append_line")  # fmt: skip
 

@@ -511,7 +511,7 @@ def test_looking_does_not_import_torch(tmp_path: Path) -> None:
     said = python(
         """
         import sys
-        import holdfast, holdfast.checkpoint, holdfast.checkpoint.catalog
+        import holdfast, holdfast.checkpoint, holdfast.checkpoint.rundir.catalog
         from holdfast.checkpoint import Catalog, EverySteps
         print(Catalog(sys.argv[1]).scan().newest.step, "torch" in sys.modules)
         """,

@@ -384,7 +384,7 @@ def calls_of_a_save(tmp_path: Path) -> list[str]:
     code = """
 import sys
 from pathlib import Path
-from holdfast.checkpoint.filesystem import publish, sync_directory, write_file
+from holdfast.checkpoint.system.filesystem import publish, sync_directory, write_file
 here = Path(sys.argv[1])
 write_file(here / "a.pt", [(0, b"x" * 5000), (5000, b"y")], 5001)
 publish(here / "a.pt", here / "latest.pt")

@@ -425,7 +425,7 @@ def test_a_killed_supervisor_leaves_no_training_alone(run: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from holdfast.checkpoint.lock import FileLock
+from holdfast.checkpoint.system.lock import FileLock
 with FileLock(Path(sys.argv[1]) / ".run.lock"):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
