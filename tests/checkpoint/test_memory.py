@@ -275,7 +275,7 @@ def test_nothing_is_announced_before_its_snapshot_in_memory_is_whole(
     announced: list[tuple[int, int]] = []
 
     def slow_memory(fd: int, data: bytes, offset: int) -> int:
-        if Path(f"/proc/self/fd/{fd}").readlink().is_relative_to(memory.PLACE):
+        if Path(f"/proc/self/fd/{fd}").readlink().is_relative_to(shared_memory.PLACE):
             time.sleep(0.2)  # the head, without which a snapshot is not found
         return write(fd, data, offset)
 

@@ -52,9 +52,9 @@ def test_the_number_of_snapshots_is_the_engines() -> None:
 
 def test_shared_memory_that_is_off_or_closed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "usable", lambda: False)
-    assert machine_checks.shared_memory(0).state == WARN
+    assert machine_checks.snapshots_in_memory(0).state == WARN
     monkeypatch.setenv("HOLDFAST_DISABLE", "sharedmemory")
-    assert "switched off" in machine_checks.shared_memory(0).found
+    assert "switched off" in machine_checks.snapshots_in_memory(0).found
 
 
 @pytest.mark.parametrize(

@@ -350,7 +350,7 @@ def test_a_snapshot_that_only_memory_holds_is_said(
     class Left:
         order, step = (1, 999), 450
 
-    monkeypatch.setattr(packing.memory, "left_by", lambda *_given: [Left])
+    monkeypatch.setattr(packing.shared_memory, "left_by", lambda *_given: [Left])
     assert pack(run, tmp_path / "a.tar").unsaved == 450
     Left.order = (1, 0)
     assert pack(run, tmp_path / "b.tar").unsaved is None

@@ -121,7 +121,7 @@ def kill_once_more_is_shown(directory: Path, lines: int) -> None:
         os._exit(0)
 
 
-@pytest.mark.skipif(not memory.usable(), reason="no /dev/shm on this system")
+@pytest.mark.skipif(not shared_memory.usable(), reason="no /dev/shm on this system")
 def test_what_was_shown_before_a_kill_is_gone_on_from_and_no_line_is_lost_or_doubled(
     tmp_path: Path, corpus: Path
 ) -> None:
