@@ -58,7 +58,7 @@ lint: $(VENV)/.dev  ## ruff and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --quiet
+	$(BIN)/lint-imports
 
 i18n: $(VENV)/.dev  ## collect the strings again and compile the catalogues
 	$(BIN)/python tests/catalogues.py update
