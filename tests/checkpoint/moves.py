@@ -7,8 +7,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.checkpoint import Catalog, Resumed
-from holdfast.checkpoint.rundir import rollback
+from holdfast.checkpoint import Resumed
 from holdfast.manage import rollback as desk
 from tests.support import Toy, events, everything
 
@@ -64,10 +63,6 @@ def _roll_back(run: Path) -> None:
     desk.execute(desk.plan(run, "2"))
 
 
-def _begin_anew(run: Path) -> None:
-    rollback.set_aside(Catalog(run))
-
-
 def _first_save(run: Path) -> None:
     """Of a run that did not resume; it takes the name of the newest of the old run."""
     toy = Toy(seed=3)
@@ -83,4 +78,3 @@ MOVES = [
     Move("rolling back at the desk", 4, _roll_back, old=(4, 1), new=(2, 2)),
     Move("the first save of a run that did not resume", 3, _first_save, old=(3, 1), new=(3, 2)),
 ]
-ANEW = Move("beginning anew", 3, _begin_anew, old=(3, 1), new=None)

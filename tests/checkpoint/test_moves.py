@@ -9,10 +9,6 @@ from pathlib import Path
 import pytest
 
 from holdfast.checkpoint import Catalog
-from holdfast.checkpoint.rundir import rollback
-from holdfast.checkpoint.rundir.reporter import Reporter
-from holdfast.checkpoint.save.rescue import rescue
-from holdfast.checkpoint.system import filesystem
 from tests.checkpoint.moves import MOVES, Move, start
 from tests.support import Toy, damage, everything, killed_at, make_run, tree_of, twin
 
@@ -69,43 +65,6 @@ def test_a_resume_from_elsewhere_until_its_first_save(fast_path: Path, moments: 
     assert outcomes == {3, 2}
     assert {entry.step for entry in Catalog(run).scan().entries} == {2}
     assert everything(run) > everything(fast_path / "template")
-
-
-def test_beginning_anew(fast_path: Path, moments: list[int]) -> None:
-    """All of the run is here, or all of it is in the archive; also what is no checkpoint."""
-    template = fast_path / "template"
-    make_run(template, 3)
-    for name in ("config.json", "metrics.jsonl", "tokenizer/tokenizer.json", "logs/a.log"):
-        filesystem.make_directory((template / name).parent)
-        (template / name).write_text("{}")
-    files, outcomes = tree_of(template) - {".run.lock", ".catalog.lock"}, set()
-    for moment in moments:
-        run = twin(template, fast_path / str(moment))
-        died = killed_at(moment, lambda run=run: rollback.set_aside(Catalog(run)))  # type: ignore[misc]
-        rescue(Catalog(run), Reporter(Catalog(run)))
-        here = {n for n in tree_of(run) if not n.startswith("archive/")} - {".run.lock"}
-        if died and here > {".catalog.lock"}:
-            assert here - {".catalog.lock"} == files, moment
-            assert start(run)[0] == (3, 1), moment
-        else:
-            (place,) = (run / "archive").iterdir()
-            assert tree_of(place) == files, moment
-            assert start(run)[0] is None
-            shutil.rmtree(run / "archive" / "none", ignore_errors=True)
-        outcomes.add(bool(here - {".catalog.lock"}))
-        if not died:
-            break
-    assert outcomes == {True, False}
-    assert moment > 10
-
-
-def test_a_run_that_was_set_aside_and_is_brought_back_by_hand_stays(tmp_path: Path) -> None:
-    make_run(tmp_path / "run", 2)
-    place = rollback.set_aside(Catalog(tmp_path / "run"))
-    assert place is not None
-    shutil.copytree(place, tmp_path / "back")
-    (tmp_path / "back" / place.relative_to(tmp_path / "run")).mkdir(parents=True)
-    assert start(tmp_path / "back")[0] == (2, 1)
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "copies"])

@@ -380,7 +380,6 @@ def test_names_of_no_file_in_the_history_lose_no_run(tmp_path: Path) -> None:
     make_run(tmp_path, 2)
     with (tmp_path / "events.jsonl").open("a") as file:
         for event in (
-            {"event": "set_aside", "to": "archive/a\0b"},
             {"event": "rolled_back", "id": "a", "order": [1, 1, 1], "generation": 7,
              "source": "archive/\0"},
             {"event": "durable", "run_id": "a", "generation": 1, "step": 3, "names": ["\0.pt"]},

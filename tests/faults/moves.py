@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from holdfast.checkpoint.rundir import rollback
-from tests.checkpoint.moves import ANEW, MOVES, Move
+from tests.checkpoint.moves import MOVES, Move
 from tests.faults import cycle, inject
 from tests.faults.inject import Fault, How
 from tests.faults.tally import Tally, Verdict
@@ -23,7 +23,7 @@ def sweep(saver: str, *, every: int) -> Tally:
     tally, began = Tally(NAME, saver), time.monotonic()
     cycle.digests()  # imports here what every forked process would import
     with cycle.scratch() as place:
-        for first, move in enumerate([*MOVES, ANEW]):
+        for first, move in enumerate(MOVES):
             template = place / str(first)
             inject.run(_making(template, move.steps), place, Fault())
             ids, number = everything(template), first % every + 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -235,3 +236,44 @@ def test_the_comparison_catches(
     mutant(monkeypatch)
     again = interrupted(tmp_path, corpus, [13], monkeypatch)
     assert difference(straight, again) is not None
+
+
+@pytest.mark.parametrize("option", ["fresh", "checkpoint", "resume"])
+@pytest.mark.parametrize("killed_at", [1, 6])
+def test_killed_before_the_first_save_of_a_new_run_the_old_one_is_as_it_was(
+    tmp_path: Path,
+    corpus: Path,
+    straight: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    option: str,
+    killed_at: int,
+) -> None:
+    other, run = tmp_path / "other", tmp_path / "run"
+    train(config_for(other, corpus, num_steps=2, epochs="none", seed=7))
+    with monkeypatch.context() as patch:
+        kill_after(9, patch)
+        with pytest.raises(Killed):
+            train(config_for(run, corpus, temp_every_steps=SAVE_EVERY))
+    kept = ("config.json", "metrics.jsonl", "tokenizer/tokenizer.json", "temp/temp_epoch1_step8.pt")
+    before = {name: (run / name).read_bytes() for name in kept}
+    options = {option: True if option == "fresh" else str(other / "latest.pt")}
+    with monkeypatch.context() as patch:
+        kill_after(killed_at + (2 if option == "resume" else 0), patch)
+        with pytest.raises(Killed):
+            train(config_for(run, corpus, num_steps=20, epochs="none", **options))
+    assert {name: (run / name).read_bytes() for name in kept} == before
+    assert not (run / "archive").exists()
+    twin = tmp_path / "twin"
+    shutil.copytree(run, twin)
+    train(config_for(twin, corpus, temp_every_steps=SAVE_EVERY))
+    assert difference(straight, final_state(twin)) is None
+    said = train(config_for(run, corpus, num_steps=20, epochs="none", **options))
+    assert "these go to archive/" in said and "checkpoints were moved to" in said
+    (place,) = run.glob("archive/*/generation_1")
+    assert {name: (place / name).read_bytes() for name in kept} == before
+    assert {entry.run_id for entry in Catalog(run).scan().entries} == {
+        Catalog(run).history.known.run[0]  # type: ignore[index]
+    }
+    first = (run / "metrics.jsonl").read_text().splitlines()[0]
+    assert '"started"' in first and (run / "config.json").exists()

@@ -161,7 +161,7 @@ def test_a_machine_that_does_not_repeat_itself_is_told_apart(
 def test_a_run_that_starts_over_proves_nothing(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(continuing, "decide", lambda *_: continuing.Start(archive=True))
+    monkeypatch.setattr(continuing, "decide", lambda *_: continuing.Start(anew=True))
     with pytest.raises(CheckpointError, match="after step 3, and went on with step 1"):
         proof_of(tmp_path, corpus)
 

@@ -366,7 +366,7 @@ def test_declining_to_go_on_archives_too_and_nothing_is_overwritten(
     from holdfast.training import continuing
 
     start = continuing.decide(config_for(run, corpus), Catalog(run).scan(), lambda _q: False)
-    assert start.archive
+    assert start.anew
     assert start.saved is None
 
 
@@ -470,7 +470,7 @@ def test_the_room_for_what_the_optimizer_makes_is_asked_for_before_step_one(
     from holdfast.checkpoint.rundir import space
 
     asked: list[int] = []
-    monkeypatch.setattr(space, "check_room", lambda _catalog, needed: asked.append(needed))
+    monkeypatch.setattr(space, "check_room", lambda _catalog, needed, _run_id: asked.append(needed))
     directory = tmp_path / "new"
     train(config_for(directory, corpus))
     train(config_for(directory, corpus, epochs=3, resume="auto"))
@@ -744,7 +744,7 @@ def test_another_model_is_refused_by_the_option_that_wants_it(run: Path, corpus:
 
     contents = Catalog(run).scan()
     start = continuing.decide(resolve(preset="standard", flags=flags), contents, ask)
-    assert start.archive and start.saved is None  # "yes" begins the run that was asked for
+    assert start.anew and start.saved is None  # "yes" begins the run that was asked for
     assert "another model" in questions[0][0] and questions[0][1] is False
 
 

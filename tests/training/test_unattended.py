@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint.rundir import rollback
 from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.errors import CheckpointError
 from holdfast.training import unattended
@@ -42,16 +41,16 @@ def test_an_order_to_begin_anew_holds_once(
     config = orders(run, **{option: value})
     newest = Catalog(run).scan().entries[0]
 
-    def archives() -> bool:
+    def begins_anew() -> bool:
         try:
-            return decided(config, run).archive
+            return decided(config, run).anew
         except CheckpointError as error:  # --resume DIR was obeyed; a toy's state is no such run
             return "no run of this trainer" in str(error)
 
     monkeypatch.delenv(unattended.RESTART, raising=False)
-    assert archives(), "the first start"
+    assert begins_anew(), "the first start"
     monkeypatch.setenv(unattended.RESTART, newest.id)
-    assert archives(), "the first start died before it had made anything of its own"
+    assert begins_anew(), "the first start died before it had made anything of its own"
     monkeypatch.setenv(unattended.RESTART, "what was here before")
     assert decided(config, run) == decided(orders(run), run), "goes on"
     monkeypatch.setenv(unattended.RESTART, "")
@@ -63,12 +62,3 @@ def test_goes_on_only_from_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not unattended.goes_on("a")
     monkeypatch.setenv(unattended.RESTART, "a")
     assert [unattended.goes_on(newest) for newest in ("a", "b", None)] == [False, True, False]
-
-
-def test_a_log_that_was_begun_before_there_is_a_run_is_not_moved_away(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "supervisor.log").touch()
-    assert rollback.set_aside(Catalog(tmp_path)) is None
-    (tmp_path / "latest.pt").touch()
-    assert rollback.set_aside(Catalog(tmp_path)) is not None
-    assert [path.name for path in tmp_path.glob("[!.]*")] == ["archive"]

@@ -431,8 +431,8 @@ class CheckpointManager:
         with self.catalog.lock():
             found = recovery.find(self.catalog, source, self._reporter.tell)
             if found is None:
-                self._saver.run.settled = True
-                self._reporter.report("began", run_id=self.run_id, generation=self.generation)
+                self._saver.settle()
+                self._reporter.tell("began", run_id=self.run_id, generation=self.generation)
                 return None
             if expected is not None and found.entry.id != expected:
                 raise Superseded(

@@ -292,7 +292,7 @@ class CheckpointConfig:
     )
     fresh: bool = option(
         False,
-        help=N_("start anew; what is in the run directory is moved to archive/ first"),
+        help=N_("start anew; the run that is here goes to archive/ at the first verified save"),
         near=("restart", "overwrite"),
         of_this_start=True,
     )

@@ -45,7 +45,7 @@ class Start:
     saved: SavedRun | None = None  # go on from this
     source: Path | None = None  # None: the newest intact one, decided when it is restored
     weights: Path | None = None  # a new run with these weights
-    archive: bool = False  # what is in the directory is moved away first
+    anew: bool = False  # a new run begins: what lies here goes to the archive at its first save
 
 
 def decide(  # noqa: PLR0911 - one return a way to begin
@@ -57,21 +57,21 @@ def decide(  # noqa: PLR0911 - one return a way to begin
     where a file that was named is not there or not a checkpoint.
     """
     options, catalog = config.checkpoint, Catalog(config.checkpoint.checkpoint_dir)
-    occupied = bool(contents.entries or contents.damaged or contents.unreadable)
     if unattended.goes_on(contents.newest.id if contents.newest else None):
         return Start(saved=_first_readable(catalog, contents.entries))
     if options.fresh:
-        return Start(archive=True)
+        return Start(anew=True)
     if options.checkpoint is not None:
         path = _existing(options.checkpoint, catalog.directory)
         if _belongs(path, catalog, contents):
             return Start(saved=read_saved(path), source=path)
-        return Start(weights=path, archive=occupied)
+        return Start(weights=path, anew=True)
     if options.resume not in (None, "auto"):
         path = _newest_of(str(options.resume), catalog.directory)
         here = _belongs(path, catalog, contents)
-        return Start(saved=read_saved(path), source=path, archive=occupied and not here)
+        return Start(saved=read_saved(path), source=path, anew=not here)
     saved = _first_readable(catalog, contents.entries)
+    occupied = contents.entries or contents.damaged or contents.unreadable
     if occupied and options.resume is None and ask is not None:
         refused = []
         if saved is not None:
@@ -80,12 +80,12 @@ def decide(  # noqa: PLR0911 - one return a way to begin
             question = _("{directory} holds a run of another model ({refused}). Move it to "
                          "archive/ and start a new one?",
                          directory=catalog.directory, refused="; ".join(refused))  # fmt: skip
-            return Start(archive=True) if ask(question, default=False) else Start(saved=saved)
+            return Start(anew=True) if ask(question, default=False) else Start(saved=saved)
         newest = contents.newest
         question = _("{directory} holds a run (newest step {step}). Go on from it?",
                      directory=catalog.directory, step=newest.step if newest else "?")  # fmt: skip
         if not ask(question):
-            return Start(archive=True)
+            return Start(anew=True)
     return Start(saved=saved)
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,6 @@ def dry_run(
     with guard.SignalGuard() as signals:
         contents = Catalog(directory).scan()
         start = continuing.decide(config, contents, ask=None)
-        start = replace(start, archive=False)
         workshop = prepare(config, start, console, signals)
         if start.saved is not None:
             _go_on_from(start.saved, workshop.trainer, console)

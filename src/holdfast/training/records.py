@@ -11,7 +11,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,23 @@ from holdfast.i18n import _
 
 log = logging.getLogger("holdfast")
 
-METRICS, HISTORY = "metrics.jsonl", "training_history.json"
-_BOARD = "tensorboard"
+METRICS, HISTORY, BOARD = "metrics.jsonl", "training_history.json", "tensorboard"
+CONFIG, TOKENIZER = "config.json", "tokenizer"
 
 
 class Records:
-    """The files of one run directory, written as training goes on."""
+    """The files of one run directory, written as training goes on.
 
-    def __init__(self, directory: Path, *, tensorboard: bool, resumed_step: int) -> None:
+    Where the directory still holds another run, `held` keeps them in memory until that one has gone
+    to the archive: a kill before the first save of this run leaves the other one as it was.
+    """
+
+    def __init__(
+        self, directory: Path, *, tensorboard: bool, resumed_step: int, held: bool = False
+    ) -> None:
         """Raises ConfigError where TensorBoard is wanted and not installed."""
         self._directory = directory
+        self._held: list[Callable[[], None]] | None = [] if held else None
         self._failing: set[str] = set()  # files that could not be written the last time
         self._board: Any = None
         if tensorboard:
@@ -45,18 +53,44 @@ class Records:
             # Hide the points of steps that will be done again, and all of an earlier run here. The
             # point of the resumed step itself is not drawn again: purge behind it.
             purge = resumed_step + 1 if resumed_step else 0
-            self._board = SummaryWriter(str(directory / _BOARD), purge_step=purge)
+
+            def open_board() -> None:
+                self._board = SummaryWriter(str(directory / BOARD), purge_step=purge)
+
+            self.do(open_board)
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Do `work` now, or when the other run has made way."""
+        if self._held is None:
+            work()
+        else:
+            self._held.append(work)
+
+    def take_over(self, archive: Path) -> None:
+        """Move the records of the other run to `archive`, where its checkpoints lie now, and write
+        what was held."""
+        if self._held is None:
+            return
+        held, self._held = self._held, None
+        for name in (CONFIG, TOKENIZER, METRICS, HISTORY, BOARD):
+            with self._survive(name), contextlib.suppress(FileNotFoundError):
+                filesystem.move(self._directory / name, archive / name)
+        for work in held:
+            with self._survive(CONFIG):
+                work()
 
     def step(self, step: int, **values: float | int | None) -> None:
         """One line of metrics.jsonl for a logging interval."""
         self._append({"event": "step", "step": step, **values})
-        self._draw(step, {n: v for n, v in values.items() if isinstance(v, float)})
+        numbers = {n: v for n, v in values.items() if isinstance(v, float)}
+        self.do(partial(self._draw, step, numbers))
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """One line for something that happened: resumed, epoch, evaluation, finished …"""
         self._append({"event": event, "step": step, **values})
         names = ("val_loss", "train_loss_epoch")
-        self._draw(step, {n: values[n] for n in names if isinstance(values.get(n), float)})
+        numbers = {n: values[n] for n in names if isinstance(values.get(n), float)}
+        self.do(partial(self._draw, step, numbers))
 
     def missing(self, step: int, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return those of the `lines` about `step` that metrics.jsonl lacks: a kill came first.
@@ -80,16 +114,22 @@ class Records:
 
     def history(self, history: dict[str, list[Any]]) -> None:
         """training_history.json: {"train_loss": [...], "val_loss": [...], "epochs": [...]}."""
+        self.do(partial(self._write_history, _finite(history)))
+
+    def _write_history(self, history: dict[str, list[Any]]) -> None:
         with self._survive(HISTORY):
-            filesystem.write_json(self._directory / HISTORY, _finite(history))
+            filesystem.write_json(self._directory / HISTORY, history)
 
     def close(self) -> None:
-        with self._survive(_BOARD):
+        with self._survive(BOARD):
             if self._board is not None:
                 self._board.close()
 
     def _append(self, line: dict[str, Any]) -> None:
         text = json.dumps(_finite({"time": now(), **line}), ensure_ascii=False)
+        self.do(partial(self._write_line, text))
+
+    def _write_line(self, text: str) -> None:
         torn = "\n" if METRICS in self._failing else ""  # a full disk may have taken half a line
         with self._survive(METRICS):
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -98,9 +138,9 @@ class Records:
                 file.write(f"{torn}{text}\n")
 
     def _draw(self, step: int, values: dict[str, float]) -> None:
-        if self._board is None or _BOARD in self._failing:  # its writer ends with its first error
+        if self._board is None or BOARD in self._failing:  # its writer ends with its first error
             return
-        with self._survive(_BOARD):
+        with self._survive(BOARD):
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()  # by default after two minutes: a kill would lose those for good

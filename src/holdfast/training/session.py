@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from holdfast.checkpoint.rundir import (
     EventHandler,
     Reporter,
     check_rights,
-    rollback,
     space,
     words,
 )
@@ -55,7 +55,7 @@ from holdfast.training.fields import flag_of, format_value
 from holdfast.training.layers import save_config
 from holdfast.training.notify import Notifier
 from holdfast.training.prepare import PreparedData, prepare_data, reopen_data
-from holdfast.training.records import Records
+from holdfast.training.records import CONFIG, TOKENIZER, Records
 from holdfast.training.tokenizer import TextTokenizer
 from holdfast.training.trainer import Trainer
 
@@ -71,6 +71,7 @@ class Workshop:
     data: PreparedData
     trainer: Trainer
     reserve: int
+    records: Records | None = None
 
 
 def run(config: Config, console: Console, *, log: bool, yes: bool, command: str) -> None:
@@ -91,12 +92,9 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
         contents = catalog.scan()
         can_ask = console.terminal and sys.stdin.isatty() and not yes
         start = continuing.decide(config, contents, console.ask if can_ask else None)
-        place = rollback.set_aside(catalog) if start.archive else None
         if log:
             stamp = time.strftime("%Y%m%d_%H%M%S")
             console.open_log(directory / "logs" / f"training_{stamp}.log")
-        if place is not None:
-            console.say(_("📦 The run that was here now lies in {place}.", place=place))
         with guards.SignalGuard() as guard:  # from here on Ctrl-C means: save, then stop
             _tell_found(contents, start, console)
             workshop, manager, resumed = _begin(
@@ -158,6 +156,8 @@ def _restore(
         weights = {"model": load_weights(start.weights)}
         plan_restore({"model": trainer.model}, weights).commit()
         console.say(_("Starting a new run from the weights of {path}.", path=start.weights))
+        return None
+    if start.anew and start.source is None:
         return None
     try:
         resumed = manager.resume(start.source, expected="" if saved is None else saved.id)
@@ -248,6 +248,8 @@ def _listener(workshop: Workshop, console: Console, notifier: Notifier) -> Event
                 console.reopen_log()
             except (OSError, ConfigError) as error:
                 console.warn(str(error))
+        elif event == "archived" and workshop.records is not None:
+            workshop.records.take_over(Path(fields["to"]))
 
     return on_event
 
@@ -287,12 +289,16 @@ def _train(
         _tell_finished(trainer, console, command, before=True)
         return
     _heed(trainer.guard)
-    _write_descriptions(workshop, directory)
     needed = checkpoint_size(trainer.state, reserve=workshop.reserve)
-    space.check_room(manager.catalog, needed + _moments_to_come(trainer))
-    records = Records(
-        directory, tensorboard=config.training.tensorboard, resumed_step=trainer.progress.step
+    space.check_room(manager.catalog, needed + _moments_to_come(trainer), manager.run_id)
+    here = manager.catalog.scan()
+    records = workshop.records = Records(
+        directory,
+        tensorboard=config.training.tensorboard,
+        resumed_step=trainer.progress.step,
+        held=bool(here.entries) and not here.of(manager.run_id).entries,
     )
+    records.do(partial(_write_descriptions, workshop, directory))
     try:
         trainer.bind(manager, records)
         records.event("started", trainer.progress.step, **_facts(trainer))
@@ -423,8 +429,8 @@ def _moments_to_come(trainer: Trainer) -> int:
 
 
 def _write_descriptions(workshop: Workshop, directory: Path) -> None:
-    save_config(workshop.config, directory / "config.json")
-    workshop.data.tokenizer.save(directory / "tokenizer")
+    save_config(workshop.config, directory / CONFIG)
+    workshop.data.tokenizer.save(directory / TOKENIZER)
 
 
 # ------------------------------------------------------------------------------------ the talking
@@ -475,7 +481,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
 
 
 def _tell_found(contents: Any, start: Start, console: Console) -> None:
-    if start.archive or not (contents.entries or contents.damaged):
+    if not (contents.entries or contents.damaged):
         console.say(_("📁 Checkpoints: none yet; a new run begins."))
         return
     newest = contents.newest
@@ -484,6 +490,10 @@ def _tell_found(contents: Any, start: Start, console: Console) -> None:
           count=len(contents.entries) + len(contents.damaged),
           step=newest.step if newest else "?")
     )  # fmt: skip
+    if start.anew:
+        console.say(
+            _("   A new run begins; these go to archive/ when its first checkpoint is verified.")
+        )
 
 
 def _finished_words(trainer: Trainer) -> str:

@@ -236,8 +236,9 @@ class Catalog:
                 # Its own name is gone, and the next save takes the others away from it.
                 self.give_name(self.directory / newest.names[0], newest)
             self.publish(newest, (LATEST, MAIN))
-        if contents.best is not None:
-            self.publish(contents.best, (BEST,))
+            best = contents.of(newest.run_id).best
+            if best is not None:
+                self.publish(best, (BEST,))
 
     def give_name(self, source: Path, entry: Entry) -> Path:
         """Let `entry`, which lies at `source`, have a name of its own here; nothing makes way for

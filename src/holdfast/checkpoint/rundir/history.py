@@ -30,7 +30,6 @@ _mark = re.compile(
 ).fullmatch
 
 ROLLED_BACK = "rolled_back"
-LEAVING = "set_aside"  # all that is here goes to the archive, and this history goes last
 _GONE_ON = ("began", "resumed")  # after one of these, or a save, a roll-back is over
 
 
@@ -106,7 +105,6 @@ class Known:
     sequence: int = 0  # the highest number of a save that was announced
     back: Rollback | None = None  # the last roll-back
     pending: Rollback | None = None  # the same, until a training has gone on from it
-    leaving: str | None = None  # where everything here is on its way to, relative
 
     def take(self, event: Event) -> None:
         """Take in the next event; its fields may be anything."""
@@ -143,11 +141,8 @@ class Known:
             back = Rollback.of(event)
             if back is not None:
                 self.back = self.pending = back
-        elif kind == LEAVING and is_archived(event.get("to")):
-            self.leaving = event["to"]
         elif kind == "archived":
             self._left(event, gone=False)
-            self.leaving = None if event.get("to") == self.leaving else self.leaving
 
     def _announced(self, event: Event) -> None:
         names = _names(event)

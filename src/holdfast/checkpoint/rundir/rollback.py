@@ -1,20 +1,19 @@
-"""Setting aside what is here, as a whole: going back to an earlier state, and beginning anew.
+"""Going back to an earlier state: what is newer goes to the archive.
 
 A line in the history is what does it. It is durable before the first file moves, so a crash leaves
-a run that has gone back (or was set aside) or one that has not: what is left to move then is moved
-by the next start, or by asking once more. No torch here.
+a run that has gone back or one that has not: what is left to move then is moved by the next start,
+or by asking once more. No torch here.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from holdfast.checkpoint.format import Reader, read_manifest
-from holdfast.checkpoint.rundir.catalog import ARCHIVE, EVENTS, Catalog, Entry, summary
-from holdfast.checkpoint.rundir.history import LEAVING, ROLLED_BACK, History, Rollback
+from holdfast.checkpoint.rundir.catalog import Catalog, Entry, summary
+from holdfast.checkpoint.rundir.history import ROLLED_BACK, Rollback
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError, DamagedCheckpoint
 
@@ -97,45 +96,11 @@ class GoBack:
         """Change nothing: once its line is written the run has gone back."""
 
 
-def set_aside(catalog: Catalog) -> Path | None:
-    """Move everything that lies in a run directory to `archive/<time>/`; None where there was
-    nothing, or only logs: `holdfast run` begins one before there is a run.
-
-    The caller holds the run's lock. Raises `OSError` as it comes: the next start goes on with it.
-    """
-    if {path.name for path in _movable(catalog)} <= {"logs"}:
-        return None
-    to = f"{ARCHIVE}/{time.strftime('%Y%m%d_%H%M%S')}"
-    catalog.record(LEAVING, to=to)
-    finish(catalog)
-    return catalog.directory / to
-
-
 def finish(catalog: Catalog) -> None:
     """Do what a crash has left undone; the caller holds the run's lock."""
-    known = catalog.history.known
-    if known.pending is None and known.leaving is None:
-        return
-    with catalog.lock():
-        if known.leaving is not None:
-            _leave(catalog, known.leaving)
-        else:
+    if catalog.history.known.pending is not None:
+        with catalog.lock():
             _carry_out(catalog)
-
-
-def _leave(catalog: Catalog, to: str) -> None:
-    place = catalog.directory / to
-    for path in _movable(catalog):
-        if path.name != EVENTS:
-            filesystem.move(path, place / path.name)
-    # Last: as long as it lies here it says what is to be done.
-    there = filesystem.move(catalog.history.path, place / EVENTS)
-    History(there).record("archived", names=[], to=to)  # brought back by hand, it stays
-
-
-def _movable(catalog: Catalog) -> list[Path]:
-    stay = {ARCHIVE, ".run.lock", ".catalog.lock"}
-    return [path for path in sorted(catalog.directory.iterdir()) if path.name not in stay]
 
 
 def _decide(catalog: Catalog, entry: Entry, source: str | None = None) -> None:

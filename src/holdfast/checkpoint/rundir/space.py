@@ -15,9 +15,9 @@ from holdfast.checkpoint.rundir.catalog import Catalog, Contents, Entry
 from holdfast.checkpoint.system import filesystem, signals
 
 
-def check_room(catalog: Catalog, needed: int) -> None:
+def check_room(catalog: Catalog, needed: int, run_id: str) -> None:
     """Raise `ResourceError` unless `needed` bytes fit, with what `make_room` could free."""
-    spare = sum(_frees(catalog, entry) for entry in _beyond_floor(catalog.scan()))
+    spare = sum(_frees(catalog, entry) for entry in _beyond_floor(catalog.scan().of(run_id)))
     signals.check_space(catalog.directory, needed, spare=spare)
 
 

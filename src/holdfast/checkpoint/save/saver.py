@@ -182,7 +182,7 @@ class Saver:
 
     def prepare(self) -> None:
         """Make the buffers for snapshots, in the background."""
-        self._settle()
+        self.settle()
         tree = normalise(self._payload(step=0, epoch=None))
         self._open_memory(tree)
         self.writer.prepare(tree)
@@ -258,7 +258,7 @@ class Saver:
         try:
             self.snapshots.wait()  # the one before this is complete
             self._begin_anew()
-            self._settle()
+            self.settle()
             self.run.sequence += 1
             where = int(step), None if epoch is None else int(epoch)
             manifest = self._manifest(*where, plain_metrics(metrics), kind, reason)
@@ -480,16 +480,20 @@ class Saver:
             self.step = newest.step if newest is not None else 0
         pending.resolve(failure)
 
-    def _settle(self) -> None:
-        """Before the first save: it is newer than whatever lies here and was not resumed. That goes
-        to the archive when the save is verified: until then it is all there is to go on from."""
-        if self.run.settled:
+    def settle(self) -> None:
+        """Begin a new run, unless one was resumed. It is newer than what lies here, which goes to
+        the archive when the first save is verified: until then there is nothing else to go on
+        from."""
+        run = self.run
+        if run.settled:
             return
         filesystem.make_directory(self._catalog.directory)
         contents = self._catalog.scan()
         if contents.entries or contents.unreadable:
-            self.run.generation = self._catalog.generation() + 1
-        self.run.settled = True
+            run.generation = self._catalog.generation() + 1
+        run.settled = True
+        # What is kept in memory from now on is found by this line after a kill.
+        self._reporter.record("began", run_id=run.run_id, generation=run.generation)
 
     def _manifest(
         self, step: int, epoch: int | None, metrics: Mapping[str, Any], kind: str, reason: str
