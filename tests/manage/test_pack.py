@@ -382,3 +382,22 @@ def test_it_packs_beside_a_training_that_saves_all_the_time(tmp_path: Path) -> N
     assert not errors, errors[0]
     assert len(steps) > 2 and steps == sorted(steps)
     assert json.loads((run / "metadata.json").read_text())["files"]
+
+
+def test_what_a_killed_pack_has_left_goes_with_the_next_one_and_a_living_ones_stays(
+    tmp_path: Path,
+) -> None:
+    run, target = tmp_path / "run", tmp_path / "run.tar"
+    make_run(run)
+    script = (
+        "import os, pathlib, signal, sys; from holdfast.manage import pack\n"
+        "pack.check = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pack.pack(*map(pathlib.Path, sys.argv[1:]))"
+    )
+    subprocess.run([sys.executable, "-c", script, run, target], check=False)
+    (left,) = tmp_path.glob(".holdfast-*")
+    assert left.stat().st_size > 0 and not target.exists()
+    living = tmp_path / f".holdfast-pack-{os.getpid()}-0.tmp"
+    living.touch()
+    pack(run, target)
+    assert list(tmp_path.glob(".holdfast-*")) == [living]

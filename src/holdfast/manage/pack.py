@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 import xxhash
 
-from holdfast.checkpoint.system import filesystem
+from holdfast.checkpoint.system import drafts, filesystem
 from holdfast.errors import ConfigError, DamagedCheckpoint, HoldfastError, ResourceError
 from holdfast.formatting import NOTHING, format_bytes, format_time
 from holdfast.i18n import _
@@ -36,6 +36,7 @@ SUFFIXES = (".tar", *COMPRESSED)
 # compress: what level 1 does not find no other finds.
 _LEVEL = 1
 _ALL_CORES = -1
+_DRAFT = ".holdfast-pack-"
 
 Show = Callable[[Progress], None]
 
@@ -183,7 +184,8 @@ class _Broken:
 
 def _write(run: Held, target: Path, meter: Meter, broken: _Broken, *, damaged: bool) -> Packed:
     contents = run.contents()
-    with filesystem.replacing(target) as file:
+    drafts.sweep(target.absolute().parent, _DRAFT)
+    with filesystem.replacing(target, _DRAFT) as file, drafts.held(Path(file.name)):
         with _compressing(file, target) as stream:
             writer = Writer(stream, contents)
             items = iter(contents.items)

@@ -183,10 +183,13 @@ def _write_image(fd: int, image: memoryview, ready: direct.Ready | None, limit: 
 
 
 @contextlib.contextmanager
-def replacing(target: Path) -> Iterator[BinaryIO]:
+def replacing(target: Path, prefix: str = ".holdfast-") -> Iterator[BinaryIO]:
     """A new file to write and to read, of any length, which becomes `target` durably when the block
-    ends; where the block fails it is gone, and `target` as it was. `OSError` as it comes."""
-    temporary = _temporary(target)
+    ends; where the block fails it is gone, and `target` as it was. `OSError` as it comes.
+
+    `prefix` and the number of this process begin its name until then.
+    """
+    temporary = _temporary(target, prefix)
     try:
         with open(
             temporary, "x+b", opener=lambda name, flags: os.open(name, flags | _EXTRA_FLAGS, 0o644)
@@ -298,12 +301,12 @@ _EXTRA_FLAGS = (
 )
 
 
-def _temporary(target: Path) -> Path:
+def _temporary(target: Path, prefix: str = ".holdfast-") -> Path:
     """A name of our own beside the target: another directory might be another device.
 
     The target's name is not part of it: that may already be as long as a name can be.
     """
-    return target.with_name(f".holdfast-{os.getpid()}-{secrets.token_hex(6)}.tmp")
+    return target.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(6)}.tmp")
 
 
 def _allocate(fd: int, size: int) -> None:
