@@ -380,7 +380,7 @@ def die(*_args: Any, **_kwargs: Any) -> Any:
 
 
 # The calls of the engine to the disk, in holdfast.checkpoint.system.filesystem.
-SEAM = ("_allocate", "_write_all", "sync_file", "sync_directory", "_rename", "_link", "remove",
+SEAM = ("allocate", "write_all", "sync_file", "sync_directory", "rename", "link", "remove",
         "append_line")  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("HOLDFAST_DISABLE", raising=False)
-    monkeypatch.setattr(filesystem, "_said", set())
+    monkeypatch.setattr(filesystem, "said", set())
     before = language()
     set_language("en")
     yield

@@ -121,7 +121,7 @@ def test_what_is_missing_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("HOLDFAST_DISABLE", "direct")
-    monkeypatch.setattr(filesystem, "_said", set())
+    monkeypatch.setattr(filesystem, "said", set())
     caplog.set_level("INFO", logger="holdfast")
     with CheckpointManager(tmp_path, {"w": torch.zeros(10_000)}) as manager:
         for step in (1, 2, 3):

@@ -77,7 +77,7 @@ def test_a_file_of_any_length_has_its_name_when_it_is_durable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, calls = put(tmp_path / "a.tar", b"old"), []
-    for name in ("sync_file", "_rename", "sync_directory"):
+    for name in ("sync_file", "rename", "sync_directory"):
         original = getattr(filesystem, name)
 
         def noted(*given: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
@@ -92,7 +92,7 @@ def test_a_file_of_any_length_has_its_name_when_it_is_durable(
         file.seek(0)
         assert file.read() == b"new, and longer", "it can be read back before it has its name"
     assert target.read_bytes() == b"new, and longer" and names(tmp_path) == ["a.tar"]
-    assert calls == ["sync_file", "_rename", "sync_directory"]
+    assert calls == ["sync_file", "rename", "sync_directory"]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
@@ -191,7 +191,7 @@ def test_a_write_of_zero_bytes_is_an_error(tmp_path: Path, monkeypatch: pytest.M
 
 def test_large_pieces_are_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux writes at most 2 GiB a call."""
-    monkeypatch.setattr(filesystem, "_WRITE_MAX", 10)
+    monkeypatch.setattr(filesystem, "WRITE_MAX", 10)
     data = bytes(range(95))
     assert put(tmp_path / "a.pt", data).read_bytes() == data
 
@@ -234,7 +234,7 @@ def test_a_symlink_in_place_of_the_temporary_is_not_followed(
     victim.write_bytes(b"precious")
     trap = tmp_path / ".holdfast-trap.tmp"
     trap.symlink_to(victim)
-    monkeypatch.setattr(filesystem, "_temporary", lambda _target: trap)
+    monkeypatch.setattr(filesystem, "temporary_name", lambda _target: trap)
     with pytest.raises(FileExistsError):
         put(tmp_path / "a.pt", b"evil")
     with pytest.raises(FileExistsError):
@@ -429,7 +429,7 @@ def test_the_order_at_the_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    for name in ("_allocate", "_write_all", "sync_file", "_rename", "sync_directory"):
+    for name in ("allocate", "write_all", "sync_file", "rename", "sync_directory"):
         spy(filesystem, name)
     put(tmp_path / "a.pt", b"abc")
-    assert said == ["_allocate", "_write_all", "sync_file", "_rename", "sync_directory"]
+    assert said == ["allocate", "write_all", "sync_file", "rename", "sync_directory"]

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint.system import lock as lock_module
 from holdfast.checkpoint.system.lock import FileLock
 from holdfast.errors import RunLocked
 from tests.support import die, in_child
@@ -154,15 +153,15 @@ def test_a_lock_file_that_is_removed_while_it_is_taken_is_made_anew(
 ) -> None:
     """Else two processes would hold "the" lock, one of them of a file that nobody sees."""
     path = tmp_path / ".run.lock"
-    real, removed = lock_module._lock, []
+    real, removed = fcntl.fcntl, []
 
-    def lock(fd: int) -> bool:
+    def lock(fd: int, *args: Any) -> Any:
         if not removed:
             path.unlink()
             removed.append(fd)
-        return real(fd)
+        return real(fd, *args)
 
-    monkeypatch.setattr(lock_module, "_lock", lock)
+    monkeypatch.setattr(fcntl, "fcntl", lock)
     with FileLock(path) as held:
         assert held.in_place
         assert in_child(lambda: refused(path)) == 0
@@ -323,10 +322,10 @@ def open_files() -> int:
 def test_a_file_system_without_locks_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nolock(_fd: int) -> bool:
+    def nolock(*_args: Any) -> int:
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(lock_module, "_lock", nolock)
+    monkeypatch.setattr(fcntl, "fcntl", nolock)
     before = open_files()
     with pytest.raises(OSError, match="no locks"), FileLock(tmp_path / ".run.lock"):
         pass

@@ -130,7 +130,7 @@ def test_a_rescue_that_is_killed_is_repeated(tmp_path: Path) -> None:
     killed(tmp_path, 5)
 
     def rescue_and_die() -> None:
-        filesystem._rename = die  # type: ignore[assignment]
+        filesystem.rename = die  # type: ignore[assignment]
         Toy().manager(tmp_path).resume()
 
     assert in_child(rescue_and_die) == -signal.SIGKILL
@@ -150,7 +150,7 @@ def test_a_full_disk_keeps_the_snapshot_in_memory(
 
     with Toy(seed=9).manager(tmp_path) as manager:
         with monkeypatch.context() as patch:
-            patch.setattr(filesystem, "_allocate", full)
+            patch.setattr(filesystem, "allocate", full)
             with pytest.raises(SaveFailed, match="Step 5 lies in memory"):
                 manager.resume()
         resumed = manager.resume()
@@ -392,7 +392,7 @@ def test_a_rescue_that_fails_says_why_in_one_line(
     def fail(*_args: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    name = {"write": "_pwrite", "fsync": "sync_file", "rename": "_rename"}[where]
+    name = {"write": "pwrite", "fsync": "sync_file", "rename": "rename"}[where]
     with Toy(seed=9).manager(tmp_path) as manager:
         with monkeypatch.context() as patch:
             patch.setattr(filesystem, name, fail)
@@ -676,12 +676,9 @@ def test_what_a_lock_is_taken_of_for_a_moment_is_waited_for(tmp_path: Path) -> N
         assert resumed.step == 5
 
 
-def test_what_another_process_keeps_is_not_passed_over_in_silence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_another_process_keeps_is_not_passed_over_in_silence(tmp_path: Path) -> None:
     """Training from the disk meanwhile, it would meet the older snapshot at a later start."""
     killed(tmp_path, 5)
-    monkeypatch.setattr(shared_memory, "_PATIENCE", 0.1)
     lock = left(tmp_path)[0].directory / "owner.lock"
     with Toy(seed=9).manager(tmp_path) as manager:
         with asking(lock), pytest.raises(RunLocked, match="are in use by another process"):

@@ -178,7 +178,7 @@ def test_a_new_manager_waits_for_what_garbage_has_under_way(tmp_path: Path) -> N
 def test_garbage_that_saves_for_too_long_is_named_and_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ownership, "_PATIENCE", 0.1)
+    monkeypatch.setattr(ownership, "PATIENCE", 0.1)
     Toy().manager(tmp_path, io_limit=4e4).save_async(step=1)
     with pytest.raises(RunLocked, match="An earlier manager of this process is still saving in"):
         Toy().manager(tmp_path)

@@ -14,7 +14,6 @@ import torch
 
 import holdfast
 from holdfast.errors import ConfigError, HoldfastError, UnsupportedValue
-from holdfast.prove import resume
 from holdfast.prove.resume import NOT_REPEATABLE, NOT_RESTORED, OUTSIDE, Proof, prove_resume
 from tests.support import Toy
 
@@ -25,7 +24,7 @@ STEPS, MORE = 4, 3
 def runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways to interrupt; whether a process is really killed."""
     if request.param != "forked":
-        monkeypatch.setattr(resume, "_can_fork", lambda: False)
+        monkeypatch.delattr(os, "fork")
     return request.param == "forked"
 
 

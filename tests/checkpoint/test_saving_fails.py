@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from holdfast import load, verify
 from holdfast.checkpoint import Catalog
 from holdfast.checkpoint.format import reading
 from holdfast.checkpoint.manager import CheckpointManager
-from holdfast.checkpoint.save.publisher import Draft
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import ResourceError, SaveFailed
 from tests.support import (
@@ -41,7 +41,7 @@ from tests.support import (
 # ---------------------------------------------------------------------- saving never kills training
 
 
-@pytest.mark.parametrize("seam", ["_allocate", "_write_all", "sync_file", "_rename", "_link"])
+@pytest.mark.parametrize("seam", ["allocate", "write_all", "sync_file", "rename", "link"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
 def test_a_failed_save_leaves_training_and_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seam: str, number: int
@@ -83,7 +83,7 @@ def test_a_passing_error_is_overcome_with_a_new_file(
 ) -> None:
     """After a failed fsync the kernel may call the same file clean: never fsync it again."""
     written: list[str] = []
-    name, sync = filesystem._temporary, filesystem.sync_file
+    name, sync = filesystem.temporary_name, filesystem.sync_file
 
     def temporary(target: Path) -> Path:
         written.append(name(target).name)
@@ -95,7 +95,7 @@ def test_a_passing_error_is_overcome_with_a_new_file(
         sync(fd)
 
     with Toy().manager(tmp_path) as engine:
-        monkeypatch.setattr(filesystem, "_temporary", temporary)
+        monkeypatch.setattr(filesystem, "temporary_name", temporary)
         monkeypatch.setattr(filesystem, "sync_file", once)
         saved = engine.save(step=1)
     assert saved is not None
@@ -329,7 +329,7 @@ def test_a_failed_overwrite_leaves_the_old_one_in_its_place(
         end_epoch(engine, 1, step=1)
         before = (tmp_path / "model_epoch_1.pt").read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr(filesystem, "_write_all", fail_with(errno.ENOSPC))
+            patch.setattr(filesystem, "write_all", fail_with(errno.ENOSPC))
             assert end_epoch(engine, 1, step=2) is None
         assert (tmp_path / "model_epoch_1.pt").read_bytes() == before
         assert tree_of(tmp_path / "archive") == set()
@@ -383,11 +383,11 @@ def test_a_disk_that_stays_full_is_not_tried_at_every_step(
     with CheckpointManager(tmp_path / "run", state, save_when=[EveryMinutes(1)]) as manager:
         manager.resume()
 
-        def full(draft: Draft, **_rest: object) -> None:
-            tried.append(draft.manifest["identity"]["step"])
+        def full(target: Path, *_rest: object, **_more: object) -> None:
+            tried.append(int(re.sub(r".*\D", "", target.stem)))
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(manager._saver._publisher, "publish", full)
+        monkeypatch.setattr(filesystem, "write_file", full)
         for step in range(1, 200):
             clock[0] += 1.0
             manager.after_step(step)

@@ -358,7 +358,7 @@ def test_a_failure_in_the_background_is_told_at_the_next_step(
     toy = Toy()
     with toy.manager(tmp_path, on_event=tell) as manager:
         with monkeypatch.context() as patch:
-            patch.setattr(filesystem, "_allocate", full)
+            patch.setattr(filesystem, "allocate", full)
             pending = manager.save_async(step=1)
             with pytest.raises(SaveFailed, match="Step 1 could not be saved"):
                 pending.durable.result()

@@ -181,7 +181,7 @@ def test_a_disk_that_somebody_else_fills_while_it_is_written(
 def test_a_quota_counts_like_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    real, left = filesystem._allocate, [1]
+    real, left = filesystem.allocate, [1]
 
     def quota(fd: int, size: int) -> None:
         if size > MB // 2 and left.pop():
@@ -193,7 +193,7 @@ def test_a_quota_counts_like_a_full_disk(
     with training(tmp_path) as manager:
         for step in range(1, 5):
             manager.save(step=step, strict=True)
-        monkeypatch.setattr(filesystem, "_allocate", quota)
+        monkeypatch.setattr(filesystem, "allocate", quota)
         assert manager.save(step=5) is not None
     assert steps(tmp_path) == [2, 3, 4, 5]
 

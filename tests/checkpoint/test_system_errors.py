@@ -70,7 +70,7 @@ class Trouble:
 
 @pytest.fixture
 def trouble(monkeypatch: pytest.MonkeyPatch) -> Trouble:
-    monkeypatch.setattr(reading, "_PAUSES", (0.001, 0.001, 0.001))
+    monkeypatch.setattr(reading, "PAUSES", (0.001, 0.001, 0.001))
     return Trouble(monkeypatch)
 
 

@@ -199,7 +199,7 @@ def test_an_interrupt_between_any_two_lines_is_undone() -> None:
 
 
 def test_large_tensors_are_exchanged_with_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transaction, "_EXCHANGE_ELEMENTS", 100)
+    monkeypatch.setattr(transaction, "EXCHANGE_ELEMENTS", 100)
     live, staged = torch.arange(1000), -torch.arange(1000)
     act = Exchange([(live, staged)])
     assert max(part.numel() for part, _staged in act._parts) == 100

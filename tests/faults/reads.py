@@ -120,7 +120,7 @@ def _save(saver: type[Ours], directory: Path, fault: Fault) -> Outcome:
 
     def body(arm: Arm, say: Say) -> int:
         container.Reader.verify = verify  # type: ignore[method-assign]
-        reading._PAUSES = (0.001, 0.001, 0.001)  # a mutant has none
+        reading.PAUSES = (0.001, 0.001, 0.001)  # a mutant has none
         training = Training()
         it = saver(directory, training)
         it.start()
@@ -140,7 +140,7 @@ def _save(saver: type[Ours], directory: Path, fault: Fault) -> Outcome:
 
 def _start(saver: type[Ours], directory: Path, fault: Fault) -> Outcome:
     def body(arm: Arm, say: Say) -> None:
-        reading._PAUSES = (0.001, 0.001, 0.001)
+        reading.PAUSES = (0.001, 0.001, 0.001)
         it = saver(directory, Training())
         arm()
         try:

@@ -331,7 +331,7 @@ class Condemns(Ours):
 
     @staticmethod
     def _condemn() -> None:
-        reading._PAUSES = ()
+        reading.PAUSES = ()
         for room, name in ((tidy, "verify_back"), (recovery, "_read")):
             setattr(room, name, _condemning(getattr(room, name)))
 
@@ -352,7 +352,7 @@ class PrunesUnread(Ours):
     name, control = "holdfast, mutant: what cannot be read back is verified", True
 
     def start(self) -> None:
-        reading._PAUSES, real = (), tidy.verify_back
+        reading.PAUSES, real = (), tidy.verify_back
 
         def verify_back(*args: Any) -> None:
             with contextlib.suppress(OSError):

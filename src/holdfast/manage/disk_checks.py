@@ -214,7 +214,7 @@ def _seconds(scratch: Path, size: int, *, past_cache: bool) -> float:
 
 def hard_links(scratch: Path) -> Finding:
     """The names of one checkpoint are links to it where that works."""
-    if _published(scratch, filesystem._link):
+    if _published(scratch, filesystem.link):
         return Finding("hard_links", OK, _("yes"))
     return Finding(
         "hard_links", WARN,

@@ -27,7 +27,7 @@ CHUNK = 1 << 22  # bytes a read: hides the system call, and is still in the cach
 OWN_PAGES = 1 << 18  # memory from this size on gets pages of its own: direct I/O can fill it
 _WORTH = 1 << 20  # where fewer bytes than this are wanted, no question is asked about the cache
 _SAMPLES = 9  # pages that are asked for: the majority says where the file is
-_PAUSES = (0.02, 0.1, 0.4)  # seconds before the next try at what the system has refused
+PAUSES = (0.02, 0.1, 0.4)  # seconds before the next try at what the system has refused
 # What trying again does not change: there is no such file, or it cannot be read in this way.
 _FINAL = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 _seek_lock = threading.Lock()
@@ -40,7 +40,7 @@ def patiently(work: Callable[[], T]) -> T:
 
     Raises the last `OSError`. It says nothing about the content of a file.
     """
-    for pause in _PAUSES:
+    for pause in PAUSES:
         try:
             return work()
         except OSError as error:

@@ -23,7 +23,7 @@ from holdfast.i18n import _
 
 log = logging.getLogger("holdfast")
 
-_PATIENCE = 60.0  # seconds for what a manager that became garbage has under way
+PATIENCE = 60.0  # seconds for what a manager that became garbage has under way
 
 
 class Manager(Protocol):
@@ -88,7 +88,7 @@ def take_over(directory: Path) -> bool:
                   "or choose another directory.", directory=directory)
             )  # fmt: skip
         manager.give_way()
-    elif not found.over.wait(_PATIENCE):  # garbage, which is given back in the background
+    elif not found.over.wait(PATIENCE):  # garbage, which is given back in the background
         raise RunLocked(
             _("An earlier manager of this process is still saving in {directory}. Try again when "
               "it is done, or choose another directory.", directory=directory)

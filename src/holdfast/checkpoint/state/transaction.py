@@ -23,7 +23,7 @@ from holdfast.i18n import _
 log = logging.getLogger("holdfast")
 
 _MISSING = object()
-_EXCHANGE_ELEMENTS = 1 << 20  # bounds the scratch memory of an exchange
+EXCHANGE_ELEMENTS = 1 << 20  # bounds the scratch memory of an exchange
 
 
 @dataclass(slots=True)
@@ -120,9 +120,9 @@ def _parts(live: torch.Tensor, staged: torch.Tensor) -> Iterator[tuple[torch.Ten
             live, staged = live.narrow(dim, 0, 1), staged.narrow(dim, 0, 1)
     if 0 in staged.stride() and not staged.is_contiguous():
         staged = staged.contiguous()
-    large = live.numel() > _EXCHANGE_ELEMENTS
+    large = live.numel() > EXCHANGE_ELEMENTS
     if large and live.is_contiguous() and staged.is_contiguous():
-        halves = (torch.split(t.view(-1), _EXCHANGE_ELEMENTS) for t in (live, staged))
+        halves = (torch.split(t.view(-1), EXCHANGE_ELEMENTS) for t in (live, staged))
         yield from zip(*halves, strict=True)
     else:
         yield live, staged

@@ -29,10 +29,10 @@ from holdfast.checkpoint.system.pages import Buffer
 log = logging.getLogger("holdfast")
 
 _FICLONE = 0x40049409  # ioctl(2): share the blocks of another file (Btrfs, XFS, bcachefs)
-_WRITE_MAX = 1 << 30  # Linux writes at most 2 GiB - 4 KiB a call
+WRITE_MAX = 1 << 30  # Linux writes at most 2 GiB - 4 KiB a call
 READ_ONLY = 0o444
 SMALL = 64 << 20  # bytes: far more than any settings, cache or tokenizer of a run takes
-_said: set[str] = set()
+said: set[str] = set()
 _seek_lock = threading.Lock()
 
 
@@ -42,8 +42,8 @@ def disabled(fast_path: str) -> bool:
 
 
 def _say_once(message: str, *args: object) -> None:
-    if message not in _said:
-        _said.add(message)
+    if message not in said:
+        said.add(message)
         log.info(message, *args)
 
 
@@ -152,23 +152,23 @@ def write_file(
     its bytes up to `end` are taken. `limit` is bytes a second, 0 for none. `OSError` as it comes;
     the temporary file is gone then.
     """
-    temporary = _temporary(target)
+    temporary = temporary_name(target)
     fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _EXTRA_FLAGS, 0o600)
     try:
         try:
-            _allocate(fd, size)
+            allocate(fd, size)
             for offset, piece in pieces:
                 view = memoryview(piece).cast("B") if len(piece) else memoryview(b"")
                 if offset == 0 and len(view) == size and direct.is_aligned(view):
                     _write_image(fd, view, ready, limit)
                 else:
-                    _write_all(fd, view, offset)
+                    write_all(fd, view, offset)
             if hasattr(os, "fchmod"):
                 os.fchmod(fd, mode)
             sync_file(fd)
         finally:
             os.close(fd)
-        _rename(temporary, target)
+        rename(temporary, target)
     except BaseException:  # an interrupt, too, leaves nothing half-written
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -179,7 +179,7 @@ def write_file(
 def _write_image(fd: int, image: memoryview, ready: direct.Ready | None, limit: float) -> None:
     if disabled("direct") or not direct.switch_on(fd):
         _say_once("No direct writes here: checkpoints pass through the page cache.")
-    direct.write_blocks(fd, image, _write_all, ready=ready, limit=limit)
+    direct.write_blocks(fd, image, write_all, ready=ready, limit=limit)
 
 
 @contextlib.contextmanager
@@ -189,7 +189,7 @@ def replacing(target: Path, prefix: str = ".holdfast-") -> Iterator[BinaryIO]:
 
     `prefix` and the number of this process begin its name until then.
     """
-    temporary = _temporary(target, prefix)
+    temporary = temporary_name(target, prefix)
     try:
         with open(
             temporary, "x+b", opener=lambda name, flags: os.open(name, flags | _EXTRA_FLAGS, 0o644)
@@ -197,7 +197,7 @@ def replacing(target: Path, prefix: str = ".holdfast-") -> Iterator[BinaryIO]:
             yield file
             file.flush()
             sync_file(file.fileno())
-        _rename(temporary, target)
+        rename(temporary, target)
     except BaseException:  # an interrupt, too, leaves nothing half-written
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -232,13 +232,13 @@ def publish(source: Path, name: Path, *, copy: bool = True) -> str:
     Replaces `name` atomically; without `copy`, "" where only a copy would do. The caller syncs the
     directory once after all its names.
     """
-    temporary = _temporary(name)
+    temporary = temporary_name(name)
     try:
-        how = _link(source, temporary) or _reflink(source, temporary)
+        how = link(source, temporary) or _reflink(source, temporary)
         if not how and copy:
             how = _copy(source, temporary)
         if how:
-            _rename(temporary, name)
+            rename(temporary, name)
     finally:
         # A rename between two links of one inode does nothing and leaves both: take ours away.
         with contextlib.suppress(FileNotFoundError):
@@ -262,7 +262,7 @@ def move(source: Path, target: Path) -> Path:
     make_directory(target.parent)
     while target.exists():
         target = target.with_name(f"{target.stem}-{secrets.token_hex(2)}{target.suffix}")
-    _rename(source, target)
+    rename(source, target)
     sync_directory(target.parent)
     sync_directory(source.parent)
     return target
@@ -284,7 +284,7 @@ def temporaries(directory: Path) -> Iterator[Path]:
 
 def try_writing(directory: Path) -> None:
     """Raise the `OSError` that a new file in `directory` would meet now."""
-    temporary = _temporary(directory / "probe")
+    temporary = temporary_name(directory / "probe")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _EXTRA_FLAGS, 0o600))
     temporary.unlink()
 
@@ -301,7 +301,7 @@ _EXTRA_FLAGS = (
 )
 
 
-def _temporary(target: Path, prefix: str = ".holdfast-") -> Path:
+def temporary_name(target: Path, prefix: str = ".holdfast-") -> Path:
     """A name of our own beside the target: another directory might be another device.
 
     The target's name is not part of it: that may already be as long as a name can be.
@@ -309,7 +309,7 @@ def _temporary(target: Path, prefix: str = ".holdfast-") -> Path:
     return target.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(6)}.tmp")
 
 
-def _allocate(fd: int, size: int) -> None:
+def allocate(fd: int, size: int) -> None:
     if size == 0 or not hasattr(os, "posix_fallocate") or disabled("fallocate"):
         return
     try:
@@ -320,11 +320,11 @@ def _allocate(fd: int, size: int) -> None:
         _say_once("This file system cannot reserve space ahead; a full disk shows while writing.")
 
 
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
+def write_all(fd: int, data: memoryview, offset: int) -> None:
     """Write all of `data`: a short write is continued, one of zero bytes is an error."""
     done = 0
     while done < data.nbytes:
-        done += _written(_pwrite(fd, data[done : done + _WRITE_MAX], offset + done))
+        done += _written(pwrite(fd, data[done : done + WRITE_MAX], offset + done))
 
 
 def _append_all(fd: int, data: bytes) -> None:
@@ -339,7 +339,7 @@ def _written(count: int) -> int:
     return count
 
 
-def _pwrite(fd: int, data: memoryview, offset: int) -> int:
+def pwrite(fd: int, data: memoryview, offset: int) -> int:
     if hasattr(os, "pwrite"):
         return os.pwrite(fd, data, offset)
     with _seek_lock:  # Windows has no positional write, and a file has several writers
@@ -352,11 +352,11 @@ def _last_byte(fd: int, end: int) -> bytes:
     return os.read(fd, 1)
 
 
-def _rename(source: Path, target: Path) -> None:
+def rename(source: Path, target: Path) -> None:
     source.replace(target)
 
 
-def _link(source: Path, target: Path) -> str:
+def link(source: Path, target: Path) -> str:
     if disabled("hardlinks"):
         return ""
     try:
@@ -409,7 +409,7 @@ def _copy_in_kernel(source: int, target: int) -> bool:
 def _copy(source: Path, target: Path) -> str:
     fd = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _EXTRA_FLAGS, 0o600)
     with source.open("rb") as original, os.fdopen(fd, "wb") as copy:
-        _allocate(copy.fileno(), os.fstat(original.fileno()).st_size)
+        allocate(copy.fileno(), os.fstat(original.fileno()).st_size)
         if not _copy_in_kernel(original.fileno(), copy.fileno()):
             shutil.copyfileobj(original, copy, 1 << 22)
         copy.flush()
