@@ -23,7 +23,7 @@ import torch
 
 from holdfast import CheckpointManager
 from holdfast.checkpoint.format.container import Reader
-from holdfast.manage.drift import drift
+from holdfast.manage.compare.drift import drift
 
 
 def write(directory: Path, dtype: torch.dtype, size: int, seed: int) -> Path:
@@ -73,7 +73,7 @@ def forget(paths: list[Path]) -> None:
 _ALONE = """
 import re, sys
 from pathlib import Path
-from holdfast.manage.drift import drift
+from holdfast.manage.compare.drift import drift
 drift(("A", Path(sys.argv[1])), ("B", Path(sys.argv[2])))
 # Not getrusage: a child begins with the peak of its parent there.
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -36,7 +36,7 @@ from holdfast.checkpoint.save.rescue import rescue
 from holdfast.checkpoint.system import filesystem
 from holdfast.checkpoint.system.lock import FileLock
 from holdfast.errors import CheckpointError, RunLocked, SaveFailed
-from holdfast.manage import leftovers
+from holdfast.manage.cleaning import leftovers
 from tests.support import (
     Toy,
     after,

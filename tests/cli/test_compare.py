@@ -13,7 +13,7 @@ import torch
 from holdfast.checkpoint.format.container import Reader
 from holdfast.cli import compare as command
 from holdfast.cli.main import main
-from holdfast.manage.compare import compare
+from holdfast.manage.compare.manifests import compare
 from holdfast.manage.table import Screen
 from holdfast.training.side_by_side import Continuation
 from tests.manage.runs import desk, desk_json, flip, make_run

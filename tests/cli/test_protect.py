@@ -12,7 +12,7 @@ from holdfast.cli import protect
 from holdfast.cli.main import main
 from holdfast.cli.protect import COMMANDS
 from holdfast.i18n import language
-from holdfast.manage.supervisor import Supervisor
+from holdfast.manage.supervising.supervisor import Supervisor
 from tests.manage.runs import desk
 
 

@@ -29,8 +29,8 @@ from holdfast import load
 from holdfast.checkpoint.format.container import Reader
 from holdfast.checkpoint.policy.keep import KeepBest
 from holdfast.checkpoint.rundir.catalog import Catalog
+from holdfast.manage.packing.unpack import unpack
 from holdfast.manage.rundir import look
-from holdfast.manage.unpack import unpack
 from tests.manage.runs import desk
 from tests.support import bits
 

@@ -18,9 +18,10 @@ from holdfast.checkpoint.rundir.catalog import Catalog, Entry
 from holdfast.checkpoint.system import filesystem
 from holdfast.checkpoint.system.lock import FileLock, run_lock
 from holdfast.errors import ResourceError, RunLocked
-from holdfast.manage import clean, locking
+from holdfast.manage import locking
 from holdfast.manage import rollback as going_back
-from holdfast.manage.clean import Plan, Wish, execute, plan
+from holdfast.manage.cleaning import clean
+from holdfast.manage.cleaning.clean import Plan, Wish, execute, plan
 from holdfast.manage.pin import pin
 from holdfast.manage.rundir import look
 from holdfast.manage.table import Screen

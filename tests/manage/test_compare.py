@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import CheckpointError, HoldfastError
-from holdfast.manage.compare import compare
+from holdfast.manage.compare.manifests import compare
 from holdfast.manage.table import Screen
 from holdfast.manage.values import json_ready
 from tests.manage.runs import Training, cut, make_run

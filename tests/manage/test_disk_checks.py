@@ -10,9 +10,9 @@ import pytest
 
 from holdfast.checkpoint.system import filesystem
 from holdfast.checkpoint.system.signals import RESERVE
-from holdfast.manage import disk_checks, mounts
-from holdfast.manage.disk_checks import disk_checks as check_disk
-from holdfast.manage.findings import BAD, OK, UNKNOWN, WARN, Finding, worst
+from holdfast.manage.doctor import disk_checks, mounts
+from holdfast.manage.doctor.disk_checks import disk_checks as check_disk
+from holdfast.manage.doctor.findings import BAD, OK, UNKNOWN, WARN, Finding, worst
 from tests.support import fail_with
 
 EXT4 = mounts.Mount("/", "ext4", "/dev/vda", frozenset({"rw"}))

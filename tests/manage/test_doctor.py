@@ -13,8 +13,8 @@ import pytest
 from holdfast.checkpoint.rundir import shared_memory
 from holdfast.checkpoint.system.lock import FileLock
 from holdfast.errors import HoldfastError
-from holdfast.manage import doctor
-from holdfast.manage.findings import BAD, OK, WARN, Finding
+from holdfast.manage.doctor import examine as doctor
+from holdfast.manage.doctor.findings import BAD, OK, WARN, Finding
 from holdfast.manage.rundir import look
 from tests import support
 from tests.manage.runs import make_run

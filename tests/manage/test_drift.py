@@ -14,8 +14,8 @@ import torch
 
 from holdfast.checkpoint.format.container import Reader
 from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint, HoldfastError
-from holdfast.manage import drift_table, tensors
-from holdfast.manage.drift import Drift, TensorDrift, drift, layer_of
+from holdfast.manage.compare import drift_table, tensors
+from holdfast.manage.compare.drift import Drift, TensorDrift, drift, layer_of
 from holdfast.manage.table import Screen
 from holdfast.manage.values import json_ready
 from tests.support import craft, identity, write_state
@@ -338,7 +338,7 @@ def test_a_manifest_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
 _PEAK = """
 import re, sys
 from pathlib import Path
-from holdfast.manage.drift import drift
+from holdfast.manage.compare.drift import drift
 found = drift(("A", Path(sys.argv[1])), ("B", Path(sys.argv[2])))
 assert "torch" not in sys.modules
 # Not getrusage: a child begins with the peak of its parent there.

@@ -11,7 +11,15 @@ import torch
 from holdfast import CheckpointManager
 from holdfast.checkpoint.format.container import read_manifest
 from holdfast.errors import ForeignCheckpoint
-from holdfast.manage.layers import MODEL, OPTIMIZER, OTHER, ROWS, rows_of, sections_of, tensors_of
+from holdfast.manage.showing.layers import (
+    MODEL,
+    OPTIMIZER,
+    OTHER,
+    ROWS,
+    rows_of,
+    sections_of,
+    tensors_of,
+)
 from holdfast.manage.values import plain_state
 
 

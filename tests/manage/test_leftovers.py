@@ -11,7 +11,7 @@ import pytest
 
 from holdfast.checkpoint.rundir import shared_memory
 from holdfast.cli.main import main
-from holdfast.manage import leftovers
+from holdfast.manage.cleaning import leftovers
 from tests.checkpoint.test_memory import killed
 from tests.support import Toy, damage
 

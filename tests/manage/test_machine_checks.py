@@ -10,8 +10,8 @@ import pytest
 
 from holdfast.checkpoint.rundir import shared_memory
 from holdfast.checkpoint.save import writer
-from holdfast.manage import machine_checks
-from holdfast.manage.findings import BAD, OK, UNKNOWN, WARN
+from holdfast.manage.doctor import machine_checks
+from holdfast.manage.doctor.findings import BAD, OK, UNKNOWN, WARN
 
 GIB = 1 << 30
 

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from holdfast.manage.mounts import concerns, mount_of, parse
+from holdfast.manage.doctor.mounts import concerns, mount_of, parse
 
 EXT4 = "27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw,discard"
 OVERLAY = (

@@ -22,9 +22,10 @@ from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.checkpoint.system import filesystem
 from holdfast.checkpoint.system.lock import FileLock
 from holdfast.errors import ConfigError, DamagedCheckpoint, HoldfastError, RunLocked
-from holdfast.manage import locking, packing
-from holdfast.manage.pack import Packed, pack, target_of
-from holdfast.manage.packed import MANIFEST, SUMS
+from holdfast.manage import locking
+from holdfast.manage.packing import held as packing
+from holdfast.manage.packing.archive import MANIFEST, SUMS
+from holdfast.manage.packing.pack import Packed, pack, target_of
 from holdfast.manage.verify import Progress
 from tests.manage.runs import Training, copy_without_links, cut, flip, make_run
 
@@ -328,7 +329,8 @@ def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
     for i in range(120):
         (run / f"note_{i}.txt").write_text(str(i))
     code = (
-        "import resource, sys; from pathlib import Path; from holdfast.manage.pack import pack\n"
+        "import resource, sys; from pathlib import Path\n"
+        "from holdfast.manage.packing.pack import pack\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))\n"
         "packed = pack(sys.argv[1], Path(sys.argv[2]))\n"
         "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (64, 4096)\n"

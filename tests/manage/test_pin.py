@@ -10,7 +10,7 @@ import pytest
 from holdfast.checkpoint import Catalog
 from holdfast.checkpoint.system.lock import run_lock
 from holdfast.errors import CheckpointError, HoldfastError
-from holdfast.manage import clean
+from holdfast.manage.cleaning import clean
 from holdfast.manage.listing import listing_of
 from holdfast.manage.pin import pin
 from holdfast.manage.rollback import execute, plan

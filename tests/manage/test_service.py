@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import ConfigError
-from holdfast.manage.service import Service, exec_line, quote
+from holdfast.manage.supervising.service import Service, exec_line, quote
 
 HARD = ["--data-file", "我 的%d $HOME ${X} 书.txt", "", ";", "a\"b'c", "\\n", "a\nb\tc", "-", "#x"]
 

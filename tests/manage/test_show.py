@@ -17,8 +17,8 @@ from holdfast.errors import CheckpointError
 from holdfast.manage.listing import listing_of
 from holdfast.manage.pin import pin
 from holdfast.manage.rundir import look
-from holdfast.manage.show import DAMAGED, FOREIGN, OURS, Shown, commands_for, show
-from holdfast.manage.show_text import lines
+from holdfast.manage.showing.show import DAMAGED, FOREIGN, OURS, Shown, commands_for, show
+from holdfast.manage.showing.text import lines
 from holdfast.manage.table import Screen
 from tests.manage.runs import Training, cut, desk, flip, make_run
 

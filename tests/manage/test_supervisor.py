@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import ConfigError, GaveUp, RunLocked
-from holdfast.manage.supervisor import (
+from holdfast.manage.supervising.supervisor import (
     ASKED,
     FINAL,
     HEALTHY,

@@ -27,11 +27,11 @@ from holdfast.errors import (
     ResourceError,
 )
 from holdfast.manage.listing import listing_of
-from holdfast.manage.pack import Hashing, Writer, encode, encode_sums, pack
-from holdfast.manage.packed import MANIFEST, SUMS, Contents, Item
+from holdfast.manage.packing.archive import MANIFEST, SUMS, Contents, Item
+from holdfast.manage.packing.pack import Hashing, Writer, encode, encode_sums, pack
+from holdfast.manage.packing.unpack import checked, contents_of, unpack
 from holdfast.manage.rundir import disk_use, look
 from holdfast.manage.table import Screen
-from holdfast.manage.unpack import checked, contents_of, unpack
 from holdfast.manage.verify import Progress
 from tests.manage.runs import Training, make_run
 from tests.support import die, in_child

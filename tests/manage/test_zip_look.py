@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from holdfast.manage import zip_look
-from holdfast.manage.zip_look import look_into, salvage
+from holdfast.manage.showing import zip_look
+from holdfast.manage.showing.zip_look import look_into, salvage
 from tests.manage.runs import cut, flip, make_run
 
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from holdfast.checkpoint.rundir.history import now
-from holdfast.manage import clean
+from holdfast.manage.cleaning import clean
 from holdfast.monitor import web_data
 from holdfast.monitor.run_view import Point, RunView
 from holdfast.monitor.web_checkpoints import checkpoint_rows

@@ -15,7 +15,7 @@ from holdfast.cli.parsing import Parser
 from holdfast.errors import ConfigError
 from holdfast.formatting import format_bytes
 from holdfast.i18n import N_, _
-from holdfast.manage import clean, leftovers
+from holdfast.manage.cleaning import clean, leftovers
 from holdfast.manage.table import Screen, printable
 from holdfast.training.config import OPTIONS
 

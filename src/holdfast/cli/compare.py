@@ -21,12 +21,12 @@ from holdfast.cli.progress import ProgressLine
 from holdfast.errors import ConfigError
 from holdfast.formatting import NOTHING, format_bytes, format_loss, format_seconds, wrap_cells
 from holdfast.i18n import N_, _
-from holdfast.manage import compare
+from holdfast.manage.compare import manifests as compare
 from holdfast.manage.table import Column, Screen, printable, render
 from holdfast.manage.verify import Progress
 
 if TYPE_CHECKING:
-    from holdfast.manage.drift import Drift
+    from holdfast.manage.compare.drift import Drift
     from holdfast.training.side_by_side import Continuation, Evaluation
 
 TOKENS, SEED, TEMPERATURE = 64, 0, 0.8
@@ -121,7 +121,10 @@ def _drifts(
     subjects: Sequence[compare.Subject], given: argparse.Namespace, screen: Screen
 ) -> list[Drift]:
     """The drift of each from the first, printed as it becomes known."""
-    from holdfast.manage import drift, drift_table  # NumPy
+    from holdfast.manage.compare import (
+        drift,  # NumPy
+        drift_table,  # NumPy
+    )
 
     wanted = [name.strip() for name in (given.sections or "").split(",") if name.strip()]
     first, *others = ((subject.label, subject.path) for subject in subjects)

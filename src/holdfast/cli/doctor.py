@@ -47,8 +47,8 @@ COMMANDS = {
 def _examine(argv: Sequence[str], prog: str) -> int:
     given = _doctor_parser(prog).parse_args(argv)
 
-    from holdfast.manage.doctor import Report, examine
-    from holdfast.manage.findings import BAD, WARN
+    from holdfast.manage.doctor.examine import Report, examine
+    from holdfast.manage.doctor.findings import BAD, WARN
 
     findings = []
     for finding in examine(given.directory):
@@ -152,7 +152,7 @@ def _configuration(words: Sequence[str], prog: str) -> Config:
 
 
 def _beside(directory: Path) -> Path:
-    from holdfast.manage.disk_checks import existing_parent
+    from holdfast.manage.doctor.disk_checks import existing_parent
 
     return existing_parent(directory.absolute().parent)
 

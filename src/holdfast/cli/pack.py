@@ -26,12 +26,12 @@ from holdfast.manage.table import Screen, printable, wrapped
 from holdfast.manage.verify import Progress
 
 if TYPE_CHECKING:
-    from holdfast.manage.pack import Packed
+    from holdfast.manage.packing.pack import Packed
 
 
 def run_pack(argv: Sequence[str], prog: str) -> int:
     """`holdfast pack`: 0; 4 where a damaged checkpoint was left out."""
-    from holdfast.manage import pack
+    from holdfast.manage.packing import pack
 
     parser = common.parser(
         prog,
@@ -68,7 +68,7 @@ def run_pack(argv: Sequence[str], prog: str) -> int:
 
 def _pack_arguments(given: argparse.Namespace) -> argparse.Namespace:
     """`pack a.tar` means the usual run directory, as `pack` alone does."""
-    from holdfast.manage import pack
+    from holdfast.manage.packing import pack
 
     named = given.directory.endswith(pack.SUFFIXES) and not Path(given.directory).is_dir()
     if named and given.file is None:
@@ -89,7 +89,7 @@ def _told(packed: Packed, directory: str) -> Iterator[str]:
 
 def run_unpack(argv: Sequence[str], prog: str) -> int:
     """`holdfast unpack`: 0; 4 where the archive is damaged, or no packed run."""
-    from holdfast.manage import unpack
+    from holdfast.manage.packing import unpack
 
     parser = common.parser(
         prog,
@@ -121,7 +121,7 @@ def run_unpack(argv: Sequence[str], prog: str) -> int:
 
 
 def _check(given: argparse.Namespace) -> int:
-    from holdfast.manage import unpack
+    from holdfast.manage.packing import unpack
 
     bar = ProgressLine(_reading)
     with _ending(bar, _("Stopped.")):
@@ -135,7 +135,7 @@ def _check(given: argparse.Namespace) -> int:
 
 
 def _unpack(given: argparse.Namespace) -> int:
-    from holdfast.manage import unpack
+    from holdfast.manage.packing import unpack
 
     bar = ProgressLine(_unpacking)
     with _ending(bar, _("Stopped: nothing was unpacked.")):

@@ -19,7 +19,7 @@ from holdfast.cli.parsing import Parser
 from holdfast.errors import ConfigError
 from holdfast.formatting import format_seconds
 from holdfast.i18n import N_, _
-from holdfast.manage import service, supervisor
+from holdfast.manage.supervising import service, supervisor
 from holdfast.training.config import Config
 
 _Work = Callable[[Sequence[str], str], int]

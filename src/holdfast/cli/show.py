@@ -1,4 +1,4 @@
-"""The command line of `holdfast show`: arguments and printing; manage/show.py does the looking."""
+"""The command line of `holdfast show`: arguments and printing; manage/showing/ does the looking."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from holdfast.cli.common import DIRECTORY, parser, show, show_json
 from holdfast.errors import CheckpointError
 from holdfast.i18n import N_, _
-from holdfast.manage.show import DAMAGED
-from holdfast.manage.show import show as look_at
-from holdfast.manage.show_text import lines
+from holdfast.manage.showing.show import DAMAGED
+from holdfast.manage.showing.show import show as look_at
+from holdfast.manage.showing.text import lines
 from holdfast.manage.table import Screen
 
 

@@ -19,7 +19,7 @@ from holdfast.checkpoint.rundir import ARCHIVE, QUARANTINE
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import HoldfastError
 from holdfast.formatting import parse_time
-from holdfast.manage.compare import compare
+from holdfast.manage.compare.manifests import compare
 from holdfast.manage.rundir import number, set_aside
 from holdfast.manage.values import json_ready
 from holdfast.monitor.run_view import TRAINING, Mark, Point, RunView, Safety

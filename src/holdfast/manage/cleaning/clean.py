@@ -1,7 +1,7 @@
 """`holdfast clean`: what may go from a run directory, why, and letting it go.
 
-What stays is decided in manage/clean_rows.py, and removed through the catalogue under its lock, so
-that a running training and this command never work against each other. A plan is made without the
+rows.py decides what stays. Removal goes through the catalogue under its lock, so that a running
+training and this command never work against each other. A plan is made without the
 lock and shown; what is removed is what was shown *and* may still go then. No torch in this room.
 """
 
@@ -20,7 +20,7 @@ from holdfast.checkpoint.system import filesystem, run_lock, signals
 from holdfast.errors import RunLocked
 from holdfast.formatting import NOTHING, format_bytes
 from holdfast.i18n import _
-from holdfast.manage.clean_rows import Row, Wish, rows_of, too_few_verified
+from holdfast.manage.cleaning.rows import Row, Wish, rows_of, too_few_verified
 from holdfast.manage.locking import catalogue_lock
 from holdfast.manage.rundir import look, reclaimable
 from holdfast.manage.table import Column, Screen, printable, render

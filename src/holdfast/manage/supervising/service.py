@@ -14,7 +14,7 @@ from pathlib import Path
 
 from holdfast.errors import ConfigError
 from holdfast.i18n import _
-from holdfast.manage.supervisor import ASKED, FINAL
+from holdfast.manage.supervising.supervisor import ASKED, FINAL
 from holdfast.manage.table import printable
 
 STOP_TIMEOUT = 300  # seconds to finish a step and save; see the comment in the unit

@@ -1,7 +1,7 @@
 """`holdfast pack`: a run in one file.
 
-The archive is durable and was read back before it has its name. manage/packing.py says what goes
-into it, manage/packed.py reads it. No torch in this room.
+The archive is durable and was read back before it has its name. held.py says what goes into it,
+archive.py reads it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from holdfast.checkpoint.system import drafts, filesystem
 from holdfast.errors import ConfigError, DamagedCheckpoint, HoldfastError, ResourceError
 from holdfast.formatting import NOTHING, format_bytes, format_time
 from holdfast.i18n import _
-from holdfast.manage.packed import CHUNK, MANIFEST, SUMS, Contents, Item, check, zstandard
-from holdfast.manage.packing import Data, Held, Payloads, held
+from holdfast.manage.packing.archive import CHUNK, MANIFEST, SUMS, Contents, Item, check, zstandard
+from holdfast.manage.packing.held import Data, Held, Payloads, held
 from holdfast.manage.table import Column, Screen, printable, render
 from holdfast.manage.verify import Progress
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from holdfast.formatting import NOTHING
 from holdfast.i18n import _
-from holdfast.manage.drift import Drift, LayerDrift
-from holdfast.manage.sums import Sums
+from holdfast.manage.compare.drift import Drift, LayerDrift
+from holdfast.manage.compare.sums import Sums
+from holdfast.manage.compare.tensors import Tensor
 from holdfast.manage.table import Column, Screen, printable, render
-from holdfast.manage.tensors import Tensor
 
 _LAYERS, _NAMES = 20, 6  # that a terminal is shown; a pipe gets all
 

@@ -18,10 +18,10 @@ from holdfast.checkpoint.rundir import QUARANTINE, Entry, shared_memory
 from holdfast.checkpoint.system import run_lock
 from holdfast.formatting import format_age, format_bytes, format_time, parse_time
 from holdfast.i18n import _
-from holdfast.manage import leftovers
-from holdfast.manage.disk_checks import disk_checks, existing_parent
-from holdfast.manage.findings import BAD, OK, WARN, Finding, unknown, worst
-from holdfast.manage.machine_checks import machine_checks
+from holdfast.manage.cleaning import leftovers
+from holdfast.manage.doctor.disk_checks import disk_checks, existing_parent
+from holdfast.manage.doctor.findings import BAD, OK, WARN, Finding, unknown, worst
+from holdfast.manage.doctor.machine_checks import machine_checks
 from holdfast.manage.rundir import RunDirectory, look, set_aside
 
 

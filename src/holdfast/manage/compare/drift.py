@@ -19,8 +19,8 @@ from holdfast.checkpoint.format import Reader
 from holdfast.checkpoint.system import together
 from holdfast.errors import HoldfastError
 from holdfast.i18n import _
-from holdfast.manage.sums import Sums
-from holdfast.manage.tensors import Side, Tensor, Worker, tensors_of
+from holdfast.manage.compare.sums import Sums
+from holdfast.manage.compare.tensors import Side, Tensor, Worker, tensors_of
 from holdfast.manage.verify import Progress
 
 MODEL, ALL = "model", "all"

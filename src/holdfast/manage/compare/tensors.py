@@ -16,7 +16,7 @@ import numpy as np
 from holdfast.checkpoint.format import ARCHIVE, Reader, Record, reading
 from holdfast.errors import ForeignCheckpoint
 from holdfast.i18n import _
-from holdfast.manage.sums import Kind, Scratch, Sums
+from holdfast.manage.compare.sums import Kind, Scratch, Sums
 from holdfast.manage.values import plain_state
 
 STEP = 1 << 20  # elements in a piece: 4 MiB of float32 on each side

@@ -18,9 +18,11 @@ from holdfast.checkpoint.format import NewerFormat, Reader
 from holdfast.checkpoint.rundir import QUARANTINE, Entry, summary
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
-from holdfast.manage import zip_look
 from holdfast.manage.choosing import directory_of
-from holdfast.manage.layers import (
+from holdfast.manage.listing import record_of
+from holdfast.manage.rundir import RunDirectory, look
+from holdfast.manage.showing import zip_look
+from holdfast.manage.showing.layers import (
     MODEL,
     OTHER,
     Row,
@@ -30,8 +32,6 @@ from holdfast.manage.layers import (
     sections_of,
     tensors_of,
 )
-from holdfast.manage.listing import record_of
-from holdfast.manage.rundir import RunDirectory, look
 from holdfast.manage.values import flatten, plain_state
 
 OURS, DAMAGED, FOREIGN = "ours", "damaged", "foreign"

@@ -1,7 +1,7 @@
 """`holdfast unpack`: a run directory from a packed run, or a look into it.
 
 The directory is complete, durable and read back from the device before it has its name. What the
-archive says is not believed before it is checked (manage/packed.py). No torch in this room.
+archive says is not believed before it is checked (archive.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from holdfast.checkpoint.system import drafts, filesystem, signals
 from holdfast.errors import HoldfastError
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
-from holdfast.manage.pack import Meter, Packed, Show, check_room
-from holdfast.manage.packed import Chunks, Contents, Item, PackedRun, check
+from holdfast.manage.packing.archive import Chunks, Contents, Item, PackedRun, check
+from holdfast.manage.packing.pack import Meter, Packed, Show, check_room
 
 # How much smaller than its run an archive may be: weights shrink by a sixth, texts twentyfold, and
 # moments that are still zero vanish.

@@ -17,10 +17,10 @@ from holdfast.formatting import (
     parse_time,
 )
 from holdfast.i18n import N_, _
-from holdfast.manage import zip_look
-from holdfast.manage.layers import MODEL, OPTIMIZER, OTHER, Tensor
 from holdfast.manage.rundir import kind_in_words, number
-from holdfast.manage.show import DAMAGED, FOREIGN, Inside, Shown, commands_for
+from holdfast.manage.showing import zip_look
+from holdfast.manage.showing.layers import MODEL, OPTIMIZER, OTHER, Tensor
+from holdfast.manage.showing.show import DAMAGED, FOREIGN, Inside, Shown, commands_for
 from holdfast.manage.story import ENDS
 from holdfast.manage.table import PIPE, Column, Screen, printable, render, wrapped
 from holdfast.manage.values import flatten

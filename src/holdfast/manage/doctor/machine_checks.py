@@ -18,7 +18,7 @@ from holdfast.checkpoint.rundir import shared_memory
 from holdfast.checkpoint.system import available_memory, disabled
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
-from holdfast.manage.findings import BAD, OK, UNKNOWN, WARN, Finding, unknown
+from holdfast.manage.doctor.findings import BAD, OK, UNKNOWN, WARN, Finding, unknown
 from holdfast.version import __version__
 
 _SLOTS = 3  # snapshots in shared memory (checkpoint/save/writer.py, which would import torch)

@@ -1,7 +1,7 @@
 """What goes from a run directory and what stays, a row each, and why.
 
 Retention decides (checkpoint/policy/keep.py and its floor); the reasons only explain. Nothing is
-removed in this room: manage/clean.py does that.
+removed here: clean.py does that.
 """
 
 from __future__ import annotations

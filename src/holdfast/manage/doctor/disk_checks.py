@@ -19,8 +19,8 @@ from pathlib import Path
 from holdfast.checkpoint.system import PAGE, RESERVE, direct, filesystem
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import _
-from holdfast.manage import mounts
-from holdfast.manage.findings import BAD, OK, UNKNOWN, WARN, Finding, unknown
+from holdfast.manage.doctor import mounts
+from holdfast.manage.doctor.findings import BAD, OK, UNKNOWN, WARN, Finding, unknown
 
 FASTEST_FSYNC = 20e-6
 """Seconds below which a median of write and fsync is not believed.
