@@ -154,9 +154,10 @@ def test_the_start_counts_what_can_be_let_go(
         for step in range(1, 5):
             manager.save(step=step)
     monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: signals.RESERVE)
-    space.check_room(Catalog(tmp_path), int(1.5 * SIZE * MB))
+    catalog = Catalog(tmp_path)
+    space.check_room(catalog, int(1.5 * SIZE * MB), manager.run_id)
     with pytest.raises(ResourceError, match="the next checkpoint needs"):
-        space.check_room(Catalog(tmp_path), int(2.5 * SIZE * MB))
+        space.check_room(catalog, int(2.5 * SIZE * MB), manager.run_id)
     assert steps(tmp_path) == [1, 2, 3, 4], "looking removes nothing"
 
 
