@@ -28,10 +28,10 @@ def main() -> int:
 
     from holdfast import load
     from holdfast.cli.main import train_main
-    from holdfast.training.batches import unigram_bits_per_byte
-    from holdfast.training.generate import sample_text
-    from holdfast.training.prepare import prepare_data
-    from holdfast.training.tokenizer import TextTokenizer
+    from holdfast.training.inference import sample_text
+    from holdfast.training.text.batches import unigram_bits_per_byte
+    from holdfast.training.text.prepare import prepare_data
+    from holdfast.training.text.tokenizer import TextTokenizer
 
     words = ["--preset", "quick", "--data-file", str(arguments.data), "--yes", "--lang", "en"]
     status = train_main([*words, "--checkpoint-dir", str(arguments.run)])

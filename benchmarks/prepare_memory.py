@@ -23,8 +23,8 @@ import numpy as np
 
 ONE = """
 import resource, sys, time
-from holdfast.training import prepare
-from holdfast.training.batches import unigram_bits_per_byte
+from holdfast.training.text import prepare
+from holdfast.training.text.batches import unigram_bits_per_byte
 path, cache, whole = sys.argv[1:]
 if whole == "True":
     prepare.SAMPLE = 10**18

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from holdfast.training import corpus
-from holdfast.training.batches import unigram_bits_per_byte
-from holdfast.training.prepare import prepare_data
-from holdfast.training.tokenizer import END_OF_TEXT, MIN_FREQUENCY
+from holdfast.training.text import corpus
+from holdfast.training.text.batches import unigram_bits_per_byte
+from holdfast.training.text.prepare import prepare_data
+from holdfast.training.text.tokenizer import END_OF_TEXT, MIN_FREQUENCY
 
 VAL_FRACTION, SEED = 0.05, 0
 

@@ -40,7 +40,7 @@ CONTENDERS = ("holdfast", "nanogpt", "transformers")
 
 def prepare(data: Path, scratch: Path) -> int:
     """Tokenize once for all; returns the size of the vocabulary."""
-    from holdfast.training.prepare import prepare_data
+    from holdfast.training.text.prepare import prepare_data
 
     prepared = prepare_data(data, vocab_size=8192, val_fraction=0.05, seed=1, cache_dir=scratch)
     tokens = np.asarray(prepared.train.tokens, dtype=np.uint16)
@@ -55,7 +55,7 @@ def run_holdfast(data: Path, scratch: Path, steps: int, dtype: str) -> list[floa
 
     from holdfast.training import models, session
     from holdfast.training.console import Console
-    from holdfast.training.presets import resolve
+    from holdfast.training.options.presets import resolve
     from holdfast.training.trainer import Trainer
 
     size = SHAPE["layers"], SHAPE["width"], SHAPE["heads"], SHAPE["context"]

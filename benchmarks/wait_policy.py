@@ -21,7 +21,7 @@ POLICIES: dict[str, dict[str, str]] = {
 }
 WORK = """
 import time, torch
-from holdfast.training.config import ModelConfig
+from holdfast.training.options.config import ModelConfig
 from holdfast.training.models import build_model, next_token_loss, parameter_groups, tune_allocator
 torch.manual_seed(0)
 torch.set_num_threads({threads})

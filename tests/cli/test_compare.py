@@ -15,7 +15,7 @@ from holdfast.cli import compare as command
 from holdfast.cli.main import main
 from holdfast.manage.compare.manifests import compare
 from holdfast.manage.table import Screen
-from holdfast.training.side_by_side import Continuation
+from holdfast.training.inference import Continuation
 from tests.manage.runs import desk, desk_json, flip, make_run
 from tests.support import identity, write_state
 from tests.training.runs import config_for, train, write_corpus

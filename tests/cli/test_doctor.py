@@ -17,7 +17,7 @@ from holdfast.cli import doctor as cli
 from holdfast.cli.main import main
 from holdfast.manage.doctor import disk_checks, machine_checks
 from holdfast.manage.doctor.findings import BAD, Finding
-from holdfast.training.layers import save_config
+from holdfast.training.options.config_files import save_config
 from holdfast.training.proving import Stage
 from tests.manage.runs import make_run
 from tests.support import tree_of

@@ -21,7 +21,7 @@ from holdfast.cli.options import TrainCommand, build_train_parser, parse_train
 from holdfast.cli.parsing import ARGPARSE_WORDS, Parser, language_of
 from holdfast.errors import ConfigError
 from holdfast.formatting import wrap_cells
-from holdfast.training.config import OPTIONS
+from holdfast.training.options.config import OPTIONS
 from tests.support import processor_seconds
 
 # As spelled in "The commands" of the issue, with a value where one belongs.

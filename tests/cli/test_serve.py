@@ -19,7 +19,7 @@ import pytest
 from holdfast.cli.main import main
 from holdfast.errors import ConfigError
 from holdfast.serving.server import _listen
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.text.tokenizer import TextTokenizer
 from tests import processes
 from tests.serving.models import CONTEXT, Training, make_tokenizer, poet
 

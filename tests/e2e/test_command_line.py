@@ -16,7 +16,7 @@ import pytest
 
 from holdfast import load
 from holdfast.checkpoint.rundir import shared_memory
-from holdfast.training.layers import save_config
+from holdfast.training.options.config_files import save_config
 from tests import processes
 from tests.support import processor_seconds
 from tests.training.runs import ROOT, config_for, difference, final_state, write_corpus

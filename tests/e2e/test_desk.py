@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import Interrupted
-from holdfast.training.layers import save_config
+from holdfast.training.options.config_files import save_config
 from holdfast.training.trainer import Trainer
 from tests import processes
 from tests.support import damage

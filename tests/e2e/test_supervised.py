@@ -15,7 +15,7 @@ import pytest
 
 from holdfast import load
 from holdfast.checkpoint.rundir.catalog import Catalog
-from holdfast.training.layers import save_config
+from holdfast.training.options.config_files import save_config
 from tests.e2e.test_command_line import ENVIRONMENT, ROOT
 from tests.training.runs import config_for, difference, final_state, train, write_corpus
 

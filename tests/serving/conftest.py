@@ -8,7 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.text.tokenizer import TextTokenizer
 from tests.serving.models import Training, learn, make_tokenizer, poet, serving
 
 

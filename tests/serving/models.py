@@ -15,8 +15,8 @@ from holdfast import CheckpointManager
 from holdfast.serving.library import Options
 from holdfast.serving.server import Ready, Running, Settings
 from holdfast.training import models
-from holdfast.training.batches import IGNORED
-from holdfast.training.tokenizer import TextTokenizer, train_tokenizer
+from holdfast.training.text.batches import IGNORED
+from holdfast.training.text.tokenizer import TextTokenizer, train_tokenizer
 from tests.support import end_epoch
 
 POEM = "明月几时有？把酒问青天。不知天上宫阙，今夕是何年。我欲乘风归去，又恐琼楼玉宇，高处不胜寒。"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from holdfast.training.tokenizer import TextTokenizer, train_tokenizer
+from holdfast.training.text.tokenizer import TextTokenizer, train_tokenizer
 from tests.training.runs import SAMPLE, config_for, train, write_corpus
 
 

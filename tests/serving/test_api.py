@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from holdfast.training.inference import load_for_inference
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.text.tokenizer import TextTokenizer
 from tests.serving.models import CONTEXT, POEM, beginnings, serving
 
 START, REST = POEM[:6], POEM[6:]

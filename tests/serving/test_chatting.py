@@ -16,7 +16,7 @@ import pytest
 from holdfast.serving import rendering
 from holdfast.serving.chatting import ChatTemplate
 from holdfast.serving.protocol import ApiError
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.text.tokenizer import TextTokenizer
 from tests.serving.models import Training, poet, serving
 
 TEMPLATE = (

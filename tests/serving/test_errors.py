@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 
 from holdfast.i18n import set_language
 from holdfast.serving.protocol import ApiError, parse_completion
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.text.tokenizer import TextTokenizer
 from tests.serving.models import CONTEXT, POEM, Training, poet, serving
 
 

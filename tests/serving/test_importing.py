@@ -26,8 +26,8 @@ from holdfast.exchange.export import export
 from holdfast.exchange.importing import Imported, import_model
 from holdfast.serving.engine import end_ids_of
 from holdfast.training import models
-from holdfast.training.config import ModelConfig
 from holdfast.training.inference import load_for_inference
+from holdfast.training.options.config import ModelConfig
 from tests.serving.strangers import Stranger, batches, settings, tokenizer
 from tests.training.runs import config_for, train, write_corpus
 

@@ -18,7 +18,7 @@ import pytest
 
 from holdfast.errors import CheckpointError
 from holdfast.serving import library
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.text.tokenizer import TextTokenizer
 from tests.serving.models import CONTEXT, POEM, Training, learn, poet, serving
 
 

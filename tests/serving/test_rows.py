@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from holdfast.serving.rows import Batch, Rows, Single, batch_for
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.text.tokenizer import TextTokenizer
 from tests.serving.models import POEM, poet
 
 LENGTH = 24

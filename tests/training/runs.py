@@ -12,10 +12,10 @@ import torch
 
 from holdfast import load
 from holdfast.training import session
-from holdfast.training.config import Config
 from holdfast.training.console import Console
 from holdfast.training.models import Shape
-from holdfast.training.presets import resolve
+from holdfast.training.options.config import Config
+from holdfast.training.options.presets import resolve
 from holdfast.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import DataError
-from holdfast.training.batches import (
+from holdfast.training.text.batches import (
     IGNORED,
     Batches,
     bits_per_byte,
@@ -23,7 +23,7 @@ from holdfast.training.batches import (
     validation_batch_count,
     validation_batches,
 )
-from holdfast.training.cache import TokenStream
+from holdfast.training.text.cache import TokenStream
 
 
 def stream(tokens: list[int] | range, text_bytes: int = 1) -> TokenStream:

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.errors import ConfigError
-from holdfast.training.config import BY_NAME, OPTIONS, SECTIONS, Config, suggest
-from holdfast.training.fields import Option, format_value
-from holdfast.training.layers import read_config_file, save_config
-from holdfast.training.presets import resolve
+from holdfast.training.options.config import BY_NAME, OPTIONS, SECTIONS, Config, suggest
+from holdfast.training.options.config_files import read_config_file, save_config
+from holdfast.training.options.fields import Option, format_value
+from holdfast.training.options.presets import resolve
 
 # The two forms that the issue shows, character by character.
 FLAT = """{"batch_size": 4, "epochs": 3, "learning_rate": 1e-4, "save_every_epoch": true,

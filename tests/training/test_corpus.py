@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from holdfast.errors import DataError
-from holdfast.training import corpus
-from holdfast.training.corpus import Corpus
-from holdfast.training.formats import documents_in
+from holdfast.training.text import corpus
+from holdfast.training.text.corpus import Corpus
+from holdfast.training.text.formats import documents_in
 
 SENTENCE = "今天早上我去市场买菜，卖菜的阿姨告诉我，昨天下了一场大雨，所以青菜比平时贵了一些。"
 STORY = "".join(f"{number}。{SENTENCE}" for number in range(300))
@@ -167,8 +167,8 @@ def test_a_text_gives_the_same_documents_whatever_the_size_of_the_blocks(
     expected = documents if len(documents) > 1 else lines.split("\n")
     path = write(tmp_path_factory.mktemp("any") / "x.txt", text.encode(encoding))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("holdfast.training.formats._BLOCK", block)
-        patch.setattr("holdfast.training.formats._PART", 3 * block)
+        patch.setattr("holdfast.training.text.formats._BLOCK", block)
+        patch.setattr("holdfast.training.text.formats._PART", 3 * block)
         assert list(documents_in(path)) == [d.strip() for d in expected if d.strip()]
 
 

@@ -14,9 +14,9 @@ from holdfast import load
 from holdfast.checkpoint.rundir import shared_memory
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import ResourceError
-from holdfast.training.config import OPTIONS
 from holdfast.training.console import Console
 from holdfast.training.dry_run import Estimate, dry_run
+from holdfast.training.options.config import OPTIONS
 from holdfast.training.trainer import Trainer
 from tests.training.runs import config_for, train, write_corpus
 

@@ -22,7 +22,7 @@ from holdfast.checkpoint.state import restore as engine_state
 from holdfast.checkpoint.state.transaction import LoadScheduler
 from holdfast.checkpoint.system.lock import run_lock
 from holdfast.manage import rollback
-from holdfast.training.layers import save_config
+from holdfast.training.options.config_files import save_config
 from holdfast.training.trainer import Trainer
 from tests import processes
 from tests.support import archived

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from holdfast.training import models
-from holdfast.training.config import ModelConfig
-from holdfast.training.generate import (
+from holdfast.training.inference.generate import (
     CONTEXT,
     LENGTH,
     Sampling,
@@ -18,7 +17,8 @@ from holdfast.training.generate import (
     _Pieces,
     sample_text,
 )
-from holdfast.training.tokenizer import TextTokenizer, train_tokenizer
+from holdfast.training.options.config import ModelConfig
+from holdfast.training.text.tokenizer import TextTokenizer, train_tokenizer
 from tests.training.runs import SAMPLE
 
 

@@ -14,9 +14,9 @@ import torch
 from holdfast import load
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint, HoldfastError
 from holdfast.training import models
-from holdfast.training.config import ModelConfig
 from holdfast.training.inference import load_for_inference
-from holdfast.training.tokenizer import TextTokenizer, train_tokenizer
+from holdfast.training.options.config import ModelConfig
+from holdfast.training.text.tokenizer import TextTokenizer, train_tokenizer
 from tests.manage.runs import cut, flip, make_run
 from tests.support import identity, write_state
 from tests.training.runs import SAMPLE, config_for, train, write_corpus

@@ -9,7 +9,7 @@ import torch
 
 from holdfast.errors import ConfigError
 from holdfast.training import models
-from holdfast.training.config import ModelConfig
+from holdfast.training.options.config import ModelConfig
 
 
 def parameters(name: str, vocab_size: int) -> int:

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
+from holdfast.training.options.presets import resolve
 from holdfast.training.plan import Plan, Progress, learning_rate_factor
-from holdfast.training.presets import resolve
 
 
 @dataclass

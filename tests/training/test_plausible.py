@@ -14,9 +14,9 @@ from holdfast import load
 from holdfast.errors import HoldfastError
 from holdfast.exchange.export_formats import write_state
 from holdfast.training import continuing
-from holdfast.training.config import ModelConfig
 from holdfast.training.inference import load_for_inference
 from holdfast.training.models import SHAPES, build_model, plain_config
+from holdfast.training.options.config import ModelConfig
 from holdfast.training.plausible import check_configuration
 from tests.serving.strangers import make_run
 

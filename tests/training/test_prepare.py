@@ -20,11 +20,11 @@ import pytest
 import zstandard
 
 from holdfast.errors import DataError
-from holdfast.training import corpus, prepare
-from holdfast.training.cache import default_cache_dir, read_sealed, write_sealed
-from holdfast.training.formats import documents_in
-from holdfast.training.prepare import PreparedData, prepare_data, reopen_data
-from holdfast.training.tokenizer import train_tokenizer
+from holdfast.training.text import corpus, prepare
+from holdfast.training.text.cache import default_cache_dir, read_sealed, write_sealed
+from holdfast.training.text.formats import documents_in
+from holdfast.training.text.prepare import PreparedData, prepare_data, reopen_data
+from holdfast.training.text.tokenizer import train_tokenizer
 from tests.training.runs import SAMPLE
 
 WORDS = ["春天", "河边", "孩子", "风筝", "母亲", "写信", "下雨", "菜园", "老师", "月亮", "故事"]
@@ -182,7 +182,7 @@ def test_a_killed_build_leaves_the_cache_usable_and_is_tidied_up_later(
 ) -> None:
     script = (
         "import os, signal, sys\n"
-        "from holdfast.training.prepare import prepare_data\n"
+        "from holdfast.training.text.prepare import prepare_data\n"
         "def die(label, done, total):\n"
         "    if label.startswith('Encoding'): os.kill(os.getpid(), signal.SIGKILL)\n"
         "prepare_data(sys.argv[1], vocab_size=300, val_fraction=0.1, seed=1,"
@@ -202,7 +202,7 @@ def test_a_killed_build_leaves_the_cache_usable_and_is_tidied_up_later(
 def test_processes_that_prepare_the_same_data_at_once_agree(data: Path, cache: Path) -> None:
     script = (
         "import sys\n"
-        "from holdfast.training.prepare import prepare_data\n"
+        "from holdfast.training.text.prepare import prepare_data\n"
         "p = prepare_data(sys.argv[1], vocab_size=300, val_fraction=0.1, seed=1,"
         " cache_dir=sys.argv[2])\n"
         "print(len(p.train), int(p.train.tokens.astype('int64').sum()), p.notes)\n"
@@ -234,7 +234,7 @@ def test_a_full_disk_everywhere_is_one_clear_error_and_leaves_nothing(
     script = (
         "import resource, sys\n"
         "from holdfast.errors import ResourceError\n"
-        "from holdfast.training.prepare import prepare_data\n"
+        "from holdfast.training.text.prepare import prepare_data\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try: prepare_data(sys.argv[1], vocab_size=300, val_fraction=0.1, seed=1,"
         " cache_dir=sys.argv[2])\n"
@@ -419,7 +419,7 @@ def test_reading_takes_memory_that_does_not_grow_with_the_text(
 ) -> None:
     """5 MB of text, in less memory than that; a .txt may be one document but for its title."""
     if name == "single.txt":
-        monkeypatch.setattr("holdfast.training.formats._PART", 50_000)
+        monkeypatch.setattr("holdfast.training.text.formats._PART", 50_000)
         monkeypatch.setattr(corpus, "_LONGEST", 200_000)
     path = tmp_path / name
     path.write_bytes(CONTENTS[name])

@@ -8,7 +8,7 @@ import pytest
 from rich.cells import cell_len
 
 from holdfast.errors import ConfigError
-from holdfast.training.presets import (
+from holdfast.training.options.presets import (
     PRESET_DIR,
     PRESETS,
     align,

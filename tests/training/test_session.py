@@ -30,8 +30,8 @@ from holdfast.errors import (
     StateMismatch,
 )
 from holdfast.training import continuing
-from holdfast.training.layers import save_config
-from holdfast.training.presets import resolve
+from holdfast.training.options.config_files import save_config
+from holdfast.training.options.presets import resolve
 from holdfast.training.session import save_policies
 from holdfast.training.trainer import Trainer
 from holdfast.training.unattended import RESTART
@@ -111,7 +111,7 @@ def test_metrics_have_a_line_an_interval_and_an_event(finished: Path) -> None:
 def test_one_file_is_enough_to_build_model_and_tokenizer(finished: Path) -> None:
     import transformers
 
-    from holdfast.training.tokenizer import TextTokenizer
+    from holdfast.training.text.tokenizer import TextTokenizer
 
     state = torch.load(finished / "best_model.pt", weights_only=True)
     tokenizer = TextTokenizer.from_state(state["tokenizer"])
@@ -172,7 +172,7 @@ def test_more_epochs_go_on_from_the_end(run: Path, corpus: Path) -> None:
 
 def test_options_that_are_not_given_are_the_runs_own(run: Path) -> None:
     """`train --checkpoint-dir X --resume --epochs 3` and nothing else."""
-    from holdfast.training.presets import resolve
+    from holdfast.training.options.presets import resolve
 
     config = resolve(flags={"checkpoint_dir": str(run), "resume": "auto", "epochs": "3"})
     train(config)
@@ -645,7 +645,7 @@ def test_without_validation_there_is_no_best_but_everything_else(
 
 
 def test_an_original_sectioned_config_trains_by_steps(tmp_path: Path, corpus: Path) -> None:
-    from holdfast.training.presets import resolve
+    from holdfast.training.options.presets import resolve
 
     file = tmp_path / "config.json"
     file.write_text(json.dumps({
@@ -668,7 +668,7 @@ def test_any_causal_model_of_transformers_goes_on_training(tmp_path: Path, corpu
     """`--model DIR`: a Hugging Face directory with its own tokenizer."""
     import transformers
 
-    from holdfast.training.tokenizer import train_tokenizer
+    from holdfast.training.text.tokenizer import train_tokenizer
 
     their = tmp_path / "their model"
     tokenizer = train_tokenizer(corpus.read_text("utf-8").split("\n\n"), 300)

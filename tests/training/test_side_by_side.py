@@ -13,13 +13,20 @@ import torch
 
 from holdfast import load
 from holdfast.errors import ConfigError, DataError
-from holdfast.training import models, side_by_side
-from holdfast.training.config import ModelConfig
-from holdfast.training.corpus import Corpus, files_by_content
-from holdfast.training.generate import sample_text
-from holdfast.training.inference import Loaded, load_for_inference
-from holdfast.training.side_by_side import continue_text, evaluate, read_text, shorten
-from holdfast.training.tokenizer import TextTokenizer, train_tokenizer
+from holdfast.training import models
+from holdfast.training.inference import (
+    Loaded,
+    continue_text,
+    evaluate,
+    load_for_inference,
+    read_text,
+    sample_text,
+    shorten,
+    side_by_side,
+)
+from holdfast.training.options.config import ModelConfig
+from holdfast.training.text.corpus import Corpus, files_by_content
+from holdfast.training.text.tokenizer import TextTokenizer, train_tokenizer
 from tests.support import identity, write_state
 from tests.training.runs import SAMPLE, config_for, train, write_corpus
 
@@ -81,7 +88,7 @@ def test_the_measure_is_the_one_that_the_trainer_takes(loaded: Loaded, folder: P
 def test_a_text_of_many_chunks_is_measured_as_one(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from holdfast.training import tokenizer
+    from holdfast.training.text import tokenizer
 
     documents = SAMPLE.read_text("utf-8").split("\n\n")[:12]
     whole = evaluate(loaded, documents)

@@ -19,8 +19,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from holdfast.errors import DataError
-from holdfast.training import tokenizer as tokenizers
-from holdfast.training.tokenizer import END_OF_TEXT, TextTokenizer, train_tokenizer
+from holdfast.training.text import tokenizer as tokenizers
+from holdfast.training.text.tokenizer import END_OF_TEXT, TextTokenizer, train_tokenizer
 
 WORDS = [
     "春天",
@@ -74,7 +74,7 @@ def test_the_same_text_gives_the_same_bytes_in_another_process(
     tokenizer: TextTokenizer,
 ) -> None:
     script = (
-        "import sys, json; from holdfast.training.tokenizer import train_tokenizer; "
+        "import sys, json; from holdfast.training.text.tokenizer import train_tokenizer; "
         "print(train_tokenizer(json.load(sys.stdin), 400).fingerprint)"
     )
     result = subprocess.run(
@@ -112,7 +112,7 @@ def test_documents_are_encoded_as_each_alone_with_the_end_of_text_after_it(
     assert tokenizer.encode_batch(documents)[0].tolist() == expected
     assert tokenizer.encode_batch(documents)[0].dtype == np.dtype("<u2")
     assert len(tokenizer.encode_batch([])[0]) == 0
-    monkeypatch.setattr("holdfast.training.tokenizer.CHUNK", 100)
+    monkeypatch.setattr("holdfast.training.text.tokenizer.CHUNK", 100)
     chunks = list(tokenizer.encode_chunks(documents))
     assert len(chunks) > 5
     assert [token for tokens, _lengths in chunks for token in tokens] == expected
@@ -132,7 +132,7 @@ def test_a_long_document_has_the_same_tokens_in_parts(
 ) -> None:
     text = "".join(parts) * 5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("holdfast.training.tokenizer.CHUNK", chunk)
+        patch.setattr("holdfast.training.text.tokenizer.CHUNK", chunk)
         tokens, lengths = tokenizer.encode_batch([text, "一", text])
     whole = [*tokenizer.encode(text), tokenizer.eos_id]
     assert tokens.tolist() == [*whole, *tokenizer.encode("一"), tokenizer.eos_id, *whole]
@@ -149,7 +149,7 @@ def test_a_long_document_stays_whole_for_a_tokenizer_that_marks_the_beginning_of
     marked = TextTokenizer.from_state({**state, "tokenizer.json": json.dumps(description)})
     text = "\n".join(stories(50))
     expected = [*marked.encode(text), 0]
-    monkeypatch.setattr("holdfast.training.tokenizer.CHUNK", 50)
+    monkeypatch.setattr("holdfast.training.text.tokenizer.CHUNK", 50)
     assert marked.encode_batch([text])[0].tolist() == expected
 
 

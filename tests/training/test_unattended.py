@@ -9,8 +9,8 @@ import pytest
 from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.errors import CheckpointError
 from holdfast.training import unattended
-from holdfast.training.config import Config
 from holdfast.training.continuing import Start, decide
+from holdfast.training.options.config import Config
 from tests.support import make_run
 from tests.training.runs import config_for
 

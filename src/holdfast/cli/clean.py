@@ -17,7 +17,7 @@ from holdfast.formatting import format_bytes
 from holdfast.i18n import N_, _
 from holdfast.manage.cleaning import clean, leftovers
 from holdfast.manage.table import Screen, printable
-from holdfast.training.config import OPTIONS
+from holdfast.training.options.config import OPTIONS
 
 _KEEP = int(OPTIONS["keep_last_n"].default)
 

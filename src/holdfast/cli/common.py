@@ -19,7 +19,7 @@ from holdfast.errors import ConfigError
 from holdfast.formatting import wrap_cells
 from holdfast.i18n import LANGUAGES, _
 from holdfast.manage.values import json_ready
-from holdfast.training.config import OPTIONS
+from holdfast.training.options.config import OPTIONS
 
 _LOOK = 0.1  # seconds for which the processors are watched
 _BUSY = 30.0  # per cent of all processors: somebody else is at work

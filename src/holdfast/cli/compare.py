@@ -27,7 +27,7 @@ from holdfast.manage.verify import Progress
 
 if TYPE_CHECKING:
     from holdfast.manage.compare.drift import Drift
-    from holdfast.training.side_by_side import Continuation, Evaluation
+    from holdfast.training.inference import Continuation, Evaluation
 
 TOKENS, SEED, TEMPERATURE = 64, 0, 0.8
 _NARROWEST = 36  # cells that a text needs beside another one
@@ -179,8 +179,7 @@ def _ask_each(
     subjects: Sequence[compare.Subject], given: argparse.Namespace, bar: ProgressLine
 ) -> tuple[dict[str, Continuation], dict[str, Evaluation]]:
     bar.note(_("loading {label}: {name}", label=subjects[0].label, name=subjects[0].path.name))
-    from holdfast.training import side_by_side
-    from holdfast.training.inference import load_for_inference
+    from holdfast.training import inference
     from holdfast.training.models import tune_allocator
 
     tune_allocator()
@@ -189,24 +188,24 @@ def _ask_each(
         bar.clear()
         print(note, file=sys.stderr)
 
-    documents = side_by_side.read_text(given.evaluate, warn) if given.evaluate else []
+    documents = inference.read_text(given.evaluate, warn) if given.evaluate else []
     continued: dict[str, Continuation] = {}
     measured: dict[str, Evaluation] = {}
     for number, subject in enumerate(subjects, 1):
         label, name = subject.label, subject.path.name
         bar.note(_("loading {label}: {name}", label=label, name=name))
-        loaded = load_for_inference(subject.path)
+        loaded = inference.load_for_inference(subject.path)
         if given.prompt is not None:
             bar.note(_("continuing the prompt with {label}: {name}", label=label, name=name))
-            continued[label] = side_by_side.continue_text(
+            continued[label] = inference.continue_text(
                 loaded, given.prompt, tokens=given.tokens, seed=given.seed,
                 temperature=given.temperature,
             )  # fmt: skip
         if given.evaluate:
             if number == 1 and given.max_tokens is not None:
-                documents = side_by_side.shorten(documents, loaded.tokenizer, given.max_tokens)
+                documents = inference.shorten(documents, loaded.tokenizer, given.max_tokens)
             show = _shower((number, len(subjects)), subject)
-            measured[label] = side_by_side.evaluate(loaded, documents, show)
+            measured[label] = inference.evaluate(loaded, documents, show)
         del loaded  # before the next one is read: one model in memory at a time
     return continued, measured
 

@@ -89,6 +89,6 @@ def _say_what_follows(action: Any, shell: str) -> None:
     elif "DIR" in shown or "RUN" in shown:
         action.complete = shtab.DIRECTORY
     elif action.dest == "preset":
-        from holdfast.training.presets import PRESETS
+        from holdfast.training.options.presets import PRESETS
 
         action.choices = list(PRESETS)

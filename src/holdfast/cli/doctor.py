@@ -22,7 +22,7 @@ from holdfast.formatting import format_seconds
 from holdfast.i18n import N_, _
 
 if TYPE_CHECKING:
-    from holdfast.training.config import Config
+    from holdfast.training.options.config import Config
     from holdfast.training.proving import Stage, TrainingProof
 
 _STEPS, _MORE = 10, 10

@@ -1,6 +1,6 @@
 """The command line of generating: a text that appears as the model writes it.
 
-Arguments, the terminal and its interruptions; sampling lives in holdfast.training.generate.
+Arguments, the terminal and its interruptions; sampling lives in holdfast.training.inference.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from holdfast.manage.rundir import number
 from holdfast.manage.table import Screen, printable
 
 if TYPE_CHECKING:
-    from holdfast.training.generate import Sampling, TextStream
-    from holdfast.training.inference import Loaded
+    from holdfast.training.inference import Loaded, Sampling, TextStream
 
 _INTERRUPTED = 130  # 128 + SIGINT
 _TOKENS, _TEMPERATURE, _TOP_K = 200, 0.8, 50
@@ -191,7 +190,7 @@ class _Writing:
 
     def show(self) -> bool:
         """Write the text to stdout; whether Ctrl-C ended it."""
-        from holdfast.training.generate import RUINED
+        from holdfast.training.inference import RUINED
 
         stream, sampling = self._begin()
         if stream.read_tokens < stream.prompt_tokens:
@@ -224,7 +223,7 @@ class _Writing:
         return interrupted
 
     def _begin(self) -> tuple[TextStream, Sampling]:
-        from holdfast.training.generate import Sampling, TextStream
+        from holdfast.training.inference import Sampling, TextStream
 
         given, loaded = self.given, self.loaded
         seed = random.randrange(_SEEDS) if given.seed is None else given.seed

@@ -119,7 +119,7 @@ def command_of(name: str, prog: str) -> Command:
         if name in names:
             command: Command = import_module(f"holdfast.cli.{room}").COMMANDS[name][1]
             return command
-    from holdfast.training.fields import did_you_mean, nearest
+    from holdfast.training.options.fields import did_you_mean, nearest
 
     known = [one for names in ROOMS.values() for one in names]
     raise ConfigError(

@@ -14,10 +14,10 @@ from typing import Any
 
 from holdfast.cli.parsing import Parser, language_of
 from holdfast.i18n import LANGUAGES, N_, _, set_language
-from holdfast.training.config import OPTIONS, SECTION_TITLES, Config
-from holdfast.training.fields import Option, did_you_mean, flag_of, format_value, nearest
-from holdfast.training.layers import DASHES, unknown_flag
-from holdfast.training.presets import PRESETS, resolve
+from holdfast.training.options.config import OPTIONS, SECTION_TITLES, Config
+from holdfast.training.options.config_files import DASHES, unknown_flag
+from holdfast.training.options.fields import Option, did_you_mean, flag_of, format_value, nearest
+from holdfast.training.options.presets import PRESETS, resolve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from holdfast.errors import ConfigError
 from holdfast.formatting import format_seconds
 from holdfast.i18n import N_, _
 from holdfast.manage.supervising import service, supervisor
-from holdfast.training.config import Config
+from holdfast.training.options.config import Config
 
 _Work = Callable[[Sequence[str], str], int]
 _NAME = "holdfast"

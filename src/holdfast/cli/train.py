@@ -11,8 +11,8 @@ from pathlib import Path
 from holdfast.cli import common
 from holdfast.cli.options import TrainCommand, parse_train
 from holdfast.i18n import N_, _
-from holdfast.training.layers import save_config
-from holdfast.training.presets import list_presets_table, presets_json
+from holdfast.training.options.config_files import save_config
+from holdfast.training.options.presets import list_presets_table, presets_json
 
 
 def train(argv: Sequence[str], prog: str) -> int:

@@ -35,9 +35,9 @@ from holdfast.exchange.target import (
 )
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import _
-from holdfast.training.fields import did_you_mean, nearest
 from holdfast.training.inference import Loaded, find_checkpoint, load_for_inference
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.options.fields import did_you_mean, nearest
+from holdfast.training.text.tokenizer import TextTokenizer
 from holdfast.version import __version__
 
 FORMATS = ("hf", "safetensors", "onnx", "weights")

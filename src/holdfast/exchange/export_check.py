@@ -16,9 +16,9 @@ import torch
 
 from holdfast.errors import HoldfastError
 from holdfast.i18n import N_, _
-from holdfast.training import prepare
 from holdfast.training.inference import Loaded
 from holdfast.training.session import SAMPLE
+from holdfast.training.text import prepare
 
 ROWS, LENGTH = 4, 128  # of the text that is looked at: enough for every layer and every position
 _LOGITS = 1 << 26  # values at most: 256 MiB in fp32

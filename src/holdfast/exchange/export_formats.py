@@ -23,7 +23,7 @@ from holdfast.checkpoint.system import filesystem
 from holdfast.exchange.export_check import Deviation
 from holdfast.i18n import _
 from holdfast.training.inference import Loaded, load_for_inference
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.text.tokenizer import TextTokenizer
 
 SHARD_BYTES = 5_000_000_000  # a larger model is written as several files, as the hub likes it
 _ONE_FILE = 1 << 62

@@ -26,11 +26,11 @@ from holdfast.exchange.target import Progress, check_room, check_target, interru
 from holdfast.formatting import format_seconds
 from holdfast.i18n import _
 from holdfast.training import models
-from holdfast.training.config import OPTIONS, Config
 from holdfast.training.inference import load_for_inference
-from holdfast.training.layers import save_config
+from holdfast.training.options.config import OPTIONS, Config
+from holdfast.training.options.config_files import save_config
 from holdfast.training.plan import Progress as Place
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.text.tokenizer import TextTokenizer
 
 _SAME = 1e-5  # of the largest logit: the same weights, and sums in perhaps another order
 

@@ -27,9 +27,9 @@ from holdfast.exchange import importing_nanogpt as nanogpt
 from holdfast.exchange.export_formats import quiet
 from holdfast.i18n import _
 from holdfast.training import models
-from holdfast.training.config import ModelConfig
+from holdfast.training.options.config import ModelConfig
 from holdfast.training.plausible import check_configuration
-from holdfast.training.tokenizer import TOKENIZER_FILES, TextTokenizer
+from holdfast.training.text.tokenizer import TOKENIZER_FILES, TextTokenizer
 
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
 _STEP_KEYS = ("global_step", "step", "iter_num", "iteration")

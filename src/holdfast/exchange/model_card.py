@@ -18,10 +18,10 @@ from holdfast.checkpoint.rundir import EVENTS
 from holdfast.checkpoint.state import codec
 from holdfast.errors import CheckpointError
 from holdfast.formatting import format_loss
-from holdfast.training import models, prepare
-from holdfast.training.config import OPTIONS
-from holdfast.training.generate import sample_text
-from holdfast.training.inference import Loaded
+from holdfast.training import models
+from holdfast.training.inference import Loaded, sample_text
+from holdfast.training.options.config import OPTIONS
+from holdfast.training.text import prepare
 
 _SAMPLES = 3  # the last ones of the run
 _SAMPLE_TOKENS = 48

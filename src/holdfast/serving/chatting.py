@@ -11,7 +11,7 @@ from typing import Any
 from holdfast.i18n import _
 from holdfast.serving.protocol import ApiError, server_error
 from holdfast.serving.rendering import Failed, Refused, Renderer
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.text.tokenizer import TextTokenizer
 
 log = logging.getLogger("holdfast")
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.text.tokenizer import TextTokenizer
 
 BROKEN = "\ufffd"
 _HELD = 8  # tokens that may wait for the rest of a character, where bytes are not known

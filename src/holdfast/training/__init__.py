@@ -5,21 +5,15 @@ enter. `__all__` names the modules that other rooms may import.
 """
 
 __all__ = [
-    "config",
     "console",
     "dry_run",
-    "fields",
-    "generate",
     "inference",
-    "layers",
     "models",
+    "options",
     "plan",
     "plausible",
-    "prepare",
-    "presets",
     "proving",
     "session",
-    "side_by_side",
-    "tokenizer",
+    "text",
     "unattended",
 ]

@@ -19,8 +19,8 @@ from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError, StateMismatch
 from holdfast.i18n import N_, _
 from holdfast.training import unattended
-from holdfast.training.config import OPTIONS, Config
-from holdfast.training.fields import flag_of, format_value
+from holdfast.training.options.config import OPTIONS, Config
+from holdfast.training.options.fields import flag_of, format_value
 from holdfast.training.plausible import check_configuration
 
 

@@ -30,13 +30,13 @@ from holdfast.errors import Interrupted, ResourceError
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import N_, _
 from holdfast.training import continuing, telling
-from holdfast.training.batches import validation_batch_count
-from holdfast.training.config import OPTIONS, CheckpointConfig, Config
 from holdfast.training.console import Console
 from holdfast.training.continuing import SavedRun
-from holdfast.training.fields import format_value
+from holdfast.training.options.config import OPTIONS, CheckpointConfig, Config
+from holdfast.training.options.fields import format_value
 from holdfast.training.session import Workshop, prepare, save_policies
-from holdfast.training.trainer import EVALUATION_ROWS, Trainer
+from holdfast.training.text.batches import EVALUATION_ROWS, validation_batch_count
+from holdfast.training.trainer import Trainer
 
 WARM_UP_STEPS = 3
 TIMED_STEPS = 30

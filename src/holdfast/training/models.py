@@ -19,12 +19,12 @@ from torch.nn import functional
 
 from holdfast.errors import CheckpointError, ConfigError
 from holdfast.i18n import _
-from holdfast.training.batches import IGNORED
-from holdfast.training.fields import did_you_mean, nearest
-from holdfast.training.tokenizer import why_not_loaded
+from holdfast.training.options.fields import did_you_mean, nearest
+from holdfast.training.text.batches import IGNORED
+from holdfast.training.text.tokenizer import why_not_loaded
 
 if TYPE_CHECKING:
-    from holdfast.training.config import ModelConfig
+    from holdfast.training.options.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.training.batches import Batches
-    from holdfast.training.config import Config
+    from holdfast.training.options.config import Config
+    from holdfast.training.text.batches import Batches
 
 
 @dataclass(slots=True)

@@ -25,10 +25,10 @@ from holdfast.checkpoint.state import RandomState
 from holdfast.errors import ConfigError, HoldfastError, Interrupted, SaveFailed
 from holdfast.i18n import _, set_language
 from holdfast.training import trainer
-from holdfast.training.batches import Batches
-from holdfast.training.config import Config
 from holdfast.training.console import Console
-from holdfast.training.presets import resolve
+from holdfast.training.options.config import Config
+from holdfast.training.options.presets import resolve
+from holdfast.training.text.batches import Batches
 
 SAVE_WITHIN = 900.0  # seconds until the step that is to be resumed from must be durable
 _POLL = 0.02  # seconds between two looks into the history

@@ -26,7 +26,7 @@ from holdfast.checkpoint.state import load
 from holdfast.errors import CheckpointError
 from holdfast.i18n import _, language
 from holdfast.prove import NOT_REPEATABLE, OUTSIDE, Proof, explain, first_difference, judge, revived
-from holdfast.training.config import OPTIONS, Config
+from holdfast.training.options.config import OPTIONS, Config
 from holdfast.training.prove_worker import Order
 
 # What a run keeps about itself, and what differs with the directory it lies in.

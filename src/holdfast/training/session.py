@@ -48,15 +48,15 @@ from holdfast.errors import (
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
 from holdfast.training import continuing, models
-from holdfast.training.config import OPTIONS, CheckpointConfig, Config
 from holdfast.training.console import Console
 from holdfast.training.continuing import SavedRun, Start
-from holdfast.training.fields import flag_of, format_value
-from holdfast.training.layers import save_config
 from holdfast.training.notify import Notifier
-from holdfast.training.prepare import PreparedData, prepare_data, reopen_data
+from holdfast.training.options.config import OPTIONS, CheckpointConfig, Config
+from holdfast.training.options.config_files import save_config
+from holdfast.training.options.fields import flag_of, format_value
 from holdfast.training.records import CONFIG, TOKENIZER, Records
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.text.prepare import PreparedData, prepare_data, reopen_data
+from holdfast.training.text.tokenizer import TextTokenizer
 from holdfast.training.trainer import Trainer
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "zh_sample.txt"  # what data/ links to

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from holdfast.i18n import _
-from holdfast.training.generate import sample_text
+from holdfast.training.inference import sample_text
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer

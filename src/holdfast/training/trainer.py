@@ -22,17 +22,22 @@ from holdfast.checkpoint.system import SignalGuard
 from holdfast.errors import Diverged, Interrupted, SaveFailed
 from holdfast.i18n import _
 from holdfast.training import ending, telling
-from holdfast.training.batches import IGNORED, Batches, bits_per_byte, validation_batches
-from holdfast.training.config import Config
 from holdfast.training.console import Console
 from holdfast.training.health import LossWatch
 from holdfast.training.models import next_token_loss, parameter_groups, plain_config
+from holdfast.training.options.config import Config
 from holdfast.training.plan import Plan, Progress, learning_rate_factor
-from holdfast.training.prepare import PreparedData
 from holdfast.training.records import Records
+from holdfast.training.text.batches import (
+    EVALUATION_ROWS,
+    IGNORED,
+    Batches,
+    bits_per_byte,
+    validation_batches,
+)
+from holdfast.training.text.prepare import PreparedData
 
 SMOOTHING = 0.95  # of the running loss that the bar shows
-EVALUATION_ROWS = 8  # sequences a validation batch has at least; training ones may be tiny
 
 
 class Trainer:

@@ -18,10 +18,12 @@ from holdfast.errors import DataError
 from holdfast.i18n import _
 
 if TYPE_CHECKING:
-    from holdfast.training.cache import TokenStream
+    from holdfast.training.text.cache import TokenStream
 
 IGNORED = -100
 """The target that `torch.nn.functional.cross_entropy` leaves out by default."""
+
+EVALUATION_ROWS = 8  # sequences a validation batch has at least; training ones may be tiny
 
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # the increment of splitmix64

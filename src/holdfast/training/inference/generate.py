@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from holdfast.training.tokenizer import TextTokenizer
+from holdfast.training.text.tokenizer import TextTokenizer
 
 _WINDOW = 32  # tokens decoded together: more than any character, or any word's spaces, spans
 _COLDEST = 1e-5  # temperature: below it the logits would become infinite, and nothing changes

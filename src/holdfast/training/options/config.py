@@ -1,7 +1,7 @@
 """The one definition of every option of a training run: its name, type, default, help and bounds.
 
-Config files, presets, flags and `--help` all come from the four dataclasses here. How the layers
-are read and which one wins is `layers.py`; what may change on resume is the trainer's business.
+Config files, presets, flags and `--help` all come from the four dataclasses here. `presets.py`
+reads the layers and lets the strongest win; what may change on resume is the trainer's business.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from holdfast.i18n import N_
-from holdfast.training.fields import Option, nearest, option, options_of
+from holdfast.training.options.fields import Option, nearest, option, options_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,7 +334,7 @@ def suggest(word: str, also: Iterable[str] = ()) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Everything a run was asked to do, checked. Made by `layers.resolve` and `from_dict`.
+    """Everything a run was asked to do, checked. Made by `presets.resolve` and `from_dict`.
 
     `epochs` is None exactly where the run is counted in steps (`num_steps`). `sources` tells for
     each option whether its value is a "flag", from the "file", the "preset" or the "default".
@@ -363,7 +363,7 @@ class Config:
 
         Raises ConfigError with every problem that `data` has.
         """
-        from holdfast.training.layers import from_mapping
+        from holdfast.training.options.config_files import from_mapping
 
         return from_mapping(data)
 

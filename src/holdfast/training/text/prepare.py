@@ -13,8 +13,8 @@ from typing import Any
 
 from holdfast.errors import DataError, ResourceError
 from holdfast.i18n import _
-from holdfast.training import corpus
-from holdfast.training.cache import (
+from holdfast.training.text import corpus
+from holdfast.training.text.cache import (
     CachedTokens,
     TokenCache,
     TokenStream,
@@ -23,9 +23,9 @@ from holdfast.training.cache import (
     read_sealed,
     write_sealed,
 )
-from holdfast.training.corpus import Progress
-from holdfast.training.damage import Damage
-from holdfast.training.tokenizer import (
+from holdfast.training.text.corpus import Progress
+from holdfast.training.text.damage import Damage
+from holdfast.training.text.tokenizer import (
     MIN_FREQUENCY,
     SAMPLE,
     TextTokenizer,

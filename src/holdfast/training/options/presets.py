@@ -8,17 +8,17 @@ from typing import Any
 
 from holdfast.errors import ConfigError
 from holdfast.i18n import N_, _
-from holdfast.training.config import Config
-from holdfast.training.fields import did_you_mean, format_value, nearest
-from holdfast.training.layers import (
+from holdfast.training.options.config import Config
+from holdfast.training.options.config_files import (
     Layer,
     layer_of_flags,
     layer_of_mapping,
     merge,
     read_config_file,
 )
+from holdfast.training.options.fields import did_you_mean, format_value, nearest
 
-PRESET_DIR = Path(__file__).parent.parent / "presets"
+PRESET_DIR = Path(__file__).parents[2] / "presets"
 
 PRESETS: dict[str, str] = {
     "quick": N_("prove that everything works, about a minute on a CPU"),

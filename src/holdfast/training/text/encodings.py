@@ -14,7 +14,7 @@ from pathlib import Path
 
 from holdfast.errors import DataError
 from holdfast.i18n import _
-from holdfast.training.damage import NO_CHARACTER, TOLERATED, UTF8_AMONG, ZERO
+from holdfast.training.text.damage import NO_CHARACTER, TOLERATED, UTF8_AMONG, ZERO
 
 Blocks = Callable[[], Iterable[bytes]]
 """Read the file once more from its beginning."""

@@ -21,9 +21,9 @@ from typing import IO, Any
 
 from holdfast.errors import DataError
 from holdfast.i18n import _
-from holdfast.training import damage as kinds
-from holdfast.training import encodings
-from holdfast.training.damage import Damage, Place
+from holdfast.training.text import damage as kinds
+from holdfast.training.text import encodings
+from holdfast.training.text.damage import Damage, Place
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")

@@ -16,14 +16,14 @@ import torch
 
 from holdfast.errors import ConfigError, DataError
 from holdfast.i18n import _
-from holdfast.training import corpus, models
-from holdfast.training.batches import IGNORED, bits_per_byte, streamed_batches
-from holdfast.training.damage import Damage
-from holdfast.training.formats import documents_in
-from holdfast.training.generate import sample_text
-from holdfast.training.inference import Loaded
-from holdfast.training.tokenizer import TextTokenizer
-from holdfast.training.trainer import EVALUATION_ROWS
+from holdfast.training import models
+from holdfast.training.inference.generate import sample_text
+from holdfast.training.inference.loading import Loaded
+from holdfast.training.text import corpus
+from holdfast.training.text.batches import EVALUATION_ROWS, IGNORED, bits_per_byte, streamed_batches
+from holdfast.training.text.damage import Damage
+from holdfast.training.text.formats import documents_in
+from holdfast.training.text.tokenizer import TextTokenizer
 
 _LOGITS = 1 << 26  # numbers that a batch's logits may be: 256 MiB of float32, and as much again
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from holdfast.errors import ConfigError
 from holdfast.i18n import N_, _
-from holdfast.training.config import BY_NAME, OPTIONS, SECTIONS, Config, suggest
-from holdfast.training.fields import Option, did_you_mean, flag_of, nearest, quote_value
+from holdfast.training.options.config import BY_NAME, OPTIONS, SECTIONS, Config, suggest
+from holdfast.training.options.fields import Option, did_you_mean, flag_of, nearest, quote_value
 
 DASHES = "-—–−－"
 """What stands before a flag when it was copied from a page that beautifies text."""

@@ -29,7 +29,7 @@ from holdfast.i18n import _
 from holdfast.training.plausible import check_tokenizer
 
 if TYPE_CHECKING:
-    from holdfast.training.corpus import Progress
+    from holdfast.training.text.corpus import Progress
 
 T = TypeVar("T")
 

@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from holdfast.training.tokenizer import CHUNK
+from holdfast.training.text.tokenizer import CHUNK
 
 if TYPE_CHECKING:
-    from holdfast.training.tokenizer import TextTokenizer
+    from holdfast.training.text.tokenizer import TextTokenizer
 
 SPLITS = ("train", "val")
 _TEMPORARY = "building-"

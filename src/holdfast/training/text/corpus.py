@@ -20,8 +20,8 @@ import xxhash
 
 from holdfast.errors import DataError
 from holdfast.i18n import _
-from holdfast.training.damage import Damage
-from holdfast.training.formats import COMPRESSIONS, FORMATS, DataFile, Part, format_of
+from holdfast.training.text.damage import Damage
+from holdfast.training.text.formats import COMPRESSIONS, FORMATS, DataFile, Part, format_of
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, done, total): called now and then; what it raises ends the work."""

@@ -23,7 +23,7 @@ from holdfast.errors import CheckpointError, DataError, ForeignCheckpoint, Holdf
 from holdfast.i18n import _
 from holdfast.training import models
 from holdfast.training.plausible import check_configuration
-from holdfast.training.tokenizer import TextTokenizer, why_not_loaded
+from holdfast.training.text.tokenizer import TextTokenizer, why_not_loaded
 
 _LISTED = 3  # names of weights that a message shows
 
