@@ -60,6 +60,10 @@ class SaveFailed(CheckpointError):
     """A checkpoint could not be made durable; what was there before is intact."""
 
 
+class DirectoryLost(SaveFailed):
+    """The run directory is no longer at its path; nothing was written."""
+
+
 class RunLocked(HoldfastError):
     """Another process works in this run directory."""
 

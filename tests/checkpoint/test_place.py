@@ -1,10 +1,11 @@
-"""A run directory that is deleted, renamed, replaced or another user's: noticed, said, and never a
-second training in it."""
+"""A run directory that is deleted, renamed, replaced or another user's: every save fails and says
+so, and there is never a second training in it."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from holdfast import load
 from holdfast.checkpoint import Catalog
 from holdfast.checkpoint.manager import CheckpointManager, run_lock
 from holdfast.checkpoint.policy import alarm
@@ -38,14 +38,14 @@ def refused(directory: Path) -> None:
         pass
 
 
-def lost(told: Told) -> list[str | None]:
-    return [fields["moved_to"] for event, fields in told if event == "directory_lost"]
+def failures(told: Told) -> list[str]:
+    return [fields["reason"] for event, fields in told if event == "failed"]
 
 
-# --------------------------------------------------------------------------- deleted under training
+# --------------------------------------------------------------------------- gone while training
 
 
-def test_a_deleted_directory_is_said_made_anew_and_saved_to_at_once(tmp_path: Path) -> None:
+def test_a_deleted_directory_fails_the_save_loudly_and_is_not_made_anew(tmp_path: Path) -> None:
     run, toy = tmp_path / "run", Toy()
     told, tell = listener()
     with toy.manager(run, on_event=tell) as manager:
@@ -57,62 +57,80 @@ def test_a_deleted_directory_is_said_made_anew_and_saved_to_at_once(tmp_path: Pa
         for _look_then_save in range(2):
             manager.after_step(2)
             manager.wait()
-        assert lost(told) == [None]
-        assert manager.saved_step == 2, "not only when the next save is due"
-        assert in_child(lambda: refused(run)) == 0
-        toy.step()
-        manager.save(step=3, strict=True)
-        assert len(lost(told)) == 1
-        assert [entry.step for entry in manager.list()] == [3, 2]
-    assert events(run)[0]["event"] == "directory_lost"
-    assert load(run / "latest.pt", only="losses") == toy.losses
-    fresh = Toy()
-    with fresh.manager(run) as manager:
-        resumed = manager.resume()
-        assert resumed is not None
-        assert resumed.step == 3
+        (reason,) = failures(told)
+        assert f"{run} was deleted or replaced" in reason
+        assert manager.failing, "not only when the next save is due"
+        assert manager.saved_step == 0, "what was announced is gone"
+        with pytest.raises(SaveFailed, match="was deleted or replaced"):
+            manager.save(step=2, strict=True)
+    assert not run.exists()
 
 
 def test_between_two_steps_a_save_notices_by_itself(tmp_path: Path) -> None:
     run, toy = tmp_path / "run", Toy()
-    told, tell = listener()
-    with toy.manager(run, on_event=tell) as manager:
+    with toy.manager(run) as manager:
         manager.save(step=1, strict=True)
         shutil.rmtree(run)
-        assert manager.save(step=2) is not None
-        assert lost(told) == [None]
-        assert in_child(lambda: refused(run)) == 0
+        with pytest.raises(SaveFailed, match="was deleted or replaced"):
+            manager.save(step=2, strict=True)
 
 
 def test_a_directory_that_comes_back_with_the_same_inode_is_another_one(fast_path: Path) -> None:
     """File systems give the number of a deleted inode to the next one."""
     run, toy = fast_path / "run", Toy()
-    told, tell = listener()
-    with toy.manager(run, on_event=tell) as manager:
+    with toy.manager(run) as manager:
         manager.save(step=1, strict=True)
         shutil.rmtree(run)
         run.mkdir()
         (run / ".run.lock").touch()
-        assert manager.save(step=2) is not None
-        assert lost(told) == [None]
-        assert in_child(lambda: refused(run)) == 0
+        assert manager.save(step=2) is None
+        assert tree_of(run) == {".run.lock"}
 
 
-def test_a_renamed_directory_keeps_what_it_has_and_is_named(tmp_path: Path) -> None:
-    run, toy = tmp_path / "run", Toy()
+def test_a_renamed_directory_keeps_all_it_has_and_is_saved_to_again_when_it_is_back(
+    tmp_path: Path,
+) -> None:
+    run, away, toy = tmp_path / "run", tmp_path / "elsewhere", Toy()
     told, tell = listener()
     with toy.manager(run, on_event=tell) as manager:
         manager.save(step=1, strict=True)
-        run.rename(tmp_path / "elsewhere")
-        before = tree_of(tmp_path / "elsewhere")
-        manager.save(step=2, strict=True)
-        assert lost(told) == [
-            str(tmp_path / "elsewhere") if Path("/proc/self/fd").exists() else None
-        ]
-        assert tree_of(tmp_path / "elsewhere") == before
-        assert [entry.step for entry in manager.list()] == [2]
-        with run_lock(tmp_path / "elsewhere"):
-            pass  # whoever renamed it may go on from it
+        run.rename(away)
+        before = tree_of(away)
+        assert manager.save(step=2) is None
+        (reason,) = failures(told)
+        named = f"was renamed to {away}" if Path("/proc/self/fd").exists() else "was deleted"
+        assert named in reason
+        assert tree_of(away) == before
+        assert not run.exists()
+        away.rename(run)
+        manager.save(step=3, strict=True)
+        assert [entry.step for entry in manager.list()] == [3, 1]
+    assert said(told).count("recovered") == 1
+
+
+@pytest.mark.skipif(not shared_memory.usable(), reason="no shared memory here")
+def test_what_was_announced_moves_with_a_renamed_directory_also_from_memory(tmp_path: Path) -> None:
+    run, away = tmp_path / "run", tmp_path / "elsewhere"
+
+    def killed() -> None:
+        toy = Toy()
+        manager = toy.manager(run, memory_every=1)
+        manager.resume()
+        toy.step()
+        manager.save(step=1, strict=True)
+        run.rename(away)
+        for step in (2, 3):
+            toy.step()
+            manager.after_step(step)
+            manager.wait()
+        assert manager.memory_step == 3
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(killed) == -signal.SIGKILL
+    with Toy(seed=5).manager(away) as manager:
+        resumed = manager.resume()
+        assert resumed is not None
+        assert resumed.step == 3
 
 
 def test_another_process_that_was_faster_keeps_the_directory(tmp_path: Path) -> None:
@@ -121,13 +139,14 @@ def test_another_process_that_was_faster_keeps_the_directory(tmp_path: Path) -> 
     with toy.manager(run, on_event=tell) as manager:
         manager.resume()
         manager.save(step=1, strict=True)
-        shutil.rmtree(run)
+        (run / ".run.lock").unlink()
         holder = Holder(run / ".run.lock")
+        before = tree_of(run)
         with pytest.raises(SaveFailed, match=f"process {holder.pid}"):
             manager.save(step=2, strict=True)
         manager.after_step(3)
         manager.wait()
-        assert tree_of(run) == {".run.lock"}, "nothing was written over it"
+        assert tree_of(run) == before, "nothing was written over it"
         assert said(told).count("failed") == 1
         holder.leave()
         manager.after_step(4)
@@ -136,30 +155,19 @@ def test_another_process_that_was_faster_keeps_the_directory(tmp_path: Path) -> 
     assert "recovered" in said(told)
 
 
-def test_another_run_in_its_place_goes_to_the_archive(tmp_path: Path) -> None:
+def test_another_run_in_its_place_is_not_written_to(tmp_path: Path) -> None:
     run, toy = tmp_path / "run", Toy()
     make_run(tmp_path / "other", 3)
-    told, tell = listener()
-    with toy.manager(run, on_event=tell) as manager:
+    before = {
+        path: (tmp_path / "other" / path).read_bytes() for path in tree_of(tmp_path / "other")
+    }
+    with toy.manager(run) as manager:
         manager.save(step=1, strict=True)
         shutil.rmtree(run)
         (tmp_path / "other").rename(run)
-        manager.save(step=2, strict=True)
-        assert [entry.step for entry in manager.list()] == [2]
-    assert len(list((run / "archive").rglob("*.pt"))) >= 3
-    assert "archived" in said(told)
-
-
-def test_a_directory_that_is_put_back_goes_on_as_before(tmp_path: Path) -> None:
-    run, toy = tmp_path / "run", Toy()
-    with toy.manager(run, keep_last=0) as manager:
-        manager.save(step=1, strict=True)
-        shutil.copytree(run, tmp_path / "copy")
-        shutil.rmtree(run)
-        (tmp_path / "copy").rename(run)
-        manager.save(step=2, strict=True)
-        assert [entry.step for entry in manager.list()] == [2, 1]
-        assert manager.generation == 1
+        assert manager.save(step=2) is None
+        manager.after_step(3)
+    assert {path: (run / path).read_bytes() for path in tree_of(run)} == before
 
 
 def test_a_directory_that_could_not_be_reached_for_a_while_has_its_history_again(
@@ -183,7 +191,7 @@ def test_a_directory_that_could_not_be_reached_for_a_while_has_its_history_again
     assert durable == [1, 3, 4, 5]
 
 
-def test_a_removed_lock_file_is_taken_anew_and_nothing_else_happens(tmp_path: Path) -> None:
+def test_a_removed_lock_file_is_made_again_and_nothing_else_happens(tmp_path: Path) -> None:
     run, toy = tmp_path / "run", Toy()
     told, tell = listener()
     with toy.manager(run, on_event=tell) as manager:
@@ -195,41 +203,6 @@ def test_a_removed_lock_file_is_taken_anew_and_nothing_else_happens(tmp_path: Pa
         assert in_child(lambda: refused(run)) == 0
         assert not manager.failing
         assert [entry.step for entry in manager.list()] == [1]
-
-
-def test_where_it_cannot_be_made_anew_training_goes_on(tmp_path: Path) -> None:
-    run, toy = tmp_path / "parent" / "run", Toy()
-    told, tell = listener()
-    with toy.manager(run, on_event=tell) as manager:
-        manager.resume()
-        manager.save(step=1, strict=True)
-        shutil.rmtree(tmp_path / "parent")
-        (tmp_path / "parent").write_text("a file")
-        for step in (2, 3, 4):
-            manager.after_step(step)
-            manager.wait()
-        assert said(told).count("failed") == 1
-        (tmp_path / "parent").unlink()
-        manager.after_step(5)
-        manager.wait()
-        assert manager.saved_step == 5
-
-
-@pytest.mark.skipif(not shared_memory.usable(), reason="no shared memory here")
-def test_snapshots_in_memory_belong_to_the_new_directory(tmp_path: Path) -> None:
-    run, toy = tmp_path / "run", Toy()
-    with toy.manager(run, memory_every=1) as manager:
-        manager.resume()
-        manager.after_step(1)
-        manager.wait()  # or its look would find the lock gone and make it anew under rmtree
-        shutil.rmtree(run)
-        for step in (2, 3, 4):
-            manager.after_step(step)
-            manager.wait()
-        tier = manager._saver.snapshots._tier
-        assert tier is not None
-        found = run.stat()
-        assert f"-{found.st_dev}-{found.st_ino}-" in tier.directory.name
 
 
 # -------------------------------------------------------------------------------- a changed user

@@ -57,7 +57,7 @@ def tell(event, fields):
     if event == "durable":
         entry = fields["saved"].entry
         say("durable", id=entry.id, step=entry.step, loss=entry.loss)
-    elif event in ("failed", "quarantined", "unsafe", "directory_lost"):
+    elif event in ("failed", "quarantined", "unsafe"):
         say("trouble", event=event, words=str(fields))
 
 def say(what, **fields):
@@ -226,7 +226,7 @@ def check_history(run: Path, losses: dict[str, float | None]) -> Counter[str]:
     for event in Catalog(run).events():
         kind, id_ = event["event"], event.get("id", "")
         counted[kind] += 1
-        assert kind not in ("quarantined", "damaged", "failed", "directory_lost"), event
+        assert kind not in ("quarantined", "damaged", "failed"), event
         if kind == "durable":
             present[id_] = (event["generation"], event["step"])
         elif kind == "verified":

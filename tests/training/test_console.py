@@ -7,7 +7,6 @@ import dataclasses
 import io
 import os
 import re
-import shutil
 from pathlib import Path
 
 import pyte
@@ -214,25 +213,14 @@ def test_unsafe_is_loud(reason: str) -> None:
     assert "\a" in said.getvalue()
 
 
-@pytest.mark.parametrize("moved_to", [None, "/elsewhere"])
-def test_a_lost_directory_is_loud_and_nothing_is_durable_any_more(moved_to: str | None) -> None:
+def test_after_a_lost_directory_nothing_is_durable_any_more() -> None:
     said = io.StringIO()
     with Console(stream=said, terminal=False) as console:
         console.on_event("durable", {"saved": saved()})
-        console.on_event("directory_lost", {"directory": "run", "moved_to": moved_to})
+        console.on_event("failed", {"step": 9, "reason": "renamed", "durable": None})
         console.progress(force=True)
-    assert (f"renamed to {moved_to}" if moved_to else "was deleted") in said.getvalue()
+    assert "the last durable step is -. The reason: renamed" in said.getvalue()
     assert "nothing durable yet" in said.getvalue()
-
-
-def test_a_log_whose_directory_is_gone_begins_anew(tmp_path: Path) -> None:
-    log = tmp_path / "logs" / "train.log"
-    with Console(stream=io.StringIO(), terminal=False, log_file=log) as console:
-        console.say("before")
-        shutil.rmtree(log.parent)
-        console.reopen_log()
-        console.say("after")
-    assert [line[20:] for line in log.read_text("utf-8").splitlines()] == ["after"]
 
 
 def test_chinese_speaks_chinese() -> None:

@@ -33,7 +33,6 @@ _SENTENCES = {
     "failed": N_("step {step} could not be saved: {reason}"),
     "recovered": N_("saving worked again at step {step}; failed before it: {failures}"),
     "unsafe": N_("nothing could be saved for {minutes} minutes; durable was step {step}"),
-    "directory_lost": N_("the run directory was deleted or renamed while training; begun anew"),
     "lock_renewed": N_("the lock file was removed while training, and made anew"),
     "diverged": N_("step {step} went wrong ({reason}); training went back to step {back_to}"),
     "interrupted": N_("training was interrupted at step {step}"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.rundir import EVENTS, Catalog, Entry, shared_memory
-from holdfast.checkpoint.system import FileLock, Follower, filesystem
+from holdfast.checkpoint.system import Follower, filesystem, run_lock
 from holdfast.errors import HoldfastError
 from holdfast.formatting import parse_time
 from holdfast.manage.rundir import RunDirectory, look, names_of, number
@@ -29,7 +29,6 @@ __all__ = [
     "BROKE_OFF",
     "EMPTY",
     "FINISHED",
-    "LOCK",
     "METRICS",
     "SILENCE",
     "STOPPED",
@@ -44,7 +43,7 @@ __all__ = [
     "find_runs",
 ]  # fmt: skip
 
-METRICS, CONFIG, LOCK = "metrics.jsonl", "config.json", ".run.lock"
+METRICS, CONFIG = "metrics.jsonl", "config.json"
 SILENCE = 120.0  # seconds without a line after which a training elsewhere is taken to have ended
 
 TRAINING, FINISHED, STOPPED, EMPTY = "training", "finished", "stopped", "empty"
@@ -240,7 +239,7 @@ class RunView:
     def owner(self) -> str:
         """Who trains here at this moment, where this machine knows it; else empty."""
         try:
-            return FileLock(self.directory / LOCK).owner()
+            return run_lock(self.directory).owner()
         except OSError:
             return ""
 

@@ -24,8 +24,10 @@ from holdfast.monitor.measured import Evaluation, Point, Safety
 from holdfast.monitor.run_view import BROKE_OFF, FINISHED, TRAINING, RunView
 
 NOTICES = 100  # of the last ones that are kept to be shown
-WARNINGS = ("failed", "unsafe", "quarantined", "damaged", "diverged", "directory_lost",
-            "lock_renewed", "interrupted", BROKE_OFF)  # fmt: skip
+WARNINGS = (
+    *("failed", "unsafe", "quarantined", "damaged", "diverged"),
+    *("lock_renewed", "interrupted", BROKE_OFF),
+)
 _ENDS = ("signal", "error")
 
 # Exit statuses of `holdfast monitor --once`; errors have those of holdfast.errors.

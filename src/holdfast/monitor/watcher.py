@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.checkpoint.rundir import EVENTS
-from holdfast.checkpoint.system import FileLock
+from holdfast.checkpoint.system import run_lock
 from holdfast.errors import HoldfastError
 from holdfast.i18n import _
 from holdfast.monitor.live_curve import Curve, Series
 from holdfast.monitor.machine import Probe
-from holdfast.monitor.run_view import LOCK, METRICS, RunView, find_runs
+from holdfast.monitor.run_view import METRICS, RunView, find_runs
 from holdfast.monitor.snapshot import Snapshot, take
 
 SEARCH_EVERY = 5.0  # seconds between two searches for runs that have begun
@@ -54,7 +54,7 @@ def _most_wanted(runs: Sequence[Path]) -> Path:
     def order(run: Path) -> tuple[bool, float]:
         owner, written = "", 0.0
         with contextlib.suppress(OSError):
-            owner = FileLock(run / LOCK).owner()
+            owner = run_lock(run).owner()
         for name in (METRICS, EVENTS):
             with contextlib.suppress(OSError):
                 written = max(written, (run / name).stat().st_mtime)

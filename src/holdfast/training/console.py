@@ -98,7 +98,6 @@ class Console:
             soft_wrap=not self.terminal, emoji=False, markup=False,
         )  # fmt: skip
         self._log: TextIO | None = None
-        self._log_path: Path | None = None
         if log_file is not None:
             self.open_log(log_file)
         self._live: Live | None = None
@@ -172,15 +171,6 @@ class Console:
         """From now on, write everything that is said to `path` as well."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._log = path.open("a", encoding="utf-8", errors="backslashreplace")
-        self._log_path = path
-
-    def reopen_log(self) -> None:
-        """Begin the log file anew, where its directory was deleted or renamed. Raises OSError."""
-        if self._log_path is not None:
-            before, self._log = self._log, None
-            if before is not None:
-                before.close()
-            self.open_log(self._log_path)
 
     def _write_log(self, text: str) -> None:
         if self._log is None:

@@ -38,7 +38,6 @@ from holdfast.checkpoint.system import PAGE, FileLock, run_lock
 from holdfast.checkpoint.system import signals as guards
 from holdfast.errors import (
     CheckpointError,
-    ConfigError,
     DamagedCheckpoint,
     DataError,
     Interrupted,
@@ -242,12 +241,6 @@ def _listener(workshop: Workshop, console: Console, notifier: Notifier) -> Event
         console.on_event(event, fields)
         if event == "unsafe" and fields["first"]:
             notifier.send(event, words.sentence(event, fields) or "")
-        elif event == "directory_lost":
-            try:  # what a new run directory has besides its checkpoints
-                _write_descriptions(workshop, Path(fields["directory"]))
-                console.reopen_log()
-            except (OSError, ConfigError) as error:
-                console.warn(str(error))
         elif event == "archived" and workshop.records is not None:
             workshop.records.take_over(Path(fields["to"]))
 

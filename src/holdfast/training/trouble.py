@@ -27,14 +27,11 @@ def tell(console: Console, event: str, fields: Fields) -> None:
             _("✅ Saving works again: step {step} is durable.", step=fields["step"]), important=True
         )
     elif text := sentence(event, fields):
-        if event == "directory_lost":
-            console.status.durable_step = None
-        loud = event in ("unsafe", "directory_lost")
-        (console.alarm if loud else console.warn)(text)
+        (console.alarm if event == "unsafe" else console.warn)(text)
 
 
 def _failed(console: Console, fields: Fields) -> None:
-    durable = console.status.durable_step
+    durable = console.status.durable_step = fields.get("durable", console.status.durable_step)
     text = _(
         "Step {step} could not be saved. Training goes on; the last durable step is {durable}. The "
         "reason: {reason}", step=fields["step"], reason=fields["reason"],

@@ -34,7 +34,7 @@ from holdfast.checkpoint.rundir.catalog import (
     summary,
 )
 from holdfast.checkpoint.rundir.history import now
-from holdfast.checkpoint.rundir.place import LOCKS, Place, check_rights
+from holdfast.checkpoint.rundir.place import Place, check_rights
 from holdfast.checkpoint.rundir.recovery import cannot_read
 from holdfast.checkpoint.rundir.reporter import EventHandler, Reporter
 from holdfast.checkpoint.rundir.words import sentence
@@ -44,7 +44,6 @@ __all__ = [
     "BEST",
     "EVENTS",
     "LATEST",
-    "LOCKS",
     "MAIN",
     "METADATA",
     "QUARANTINE",

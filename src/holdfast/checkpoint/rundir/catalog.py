@@ -25,7 +25,7 @@ import xxhash
 from holdfast.checkpoint.format import NewerFormat, Reader, patiently, read_manifest
 from holdfast.checkpoint.policy import Candidate, KeepBest, Order
 from holdfast.checkpoint.rundir.history import Event, History, Rollback, is_later, now
-from holdfast.checkpoint.system import FileLock, filesystem
+from holdfast.checkpoint.system import CATALOG_LOCK, FileLock, filesystem
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
 
@@ -124,7 +124,7 @@ class Catalog:
 
     def lock(self, wait: float = 30.0) -> FileLock:
         """The short lock of whoever changes the catalogue; not the lock of the run."""
-        return FileLock(self.directory / ".catalog.lock", wait=wait)
+        return FileLock(self.directory / CATALOG_LOCK, wait=wait)
 
     def path(self, entry: Entry) -> Path:
         return self.directory / entry.names[0]

@@ -1,8 +1,4 @@
-"""The run directory as this process found it: whether it may be written, and is still there.
-
-A directory that is deleted or renamed under a training is noticed by its inode: its path may name
-another one by then. It is made anew, locked anew and said loudly; nothing goes on in silence.
-"""
+"""The run directory of this process: whether it may be written, and is still at its path."""
 
 from __future__ import annotations
 
@@ -16,17 +12,16 @@ from pathlib import Path
 
 from holdfast.checkpoint.rundir.catalog import EVENTS, METADATA, ROLES, Catalog
 from holdfast.checkpoint.rundir.reporter import Reporter
-from holdfast.checkpoint.system import FileLock, filesystem
-from holdfast.errors import ResourceError
+from holdfast.checkpoint.system import LOCKS, FileLock, filesystem
+from holdfast.errors import DirectoryLost, ResourceError
 from holdfast.i18n import _
-
-LOCKS = (".run.lock", ".catalog.lock")
 
 
 class Place:
-    """The directory of a run whose `lock` this process holds. `secure` may be called by any thread.
+    """The directory of a run whose `lock` this process holds; `secure` may be called by any thread.
 
-    `losses` counts how often it had to be made anew.
+    Once a directory is renamed, its path may name another one: every save asks before it writes.
+    The directory is held open, because a file system gives a deleted inode's number to a new file.
     """
 
     _fd = -1
@@ -34,37 +29,26 @@ class Place:
     def __init__(self, catalog: Catalog, lock: FileLock, reporter: Reporter) -> None:
         self._catalog, self._lock, self._reporter = catalog, lock, reporter
         self._turn = threading.Lock()
-        self.losses = 0
-        self._remember()
+        if hasattr(os, "O_DIRECTORY"):
+            flags = os.O_RDONLY | os.O_DIRECTORY | getattr(os, "O_CLOEXEC", 0)
+            self._fd = os.open(catalog.directory, flags)
 
     def secure(self) -> None:
-        """Return with a directory at the path that is this process's alone.
+        """Return if the directory at the path is the one that this process has locked.
 
-        Raises `RunLocked` where another process works in what has taken its place, `OSError` where
-        it cannot be made.
+        Lock it again where only the lock file was removed. Raises `DirectoryLost` where it was
+        deleted, renamed or replaced, and `RunLocked` where another process was faster.
         """
         with self._turn:
             if not self._lock.held:
                 return
-            if self._lock.in_place:
-                self._reporter.recording = True  # it may have been gone for a while
-                return
-            gone = not self._is_here()
-            where = _path_of(self._fd) if gone else None
-            self._reporter.recording = False
-            filesystem.make_directory(self._catalog.directory)
-            self._lock.renew()
-            self._reporter.recording = True
-            if not gone:  # only the lock file was removed
+            here = self._lock.in_place or self._is_here()
+            self._reporter.recording = here  # else a line could go into another run's history
+            if not here:
+                raise self._lost()
+            if not self._lock.in_place:
+                self._lock.renew()
                 self._reporter.report("lock_renewed", directory=str(self._catalog.directory))
-                return
-            self._remember()
-            self._reporter.report(
-                "directory_lost",
-                directory=str(self._catalog.directory),
-                moved_to=None if where is None else str(where),
-            )
-            self.losses += 1
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -74,31 +58,35 @@ class Place:
     def __del__(self) -> None:
         self.close()
 
-    def _remember(self) -> None:
-        """Hold the directory open: its inode's number is given to nobody else meanwhile."""
-        self.close()
-        if hasattr(os, "O_DIRECTORY"):
-            flags = os.O_RDONLY | os.O_DIRECTORY | getattr(os, "O_CLOEXEC", 0)
-            self._fd = os.open(self._catalog.directory, flags)
-
     def _is_here(self) -> bool:
-        try:
-            found = self._catalog.directory.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return False
         if self._fd < 0:
             return True  # this platform removes no directory that has open files
-        held = os.fstat(self._fd)
-        return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
+        try:
+            return os.path.samestat(self._catalog.directory.stat(), os.fstat(self._fd))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
-
-def _path_of(fd: int) -> Path | None:
-    """Where the directory behind `fd` lies now; None where it is deleted or nobody can tell."""
-    with contextlib.suppress(OSError):
-        path = Path(f"/proc/self/fd/{fd}").readlink()
-        if os.path.samestat(path.stat(), os.fstat(fd)):
-            return path
-    return None
+    def _lost(self) -> DirectoryLost:
+        directory = self._catalog.directory
+        with contextlib.suppress(OSError):
+            moved_to = Path(f"/proc/self/fd/{self._fd}").readlink()
+            if os.path.samestat(moved_to.stat(), os.fstat(self._fd)):
+                return DirectoryLost(
+                    _(
+                        "The run directory {directory} was renamed to {moved_to} while training: "
+                        "its checkpoints and its history are there. Rename it back, and the next "
+                        "step is saved.",
+                        directory=directory,
+                        moved_to=moved_to,
+                    )
+                )
+        return DirectoryLost(
+            _(
+                "The run directory {directory} was deleted or replaced while training. If it can "
+                "be moved back, the next step is saved; a new directory is not written to.",
+                directory=directory,
+            )
+        )
 
 
 def check_rights(directory: Path) -> None:
@@ -142,11 +130,15 @@ def _not_yours(path: Path, directory: Path) -> Exception:
     if path.stat().st_uid == _user():  # it has only to allow it
         return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     return ResourceError(
-        _("{path} belongs to {owner}, and {user} may not write it: nothing could be saved there. "
-          "Give it to this user (chown -R {user} {directory}), or choose another directory.",
-          path=path, owner=_name_of(path.stat().st_uid),
-          user=_name_of(_user()), directory=directory)
-    )  # fmt: skip
+        _(
+            "{path} belongs to {owner}, and {user} may not write it: nothing could be saved there. "
+            "Give it to this user (chown -R {user} {directory}), or choose another directory.",
+            path=path,
+            owner=_name_of(path.stat().st_uid),
+            user=_name_of(_user()),
+            directory=directory,
+        )
+    )
 
 
 def _name_of(user: int) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 from holdfast.i18n import N_, _
 
-_MOVED = "directory_moved"  # a lost directory of which it is known where it is
 _SENTENCES = {
     "failed": N_("Step {step} could not be saved. Training goes on. The reason: {reason}"),
     "unverified": N_(
@@ -25,15 +24,6 @@ _SENTENCES = {
         "The disk is nearly full: {names} went sooner than asked for, so that the next "
         "checkpoint fits."
     ),
-    _MOVED: N_(
-        "The run directory {directory} was renamed to {moved_to} while training: its "
-        "checkpoints and its history are there. A new one has been made in its place, and the "
-        "next step is saved there."
-    ),
-    "directory_lost": N_(
-        "The run directory {directory} was deleted while training: its checkpoints and its "
-        "history are gone. A new one has been made in its place, and the next step is saved there."
-    ),
     "lock_renewed": N_(
         "The lock file of {directory} was removed while this training holds it, and has been "
         "made anew. Leave it: without it two trainings would write over each other."
@@ -45,7 +35,7 @@ def sentence(event: str, fields: Mapping[str, Any]) -> str | None:
     """The words of a warning; None for an event that is none."""
     if event == "unsafe":
         return _unsafe(fields)
-    text = _SENTENCES.get(_MOVED if fields.get("moved_to") else event)
+    text = _SENTENCES.get(event)
     if text is None:
         return None
     lists = {

@@ -74,7 +74,7 @@ class Publisher:
     ) -> None:
         """`keep` says what to keep; without any, nothing is removed, unless the disk is too full
         and `make_room` lets go of what the floor does not need. `limit`: bytes a second. `secure`
-        sees to it that the run directory is there, and ours, before each write."""
+        raises where the run directory is no longer at its path; it is called before each write."""
         self._catalog, self._reporter, self._keep = catalog, reporter, keep
         self._limit, self._secure = limit, secure
         self._make_room = make_room or bool(keep)
@@ -111,7 +111,6 @@ class Publisher:
         catalog = self._catalog
         if self._secure is not None:
             self._secure()
-        filesystem.make_directory(catalog.directory)
         if self._make_room:
             self._tell_gone(space.make_room(catalog, draft.size, draft.run_id))
         signals.check_space(catalog.directory, draft.size)

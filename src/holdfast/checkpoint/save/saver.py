@@ -38,9 +38,10 @@ from holdfast.checkpoint.state import (
     gradients,
     normalise,
 )
-from holdfast.checkpoint.system import BEGINS_WITHIN, Helper, filesystem, project
+from holdfast.checkpoint.system import BEGINS_WITHIN, Helper, project
 from holdfast.errors import (
     DamagedCheckpoint,
+    DirectoryLost,
     HoldfastError,
     ResourceError,
     SaveFailed,
@@ -129,7 +130,7 @@ class Saver:
         gradients.watch()
         project.ask()  # the first save is far away, as a rule: the answer is there by then
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
-        self._looked, self._losses = self.at, 0
+        self._looked = self.at
         self._looking: Helper | None = None  # the look that was begun last
         # Seconds of processors and of training, spent on snapshots when the last one was asked for.
         self._background = self._stalled = 0.0
@@ -257,7 +258,6 @@ class Saver:
 
         try:
             self.snapshots.wait()  # the one before this is complete
-            self._begin_anew()
             self.settle()
             self.run.sequence += 1
             where = int(step), None if epoch is None else int(epoch)
@@ -372,7 +372,6 @@ class Saver:
             self._looked = now
             with contextlib.suppress(RuntimeError, MemoryError):  # then at the next time
                 self._looking = Helper(self._look)
-        self._begin_anew()
         due, first = self.watch.escalate(now)
         if due:
             minutes, reason = round(self.watch.unsafe(now) / 60, 1), self.watch.reason
@@ -394,22 +393,6 @@ class Saver:
         self.writer.wait()
         if self._looking is not None:
             self._looking.finish(BEGINS_WITHIN)
-
-    def _begin_anew(self) -> None:
-        """After the run directory was lost: what was safe is not any more."""
-        if self._losses == self._place.losses:
-            return
-        self._losses = self._place.losses
-        self.snapshots.leave_memory()  # its name has the inode of the directory in it
-        contents = self._catalog.scan().of(self.run.run_id)
-        newest, best = contents.newest, contents.best
-        self.step = newest.step if newest is not None else 0
-        self._best = best.loss if best is not None else None
-        self.remembered = 0
-        if self.told is not None:
-            self.told.save = None
-        if not self.step:
-            self.watch.lost()
 
     def remember(self, step: int, epoch: int | None) -> None:
         """Keep a snapshot in memory, if that is wanted and one is due."""
@@ -467,17 +450,17 @@ class Saver:
             why = f"{type(error).__name__}: {error}"
         attempts = 2 if is_transient(error) else 1
         news = self.watch.failed(_cause(error), why, time.monotonic())
+        if isinstance(error, DamagedCheckpoint | DirectoryLost):  # announced, and is not there
+            newest = self._catalog.scan().of(self.run.run_id).newest
+            self.step = newest.step if newest is not None else 0
         if news or not again:
-            self._reporter.report(
-                "failed", step=pending.step, reason=why, attempts=attempts, repeated=not news
-            )
+            fields = {"step": pending.step, "reason": why, "attempts": attempts}
+            self._reporter.record("failed", **fields, repeated=not news)
+            self._reporter.tell("failed", **fields, repeated=not news, durable=self.step or None)
         failure = SaveFailed(
             _("Step {step} could not be saved: {error}", step=pending.step, error=why)
         )
         failure.__cause__ = error
-        if isinstance(error, DamagedCheckpoint):  # it had been announced
-            newest = self._catalog.scan().of(self.run.run_id).newest
-            self.step = newest.step if newest is not None else 0
         pending.resolve(failure)
 
     def settle(self) -> None:
@@ -487,7 +470,6 @@ class Saver:
         run = self.run
         if run.settled:
             return
-        filesystem.make_directory(self._catalog.directory)
         contents = self._catalog.scan()
         if contents.entries or contents.unreadable:
             run.generation = self._catalog.generation() + 1

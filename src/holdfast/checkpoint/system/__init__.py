@@ -9,7 +9,7 @@ from __future__ import annotations
 from holdfast.checkpoint.system import direct, drafts, filesystem, project, signals
 from holdfast.checkpoint.system.filesystem import disabled, sync_directory, sync_file
 from holdfast.checkpoint.system.follow import LARGEST, Follower, objects
-from holdfast.checkpoint.system.lock import FileLock, run_lock
+from holdfast.checkpoint.system.lock import CATALOG_LOCK, LOCKS, RUN_LOCK, FileLock, run_lock
 from holdfast.checkpoint.system.pages import PAGE, Buffer
 from holdfast.checkpoint.system.signals import RESERVE, SignalGuard
 from holdfast.checkpoint.system.slots import Slot, available_memory
@@ -24,9 +24,12 @@ from holdfast.checkpoint.system.threads import (
 
 __all__ = [
     "BEGINS_WITHIN",
+    "CATALOG_LOCK",
     "LARGEST",
+    "LOCKS",
     "PAGE",
     "RESERVE",
+    "RUN_LOCK",
     "Buffer",
     "FileLock",
     "Follower",

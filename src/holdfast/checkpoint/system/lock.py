@@ -27,6 +27,7 @@ from holdfast.i18n import _
 if sys.platform != "win32":
     import fcntl
 
+RUN_LOCK, CATALOG_LOCK = LOCKS = (".run.lock", ".catalog.lock")  # in a run directory
 _held: dict[int, FileLock] = {}  # by descriptor
 _guard = threading.RLock()  # reentrant: a signal handler may fork in the thread that has it
 
@@ -91,8 +92,8 @@ class FileLock:
             time.sleep(0.02)
 
     def renew(self) -> None:
-        """Take the lock at its path anew, where the file of before is gone from there; the old one
-        falls only then. Raises `RunLocked` where somebody else was faster."""
+        """Re-create and lock the lock file if it was deleted; release the old lock only after the
+        new one is held. Raises `RunLocked` where another process was faster."""
         fd = self._fd
         self.acquire()
         _close(fd)
@@ -170,7 +171,7 @@ class FileLock:
 
 def run_lock(directory: str | os.PathLike[str]) -> FileLock:
     """Return the lock of a run directory: training, clean and roll-back hold it."""
-    return FileLock(Path(directory) / ".run.lock")
+    return FileLock(Path(directory) / RUN_LOCK)
 
 
 def _key_of(path: Path) -> tuple[int, int] | None:

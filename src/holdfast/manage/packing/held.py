@@ -21,7 +21,6 @@ import xxhash
 from holdfast.checkpoint.format import Reader, Record, read_manifest
 from holdfast.checkpoint.rundir import (
     ARCHIVE,
-    LOCKS,
     METADATA,
     QUARANTINE,
     TEMP,
@@ -31,7 +30,7 @@ from holdfast.checkpoint.rundir import (
     shared_memory,
     summary,
 )
-from holdfast.checkpoint.system import filesystem
+from holdfast.checkpoint.system import LOCKS, filesystem
 from holdfast.errors import (
     CheckpointError,
     DamagedCheckpoint,

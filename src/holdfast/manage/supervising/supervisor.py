@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from holdfast.checkpoint.rundir import Catalog, Entry, now
-from holdfast.checkpoint.system import FileLock, filesystem
+from holdfast.checkpoint.system import FileLock, filesystem, run_lock
 from holdfast.errors import ConfigError, DataError, Diverged, GaveUp, Interrupted, RunLocked
 from holdfast.formatting import format_seconds, parse_time
 from holdfast.i18n import _
@@ -174,7 +174,7 @@ def durable(directory: Path) -> tuple[int | None, int | None]:
     found = newest(directory)
     if found is not None:
         return found.step, found.epoch
-    return (0 if (directory / ".run.lock").exists() else None), None
+    return (0 if run_lock(directory).path.exists() else None), None
 
 
 def await_free(directory: Path, tell: Callable[[str], None], patience: float = PATIENCE) -> None:
@@ -182,17 +182,16 @@ def await_free(directory: Path, tell: Callable[[str], None], patience: float = P
 
     Raises RunLocked after `patience` seconds.
     """
-    path = directory / ".run.lock"
-    if not path.exists():
+    lock = run_lock(directory)
+    if not lock.path.exists():
         return
     with contextlib.suppress(OSError):  # not ours to write: the command itself will say so
-        lock = FileLock(path)
         try:
             lock.acquire()
         except RunLocked:
             tell(_("another process works in {directory}; waiting for it, at most {time}",
                    directory=directory, time=format_seconds(patience)))  # fmt: skip
-            lock = FileLock(path, wait=patience)
+            lock = FileLock(lock.path, wait=patience)
             lock.acquire()
         lock.release()
 
