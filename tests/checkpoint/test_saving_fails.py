@@ -177,15 +177,6 @@ def test_loading_works_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.Monkey
     assert_same(snapshot(toy.state), snapshot(after(2).state))
 
 
-def test_a_directory_that_was_taken_away_is_made_again(tmp_path: Path) -> None:
-    toy = Toy()
-    with toy.manager(tmp_path / "run") as engine:
-        engine.save(step=1, strict=True)
-        (tmp_path / "run").rename(tmp_path / "gone")
-        assert engine.save(step=2, strict=True) is not None
-    assert (tmp_path / "run" / "latest.pt").exists()
-
-
 def test_an_interrupt_during_a_save_takes_effect_when_it_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
