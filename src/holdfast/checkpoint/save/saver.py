@@ -127,7 +127,6 @@ class Saver:
         self._reserve = reserve
         self.configured = Configured(state)
         self._slot_names = SlotNames()
-        gradients.watch()
         project.ask()  # the first save is far away, as a rule: the answer is there by then
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
         self._looked = self.at

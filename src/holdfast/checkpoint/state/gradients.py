@@ -26,16 +26,6 @@ from holdfast.i18n import _
 KEY = "gradients"  # in a checkpoint; absent where there are none
 _USED = "_holdfast_used"  # on a gradient: its version when an optimizer used it
 _BEFORE = "_holdfast_before"  # on a parameter: its version before the step
-_watching = False
-
-
-def watch() -> None:
-    """Note from now on, for every optimizer of this process, which gradients it has used."""
-    global _watching
-    if not _watching:
-        _watching = True
-        register_optimizer_step_pre_hook(_before_step)
-        register_optimizer_step_post_hook(_after_step)
 
 
 def _uses_all(optimizer: Optimizer) -> bool:
@@ -66,6 +56,11 @@ def _after_step(optimizer: Optimizer, *_arguments: Any) -> None:
             continue
         if everything or getattr(parameter, _BEFORE, None) != parameter._version:
             setattr(gradient, _USED, gradient._version)
+
+
+# From the import on: a gradient that was used before a manager was made would count as in progress.
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
 
 
 def in_progress(state: Any) -> dict[str, torch.Tensor]:
