@@ -10,8 +10,8 @@ import torch
 
 from holdfast.cli.export import COMMANDS
 from holdfast.cli.main import main
+from tests.exchange.strangers import Stranger
 from tests.manage.runs import desk
-from tests.serving.strangers import Stranger
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from holdfast.exchange.export import export
 from holdfast.exchange.importing import import_model
 from holdfast.training.inference import load_for_inference
-from tests.serving.strangers import Stranger, make_run
+from tests.exchange.strangers import Stranger, make_run
 
 TEXT = "今天。\n  We <|endoftext|>"  # short: one of the models sees 32 tokens
 

@@ -18,7 +18,7 @@ from holdfast.training.inference import load_for_inference
 from holdfast.training.models import SHAPES, build_model, plain_config
 from holdfast.training.options.config import ModelConfig
 from holdfast.training.plausible import check_configuration
-from tests.serving.strangers import make_run
+from tests.exchange.strangers import make_run
 
 Change = Callable[[dict[str, Any]], None]
 

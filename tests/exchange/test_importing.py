@@ -28,7 +28,7 @@ from holdfast.serving.engine import end_ids_of
 from holdfast.training import models
 from holdfast.training.inference import load_for_inference
 from holdfast.training.options.config import ModelConfig
-from tests.serving.strangers import Stranger, batches, settings, tokenizer
+from tests.exchange.strangers import Stranger, batches, settings, tokenizer
 from tests.training.runs import config_for, train, write_corpus
 
 FORMS = ("model", "model_state_dict", "bare")

@@ -16,7 +16,7 @@ from holdfast.exchange import export_onnx
 from holdfast.exchange.export import Exported, export
 from holdfast.exchange.importing import import_model
 from holdfast.training.inference import load_for_inference
-from tests.serving.strangers import Stranger, batches
+from tests.exchange.strangers import Stranger, batches
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])

@@ -28,7 +28,7 @@ from holdfast.exchange.export import FORMATS, Exported, export
 from holdfast.exchange.export_check import Deviation
 from holdfast.exchange.importing import import_model
 from holdfast.training.inference import load_for_inference
-from tests.serving.strangers import Stranger, make_run, tokenizer
+from tests.exchange.strangers import Stranger, make_run, tokenizer
 from tests.support import damage
 
 QUICK = ("hf", "safetensors", "weights")  # ONNX takes seconds and has a file of its own
