@@ -39,7 +39,7 @@ _TYPED = {
     "holdfast show my": "holdfast show my\\ 检查点.pt ",
     "holdfast compare model.pt run": "holdfast compare model.pt runs/",  # the second of several
     "holdfast history runs run": "holdfast history runs runs/",
-    "holdfast history --png mod": "holdfast history --png model.pt ",
+    "holdfast history --csv mod": "holdfast history --csv model.pt ",
     "holdfast train --resume --ep": "holdfast train --resume --epochs ",
     "holdfast train --resume mod": "holdfast train --resume model.pt ",
     "holdfast --vers": "holdfast --version ",
@@ -78,7 +78,7 @@ def test_bash_offers_commands_options_words_and_files(script: Path, tmp_path: Pa
     assert offered(script, "train", "--resume", "--ep", cwd=tmp_path) == {"--epochs"}
     assert offered(script, "list", "", cwd=tmp_path) == {"runs"}
     assert offered(script, "show", "", cwd=tmp_path) == {"runs", "model.pt"}
-    assert offered(script, "history", "--png", "m", cwd=tmp_path) == {"model.pt"}
+    assert offered(script, "history", "--csv", "m", cwd=tmp_path) == {"model.pt"}
     assert offered(script, "history", "a", "b", "--no", cwd=tmp_path) == {"--no-plot"}
     assert offered(script, "completion", "z", cwd=tmp_path) == {"zsh"}
 

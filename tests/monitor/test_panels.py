@@ -18,8 +18,8 @@ from rich.text import Text
 from holdfast.checkpoint.system.lock import FileLock
 from holdfast.i18n import set_language
 from holdfast.monitor import panels, words
+from holdfast.monitor.curves import curves_of
 from holdfast.monitor.forecast import Disk
-from holdfast.monitor.live_curve import Curve
 from holdfast.monitor.machine import Gpu, Machine, Probe
 from holdfast.monitor.measured import Safety
 from holdfast.monitor.run_view import RunView
@@ -66,10 +66,9 @@ def snapshot(directory: Path) -> Iterator[Snapshot]:
 
 @pytest.fixture
 def look(snapshot: Snapshot, directory: Path) -> Look:
-    view, curve = RunView(directory), Curve()
+    view = RunView(directory)
     view.refresh()
-    curve.update(view.points, view.evaluations)
-    return Look(directory, (directory, directory / "other"), 0, snapshot, curve.series)
+    return Look(directory, (directory, directory / "other"), 0, snapshot, curves_of(view, ""))
 
 
 def plain(lines: list[Text] | Text) -> list[str]:
@@ -247,7 +246,7 @@ def test_the_legend_has_all_three_losses_at_the_width_of_80_columns(look: Look) 
 def test_a_small_panel_of_the_curve_stays_empty(look: Look) -> None:
     assert panels.loss(look, 10, 10) == []
     assert panels.loss(look, 40, 1) == []
-    no_curve = replace(look, series=Curve().series)
+    no_curve = replace(look, curves=None)
     assert "no curve yet" in plain(panels.loss(no_curve, 60, 10))
 
 

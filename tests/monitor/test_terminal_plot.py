@@ -11,7 +11,14 @@ from rich.cells import cell_len
 from holdfast import i18n
 from holdfast.manage.table import Screen
 from holdfast.monitor.curves import CHECKPOINT, INTERRUPTED, KINDS, Curves, Series
-from holdfast.monitor.terminal_plot import _ticks, lines
+from holdfast.monitor.terminal_plot import (
+    SMOOTHED,
+    TRAINING,
+    VALIDATION,
+    _ticks,
+    lines,
+    losses,
+)
 from tests.monitor.views import curves, run_with_metrics
 
 PIPE = Screen()
@@ -25,9 +32,11 @@ def english() -> Iterator[None]:
     i18n.set_language("en")
 
 
-def plain(loss: Series, val_loss: Series = NONE, **marks: list[int]) -> Curves:
+def plain(
+    loss: Series, val_loss: Series = NONE, smoothed: Series = NONE, **marks: list[int]
+) -> Curves:
     every = {kind: marks.get(kind, []) for kind in KINDS}
-    return Curves("run", loss, val_loss, NONE, NONE, NONE, every)
+    return Curves("run", loss, smoothed, val_loss, NONE, NONE, NONE, every)
 
 
 def test_a_pipe_gets_every_panel_without_colour(tmp_path: Path) -> None:
@@ -103,3 +112,42 @@ def test_ticks_are_round_and_within() -> None:
     for low, high in ((0, 1e-9), (-5, 7e12), (2.9999, 3.0001)):
         found = _ticks(low, high, 5)
         assert 1 <= len(found) <= 7 and all(low * 1.01 - 1 <= t <= high * 1.01 for t in found)
+
+
+# ------------------------------------------------------------------------------------- the monitor
+
+
+def live() -> Curves:
+    steps = list(range(10, 5000, 10))
+    loss = Series(steps, [4 + (step // 10) % 5 for step in steps])
+    smoothed = Series(steps, [9 - step / 1000 for step in steps])
+    return plain(loss, Series([2000], [5.0]), smoothed)
+
+
+@pytest.mark.parametrize(("width", "height"), [(20, 4), (43, 9), (80, 24), (200, 60)])
+def test_the_curve_of_the_monitor_has_the_size_that_it_was_given(width: int, height: int) -> None:
+    found = losses(live(), width, height)
+    assert len(found) == height and all(line.cell_len <= width for line in found)
+    assert any("o" in line.plain for line in found), "the validation"
+    assert any("\u2800" <= c <= "\u28ff" for line in found for c in line.plain), "the training"
+
+
+def test_each_curve_of_the_monitor_has_its_colour_and_one_bad_batch_is_cut_off() -> None:
+    run = live()
+    run.loss.values[7] = 1e9
+    found = losses(run, 60, 12)
+    styles = [span.style for line in found for span in line.spans]
+    colours = {style.color.number for style in styles if getattr(style, "color", None)}
+    assert colours >= {TRAINING, SMOOTHED, VALIDATION}
+    labels = [float(line.plain.split("┤")[0]) for line in found if "┤" in line.plain]
+    assert labels == sorted(labels, reverse=True) and labels[0] < 10
+
+
+def test_odd_curves_and_none_and_no_room_are_no_error_for_the_monitor() -> None:
+    for run in (
+        plain(Series([10], [2.0])),
+        plain(NONE, Series([10], [2.0])),
+        plain(Series([10, 20], [0.0, 1e9]), smoothed=Series([10, 20], [1e-9, 0.0])),
+    ):
+        assert len(losses(run, 40, 8)) == 8
+    assert losses(plain(NONE), 80, 24) == losses(live(), 10, 24) == losses(live(), 80, 3) == []

@@ -12,6 +12,7 @@ import pytest
 
 from holdfast.checkpoint.system.lock import FileLock
 from holdfast.monitor import run_view, watcher
+from holdfast.monitor.curves import Series
 from holdfast.monitor.run_view import FINISHED, STOPPED, RunView
 from holdfast.monitor.watcher import Look, Watcher, runs_in
 from tests.manage.runs import make_run
@@ -40,7 +41,7 @@ def test_a_directory_that_is_not_there_is_waited_for(tmp_path: Path) -> None:
     look = found.look()
     assert look.snapshot is not None
     assert (look.snapshot.step, look.runs, look.problem) == (10, (run.directory,), "")
-    assert look.series.raw == ((10, 2.0),)
+    assert look.curves is not None and look.curves.loss == Series([10], [2.0])
 
 
 def test_a_run_that_is_deleted_is_waited_for_and_watched_again(tmp_path: Path) -> None:
@@ -54,14 +55,14 @@ def test_a_run_that_is_deleted_is_waited_for_and_watched_again(tmp_path: Path) -
     look = found.look()
     assert look.snapshot is None
     assert look.problem == f"The directory is gone; waiting for a training in {directory}"
-    assert look.series.raw == ()
+    assert look.curves is None
     run = Recorded(directory)
     run.started(0, 100)
     run.step(20, 101)
     look = found.look()
     assert look.snapshot is not None
     assert (look.snapshot.step, look.problem) == (20, "")
-    assert look.series.raw == ((20, 2.0),)
+    assert look.curves is not None and look.curves.loss == Series([20], [2.0])
 
 
 def test_one_of_several_runs_is_chosen(tmp_path: Path) -> None:

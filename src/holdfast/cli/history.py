@@ -64,18 +64,14 @@ def _history_parser(prog: str) -> Parser:
     made = parser(
         prog,
         _("Show the epochs of runs and what happened to them: interruptions, resumes, damage; and "
-          "the curves of the losses, on a terminal or as a file."),
-        _("Examples:\n  {prog}\n  {prog} runs/a runs/b --png losses.png\n"
-          "  {prog} runs/a --events --no-plot\n  {prog} --csv losses.csv --html losses.html",
+          "the curves of the losses."),
+        _("Examples:\n  {prog}\n  {prog} runs/a runs/b\n"
+          "  {prog} runs/a --events --no-plot\n  {prog} --csv losses.csv",
           prog=prog),
     )  # fmt: skip
     add_directories(made)
-    for flag, text in (
-        ("--csv", _("also write the table of epochs to this file")),
-        ("--png", _("also write the curves as a picture to this file")),
-        ("--html", _("also write the curves as a page for a browser to this file")),
-    ):
-        made.add_argument(flag, type=Path, metavar="FILE", help=text)
+    csv_help = _("also write the table of epochs to this file")
+    made.add_argument("--csv", type=Path, metavar="FILE", help=csv_help)
     made.add_argument("--events", action="store_true", help=_("show every event"))
     either = made.add_mutually_exclusive_group()
     plot_help = _("draw the curves in a pipe too, not only on a terminal")
@@ -93,24 +89,17 @@ def _print_tables(found: Sequence[history.History], *, several: bool, everything
 
 
 def _plot(views: Sequence[RunView], given: argparse.Namespace) -> None:
-    """Draw all runs in one, wherever that was asked for; on a terminal without being asked."""
+    """Draw all runs in one: on a terminal without being asked, in a pipe where it was asked for."""
     screen = Screen.of(sys.stdout)
     drawn = not given.json and (screen.terminal if given.plot is None else given.plot)
-    if not (drawn or given.png or given.html):
+    if not drawn:
         return
     from holdfast.monitor.curves import curves_of, labels_of
 
     labels = labels_of([view.directory for view in views])
     runs = [curves_of(view, label) for view, label in zip(views, labels, strict=True)]
-    if drawn and (given.plot or any(runs)):
+    if given.plot or any(runs):
         _draw(runs, screen, asked=bool(given.plot))
-    if given.png or given.html:
-        from holdfast.monitor import plots
-
-        for path, write in ((given.png, plots.write_png), (given.html, plots.write_html)):
-            if path is not None:
-                write(runs, path)
-                print(_("Written: {names}", names=path), file=sys.stderr)
 
 
 def _draw(runs: Sequence[Curves], screen: Screen, *, asked: bool) -> None:

@@ -43,7 +43,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 # trainer's.
 _EXTRA_OF_COMMAND = {"dashboard": "web", "report": "web", "serve": "serve", "export": "export"}
 _EXTRA_OF_PACKAGE = dict.fromkeys(
-    ("textual", "plotext", "matplotlib", "shtab", "psutil", "zstandard"), "desk"
+    ("textual", "plotext", "shtab", "psutil", "zstandard"), "desk"
 ) | {"plotly": "web"}
 
 

@@ -6,7 +6,6 @@
 __all__ = [
     "curves",
     "machine",
-    "plots",
     "report",
     "run_view",
     "snapshot",

@@ -47,6 +47,7 @@ class Curves:
 
     label: str
     loss: Series  # of training
+    smoothed: Series  # the same, smoothed by the trainer
     val_loss: Series
     learning_rate: Series
     tokens_per_second: Series
@@ -69,6 +70,7 @@ def curves_of(view: RunView, label: str) -> Curves:
     return Curves(
         label,
         loss or _of_epochs(epochs, "train_loss"),
+        _series((point.step, point.smoothed) for point in view.points),
         val_loss or _of_epochs(epochs, "val_loss"),
         _series((point.step, point.learning_rate) for point in view.points),
         _series((point.step, point.tokens_per_second) for point in view.points),

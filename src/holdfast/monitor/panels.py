@@ -15,7 +15,7 @@ from rich.text import Text
 from holdfast.formatting import wrap_cells
 from holdfast.i18n import _, language
 from holdfast.manage.table import printable
-from holdfast.monitor import live_curve, words
+from holdfast.monitor import terminal_plot, words
 from holdfast.monitor.run_view import FINISHED, STOPPED, TRAINING
 from holdfast.monitor.snapshot import is_warning
 from holdfast.monitor.watcher import Look
@@ -80,9 +80,9 @@ def loss(look: Look, width: int, height: int) -> list[Text]:
     """The legend with the newest values, and the curve under it."""
     if look.snapshot is None or width < 20 or height < 2:
         return []
-    colours = (live_curve.TRAINING, live_curve.SMOOTHED, live_curve.VALIDATION)
+    colours = (terminal_plot.TRAINING, terminal_plot.SMOOTHED, terminal_plot.VALIDATION)
     parts = [
-        Text(f"{live_curve.SYMBOLS[colour]} {label} {value}", f"color({colour})")
+        Text(f"{terminal_plot.SYMBOLS[colour]} {label} {value}", f"color({colour})")
         for (label, value), colour in zip(words.losses(look.snapshot), colours, strict=True)
     ]
     legend = [Text()]
@@ -93,11 +93,12 @@ def loss(look: Look, width: int, height: int) -> list[Text]:
     best = words.best(look.snapshot)
     if best and legend[-1].cell_len + cell_len(_GAP + best) <= width:
         legend[-1].append(_GAP + best, LABEL)
-    drawn = live_curve.draw(look.series, width, height - len(legend))
+    curves, room = look.curves, height - len(legend)
+    drawn = [] if curves is None else terminal_plot.losses(curves, width, room)
     if not drawn:
         empty = words.no_number(look.snapshot) or _("no curve yet")
-        return [*legend, Text(_beginning_of(empty, width), LABEL)]
-    return [*legend, *drawn.split("\n")]
+        drawn = [Text(_beginning_of(empty, width), LABEL)]
+    return [*legend, *drawn]
 
 
 def pairs(found: Sequence[Pair], width: int, styles: Sequence[str] = ()) -> list[Text]:

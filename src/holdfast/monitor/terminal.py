@@ -279,7 +279,7 @@ class Monitor(App[int]):
         look, (width, height) = self._seen, panel.content_size
         if name == "loss":
             last = look.snapshot and (look.snapshot.last, look.snapshot.validation)
-            key = (look.series, last, width, height, language())
+            key = (look.curves, last, width, height, language())
             if key != self._curve:
                 self._curve, self._curve_lines = key, panels.loss(look, width, height)
             return self._curve_lines

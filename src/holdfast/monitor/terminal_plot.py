@@ -1,4 +1,4 @@
-"""Curves as lines of text, drawn by plotext: in colour on a terminal, plain in a pipe.
+"""Curves as lines of text, drawn by plotext: whole for `history`, the losses for `monitor`.
 
 Words stand beside the drawing, not in it: Chinese is twice as wide, which plotext does not know.
 """
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.cells import cell_len
+from rich.text import Text
 
 from holdfast.i18n import N_, _
 from holdfast.manage.table import Screen, printable
-from holdfast.monitor.curves import CHECKPOINT, INTERRUPTED, RESUMED, TROUBLE, Curves, Series
+from holdfast.monitor.curves import CHECKPOINT, INTERRUPTED, RESUMED, TROUBLE, Curves, Series, thin
 
 WIDTH = 80  # cells, where there is no terminal that says
 _HEIGHT, _SMALL = 16, 8  # lines of the large panel and of the small ones, axes included
@@ -34,6 +35,9 @@ _WORDS = {
     RESUMED: N_("went on"),
     TROUBLE: N_("trouble"),
 }
+# The curves of the monitor: grey, sky blue, orange; each has a sign of its own as well.
+TRAINING, SMOOTHED, VALIDATION = 245, 75, 214
+SYMBOLS = {TRAINING: "·", SMOOTHED: "─", VALIDATION: "o"}
 _PANELS = (
     ("learning_rate", N_("learning rate"), 1.0),
     ("tokens_per_second", N_("tokens per second"), 1.0),
@@ -52,6 +56,27 @@ def lines(runs: Sequence[Curves], screen: Screen, height: int | None = None) -> 
     if height is None or height >= _SHORT:
         drawn += _small_panels(runs, width, screen)
     return drawn
+
+
+def losses(run: Curves, width: int, height: int) -> list[Text]:
+    """Return the losses of `run` in `height` lines; nothing where there is nothing, or no room.
+
+    The smoothed and the validation losses span the axis: one bad batch does not press the rest
+    into one line. Raises ModuleNotFoundError where plotext is missing.
+    """
+    if width < 20 or height < 4 or not (run.loss or run.val_loss):
+        return []
+    few = [_fewer(series, 4 * width) for series in (run.loss, run.smoothed, run.val_loss)]
+    raw, smoothed, validation = few
+    panel = _Panel([smoothed or raw, validation], width, height, Screen(width, colour=True))
+    panel.points(raw, "braille", TRAINING)
+    panel.curve(smoothed, "braille", SMOOTHED)
+    panel.points(validation, SYMBOLS[VALIDATION], VALIDATION)
+    return [Text.from_ansi(line) for line in panel.lines()]
+
+
+def _fewer(series: Series, most: int) -> Series:
+    return Series(*thin(series.steps, series.values, most))
 
 
 def _large(runs: Sequence[Curves], width: int, screen: Screen, height: int) -> list[str]:
@@ -193,7 +218,8 @@ class _Panel:
         self, xs: list[int], ys: list[float], sign: str, colour: int, *, lines: bool = False
     ) -> None:
         marker = self._plotext.marker(sign, colour)
-        signal = self._figure.signal(list(xs), list(ys), marker=marker)
+        within = [min(max(y, self._low), self._high) for y in ys]
+        signal = self._figure.signal(list(xs), within, marker=marker)
         self._figure.draw(signal.lines() if lines else signal)
 
     def lines(self) -> list[str]:

@@ -10,14 +10,14 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.checkpoint.rundir import EVENTS
 from holdfast.checkpoint.system import run_lock
 from holdfast.errors import HoldfastError
 from holdfast.i18n import _
-from holdfast.monitor.live_curve import Curve, Series
+from holdfast.monitor.curves import Curves, curves_of
 from holdfast.monitor.machine import Probe
 from holdfast.monitor.run_view import METRICS, RunView, find_runs
 from holdfast.monitor.snapshot import Snapshot, take
@@ -43,7 +43,7 @@ class Look:
     runs: tuple[Path, ...] = ()
     index: int = 0
     snapshot: Snapshot | None = None
-    series: Series = field(default_factory=Series)
+    curves: Curves | None = None
     problem: str = ""
 
 
@@ -75,7 +75,8 @@ class Watcher(threading.Thread):
         self._chosen: Path | None = None
         self._runs: list[Path] = []
         self._search_at = 0.0
-        self._views: dict[Path, tuple[RunView, Curve]] = {}
+        self._views: dict[Path, RunView] = {}
+        self._curves: dict[Path, Curves] = {}  # of the runs in `_views`, as they were last read
         self._probe = Probe()
 
     def choose(self, run: Path) -> None:
@@ -123,17 +124,18 @@ class Watcher(threading.Thread):
             self._search_at = now + max(usual, _SEARCH_SHARE * (now - began))
 
     def _look_at(self, chosen: Path, runs: tuple[Path, ...], index: int) -> Look:
-        if chosen not in self._views:
-            self._views[chosen] = RunView(chosen), Curve()
-        view, curve = self._views[chosen]
+        view = self._views.setdefault(chosen, RunView(chosen))
+        problem = ""
         try:
-            view.refresh()
+            if view.refresh() or chosen not in self._curves:
+                self._curves[chosen] = curves_of(view, "")
         except HoldfastError:
-            curve.update([], [])
-            gone = _("The directory is gone; waiting for a training in {directory}",
-                     directory=chosen)  # fmt: skip
-            return Look(self._root, runs, index, None, curve.series, gone)
+            self._curves.pop(chosen, None)
+            gone = _(
+                "The directory is gone; waiting for a training in {directory}", directory=chosen
+            )
+            return Look(self._root, runs, index, problem=gone)
         except OSError as error:  # another look may fare better
-            return Look(self._root, runs, index, take(view, self._probe), curve.series, str(error))
-        curve.update(view.points, view.evaluations)
-        return Look(self._root, runs, index, take(view, self._probe), curve.series)
+            problem = str(error)
+        snapshot = take(view, self._probe)
+        return Look(self._root, runs, index, snapshot, self._curves.get(chosen), problem)
