@@ -103,8 +103,9 @@ def thin(
     kept = {0, count - 1}
     stretches = (most - 2) // 2
     for i in range(stretches):
-        stretch = range(count * i // stretches, count * (i + 1) // stretches)
-        kept |= {min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
+        start = count * i // stretches
+        stretch = values[start : count * (i + 1) // stretches]
+        kept |= {start + stretch.index(end(stretch)) for end in (min, max)}
     chosen = sorted(kept)
     return [steps[i] for i in chosen], [values[i] for i in chosen]
 

@@ -23,7 +23,7 @@ from holdfast.monitor.run_view import METRICS, RunView, find_runs
 from holdfast.monitor.snapshot import Snapshot, take
 
 SEARCH_EVERY = 5.0  # seconds between two searches for runs that have begun
-_SEARCH_SHARE = 100  # a search takes at most this part of the time
+_SHARE = 100  # searching takes at most this part of the time, and so does thinning the curves
 
 
 def runs_in(root: Path) -> list[Path]:
@@ -76,7 +76,9 @@ class Watcher(threading.Thread):
         self._runs: list[Path] = []
         self._search_at = 0.0
         self._views: dict[Path, RunView] = {}
-        self._curves: dict[Path, Curves] = {}  # of the runs in `_views`, as they were last read
+        self._curves: dict[Path, Curves] = {}
+        self._stale: set[Path] = set()  # runs of which more has been read than is in `_curves`
+        self._thin_at = 0.0
         self._probe = Probe()
 
     def choose(self, run: Path) -> None:
@@ -121,14 +123,23 @@ class Watcher(threading.Thread):
             self._runs = runs_in(self._root)
             now = time.monotonic()  # a large tree is searched rarely, whatever is found there
             usual = SEARCH_EVERY if self._runs else 0.0
-            self._search_at = now + max(usual, _SEARCH_SHARE * (now - began))
+            self._search_at = now + max(usual, _SHARE * (now - began))
+
+    def _thin_curves(self, chosen: Path, view: RunView) -> None:
+        began = time.monotonic()
+        if chosen in self._stale and (began >= self._thin_at or chosen not in self._curves):
+            self._curves[chosen] = curves_of(view, "")
+            self._stale.discard(chosen)
+            now = time.monotonic()
+            self._thin_at = now + _SHARE * (now - began)
 
     def _look_at(self, chosen: Path, runs: tuple[Path, ...], index: int) -> Look:
         view = self._views.setdefault(chosen, RunView(chosen))
         problem = ""
         try:
             if view.refresh() or chosen not in self._curves:
-                self._curves[chosen] = curves_of(view, "")
+                self._stale.add(chosen)
+            self._thin_curves(chosen, view)
         except HoldfastError:
             self._curves.pop(chosen, None)
             gone = _(
