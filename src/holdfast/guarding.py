@@ -1,17 +1,20 @@
-"""Who may talk to a page of ours: a token, the names this server answers to, the same origin.
+"""Decide who may talk to a server of ours: by its names, the origin of a page, and a secret.
 
-Plain ASGI, for every server of the house; knows nothing of runs or models, imports no framework.
+The dashboard and the API server stand behind this one guard. Plain ASGI: it knows nothing of runs
+or models, and imports no framework.
 """
 
 from __future__ import annotations
 
 import hmac
-import html
 import ipaddress
+import math
 import re
 import secrets
-import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
@@ -26,15 +29,10 @@ _HOST = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[^\s:/@\[\]]+))(?::
 
 # The hash of an empty text: the style element that plotly makes, empty, and fills rule by rule.
 EMPTY_STYLE = "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='"
-POLICY = "; ".join(
-    (
-        "default-src 'none'", "script-src 'self'", f"style-src 'self' {EMPTY_STYLE}",
-        "img-src 'self' data: blob:", "connect-src 'self'", "base-uri 'none'",
-        "form-action 'none'", "frame-ancestors 'none'",
-    )
-)  # fmt: skip
 HEADERS = {
-    "content-security-policy": POLICY,
+    "content-security-policy": f"default-src 'none'; script-src 'self'; style-src 'self' "
+    f"{EMPTY_STYLE}; img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
@@ -45,60 +43,55 @@ HEADERS = {
 
 
 def new_token() -> str:
-    """A secret that nobody guesses: 192 bits, fit for an address."""
+    """Return a secret of 192 bits that fits into an address."""
     return secrets.token_urlsafe(24)
 
 
 def same_secret(given: str | None, expected: str) -> bool:
-    """Whether `given` is the secret; takes as long for one that is nearly right."""
+    """Return whether `given` is the secret; it takes as long for one that is nearly right."""
     return given is not None and hmac.compare_digest(
         given.encode("utf-8", "surrogatepass"), expected.encode()
     )
 
 
 def bearer_of(header: str) -> str | None:
-    """The secret in an `Authorization` header; the scheme may be written in any case (RFC 9110)."""
+    """Return the secret of an `Authorization` header; its scheme may be in any case (RFC 9110)."""
     kind, _space, given = header.strip().partition(" ")
     return (given.strip() or None) if kind.lower() == "bearer" else None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host`, a name or an address, is this machine and nobody else's way in."""
+    """Return whether `host`, a name or an address, can be reached from this machine alone."""
     if host == "localhost":
         return True
-    address = _address(host)
-    return address is not None and address.is_loopback
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Hosts:
-    """The names a server answers to, by what it was bound to.
+    """The names that a server answers to.
 
-    A page of a stranger can make its own name resolve to our address (DNS rebinding); the browser
-    then still sends that name as `Host`. So only names that are ours are answered: bound to the
-    loopback, its addresses and localhost; else any literal address, which nobody can rebind, what
-    was bound to, and the names of this machine; and in any case the names in `also`, by which a
-    proxy or a container asks. Ports are not compared: a tunnel changes them.
+    A page of a stranger can make its own name resolve to our address (DNS rebinding). The browser
+    then still sends that name as `Host`. So a server that only this machine reaches answers to
+    loopback addresses, to localhost, and to the names in `also`, by which a proxy or a container
+    asks. One that others can reach is protected by its secret, and answers to every name. Ports
+    are not compared: a tunnel changes them.
     """
 
     def __init__(self, bound: str, also: Iterable[str] = ()) -> None:
-        self._loopback_only = is_loopback(bound)
-        own = socket.gethostname().lower()
-        names = {"localhost", bound.lower(), *(host_name(name) or name.lower() for name in also)}
-        self._names = names if self._loopback_only else {*names, own, f"{own}.local"}
+        self.loopback_only = is_loopback(bound)
+        self._names = {"localhost", *(host_name(name) or name.lower() for name in also)}
 
     def knows(self, header: str) -> bool:
-        """Whether a `Host` header is one of ours."""
-        name = host_name(header)
-        if name is None:
-            return False
-        address = _address(name)
-        if address is not None and (address.is_loopback or not self._loopback_only):
-            return True
-        return name in self._names
+        """Return whether a `Host` header is one of ours."""
+        name = host_name(header) or ""
+        return not self.loopback_only or name in self._names or is_loopback(name)
 
 
 def host_name(header: str) -> str | None:
-    """The name in a `Host` header, without its port; None where the header makes no sense."""
+    """Return the name in a `Host` header without its port; None where it makes no sense."""
     found = _HOST.fullmatch(header)
     if found is None:
         return None
@@ -106,7 +99,7 @@ def host_name(header: str) -> str | None:
 
 
 def same_origin(origin: str, host: str) -> bool:
-    """Whether an `Origin` header names the server that `host`, the `Host` header, names."""
+    """Return whether an `Origin` header names the server that `host`, the `Host` header, names."""
     scheme, _slashes, place = origin.lower().partition("://")
     if scheme not in _PORTS or not place:
         return False
@@ -127,11 +120,11 @@ class Origins:
         self._also = frozenset(_plain_origin(origin) for origin in also)
 
     def named(self, origin: str) -> bool:
-        """Whether the user has named `origin`."""
+        """Return whether the user has named `origin`."""
         return _plain_origin(origin) in self._also
 
     def allow(self, origin: str, host: str) -> bool:
-        """Whether a page of `origin` may ask where `host` is the `Host` header."""
+        """Return whether a page of `origin` may ask where `host` is the `Host` header."""
         return same_origin(origin, host) or self.named(origin)
 
 
@@ -140,20 +133,57 @@ def _plain_origin(origin: str) -> str:
     return scheme + slashes + place.removesuffix(_PORTS.get(scheme, ":"))
 
 
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(text)
-    except ValueError:
-        return None
+class Rate:
+    """So many a minute for each client: a bucket that holds a minute's worth and fills evenly."""
+
+    _CLIENTS = 10_000  # the ones that were quiet longest are forgotten
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def wait(self, client: str) -> int:
+        """Return the seconds until `client` may take one; 0: now."""
+        left = self._left(client)
+        return 0 if left >= 1 else max(1, math.ceil((1 - left) * 60 / self._rate))
+
+    def take(self, client: str) -> None:
+        """Take one from the bucket of `client`."""
+        left = self._left(client)
+        self._buckets.pop(client, None)
+        self._buckets[client] = (left - 1, time.monotonic())
+        if len(self._buckets) > self._CLIENTS:
+            self._buckets.popitem(last=False)
+
+    def _left(self, client: str) -> float:
+        now = time.monotonic()
+        left, then = self._buckets.get(client, (self._rate, now))
+        return min(self._rate, left + (now - then) * self._rate / 60)
+
+
+@dataclass
+class Refused(Exception):
+    """A request that is not let in; each server says so in its own form."""
+
+    reason: str  # FOREIGN_HOST, FOREIGN_ORIGIN, NO_SECRET, WRONG_SECRET, or GUESSING
+    named: str = ""  # the host or the origin
+    wait: int = 0  # seconds until it is worth trying again
+
+
+FOREIGN_HOST, FOREIGN_ORIGIN = "forbidden_host", "forbidden_origin"
+NO_SECRET, WRONG_SECRET, GUESSING = "missing_api_key", "invalid_api_key", "too_many_wrong_keys"
+STATUS = {FOREIGN_HOST: 403, FOREIGN_ORIGIN: 403, NO_SECRET: 401, WRONG_SECRET: 401, GUESSING: 429}
+
+Answer = tuple[int, Mapping[str, str], bytes]
+"""Status, headers and body."""
 
 
 class Guard:
-    """In front of an application: turns away whoever is not meant, and sets the headers.
+    """Stand in front of an application: turn away requests that are not meant, set the headers.
 
-    With a `token`, a request brings it once as `?token=`, which the answer turns into a cookie that
-    scripts cannot read and other sites cannot send, or in `Authorization: Bearer`. A wrong one is
-    refused even where the cookie is right. `refusal` is what the page for 401 says, one paragraph
-    each. Without a token everybody who reaches the server with its own name is let in.
+    With a `secret`, a request brings it in `Authorization: Bearer`; where there is a `cookie`, also
+    once as `?token=`, which the answer turns into a cookie that scripts cannot read and other sites
+    cannot send. A wrong one is refused even where the cookie is right.
     """
 
     def __init__(
@@ -161,17 +191,21 @@ class Guard:
         app: App,
         *,
         hosts: Hosts,
-        token: str | None,
-        cookie: str,
-        methods: Sequence[str] = ("GET", "HEAD"),
-        origins: Origins | None = None,
-        refusal: Sequence[str] = (),
-        headers: Mapping[str, str] = HEADERS,
+        origins: Origins,
+        secret: str | None,
+        refusal: Callable[[Refused], Answer],
+        cookie: str | None = None,
+        open_to_all: Callable[[str], bool] = lambda _path: False,
+        guesses: float | None = None,
     ) -> None:
-        self._app, self._hosts, self._token, self._cookie = app, hosts, token, cookie
-        self._origins = origins or Origins()
-        self._methods, self._refusal = frozenset(methods), tuple(refusal)
-        self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        """`open_to_all` tells the paths that need no secret; `guesses` how many wrong secrets a
+        minute a client may try before none of its secrets is looked at (None: as many as it likes,
+        for a secret that is too long to be guessed)."""
+        assert secret is not None or hosts.loopback_only, "anybody could ask"
+        self._app, self._hosts, self._origins = app, hosts, origins
+        self._secret, self._cookie, self._refusal = secret, cookie, refusal
+        self._open_to_all = open_to_all
+        self._guesses = None if guesses is None else Rate(guesses)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -180,62 +214,92 @@ class Guard:
         if scope["type"] != "http":  # no page of ours opens a web socket
             await send({"type": "websocket.close", "code": 1008})
             return
-        status, remember = self._judge(scope)
-        if status == 200:
-            await self._app(scope, receive, self._with_headers(send, remember))
-        else:
-            await self._refuse(status, self._with_headers(send, False))
+        headers = Headers(scope)
+        page = headers.only("origin")
+        page = page if page is not None and self._origins.named(page) else None
+        extra = dict(HEADERS) if page is None else {**HEADERS, **_cors(page, headers)}
+        try:
+            self._check_names(headers)
+            if page is not None and scope["method"] == "OPTIONS":
+                # A browser asks without the secret whether the page may ask with it.
+                await respond(_with_headers(send, extra), (204, {}, b""))
+                return
+            if self._check_secret(scope, headers):
+                cookie = f"{self._cookie}={self._secret}; HttpOnly; SameSite=Strict; Path=/"
+                extra["set-cookie"] = cookie
+        except Refused as refused:
+            await respond(_with_headers(send, extra), self._refusal(refused))
+            return
+        await self._app(scope, receive, _with_headers(send, extra))
 
-    def _judge(self, scope: Scope) -> tuple[int, bool]:
-        """The status, 200 for whoever may come in; and whether to set the cookie."""
-        headers = _Headers(scope)
-        host, origin = headers.only("host"), headers.all("origin")
-        if host is None or not self._hosts.knows(host):
-            return 421, False  # Misdirected Request
-        if not all(self._origins.allow(each, host) for each in origin):
-            return 403, False
-        if scope["method"] not in self._methods:
-            return 405, False
-        return self._judge_token(scope, headers)
+    def _check_names(self, headers: Headers) -> None:
+        host = headers.only("host") or ""
+        if not self._hosts.knows(host):
+            raise Refused(FOREIGN_HOST, host)
+        for origin in headers.all("origin"):
+            if not self._origins.allow(origin, host):
+                raise Refused(FOREIGN_ORIGIN, origin)
 
-    def _judge_token(self, scope: Scope, headers: _Headers) -> tuple[int, bool]:
-        if self._token is None:
-            return 200, False
-        query = scope.get("query_string", b"").decode("latin-1")
-        asked = parse_qs(query, keep_blank_values=True).get("token")
-        if asked is not None:
-            right = len(asked) == 1 and same_secret(asked[0], self._token)
-            return (200, True) if right else (401, False)
-        given = bearer_of(headers.only("authorization") or "") or headers.cookie(self._cookie)
-        return (200, False) if same_secret(given, self._token) else (401, False)
-
-    def _with_headers(self, send: Send, remember: bool) -> Send:
-        async def wrapped(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                own = list(message.get("headers", []))
-                there = {bytes(name).lower() for name, _value in own}
-                own += [(name, value) for name, value in self._headers if name not in there]
-                if remember:
-                    cookie = f"{self._cookie}={self._token}; HttpOnly; SameSite=Strict; Path=/"
-                    own.append((b"set-cookie", cookie.encode()))
-                message = {**message, "headers": own}
-            await send(message)
-
-        return wrapped
-
-    async def _refuse(self, status: int, send: Send) -> None:
-        said = self._refusal if status == 401 else _WAYS_IN.get(status, ())
-        body = _refusal_page(status, said)
-        headers = [
-            (b"content-type", b"text/html; charset=utf-8"),
-            (b"content-length", str(len(body)).encode()),
-        ]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+    def _check_secret(self, scope: Scope, headers: Headers) -> bool:
+        """Raise Refused over a wrong secret; return whether to set the cookie."""
+        if self._secret is None or self._open_to_all(scope["path"]):
+            return False
+        given, in_address = bearer_of(headers.only("authorization") or ""), False
+        if self._cookie is not None:
+            query = scope.get("query_string", b"").decode("latin-1")
+            asked = parse_qs(query, keep_blank_values=True).get("token")
+            in_address = asked is not None
+            given = "".join(asked) if asked else given or headers.cookie(self._cookie)
+        if given is None:
+            raise Refused(NO_SECRET)
+        client = (scope.get("client") or ["?"])[0]
+        # Before the secret is looked at: a client that guesses must not learn of a right guess.
+        if self._guesses is not None and (wait := self._guesses.wait(client)):
+            raise Refused(GUESSING, wait=wait)
+        if not same_secret(given, self._secret):
+            if self._guesses is not None:
+                self._guesses.take(client)
+            raise Refused(WRONG_SECRET)
+        return in_address
 
 
-class _Headers:
-    """The headers of a request; one that stands twice where it should once is as good as none."""
+def _cors(page: str, headers: Headers) -> dict[str, str]:
+    """Return the headers that let a browser show our answer to a page from elsewhere (CORS)."""
+    return {
+        "access-control-allow-origin": page,
+        "access-control-allow-methods": "GET, POST",
+        "access-control-allow-headers": headers.only("access-control-request-headers") or "*",
+        "access-control-expose-headers": "retry-after",
+        "vary": "origin",
+    }
+
+
+def _with_headers(send: Send, headers: Mapping[str, str]) -> Send:
+    """Return a `send` that adds `headers` where the answer has none of that name."""
+
+    async def wrapped(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            own = list(message.get("headers", []))
+            there = {bytes(name).lower() for name, _value in own}
+            added = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+            own += [(name, value) for name, value in added if name not in there]
+            message = {**message, "headers": own}
+        await send(message)
+
+    return wrapped
+
+
+async def respond(send: Send, answer: Answer) -> None:
+    """Send a whole answer."""
+    status, headers, body = answer
+    given = {**headers, "content-length": str(len(body))}
+    pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in given.items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})
+
+
+class Headers:
+    """The headers of a request; one that stands twice where it should once counts as none."""
 
     def __init__(self, scope: Scope) -> None:
         self._pairs = [
@@ -259,29 +323,3 @@ class _Headers:
             if name in cookies:
                 return cookies[name].value
         return None
-
-
-_WAYS_IN = {
-    403: (
-        "This request comes from a page of another origin. Behind a proxy, start the dashboard "
-        "with --allowed-origin https://NAME.",
-        "这个请求来自另一个来源的网页。若经由代理访问，请在启动时加上 --allowed-origin https://名称。",
-    ),
-    421: (
-        "This is not a name that the dashboard answers to. Behind a proxy or from a container, "
-        "start it with --allowed-host NAME.",
-        "仪表板不认得这个主机名。若经由代理或从容器访问，请在启动时加上 --allowed-host 名称。",
-    ),
-}  # both languages: who asks has shown nothing yet by which to tell
-_REASONS = {401: "401 Unauthorized", 403: "403 Forbidden", 405: "405 Method Not Allowed",
-            421: "421 Misdirected Request"}  # fmt: skip
-
-
-def _refusal_page(status: int, paragraphs: Iterable[str]) -> bytes:
-    text = "".join(f"<p>{html.escape(each)}</p>" for each in paragraphs)
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{_REASONS[status]}</title><h1>{_REASONS[status]}</h1>{text}"
-    ).encode()

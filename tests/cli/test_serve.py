@@ -18,7 +18,7 @@ import pytest
 
 from holdfast.cli.main import main
 from holdfast.errors import ConfigError
-from holdfast.serving.server import _listen
+from holdfast.listening import listen
 from holdfast.training.text.tokenizer import TextTokenizer
 from tests import processes
 from tests.serving.models import CONTEXT, Training, make_tokenizer, poet
@@ -117,8 +117,8 @@ def test_a_port_in_use_is_told_in_a_line(run: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_port_is_taken_before_the_model_is_loaded() -> None:
-    with _listen("127.0.0.1", 0) as first, pytest.raises(ConfigError, match="is in use"):
-        _listen("127.0.0.1", first.getsockname()[1])
+    with listen("127.0.0.1", [0]) as first, pytest.raises(ConfigError, match="is in use"):
+        listen("127.0.0.1", [first.getsockname()[1]])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,17 @@ from typing import Any
 import httpx
 import pytest
 
-from holdfast.cli import web
 from holdfast.errors import ConfigError
+from holdfast.listening import listen
 from tests.manage.runs import desk, desk_json, make_run
 
 
 @contextmanager
-def dashboard(*words: str | Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+def dashboard(
+    *words: str | Path, command: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """A dashboard in a process of its own, and what it said with --json."""
-    command = [sys.executable, "-m", "holdfast", "dashboard", *map(str, words), "--json"]
+    command = command or [sys.executable, "-m", "holdfast", "dashboard", *map(str, words), "--json"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "HOLDFAST_LANG": "en"},
@@ -61,22 +63,34 @@ def test_it_answers_at_the_printed_address_and_ctrl_c_ends_it_at_once(tmp_path: 
         assert process.stderr is not None and "Traceback" not in process.stderr.read()
 
 
-def test_another_port_where_the_usual_one_is_taken_unless_one_was_named(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_another_port_where_the_usual_one_is_taken_unless_one_was_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = int(taken.getsockname()[1])
-        monkeypatch.setattr(web, "PORT", port)
-        listener = web._listen("127.0.0.1", None)
-        assert listener.getsockname()[1] != port
-        listener.close()
-        with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be used"):
-            web._listen("127.0.0.1", port)
+        with listen("127.0.0.1", [port, 0]) as listener:
+            assert listener.getsockname()[1] != port
+        with pytest.raises(ConfigError, match=f"port {port} is in use"):
+            listen("127.0.0.1", [port])
     for port in (-1, 70000):
-        with pytest.raises(ConfigError, match="0 to 65535"):
-            web._listen("127.0.0.1", port)
+        with pytest.raises(ConfigError, match="not between 0 and 65535"):
+            listen("127.0.0.1", [port])
     with pytest.raises(ConfigError, match="--host"):
-        web._listen("no.such.host.invalid", 0)
+        listen("no.such.host.invalid", [0])
+
+
+def test_connections_on_which_nothing_is_asked_make_room_for_others(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", (3.0,))
+    code = (
+        "import sys; from holdfast import listening; listening._most_connections = lambda: 4\n"
+        "from holdfast.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "dashboard", str(tmp_path), "--port", "0", "--json"]
+    with dashboard(command=command) as (_process, said):
+        address = ("127.0.0.1", said["port"])
+        held = [socket.create_connection(address, timeout=20) for _ in range(12)]
+        assert httpx.get(said["url"], timeout=20).status_code == 200
+        assert held[0].recv(100) == b"", "it was closed"
+        for connection in held:
+            connection.close()
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from typing import Any
 
 import pytest
@@ -13,12 +12,14 @@ from holdfast.guarding import (
     Guard,
     Hosts,
     Origins,
+    Rate,
     host_name,
     is_loopback,
     new_token,
     same_origin,
     same_secret,
 )
+from holdfast.monitor.web_app import refusal
 
 TOKEN = "secret"
 
@@ -30,7 +31,7 @@ async def _app(_scope: Any, _receive: Any, send: Any) -> None:
 
 
 def ask(
-    query: str = "", *, bound: str = "127.0.0.1", method: str = "GET", token: str | None = TOKEN,
+    query: str = "", *, bound: str = "127.0.0.1", token: str | None = TOKEN,
     allowed: tuple[list[str], list[str]] = ([], []), **headers: str | list[str],
 ) -> tuple[int, dict[str, str], bytes]:  # fmt: skip
     """One request through a guard: status, headers, body."""
@@ -40,14 +41,14 @@ def ask(
         for name, values in given.items()
         for value in ([values] if isinstance(values, str) else values)
     ]
-    guard = Guard(_app, hosts=Hosts(bound, allowed[0]), origins=Origins(allowed[1]), token=token,
-                  cookie="c", refusal=("Open <the> URL",))  # fmt: skip
+    guard = Guard(_app, hosts=Hosts(bound, allowed[0]), origins=Origins(allowed[1]), secret=token,
+                  cookie="c", refusal=refusal)  # fmt: skip
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": method, "path": "/", "query_string": query.encode(),
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": query.encode(),
              "headers": pairs}  # fmt: skip
     asyncio.run(guard(scope, None, send))  # type: ignore[arg-type]
     answer = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
@@ -76,7 +77,7 @@ def test_the_token_opens_once_and_the_cookie_from_then_on() -> None:
 def test_without_the_right_token_a_page_says_what_to_open(request_: dict[str, Any]) -> None:
     status, headers, body = ask(**request_)
     assert status == 401
-    assert b"inside" not in body and b"Open &lt;the&gt; URL" in body
+    assert b"inside" not in body and b"holdfast dashboard" in body
     assert headers["content-security-policy"] and "set-cookie" not in headers
 
 
@@ -84,16 +85,18 @@ def test_names_of_strangers_are_not_answered_even_with_the_token() -> None:
     """DNS rebinding: the browser of the victim sends the stranger's name as Host."""
     for host in ("evil.example", "evil.example:8765", "127.0.0.1.evil.example", "10.0.0.5:8765",
                  "", "localhost:8765@evil", "a b"):  # fmt: skip
-        assert ask(f"token={TOKEN}", host=host)[0] == 421, host
-    assert ask(f"token={TOKEN}", host=["127.0.0.1", "evil.example"])[0] == 421
+        assert ask(f"token={TOKEN}", host=host)[0] == 403, host
+    assert ask(f"token={TOKEN}", host=["127.0.0.1", "evil.example"])[0] == 403
     for host in ("127.0.0.1:1", "localhost:9000", "LOCALHOST", "[::1]:8765", "127.0.0.2"):
         assert ask(f"token={TOKEN}", host=host)[0] == 200, host
 
 
-def test_bound_to_the_network_addresses_and_own_names_are_answered() -> None:
-    for host in ("192.168.1.7:8765", socket.gethostname(), "[fe80::1]:80", "localhost", "box.lan"):
-        assert Hosts("0.0.0.0", also=["box.lan"]).knows(host), host
-    assert not Hosts("0.0.0.0").knows("evil.example")
+def test_bound_to_the_network_every_name_is_answered_but_only_with_the_secret() -> None:
+    for host in ("192.168.1.7:8765", "[fe80::1]:80", "localhost", "box.lan"):
+        assert ask(f"token={TOKEN}", bound="0.0.0.0", host=host)[0] == 200, host
+        assert ask(bound="0.0.0.0", host=host)[0] == 401
+    with pytest.raises(AssertionError):
+        ask(bound="0.0.0.0", token=None)
 
 
 def test_pages_of_other_origins_are_refused() -> None:
@@ -108,7 +111,7 @@ def test_names_and_origins_that_the_user_allowed_are_answered_and_others_told_ho
     for host in ("box.example", "BOX.example:8443", "172.17.0.1:8765"):
         assert ask(f"token={TOKEN}", host=host, allowed=allowed)[0] == 200, host
         status, _headers, body = ask(f"token={TOKEN}", host=host)
-        assert status == 421 and b"--allowed-host" in body
+        assert status == 403 and b"--allowed-host" in body
     for origin in ("https://box.example", "https://BOX.example:443"):
         assert ask(f"token={TOKEN}", origin=origin, allowed=allowed)[0] == 200, origin
         status, _headers, body = ask(f"token={TOKEN}", origin=origin)
@@ -116,11 +119,6 @@ def test_names_and_origins_that_the_user_allowed_are_answered_and_others_told_ho
     for origin in ("http://box.example", "https://box.example:444", "https://evil.example"):
         assert ask(f"token={TOKEN}", origin=origin, allowed=allowed)[0] == 403, origin
     assert same_origin("https://box.example", "box.example:443"), "a proxy may write the port"
-
-
-def test_only_reading_is_allowed() -> None:
-    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
-        assert ask(f"token={TOKEN}", method=method)[0] == 405
 
 
 def test_every_answer_has_the_headers_and_keeps_its_own() -> None:
@@ -135,7 +133,24 @@ def test_every_answer_has_the_headers_and_keeps_its_own() -> None:
 
 def test_without_a_token_the_names_are_still_checked() -> None:
     assert ask(token=None)[0] == 200
-    assert ask(token=None, host="evil.example")[0] == 421
+    assert ask(token=None, host="evil.example")[0] == 403
+
+
+def test_a_rate_is_for_each_client_and_fills_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("holdfast.guarding.time.monotonic", lambda: now[0])
+    rate = Rate(3)
+
+    def taken(client: str) -> bool:
+        wait = rate.wait(client)
+        if not wait:
+            rate.take(client)
+        return not wait
+
+    assert [taken("1.2.3.4") for _ in range(4)] == [True, True, True, False]
+    assert taken("5.6.7.8")
+    now[0] += 20
+    assert [taken("1.2.3.4") for _ in range(2)] == [True, False]
 
 
 def test_small_parts() -> None:

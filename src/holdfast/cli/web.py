@@ -6,7 +6,6 @@ Arguments, the socket and printing; what is shown lives in holdfast.monitor. No 
 from __future__ import annotations
 
 import argparse
-import errno
 import re
 import socket
 import sys
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from holdfast.monitor.web_hub import Hub
 
 HOST, PORT = "127.0.0.1", 8765
-_TRIED = 20  # ports after the default one, before any that is free is taken
+_PORTS = [*range(PORT, PORT + 20), 0]  # tried one after the other; 0: any that is free
 
 
 def run_dashboard(argv: Sequence[str], prog: str) -> int:
@@ -36,12 +35,13 @@ def run_dashboard(argv: Sequence[str], prog: str) -> int:
     roots = [Path(each) for each in given.directories or [common.DIRECTORY]]
     _check_roots(roots)
     from holdfast.guarding import is_loopback, new_token
+    from holdfast.listening import listen, shown_host
     from holdfast.monitor.web_app import create_app, guarded
     from holdfast.monitor.web_hub import Hub
 
-    listener = _listen(given.host, given.port)
+    listener = listen(given.host, [given.port] if given.port is not None else _PORTS)
     port, token = int(listener.getsockname()[1]), new_token()
-    address = f"http://{_shown_host(given.host)}:{port}/?token={token}"
+    address = f"http://{shown_host(given.host)}:{port}/?token={token}"
     hub = Hub(roots)
     app = guarded(
         create_app(hub, lang=given.lang), host=given.host, port=port, token=token,
@@ -148,46 +148,11 @@ def _file_name(directory: Path) -> str:
 # ------------------------------------------------------------------------------------- the server
 
 
-def _listen(host: str, port: int | None) -> socket.socket:
-    """A socket at `host`; at another port than the default where that is taken and none was asked
-    for. Raises ConfigError."""
-    if port is not None and not 0 <= port <= 65535:
-        raise ConfigError(_("--port {port}: expected a number from 0 to 65535", port=port))
-    wanted = [port] if port is not None else [PORT + i for i in range(_TRIED)] + [0]
-    try:
-        family, kind, proto, _name, where = socket.getaddrinfo(
-            host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(_("--host {host}: {reason}", host=host, reason=error)) from error
-    for each in wanted:
-        listener = socket.socket(family, kind, proto)
-        if sys.platform != "win32":  # there it would let two servers share a port
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((where[0], each, *where[2:]))
-            listener.listen(128)
-        except OSError as error:
-            listener.close()
-            if error.errno == errno.EADDRINUSE and port is None:
-                continue
-            raise ConfigError(
-                _("{host}:{port} cannot be used: {reason}. Choose another --port.", host=host,
-                  port=each, reason=error.strerror or error)
-            ) from error  # fmt: skip
-        return listener
-    raise ConfigError(_("{host} has no free port", host=host))
-
-
-def _shown_host(host: str) -> str:
-    if host in ("0.0.0.0", "::", ""):
-        return socket.gethostname()
-    return f"[{host}]" if ":" in host else host
-
-
 def _serve(app: Any, hub: Hub, listener: socket.socket) -> None:
     """Serve until a signal; open streams end at once, so that Ctrl-C does."""
     import uvicorn
+
+    from holdfast.listening import Connection
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -195,9 +160,16 @@ def _serve(app: Any, hub: Hub, listener: socket.socket) -> None:
             super().handle_exit(sig, frame)
 
     config = uvicorn.Config(
-        app, log_level="error", access_log=False, server_header=False, date_header=False,
-        timeout_graceful_shutdown=1, lifespan="on",
-    )  # fmt: skip
+        app,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        timeout_graceful_shutdown=1,
+        lifespan="on",
+        http=Connection,
+        ws="none",
+    )
     try:
         Server(config).run(sockets=[listener])
     except KeyboardInterrupt:  # the way in which it is meant to end

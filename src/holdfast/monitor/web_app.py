@@ -7,27 +7,52 @@ a path. The page's script for plots is plotly's own, from the installed package.
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 
-from holdfast.guarding import App, Guard, Hosts, Origins
+from holdfast.guarding import (
+    FOREIGN_HOST,
+    FOREIGN_ORIGIN,
+    STATUS,
+    Answer,
+    App,
+    Guard,
+    Hosts,
+    Origins,
+    Refused,
+)
 from holdfast.monitor import web_data
 from holdfast.monitor.web_files import SCRIPTS, TYPES, WEB, packed_script, plotting_script
 from holdfast.monitor.web_hub import Cursor, Hub, whole
 
 PING_EVERY = 5.0  # seconds: a page that hears nothing for three of them takes the line for dead
 COMPARED = 8  # runs at once: as many as there are colours
-REFUSAL = (
-    "This page belongs to the person who started it. Open the address that `holdfast dashboard` "
-    "printed in the terminal; it ends with a token, which is a new one after every start.",
-    "请打开终端里 holdfast dashboard 打印出的网址。网址末尾带有令牌，每次启动都会更换。",
-)
+_SAID = {  # in both languages: a request that is refused has shown nothing yet by which to tell
+    401: (
+        "This page belongs to the person who started it. Open the address that "
+        "`holdfast dashboard` printed in the terminal; it ends with a token, which is a new one "
+        "after every start.",
+        "请打开终端里 holdfast dashboard 打印出的网址。网址末尾带有令牌，每次启动都会更换。",
+    ),
+    FOREIGN_ORIGIN: (
+        "This request comes from a page of another origin. Behind a proxy, start the dashboard "
+        "with --allowed-origin https://NAME.",
+        "这个请求来自另一个来源的网页。若经由代理访问，请在启动时加上 --allowed-origin https://名称。",
+    ),
+    FOREIGN_HOST: (
+        "This is not a name that the dashboard answers to. Behind a proxy or from a container, "
+        "start it with --allowed-host NAME.",
+        "仪表板不认得这个主机名。若经由代理或从容器访问，请在启动时加上 --allowed-host 名称。",
+    ),
+}
 
 
 def create_app(hub: Hub, *, lang: str | None = None) -> FastAPI:
@@ -46,15 +71,42 @@ def create_app(hub: Hub, *, lang: str | None = None) -> FastAPI:
 
 
 def guarded(
-    app: App, *, host: str, port: int, token: str, allowed_hosts: Sequence[str] = (),
+    app: App,
+    *,
+    host: str,
+    port: int,
+    token: str,
+    allowed_hosts: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
-) -> Guard:  # fmt: skip
-    """`app` for whoever has the token. The cookie bears the port: on one machine all ports share
-    their cookies, and two dashboards must not turn each other out."""
+) -> Guard:
+    """Return `app` for requests with the token.
+
+    The cookie bears the port: all ports of one machine share their cookies, and two dashboards must
+    not turn each other out.
+    """
     return Guard(
-        app, hosts=Hosts(host, allowed_hosts), origins=Origins(allowed_origins), token=token,
-        cookie=f"holdfast-{port}", refusal=REFUSAL,
-    )  # fmt: skip
+        app,
+        hosts=Hosts(host, allowed_hosts),
+        origins=Origins(allowed_origins),
+        secret=token,
+        refusal=refusal,
+        cookie=f"holdfast-{port}",
+    )
+
+
+def refusal(refused: Refused) -> Answer:
+    """Return the page that says why a request was refused."""
+    status = STATUS[refused.reason]
+    said = _SAID.get(refused.reason, _SAID[401])
+    title = f"{status} {HTTPStatus(status).phrase}"
+    text = "".join(f"<p>{html.escape(each)}</p>" for each in said)
+    body = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{title}</title><h1>{title}</h1>{text}"
+    )
+    return status, {"content-type": "text/html; charset=utf-8"}, body.encode()
 
 
 # ------------------------------------------------------------------------------------- the page

@@ -18,14 +18,16 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from holdfast.guarding import App
 from holdfast.i18n import _
 from holdfast.serving import answers, protocol
 from holdfast.serving.answers import ChatForm, CompletionForm, Form, Generation, Prompt
 from holdfast.serving.engine import QueueFull
 from holdfast.serving.library import Library, Served
 from holdfast.serving.limits import Gate, Limits
+from holdfast.serving.metrics import Metrics
 from holdfast.serving.protocol import ApiError, server_error, too_many
 from holdfast.version import __version__
 
@@ -35,23 +37,9 @@ _WEB = Path(__file__).parent / "web"
 _READ = ["GET", "HEAD"]  # HEAD: what looks whether a server is up often asks so
 _LARGE = 20_000  # bytes from which on a request is read and tokenized beside the event loop
 
-# Nothing from elsewhere, nothing inline, no frame around the page.
-_POLICY = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src 'self' data:; font-src 'self'; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "no-cache",
-}
-_PLAIN_PAGE = (
-    "<!doctype html><meta charset=utf-8><title>Holdfast</title><h1>Holdfast</h1>"
-    "<p>The OpenAI API is at <code>/v1</code>. OpenAI API 位于 <code>/v1</code>。</p>"
-)
 
-
-def create_app(library: Library, limits: Limits) -> Gate:
-    """The whole server over `library`, as an ASGI application."""
+def create_app(library: Library, limits: Limits) -> App:
+    """Return the application over `library`, for callers that a guard has let in."""
     app = FastAPI(title="Holdfast", version=__version__, docs_url=None, redoc_url=None,
                   openapi_url=None)  # fmt: skip
     app.state.library, app.state.reading = library, asyncio.Semaphore(1)
@@ -66,8 +54,22 @@ def create_app(library: Library, limits: Limits) -> Gate:
     app.add_exception_handler(HTTPException, _not_found)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _our_fault)
-    counted = library.metrics.requests
-    return Gate(app, limits, lambda path, status: counted.labels(path, str(status)).inc())
+    return Gate(app, limits)
+
+
+def counted(app: App, metrics: Metrics) -> App:
+    """Return `app` with every answer counted, those of its guard too."""
+
+    async def counting(scope: Scope, receive: Receive, send: Send) -> None:
+        async def count(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "other")  # not what anybody may write
+                metrics.requests.labels(route, str(message["status"])).inc()
+            await send(message)
+
+        await app(scope, receive, count)
+
+    return counting
 
 
 # -------------------------------------------------------------------------------------- the models
@@ -337,19 +339,17 @@ async def _metrics(request: Request) -> Response:
 
 def _add_page(app: FastAPI) -> None:
     """The page's files as they are now: only what lies there is ever answered."""
-    files = {path.name: path for path in _WEB.glob("*") if path.is_file()} if _WEB.is_dir() else {}
+    files = {path.name: path for path in _WEB.iterdir()}
 
     async def index() -> Response:
-        found = files.get("index.html")
-        page = found.read_text("utf-8") if found else _PLAIN_PAGE
-        return Response(page, media_type="text/html; charset=utf-8", headers=_POLICY)
+        page = files["index.html"].read_bytes()
+        return Response(page, media_type="text/html; charset=utf-8")
 
     async def static(name: str) -> Response:
         if name not in files:
             raise HTTPException(404)
         kind = "text/javascript" if name.endswith(".js") else mimetypes.guess_type(name)[0]
-        return Response(files[name].read_bytes(), media_type=kind or "application/octet-stream",
-                        headers=_POLICY)  # fmt: skip
+        return Response(files[name].read_bytes(), media_type=kind or "application/octet-stream")
 
     app.add_api_route("/", index, methods=["GET", "HEAD"])
     app.add_api_route("/static/{name}", static, methods=["GET", "HEAD"])
