@@ -15,7 +15,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -120,32 +119,30 @@ class File:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
 
-    def read(self, offset: int, *buffers: memoryview, past_cache: bool = False) -> int:
-        """Fill `buffers`, one behind the other; the bytes read, fewer only where the file ends.
+    def read(self, offset: int, buffer: memoryview, *, past_cache: bool = False) -> int:
+        """Fill `buffer`; return the bytes read, fewer only where the file ends.
 
         `past_cache` reads from the device: by direct I/O where it has been opened and `offset` and
-        `buffers` are made for it, else after dropping these pages from the cache.
+        `buffer` are aligned for it, else after dropping these pages from the cache.
         """
-        size, got = sum(buffer.nbytes for buffer in buffers), 0
-        fit = offset % PAGE == 0 and all(map(direct.is_aligned, buffers))
-        if past_cache and fit and self._direct >= 0:
-            got = self._read_direct(offset, buffers, size)
-        if past_cache and got < size:  # what direct reads have left over, if only the end
-            self.forget_cached(offset + got // PAGE * PAGE, size - got // PAGE * PAGE)
-        while got < size:
-            rest, at = _behind(got, buffers), offset + got
-            count = self._try(partial(_preadv, self._fd, rest, at))
+        got = 0
+        if past_cache and offset % PAGE == 0 and direct.is_aligned(buffer) and self._direct >= 0:
+            got = self._read_direct(offset, buffer)
+        if past_cache and got < len(buffer):  # what direct reads have left over, if only the end
+            whole = got // PAGE * PAGE
+            self.forget_cached(offset + whole, len(buffer) - whole)
+        while got < len(buffer):
+            count = self._try(partial(_pread, self._fd, buffer[got:], offset + got))
             if count == 0:
                 break
             got += count
         return got
 
-    def _read_direct(self, offset: int, buffers: Sequence[memoryview], size: int) -> int:
+    def _read_direct(self, offset: int, buffer: memoryview) -> int:
         got = 0
-        while got < size and got % PAGE == 0:  # it is not at the end of the file
+        while got < len(buffer) and got % PAGE == 0:  # it is not at the end of the file
             try:
-                rest, at = _behind(got, buffers), offset + got
-                count = self._try(partial(_preadv, self._direct, rest, at))
+                count = self._try(partial(_pread, self._direct, buffer[got:], offset + got))
             except OSError as error:
                 if error.errno != errno.EINVAL:  # opened for it and refuses it: odd, and allowed
                     raise
@@ -178,23 +175,13 @@ def _once(work: Callable[[], int]) -> int:
     return work()
 
 
-def _behind(got: int, buffers: Sequence[memoryview]) -> list[memoryview]:
-    """What is left to fill of `buffers` when `got` bytes of them are filled."""
-    rest = []
-    for buffer in buffers:
-        if got < buffer.nbytes:
-            rest.append(buffer[got:])
-        got = max(0, got - buffer.nbytes)
-    return rest
-
-
-def _preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+def _pread(fd: int, buffer: memoryview, offset: int) -> int:
     if hasattr(os, "preadv"):
-        return os.preadv(fd, buffers, offset)
+        return os.preadv(fd, [buffer], offset)
     with _seek_lock:  # Windows has no positional read
         os.lseek(fd, offset, os.SEEK_SET)
-        data = os.read(fd, buffers[0].nbytes)
-    buffers[0][: len(data)] = data
+        data = os.read(fd, buffer.nbytes)
+    buffer[: len(data)] = data
     return len(data)
 
 
@@ -212,7 +199,7 @@ class Part:
     With `buffer`, they lie in it by then; without, `take` sees scratch memory that is used again.
     """
 
-    __slots__ = ("buffer", "done", "left", "start", "stop", "take")
+    __slots__ = ("body", "buffer", "start", "stop", "take")
 
     def __init__(
         self,
@@ -223,101 +210,56 @@ class Part:
     ) -> None:
         assert buffer is None or buffer.nbytes == stop - start, (buffer, start, stop)
         self.start, self.stop, self.take, self.buffer = start, stop, take, buffer
-        self.done = start  # what lies before this has been taken
-        self.left: dict[int, int] = {}  # what has been read too early to be taken, by its start
+        self.body = self._body()  # whole pages up to this byte are read straight into `buffer`
 
     def own(self, start: int, stop: int) -> memoryview:
+        """Return the part of `buffer` for these bytes of the file."""
         assert self.buffer is not None
         return self.buffer[start - self.start : stop - self.start]
 
-
-@dataclass(slots=True)
-class Piece:
-    """Some whole pages, straight into the buffer of a part or through scratch memory."""
-
-    start: int
-    stop: int
-    shares: list[tuple[Part, int, int]]  # what of it is whose
-    target: memoryview | None = None
+    def _body(self) -> int:
+        if self.buffer is None or self.stop - self.start < OWN_PAGES or self.start % PAGE:
+            return self.start
+        body = self.stop // PAGE * PAGE
+        return body if direct.is_aligned(self.own(self.start, body)) else self.start
 
 
-def cut(parts: Iterable[Part]) -> list[list[Piece]]:
-    """The reads that give `parts` (in the order of the file, apart): pieces that touch, in order.
-
-    Where a part has an aligned buffer its whole pages go there; all that lies between such bodies
-    (small records, headers, the ends of large ones) goes through scratch memory. No read crosses a
-    multiple of `CHUNK`, so they are as large as they can be, and of one size.
-    """
-    reads: list[list[Piece]] = []
+def grouped(parts: Iterable[Part]) -> list[list[Part]]:
+    """Return `parts` (in the order of the file, apart) in groups of about `CHUNK` bytes, each for
+    one thread. A part with a body of its own ends its group."""
+    groups: list[list[Part]] = [[]]
     for part in parts:
-        body = part.stop // PAGE * PAGE if _has_body(part) else part.start
-        start = part.start
-        while start < part.stop:
-            page = start // PAGE * PAGE
-            grid = (page // CHUNK + 1) * CHUNK
-            stop = min(grid, body if start < body else part.stop)
-            last = reads[-1][-1] if reads else None
-            if start < body:
-                piece = Piece(start, stop, [], part.own(start, stop))
-            elif last and _goes_on(last, page):
-                piece = last
-            else:
-                piece = Piece(page, page, [])
-            piece.shares.append((part, start, stop))
-            piece.stop = max(piece.stop, -(-stop // PAGE) * PAGE)
-            if piece is not last:
-                if last and last.stop == piece.start and piece.start % CHUNK:
-                    reads[-1].append(piece)
-                else:
-                    reads.append([piece])
-            start = stop
-    return reads
-
-
-def _goes_on(last: Piece, page: int) -> bool:
-    """Whether what starts on `page` goes through the same scratch memory as `last`."""
-    return last.target is None and page <= last.stop and page // CHUNK * CHUNK < last.stop
-
-
-def _has_body(part: Part) -> bool:
-    if part.buffer is None or part.stop - part.start < OWN_PAGES or part.start % PAGE:
-        return False
-    return direct.is_aligned(part.own(part.start, part.stop // PAGE * PAGE))
+        groups[-1].append(part)
+        if part.stop - groups[-1][0].start >= CHUNK or part.body > part.start:
+            groups.append([])
+    return [group for group in groups if group]
 
 
 def run(file: File, parts: Iterable[Part], *, threads: int, fresh: bool) -> None:
     """Read `parts` (in the order of the file, apart) by `threads` at once.
 
     `fresh` reads from the device, whatever the page cache holds, as far as the system allows it.
-    Otherwise that is done where most of the file is not cached: then it is faster, and nobody
-    else's pages make room for these.
+    Otherwise that is done where most of the file is not cached: then it is faster, and the pages
+    of other processes stay cached.
     Raises what reading or a `take` raises, the first in the order of the file; `EOFError` with the
     offset where the file ends too early.
     """
-    _Run(file, cut(parts), fresh).go(threads)
-
-
-class _Stopped(Exception):
-    """What this read waits for will never come."""
+    _Run(file, grouped(parts), fresh).go(threads)
 
 
 class _Run:
-    """Threads that take reads in order, hash what they have read, and wait where a part's earlier
-    bytes are not hashed yet: another thread has them in hand, so nobody waits for ever.
-    """
+    """Threads that take one group of parts after another, read it and hand it on in order."""
 
-    def __init__(self, file: File, reads: list[list[Piece]], fresh: bool) -> None:
-        self._file, self._reads = file, reads
+    def __init__(self, file: File, groups: list[list[Part]], fresh: bool) -> None:
+        self._file, self._groups = file, groups
         self._past_cache = self._open_direct(fresh)
-        loose = (sum(p.stop - p.start for p in r if p.target is None) for r in reads)
-        self._scratch = max(loose, default=0)
-        self._turn = threading.Condition()
+        self._lock = threading.Lock()
         self._next = 0
-        self._end = len(reads)  # reads from here on are given up
-        self._failure: BaseException | None = None  # that of the read `_end`
+        self._end = len(groups)  # groups from here on are given up
+        self._failure: BaseException | None = None  # that of the group `_end`
 
     def go(self, threads: int) -> None:
-        together(self._work, min(threads, len(self._reads)), stop=lambda: self._give_up(-1, None))
+        together(self._work, min(threads, len(self._groups)), stop=lambda: self._give_up(-1, None))
         if self._failure is not None:
             try:
                 raise self._failure
@@ -325,70 +267,63 @@ class _Run:
                 self._failure = None  # no ring of error, frames and buffers that outlives its use
 
     def _open_direct(self, fresh: bool) -> bool:
-        """Whether to read past the page cache; without direct I/O only what must be `fresh` is."""
-        if not fresh and sum(r[-1].stop - r[0].start for r in self._reads) < _WORTH:
+        """Return True to read past the page cache: only if `fresh` where there is no direct I/O."""
+        if not fresh and sum(g[-1].stop - g[0].start for g in self._groups) < _WORTH:
             return False
         if not self._file.open_direct() or fresh:
             return fresh
-        places = [_dice.choice(self._reads) for _sample in range(_SAMPLES)]
-        pages = [_dice.randrange(r[0].start, r[-1].stop, PAGE) for r in places]
+        places = [_dice.choice(self._groups) for _sample in range(_SAMPLES)]
+        pages = [_dice.randrange(g[0].start // PAGE * PAGE, g[-1].stop, PAGE) for g in places]
         return not self._file.is_mostly_cached(pages)
 
     def _give_up(self, index: int, error: BaseException | None) -> None:
-        with self._turn:
+        with self._lock:
             if index < self._end:
                 self._end, self._failure = index, error
-            self._turn.notify_all()
 
     def _work(self) -> None:
-        scratch = memoryview(patiently(lambda: _map(self._scratch)) if self._scratch else b"")
+        scratch = memoryview(patiently(lambda: _map(CHUNK)))  # touched as far as it is used
         while True:
-            with self._turn:
+            with self._lock:
                 index = self._next
                 self._next += 1
                 if index >= self._end:
                     return
             try:
-                self._do(index, scratch)
-            except _Stopped:
-                return
+                self._read(self._groups[index], scratch)
             except BaseException as error:  # noqa: BLE001 - `go` raises the first of them
                 self._give_up(index, error)
                 return
 
-    def _do(self, index: int, scratch: memoryview) -> None:
-        pieces = self._reads[index]
-        buffers = []
-        for piece in pieces:
-            size = piece.stop - piece.start
-            buffers.append(scratch[:size] if piece.target is None else piece.target)
-            scratch = scratch if piece.target is not None else scratch[size:]
-        start = pieces[0].start
-        end = start + self._file.read(start, *buffers, past_cache=self._past_cache)
-        for piece, buffer in zip(pieces, buffers, strict=True):
-            for part, start, stop in piece.shares:
-                if end < stop:
-                    raise EOFError(end)
-                found = buffer[start - piece.start : stop - piece.start]
-                if piece.target is None and part.buffer is not None:
-                    part.own(start, stop)[:] = found
-                self._hand_on(index, part, start, stop, found)
+    def _read(self, group: list[Part], scratch: memoryview) -> None:
+        """Read a group. Whole pages of a body go straight into its buffer; all else (headers, small
+        records, the ends of large ones) goes through scratch memory, several parts at a time."""
+        last = group[-1]
+        first = stop = 0  # the bytes of the file that lie in scratch memory
+        for part in group:
+            at = part.start
+            while at < part.stop:
+                if at < part.body:
+                    end = min(at + CHUNK, part.body)
+                    found = self._fill(at, part.own(at, end), end)
+                else:
+                    if at >= stop:
+                        first = at // PAGE * PAGE
+                        until = last.start if at < last.start < last.body else last.stop
+                        stop = min(until, first + CHUNK)
+                        self._fill(first, scratch[: -(-(stop - first) // PAGE) * PAGE], stop)
+                    end = min(part.stop, stop)
+                    found = scratch[at - first : end - first]
+                    if part.buffer is not None:
+                        own = part.own(at, end)
+                        own[:] = found
+                        found = own
+                part.take(found)
+                at = end
 
-    def _hand_on(self, index: int, part: Part, start: int, stop: int, found: memoryview) -> None:
-        """Let `part` take what was found, in its turn: bytes that lie where they belong can be left
-        to the thread whose turn it is, those in scratch memory must wait for it."""
-        with self._turn:
-            if part.done != start and part.buffer is not None:
-                part.left[start] = stop
-                return
-            self._turn.wait_for(lambda: part.done == start or self._end < index)
-            if part.done != start:
-                raise _Stopped
-        while True:
-            part.take(found if part.buffer is None else part.own(start, stop))
-            with self._turn:
-                part.done = start = stop
-                if start not in part.left:
-                    self._turn.notify_all()
-                    return
-                stop = part.left.pop(start)
+    def _fill(self, start: int, buffer: memoryview, needed: int) -> memoryview:
+        """Fill `buffer` from byte `start` of the file; at least up to byte `needed` of it."""
+        end = start + self._file.read(start, buffer, past_cache=self._past_cache)
+        if end < needed:
+            raise EOFError(end)
+        return buffer
