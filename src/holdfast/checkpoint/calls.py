@@ -17,9 +17,12 @@ def checked_directory(directory: Any) -> Path:
     """The run directory, `~` understood. Raises `ConfigError` where `directory` names none."""
     if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
         raise ConfigError(
-            _("The run directory is a path, such as {example}; this is {value}.",
-              example='"runs/a"', value=repr(directory))
-        )  # fmt: skip
+            _(
+                "The run directory is a path, such as {example}; this is {value}.",
+                example='"runs/a"',
+                value=repr(directory),
+            )
+        )
     return Path(os.fsdecode(directory)).expanduser()
 
 
@@ -27,25 +30,34 @@ def check_state(state: Any) -> None:
     """Raise `ConfigError` where `state` is no mapping that can be restored in place."""
     if not isinstance(state, MutableMapping):
         raise ConfigError(
-            _("A state is a dictionary of what is to be saved, such as {example}; this is a "
-              "{kind}.", example='{"model": model, "optimizer": optimizer}',
-              kind=type(state).__name__)
-        )  # fmt: skip
+            _(
+                "A state is a dictionary of what is to be saved, such as {example}; this is a "
+                "{kind}.",
+                example='{"model": model, "optimizer": optimizer}',
+                kind=type(state).__name__,
+            )
+        )
 
 
 def check_policies(save_when: Any) -> None:
     """Raise `ConfigError` where `save_when` is no list of policies."""
     if not isinstance(save_when, Sequence) or isinstance(save_when, str):
         raise ConfigError(
-            _("save_when is a list of policies, such as {example}; this is {value}.",
-              example="[EverySteps(100)]", value=repr(save_when))
-        )  # fmt: skip
+            _(
+                "save_when is a list of policies, such as {example}; this is {value}.",
+                example="[EverySteps(100)]",
+                value=repr(save_when),
+            )
+        )
     for policy in save_when:
         if not callable(policy) or isinstance(policy, type):
             raise ConfigError(
-                _("save_when has {value}, which is no policy; write {example}.",
-                  value=repr(policy), example="EverySteps(100)")
-            )  # fmt: skip
+                _(
+                    "save_when has {value}, which is no policy; write {example}.",
+                    value=repr(policy),
+                    example="EverySteps(100)",
+                )
+            )
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -53,9 +65,13 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if not any(value is choice or value == choice for choice in choices):
         words = ", ".join(repr(choice) for choice in choices)
         raise ConfigError(
-            _("{name}={value}: it is one of {choices}.", name=name, value=repr(value),
-              choices=words)
-        )  # fmt: skip
+            _(
+                "{name}={value}: it is one of {choices}.",
+                name=name,
+                value=repr(value),
+                choices=words,
+            )
+        )
 
 
 def check_number(name: str, value: Any, least: float, *, whole: bool = False) -> None:
@@ -66,9 +82,14 @@ def check_number(name: str, value: Any, least: float, *, whole: bool = False) ->
     if not known or isinstance(value, bool) or not float(value) >= least:
         kind = _("a whole number") if whole else _("a number")
         raise ConfigError(
-            _("{name}={value}: it is {kind} of at least {least}.", name=name, value=repr(value),
-              kind=kind, least=least)
-        )  # fmt: skip
+            _(
+                "{name}={value}: it is {kind} of at least {least}.",
+                name=name,
+                value=repr(value),
+                kind=kind,
+                least=least,
+            )
+        )
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -89,9 +110,12 @@ def check_save(step: Any, epoch: Any, kind: str, metrics: Any = None) -> None:
     """Raise `ConfigError` where a save cannot be meant like this."""
     if metrics is not None and not isinstance(metrics, Mapping):
         raise ConfigError(
-            _("metrics are a dictionary, such as {example}; these are {value}.",
-              example='{"val_loss": 1.5}', value=repr(metrics))
-        )  # fmt: skip
+            _(
+                "metrics are a dictionary, such as {example}; these are {value}.",
+                example='{"val_loss": 1.5}',
+                value=repr(metrics),
+            )
+        )
     check_choice("kind", kind, KINDS)
     check_number("step", step, 0, whole=True)
     if epoch is not None:

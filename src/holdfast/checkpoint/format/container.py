@@ -193,9 +193,13 @@ class Reader:
             raise self._senseless()
         if version > FORMAT_VERSION:
             raise NewerFormat(
-                _("{path} has format version {version}; this holdfast reads {ours}: update it.",
-                  path=self.path, version=version, ours=FORMAT_VERSION)
-            )  # fmt: skip
+                _(
+                    "{path} has format version {version}; this holdfast reads {ours}: update it.",
+                    path=self.path,
+                    version=version,
+                    ours=FORMAT_VERSION,
+                )
+            )
         return manifest, Record(MANIFEST, -1, offset, size, crc32, xxh3)
 
     def _parse_records(self) -> list[Record]:
@@ -257,9 +261,12 @@ class Reader:
         end, expected = self.records[-1].end, tail(self.records)
         if self.size != end + len(expected):
             raise self._damaged(
-                _("it has {size} bytes instead of {expected}", size=self.size,
-                  expected=end + len(expected))
-            )  # fmt: skip
+                _(
+                    "it has {size} bytes instead of {expected}",
+                    size=self.size,
+                    expected=end + len(expected),
+                )
+            )
         parts = []
         for record in self.records:
             wrong = _("the header of record {name} is wrong", name=record.name)

@@ -86,9 +86,11 @@ def design(
     length = len(_text(manifest, records))
     if length + reserve > MAX_MANIFEST:
         raise UnsupportedValue(
-            _("The plain values of the state take {size} MB; keep such data in tensors.",
-              size=(length + reserve) >> 20)
-        )  # fmt: skip
+            _(
+                "The plain values of the state take {size} MB; keep such data in tensors.",
+                size=(length + reserve) >> 20,
+            )
+        )
     data_end = max((r.end for r in records if _is_data(r.name)), default=0)
 
     def size_with(length: int) -> int:

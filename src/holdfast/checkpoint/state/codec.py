@@ -164,8 +164,16 @@ _SIMPLE: dict[str, Callable[[Decoder, Any], Any]] = {
 }
 
 # What a decoder raises over a manifest that no encoder wrote.
-NONSENSE = (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError,
-            RecursionError, struct.error)  # fmt: skip
+NONSENSE = (
+    KeyError,
+    ValueError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    struct.error,
+)
 
 
 def _text(value: Any) -> str:

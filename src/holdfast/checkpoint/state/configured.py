@@ -29,8 +29,19 @@ UNSURE = "unsure"  # in a record: the settings of a group that training may have
 LAMBDAS = "lr_lambdas"
 
 # What schedulers keep of the steps that they have made.
-_PROGRESS = {"last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "cooldown_counter",
-             "T_cur", "T_i", "_get_lr_called_within_step", "_is_initial", "verbose"}  # fmt: skip
+_PROGRESS = {
+    "last_epoch",
+    "_step_count",
+    "_last_lr",
+    "best",
+    "num_bad_epochs",
+    "cooldown_counter",
+    "T_cur",
+    "T_i",
+    "_get_lr_called_within_step",
+    "_is_initial",
+    "verbose",
+}
 _PARTS = "_schedulers"
 _PROBES = [0, *(1 << n for n in range(20))]  # steps at which functions of the step are compared
 
@@ -73,9 +84,10 @@ class Configured:
         """Record what is new in `state`, and return the record of all that is there."""
         here = dict(steppers_of(state))
         trained = {
-            id(value.optimizer) for value in here.values()
+            id(value.optimizer)
+            for value in here.values()
             if isinstance(value, LRScheduler) and epoch_of(value) > 0
-        }  # fmt: skip
+        }
         for path, value in here.items():
             if self._known.get(path) is not value:
                 self.record.pop(path, None)
@@ -212,9 +224,13 @@ def changed_schedule(
     """
     moved = {key for key, value in saved.items() if key in then and then[key] != value}
     return [
-        key for key, value in now.items() if key in then and key not in moved and then[key] != value
+        key
+        for key, value in now.items()
+        if key in then
+        and key not in moved
+        and then[key] != value
         and not (key.endswith(LAMBDAS) and (_is_unknown(then[key]) or _is_unknown(value)))
-    ]  # fmt: skip
+    ]
 
 
 def _is_unknown(probes: Any) -> bool:
@@ -227,10 +243,13 @@ class Shadow:
 
     def __init__(self, scheduler: Any) -> None:
         groups = [
-            {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in g.items()
-             if k != "params"}
+            {
+                k: v.clone() if isinstance(v, torch.Tensor) else v
+                for k, v in g.items()
+                if k != "params"
+            }
             for g in scheduler.optimizer.param_groups
-        ]  # fmt: skip
+        ]
         self._optimizer = SimpleNamespace(param_groups=groups, step=None, defaults={})
         self._scheduler = _copied(scheduler, self._optimizer)
 
@@ -260,7 +279,7 @@ class Shadow:
                 if k == "lr" or setting_of(v) != setting_of(before.get(k))
             }
             for group, before in zip(groups, self._optimizer.param_groups, strict=True)
-        ]  # fmt: skip
+        ]
         return copy.deepcopy(scheduler.state_dict()), changed
 
 

@@ -42,8 +42,11 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             if isinstance(state.get(key), Mapping):
                 state = state[key]
                 break
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(
-        state, Mapping) else {}  # fmt: skip
+    tensors = (
+        {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        if isinstance(state, Mapping)
+        else {}
+    )
     if not tensors:
         raise ForeignCheckpoint(_("{path} holds no weights that could be found.", path=path))
     return tensors
@@ -74,17 +77,30 @@ def load_foreign(source: str | os.PathLike[str]) -> Any:
         if refused is None:
             raise _damaged(path, error) from error
         raise ForeignCheckpoint(
-            _("{path} wants to run code when it is loaded ({name}); it was not. Only files of "
-              "tensors and plain values are read: save it again without what needs {name}.",
-              path=path, name=refused[1])
-        ) from error  # fmt: skip
+            _(
+                "{path} wants to run code when it is loaded ({name}); it was not. Only files of "
+                "tensors and plain values are read: save it again without what needs {name}.",
+                path=path,
+                name=refused[1],
+            )
+        ) from error
     except _FAILURES as error:
         raise _damaged(path, error) from error
 
 
 # What zipfile and torch.load raise over a file that somebody or something has changed.
-_FAILURES = (RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError,
-             OverflowError, AssertionError, struct.error, zipfile.BadZipFile)  # fmt: skip
+_FAILURES = (
+    RuntimeError,
+    ValueError,
+    LookupError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    AssertionError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 
 def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:

@@ -113,9 +113,12 @@ def plan(state: Any, saved: Any, *, strict: bool = True) -> SetGradients:
             wanted.append((tensor, None))
     if left and strict:
         raise StateMismatch(
-            _("The checkpoint was saved between two micro-batches, and its gradient of {name} has "
-              "no place here; nothing was changed.", name=min(left))
-        )  # fmt: skip
+            _(
+                "The checkpoint was saved between two micro-batches, and its gradient of {name} has "
+                "no place here; nothing was changed.",
+                name=min(left),
+            )
+        )
     return SetGradients(wanted)
 
 

@@ -106,8 +106,12 @@ def matched(here: Sequence[str], there: Sequence[str]) -> dict[str, str] | None:
     if not all(isinstance(name, str) for name in (*here, *there)):
         return {name: name for name in here} if set(here) == set(there) else None
     readings: list[tuple[Callable[[str], str], Callable[[str], str]]] = [
-        (same, same), (certain, certain), (outer, certain), (certain, outer), (bare, bare),
-    ]  # fmt: skip
+        (same, same),
+        (certain, certain),
+        (outer, certain),
+        (certain, outer),
+        (bare, bare),
+    ]
     for mine, theirs in readings:
         found = {theirs(name): name for name in there}
         wanted = {name: mine(name) for name in here}
@@ -215,10 +219,12 @@ class SlotNames:
         if ids != self._ids:
             known = parameter_names(state)
             self._names = {
-                path: [[known.get(memory_of(p), [None])[0] for p in group["params"]]
-                       for group in value.param_groups]
+                path: [
+                    [known.get(memory_of(p), [None])[0] for p in group["params"]]
+                    for group in value.param_groups
+                ]
                 for path, value in optimizers.items()
-            }  # fmt: skip
+            }
             self._ids = ids
         return self._names
 
@@ -261,8 +267,13 @@ def live_slots(
         return Slots([_param_names(group) for group in optimizer.param_groups], False)
     there = set(saved.flat())
     rows = [[known.get(memory_of(p), ()) for p in g["params"]] for g in optimizer.param_groups]
-    return Slots([[next((n for n in names if n in there), next(iter(names), None))
-                   for names in row] for row in rows], True)  # fmt: skip
+    return Slots(
+        [
+            [next((n for n in names if n in there), next(iter(names), None)) for names in row]
+            for row in rows
+        ],
+        True,
+    )
 
 
 def aligned(live: Slots, saved: Slots) -> list[tuple[int, list[int]]] | None:
@@ -288,9 +299,7 @@ def aligned(live: Slots, saved: Slots) -> list[tuple[int, list[int]]] | None:
         if len(saved.names[home]) != len(group) or len(unknown) != group.count(None):
             return None
         places = iter(unknown)
-        result.append(
-            (home, [next(places) if n is None else where[pairs[n]][1] for n in group])
-        )  # fmt: skip
+        result.append((home, [next(places) if n is None else where[pairs[n]][1] for n in group]))
     return result if len(result) == len(saved.names) else None
 
 

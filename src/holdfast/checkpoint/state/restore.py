@@ -94,9 +94,11 @@ def plan_restore(
         lines = planner.transaction.problems
         more = _(" … and {count} more", count=len(lines) - 8) if len(lines) > 8 else ""
         raise StateMismatch(
-            _("The checkpoint does not fit; nothing was changed: {lines}",
-              lines="; ".join(lines[:8]) + more)
-        )  # fmt: skip
+            _(
+                "The checkpoint does not fit; nothing was changed: {lines}",
+                lines="; ".join(lines[:8]) + more,
+            )
+        )
     return planner.transaction
 
 
@@ -211,15 +213,22 @@ class _Planner:
             known = self._exchanges.setdefault(key, (live, saved, path))
             if known[1] is not saved and not _same_bytes(known[1], saved):
                 self._problem(
-                    _("{a} and {b} are one tensor here and two different ones in the checkpoint",
-                      a=known[2], b=path)
-                )  # fmt: skip
+                    _(
+                        "{a} and {b} are one tensor here and two different ones in the checkpoint",
+                        a=known[2],
+                        b=path,
+                    )
+                )
 
     def _differ(self, path: str, saved: torch.Tensor, live: torch.Tensor) -> None:
         self._problem(
-            _("{path} is {saved} in the checkpoint and {live} here", path=path,
-              saved=_shape(saved), live=_shape(live))
-        )  # fmt: skip
+            _(
+                "{path} is {saved} in the checkpoint and {live} here",
+                path=path,
+                saved=_shape(saved),
+                live=_shape(live),
+            )
+        )
 
     def _module(self, live: torch.nn.Module, saved: Any, path: str) -> None:
         if not isinstance(saved, Mapping):
@@ -313,9 +322,12 @@ class _Planner:
         order = names.aligned(here, there)
         if order is None:
             self._problem(
-                _("{path} has other parameter groups ({how})", path=path,
-                  how=names.difference(here, there))
-            )  # fmt: skip
+                _(
+                    "{path} has other parameter groups ({how})",
+                    path=path,
+                    how=names.difference(here, there),
+                )
+            )
             return None
         began = self._then.get(path)
         if not isinstance(began, list) or len(began) != len(groups):
@@ -403,9 +415,13 @@ class _Planner:
                 state, groups = self._now.fresh[path].after(saved) or (state, groups)
             except Exception as error:  # noqa: BLE001 - whatever a schedule says to its settings
                 self._problem(
-                    _("{path} cannot go on after {steps} steps with its new settings ({error})",
-                      path=path, steps=epoch_of(saved), error=error)
-                )  # fmt: skip
+                    _(
+                        "{path} cannot go on after {steps} steps with its new settings ({error})",
+                        path=path,
+                        steps=epoch_of(saved),
+                        error=error,
+                    )
+                )
         self._act(LoadScheduler(live, state, path, groups=groups))
         for key in changed:
             if key.rpartition(".")[2] not in _DERIVED:
@@ -439,8 +455,10 @@ def _keep_metadata(found: Any, mine: Any, saved: Any) -> None:
     if isinstance(said, Mapping) and isinstance(own, Mapping):
         pairs = names.matched([f"{n}." for n in own], [f"{n}." for n in said])
         if pairs is not None:
-            said = {here.removesuffix("."): said[there.removesuffix(".")]
-                    for here, there in pairs.items()}  # fmt: skip
+            said = {
+                here.removesuffix("."): said[there.removesuffix(".")]
+                for here, there in pairs.items()
+            }
         found._metadata = OrderedDict(said)
 
 

@@ -347,5 +347,8 @@ class LoadModule(LoadObject):
 
 
 def _refused(path: str, error: Exception) -> str:
-    return _("{path} refused its state from the checkpoint ({error}); nothing was changed.",
-             path=path, error=f"{type(error).__name__}: {error}")  # fmt: skip
+    return _(
+        "{path} refused its state from the checkpoint ({error}); nothing was changed.",
+        path=path,
+        error=f"{type(error).__name__}: {error}",
+    )

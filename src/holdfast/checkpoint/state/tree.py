@@ -273,9 +273,13 @@ class _Normaliser:
         if isinstance(value, int):
             if value.bit_length() > _LONGEST_INT:
                 raise UnsupportedValue(
-                    _("{path} is an integer of {bits} bits; torch.load reads at most {most}.",
-                      path=path, bits=value.bit_length(), most=_LONGEST_INT)
-                )  # fmt: skip
+                    _(
+                        "{path} is an integer of {bits} bits; torch.load reads at most {most}.",
+                        path=path,
+                        bits=value.bit_length(),
+                        most=_LONGEST_INT,
+                    )
+                )
             return int.__index__(value)
         if isinstance(value, float):
             return float.__float__(value)
@@ -321,9 +325,13 @@ class _Normaliser:
             return set(items)
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise UnsupportedValue(
-            _("{path} is a {kind}, which a checkpoint cannot hold; give it a state_dict() "
-              "or store plain values and tensors.", path=path or "state", kind=kind)
-        )  # fmt: skip
+            _(
+                "{path} is a {kind}, which a checkpoint cannot hold; give it a state_dict() "
+                "or store plain values and tensors.",
+                path=path or "state",
+                kind=kind,
+            )
+        )
 
     def _mapping(self, value: Mapping[Any, Any], path: str) -> Any:
         ordered = isinstance(value, OrderedDict)
@@ -347,9 +355,12 @@ class _Normaliser:
         if not _is_dense(value):
             kind = f"{type(value).__name__} ({value.layout}, {value.dtype}, {value.device})"
             raise UnsupportedValue(
-                _("{path} is a {kind}; only plain dense tensors can be saved.", path=path,
-                  kind=kind)
-            )  # fmt: skip
+                _(
+                    "{path} is a {kind}; only plain dense tensors can be saved.",
+                    path=path,
+                    kind=kind,
+                )
+            )
         if value.requires_grad:
             value = value.detach()
         if value.is_conj() or value.is_neg():
@@ -364,9 +375,14 @@ class _Normaliser:
             self.slices[key] = known
         elif known.dtype != value.dtype:
             raise UnsupportedValue(
-                _("{path} views the memory of another tensor as a different dtype ({a}, {b}); "
-                  "save one of them, or a clone.", path=path, a=value.dtype, b=known.dtype)
-            )  # fmt: skip
+                _(
+                    "{path} views the memory of another tensor as a different dtype ({a}, {b}); "
+                    "save one of them, or a clone.",
+                    path=path,
+                    a=value.dtype,
+                    b=known.dtype,
+                )
+            )
         elif start < stop:
             if storage.nbytes() > known.source.nbytes():
                 known.source = storage  # two tensors over one address, as torch.from_numpy makes
@@ -387,9 +403,12 @@ class _Normaliser:
             tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
         except (TypeError, ValueError) as error:
             raise UnsupportedValue(
-                _("{path} is a NumPy array of {dtype}, which torch does not know.", path=path,
-                  dtype=value.dtype)
-            ) from error  # fmt: skip
+                _(
+                    "{path} is a NumPy array of {dtype}, which torch does not know.",
+                    path=path,
+                    dtype=value.dtype,
+                )
+            ) from error
         known = self.slices.get((tensor.device, tensor.data_ptr()))
         return tensor.clone() if known is not None and known.dtype != tensor.dtype else tensor
 

@@ -398,8 +398,13 @@ def _copy_in_kernel(source: int, target: int) -> bool:
         try:
             count = os.copy_file_range(source, target, size - done, done, done)
         except OSError as error:
-            if done == 0 and error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS,
-                                             errno.EOPNOTSUPP, errno.EPERM):  # fmt: skip
+            if done == 0 and error.errno in (
+                errno.EXDEV,
+                errno.EINVAL,
+                errno.ENOSYS,
+                errno.EOPNOTSUPP,
+                errno.EPERM,
+            ):
                 return False
             raise
         done += _written(count)

@@ -148,13 +148,20 @@ class FileLock:
         directory, owner = self.path.parent, self._owner()
         if owner == _("this process"):
             return RunLocked(
-                _("{directory} is in use by this process already. Close what works there, or "
-                  "choose another directory.", directory=directory)
-            )  # fmt: skip
+                _(
+                    "{directory} is in use by this process already. Close what works there, or "
+                    "choose another directory.",
+                    directory=directory,
+                )
+            )
         return RunLocked(
-            _("Another process works in {directory} ({owner}). Stop it, or choose another "
-              "directory.", directory=directory, owner=owner)
-        )  # fmt: skip
+            _(
+                "Another process works in {directory} ({owner}). Stop it, or choose another "
+                "directory.",
+                directory=directory,
+                owner=owner,
+            )
+        )
 
     def _owner(self) -> str:
         """Who wrote the lock file last."""
@@ -163,8 +170,12 @@ class FileLock:
         try:
             owner = json.loads(self.path.read_text())
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
-            return _("process {pid} on {host}, since {since}", pid=owner["pid"],
-                     host=owner["host"], since=since)  # fmt: skip
+            return _(
+                "process {pid} on {host}, since {since}",
+                pid=owner["pid"],
+                host=owner["host"],
+                since=since,
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return _("unknown process")
 

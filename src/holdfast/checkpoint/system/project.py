@@ -47,13 +47,27 @@ class Question:
             return
         # Nothing is written; of what the repository's configuration names only content filters
         # (git-lfs and the like) may be started, for files that were changed: git has no switch.
-        words = [git, "--no-optional-locks", "-c", "core.fsmonitor=false", "status", "--branch",
-                 "--porcelain=v2", "--untracked-files=no", "--ignore-submodules=all"]  # fmt: skip
+        words = [
+            git,
+            "--no-optional-locks",
+            "-c",
+            "core.fsmonitor=false",
+            "status",
+            "--branch",
+            "--porcelain=v2",
+            "--untracked-files=no",
+            "--ignore-submodules=all",
+        ]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(
-                words, cwd=self._directory, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, timeout=LIMIT, check=True,
-            )  # fmt: skip
+                words,
+                cwd=self._directory,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                timeout=LIMIT,
+                check=True,
+            )
             self._answer = _parse(done.stdout.decode("utf-8", "replace"))
 
 

@@ -132,7 +132,11 @@ def check_space(directory: Path, needed: int, *, spare: int = 0) -> None:
     free = filesystem.free_bytes(directory)
     if free + spare < needed + RESERVE:
         raise ResourceError(
-            _("The disk of {directory} has {free} MB free; the next checkpoint needs {needed} MB. "
-              "Free some space, or keep fewer checkpoints.", directory=directory, free=free >> 20,
-              needed=(needed + RESERVE) >> 20)
-        )  # fmt: skip
+            _(
+                "The disk of {directory} has {free} MB free; the next checkpoint needs {needed} MB. "
+                "Free some space, or keep fewer checkpoints.",
+                directory=directory,
+                free=free >> 20,
+                needed=(needed + RESERVE) >> 20,
+            )
+        )

@@ -50,8 +50,11 @@ class Slot:
         if _libc is not None:
             for start in range(0, size, _PREFAULT):
                 part = min(_PREFAULT, size - start)
-                _libc.madvise(ctypes.c_void_p(self.address + start), ctypes.c_size_t(part),
-                              _MADV_POPULATE_WRITE)  # fmt: skip
+                _libc.madvise(
+                    ctypes.c_void_p(self.address + start),
+                    ctypes.c_size_t(part),
+                    _MADV_POPULATE_WRITE,
+                )
 
     def pin(self) -> None:
         """Let a GPU copy straight into the buffer. Costs a second per some GiB; done once."""
