@@ -45,7 +45,7 @@ class ForeignCheckpoint(CheckpointError):
 
 
 class UnsupportedValue(CheckpointError):
-    """A state holds a value that cannot be saved so that everybody can load it again."""
+    """A state holds a value that cannot be saved so that any program can load it again."""
 
 
 class StateMismatch(CheckpointError):

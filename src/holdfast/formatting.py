@@ -52,7 +52,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_age(seconds: float) -> str:
-    """How long ago, in the one unit that matters, rounded down: 12 s, 3 min, 5 h, 12 d, 2 y."""
+    """Format an age in the one unit that matters, rounded down: 12 s, 3 min, 5 h, 12 d, 2 y."""
     if not math.isfinite(seconds):
         return NOTHING
     whole = max(0, int(seconds))

@@ -101,7 +101,7 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def is_state_once_given(value: Any) -> bool:
-    """Whether `value` looks like what an optimizer's or a scheduler's `state_dict()` has given."""
+    """Return True if `value` looks like the `state_dict()` of an optimizer or a scheduler."""
     forms = ({"state", "param_groups"}, {"last_epoch", "_step_count"})
     return isinstance(value, Mapping) and any(form <= value.keys() for form in forms)
 

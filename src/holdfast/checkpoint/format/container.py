@@ -4,7 +4,7 @@ Only bytes live here: no torch, no pickle, no names of directories. `docs/en/for
 the format; this module, layout.py and image.py are the one place that implements it.
 
     checkpoint/data/0 … data/N     one record a storage, aligned
-    checkpoint/data.pkl            for everybody else's `torch.load`; we never unpickle it
+    checkpoint/data.pkl            for other programs' `torch.load`; we never unpickle it
     checkpoint/byteorder, version  what torch expects beside it
     checkpoint/holdfast.json       the manifest: identity, records with checksums, tensors, values
     central directory, end record  with a comment of fixed length that says where the manifest is
@@ -157,7 +157,7 @@ class Reader:
         return self._pread(record.offset + start, size)
 
     def is_mostly_cached(self) -> bool:
-        """Whether most of the file is in the page cache, so that it is best read from there."""
+        """Return True if most of the file is in the page cache: it is best read from there."""
         return self._file.is_mostly_cached(reading.sample_pages(self.size))
 
     def forget_cached(self) -> None:

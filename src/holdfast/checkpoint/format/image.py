@@ -64,7 +64,7 @@ class Blueprint:
         return _text(self.manifest, records).ljust(self.slot.size, b" ")
 
     def ending(self, records: Sequence[Record]) -> tuple[bytes, bytes, bytes]:
-        """What follows the last of `records`: the manifest's header, the manifest, the tail."""
+        """Return what follows the last record: the manifest's header, the manifest, the tail."""
         text = self.text(records)
         crc32, xxh3 = checksums(text)
         slot = replace(self.slot, crc32=crc32, xxh3=xxh3)

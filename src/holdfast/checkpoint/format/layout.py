@@ -1,4 +1,4 @@
-"""Where every byte of the file that is not payload stands, and what it must be.
+"""Compute the place and the value of every byte of the file that is not payload.
 
 A ZIP of stored records: local headers padded so that payloads are aligned, the central directory,
 the end records with a comment of fixed length. All of it is a pure function of (name, size, CRC-32)

@@ -153,14 +153,14 @@ class File:
         return got
 
     def is_mostly_cached(self, pages: Sequence[int]) -> bool:
-        """Whether the page cache has most of the file, judged by some of its `pages` (offsets); yes
-        where the system cannot say, or where there is no way past the cache."""
+        """Return True if the page cache has most of the file, judged by some of its `pages`
+        (offsets); also where the system cannot say, or where there is no way past the cache."""
         if not self.open_direct() or not hasattr(os, "RWF_NOWAIT"):
             return True
         return sum(map(self.is_cached, pages)) > len(pages) // 2
 
     def is_cached(self, offset: int) -> bool:
-        """Whether the page cache has the page at `offset`, asked without waiting for the disk.
+        """Return True if the page cache has the page at `offset`, without waiting for the disk.
 
         It will have it afterwards, so ask for another one next time. Asking for many at once would
         have all of them read ahead.

@@ -1,4 +1,4 @@
-"""What the user has configured, told apart from what training has made of it.
+"""Tell what the user has configured apart from what training has made of it.
 
 One rule for optimizers and schedulers: a setting that the user has configured differently from
 what was configured at the save takes effect; everything else is as it was saved. What is configured

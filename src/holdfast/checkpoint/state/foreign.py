@@ -27,7 +27,7 @@ _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint of ours (verified) or in anybody's `.pt` (safely read).
+    """Return the weights in a checkpoint of ours (verified) or in any other `.pt` (safely read).
 
     Raises `CheckpointError` with the reason where there are none that can be trusted.
     """
@@ -88,7 +88,7 @@ def load_foreign(source: str | os.PathLike[str]) -> Any:
         raise _damaged(path, error) from error
 
 
-# What zipfile and torch.load raise over a file that somebody or something has changed.
+# What zipfile and torch.load raise over a file that has been changed.
 _FAILURES = (
     RuntimeError,
     ValueError,

@@ -114,8 +114,8 @@ def plan(state: Any, saved: Any, *, strict: bool = True) -> SetGradients:
     if left and strict:
         raise StateMismatch(
             _(
-                "The checkpoint was saved between two micro-batches, and its gradient of {name} has "
-                "no place here; nothing was changed.",
+                "The checkpoint was saved between two micro-batches, and its gradient of {name} "
+                "has no place here; nothing was changed.",
                 name=min(left),
             )
         )

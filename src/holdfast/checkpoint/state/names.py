@@ -23,7 +23,7 @@ from holdfast.i18n import _
 _CERTAIN = "_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 _CERTAIN_PART = re.compile(rf"(?:(?<=^)|(?<=[./]))(?:{_CERTAIN})\.")
 _ANY_PART = re.compile(rf"(?:(?<=^)|(?<=[./]))(?:{_CERTAIN}|module)\.")
-_has_words = re.compile(rf"(?:{_CERTAIN}|module)\.").search  # in many names at once, or in vain
+_has_words = re.compile(rf"(?:{_CERTAIN}|module)\.").search  # one search over many names
 _MODULE_PART = re.compile(r"(?:(?<=^)|(?<=[./]))module\.")
 _SEARCHED = 1000  # entries of a container that is searched for optimizers and schedulers
 _ATOMS = {type(None), bool, int, float, str, torch.Tensor, torch.nn.Parameter}

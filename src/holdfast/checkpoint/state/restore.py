@@ -1,4 +1,4 @@
-"""What a training state is: live objects and values, and what restoring them will change.
+"""Plan what restoring a training state changes in live objects and values.
 
 A state is a mapping (nested at will) of objects with `state_dict`/`load_state_dict`, tensors and
 plain values. Restoring first checks that everything fits, without touching anything; then staged
@@ -564,7 +564,7 @@ def _like(live: Any, saved: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether `value` holds no object or tensor that is restored in place."""
+    """Return True if `value` holds no object or tensor that is restored in place."""
     if any(hasattr(value, method) for method in ("load_state_dict", "state_dict")):
         return False
     if stream_of(value) is not None:
@@ -577,7 +577,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_like_torch(optimizer: Optimizer) -> bool:
-    """Whether its state is kept as torch keeps it, so that we can put it there ourselves."""
+    """Return True if its state is kept as torch keeps it, so that we can put it there ourselves."""
     kind = type(optimizer)
     return (
         kind.load_state_dict is Optimizer.load_state_dict
@@ -586,7 +586,7 @@ def _is_like_torch(optimizer: Optimizer) -> bool:
 
 
 def _is_memory_of(module: torch.nn.Module, values: Sequence[Any]) -> bool:
-    """Whether `values` are the module's own memory, so that writing into them changes it."""
+    """Return True if `values` are the module's own memory: writing into them changes it."""
     own = {
         tensor.untyped_storage().data_ptr()
         for tensor in itertools.chain(module.parameters(), module.buffers())

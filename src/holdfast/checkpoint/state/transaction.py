@@ -28,7 +28,7 @@ EXCHANGE_ELEMENTS = 1 << 20  # bounds the scratch memory of an exchange
 
 @dataclass(slots=True)
 class Transaction:
-    """Everything that restoring will change, in order: all of it happens, or none."""
+    """The changes of a restore, in order: all of them happen, or none."""
 
     acts: list[Act] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 Saving goes through `normalise`: it turns a nested state into what `torch.load(weights_only=True)`
 can read back, or refuses with the path of the value. From that one tree come both the pickle for
-everybody else (here) and the JSON that our own reader builds objects from (codec.py).
+other programs (here) and the JSON that our own reader builds objects from (codec.py).
 """
 
 from __future__ import annotations

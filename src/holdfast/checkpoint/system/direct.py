@@ -28,7 +28,7 @@ WriteAll = Callable[[int, memoryview, int], None]
 
 
 def is_aligned(buffer: memoryview) -> bool:
-    """Whether `buffer` begins on a page of memory and is made of whole ones."""
+    """Return True if `buffer` begins on a page of memory and has whole pages only."""
     if buffer.readonly or not buffer.c_contiguous or not buffer.nbytes or buffer.nbytes % PAGE:
         return False
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % PAGE == 0

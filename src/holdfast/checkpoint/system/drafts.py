@@ -49,7 +49,7 @@ def sweep(parent: Path, prefix: str) -> None:
 
 
 def left(parent: Path, prefix: str) -> list[Path]:
-    """What lies in `parent` as `<prefix><process>-…` and no process uses any more."""
+    """Return the drafts `<prefix><process>-…` in `parent` that no process uses any more."""
     with contextlib.suppress(OSError):
         return [
             path

@@ -37,7 +37,7 @@ _seek_lock = threading.Lock()
 
 
 def disabled(fast_path: str) -> bool:
-    """Whether somebody has switched this fast path off."""
+    """Return True if `HOLDFAST_DISABLE` switches this fast path off."""
     return fast_path in os.environ.get("HOLDFAST_DISABLE", "").split(",")
 
 
@@ -247,7 +247,7 @@ def publish(source: Path, name: Path, *, copy: bool = True) -> str:
 
 
 def same_data(a: Path, b: Path) -> bool:
-    """Whether two names are links to one inode."""
+    """Return True if two names are links to one inode."""
     try:
         return a.samefile(b)
     except FileNotFoundError:

@@ -40,8 +40,10 @@ class Follower:
         self.more = False  # whether there is more than the last look took in: look again
 
     def new(self) -> list[dict[str, Any]]:
-        """What the lines hold that have come, or the first of many; nothing where there is no file.
-        Raises OSError as it comes: the next look then takes in what this one would have."""
+        """Return the objects of the new lines, or of the first of many; none without a file.
+
+        Raises OSError as it comes: the next look then takes in what this one would have.
+        """
         return [value for value in objects(self.lines()) if _sane(value)]
 
     def lines(self) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Who works in a run directory: one process, by a lock that the kernel drops when its owner dies.
+"""Lock a run directory for one process. The kernel drops the lock when its owner dies.
 
 The lock belongs to the open file: reading, copying or uploading the lock file does not drop it, as
 it would a POSIX record lock. But a forked child inherits the open file, and a data-loader worker
@@ -62,12 +62,12 @@ class FileLock:
 
     @property
     def held(self) -> bool:
-        """Whether this process holds the lock through this object; a forked child does not."""
+        """True while this process holds the lock through this object; False in a forked child."""
         return self._fd >= 0 and self._pid == os.getpid()
 
     @property
     def in_place(self) -> bool:
-        """Whether the file that is locked is still the one at the path; looked at, not opened."""
+        """Return True if the locked file is still the one at the path. Nothing is opened."""
         return _key_of(self.path) == self._key
 
     @property
@@ -164,7 +164,7 @@ class FileLock:
         )
 
     def _owner(self) -> str:
-        """Who wrote the lock file last."""
+        """Return the process that wrote the lock file last."""
         if self.in_this_process:
             return _("this process")
         try:

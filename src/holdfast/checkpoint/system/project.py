@@ -1,4 +1,4 @@
-"""Which source code trains here: the git state of the directory that the process was started in.
+"""Ask git for the state of the directory that the process was started in: the code that trains.
 
 Asked once a process, in the background, and never waited for longer than a moment: what a save does
 not know yet it leaves out. Where there is no git work tree nothing is run. No torch here.
@@ -19,7 +19,7 @@ _PATIENCE = 0.1  # seconds that one save of a process waits for the answer, all 
 
 
 class Question:
-    """What git says of `directory`, as soon as it has said it."""
+    """A question to git about `directory`, and its answer as soon as it is there."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -78,7 +78,7 @@ def _is_work_tree(directory: Path) -> bool:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """What `git status --porcelain=v2 --branch` has printed."""
+    """Parse what `git status --porcelain=v2 --branch` printed."""
     found: dict[str, Any] = {"commit": None, "branch": None, "dirty": False}
     for line in text.splitlines():
         if line.startswith("# branch.oid "):

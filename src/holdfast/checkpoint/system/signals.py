@@ -133,8 +133,8 @@ def check_space(directory: Path, needed: int, *, spare: int = 0) -> None:
     if free + spare < needed + RESERVE:
         raise ResourceError(
             _(
-                "The disk of {directory} has {free} MB free; the next checkpoint needs {needed} MB. "
-                "Free some space, or keep fewer checkpoints.",
+                "The disk of {directory} has {free} MB free; the next checkpoint needs {needed} "
+                "MB. Free some space, or keep fewer checkpoints.",
                 directory=directory,
                 free=free >> 20,
                 needed=(needed + RESERVE) >> 20,

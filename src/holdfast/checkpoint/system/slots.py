@@ -95,7 +95,7 @@ class Slot:
         """The content is the whole snapshot that `manifest` describes, checksums included."""
 
     def discard(self) -> None:
-        """Nobody will want the content any more, not even after a crash."""
+        """Give the content up: it is not needed any more, not even after a crash."""
 
 
 def available_memory() -> int:

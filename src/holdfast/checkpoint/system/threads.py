@@ -1,10 +1,10 @@
 """Several threads at one piece of work, for as long as it takes; and threads that step back.
 
 Not an executor's: those refuse new work once the main thread has ended, and a save that is under
-way then is still to be finished. Not `threading.Thread` either: whoever calls its `start` waits
-until the thread has begun, for ever where that dies of a lack of memory before its first line.
-Where no thread can be had the caller does the work itself: nothing here waits for a thread that has
-not begun.
+way then is still to be finished. Not `threading.Thread` either: its `start` waits until the
+new thread has begun, and blocks forever if that dies for lack of memory before its first line.
+Without a new thread the caller does the work itself: nothing here waits for a thread that has not
+begun.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ _THIS_THREAD, _BEST_EFFORT, _LOWEST = 1, 2 << 13, 7  # linux/ioprio.h
 
 
 def yield_the_disk() -> bool:
-    """Let the reads and writes of this thread, and of those that it starts, come after everybody
-    else's, where the disk's scheduler knows priorities; whether the system has taken note."""
+    """Give the reads and writes of this thread, and of those that it starts, the lowest priority.
+
+    Return True if the system accepts it. Not every disk scheduler knows priorities.
+    """
     number = _IOPRIO_SET.get(platform.machine())
     if not sys.platform.startswith("linux") or number is None:
         return False
@@ -40,7 +42,7 @@ def yield_the_disk() -> bool:
 
 
 class Helper:
-    """`work()` in a thread of its own, which nobody has to wait for before it has begun.
+    """Run `work()` in a new thread without waiting for it to start.
 
     Raises `RuntimeError` or `MemoryError` where the system gives no thread.
     """
@@ -53,7 +55,7 @@ class Helper:
 
     @property
     def busy(self) -> bool:
-        """Whether it has begun and is not done."""
+        """True if it has begun and is not done."""
         return self._begun and not self._over
 
     def begins(self, patience: float) -> bool:
@@ -71,7 +73,7 @@ class Helper:
             self._change.wait_for(lambda: self._over)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it is done within `seconds`."""
+        """Wait up to `seconds`; return True if it is done."""
         with self._change:
             return self._change.wait_for(lambda: self._over, seconds)
 
@@ -86,8 +88,8 @@ class Helper:
             assert work is not None, "it is done once"
             work()
         finally:
-            # Let go before anybody is told: the thread ends a moment later than the work, and
-            # would hold what it worked on, a state in memory, until then.
+            # Drop the reference before waiters are told: the thread ends a moment later than the
+            # work, and would keep a state in memory until then.
             work = None
             with self._change:
                 self._over = True
@@ -187,7 +189,7 @@ def together(
     try:
         for helper in helpers:
             helper.finish()
-    except BaseException:  # an interrupt: nobody may work on what the caller gives up
+    except BaseException:  # an interrupt: no thread may work on what the caller gives up
         stop()
         for helper in helpers:
             helper.finish()
