@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.checkpoint.format import reading
-from holdfast.checkpoint.format.reading import CHUNK, OWN_PAGES, File, Part, cut, own_pages, run
+from holdfast.checkpoint.format.reading import CHUNK, OWN_PAGES, File, Part, own_pages, run
 from holdfast.checkpoint.system import direct, filesystem
 from holdfast.checkpoint.system.pages import PAGE
 
@@ -152,31 +152,6 @@ def test_every_part_gets_its_bytes_in_order(
             assert taken == expected
             assert part.buffer is None or part.buffer == expected
     file.close()
-
-
-def test_pieces_are_aligned_and_bounded_and_cover_every_part_once() -> None:
-    seed = random.randrange(1 << 32)
-    print("seed", seed)
-    rng = random.Random(seed)
-    for _round in range(20):
-        parts = [part for part, _taken in random_parts(rng, 40 << 20)]
-        at = {id(part): part.start for part in parts}
-        cursor = 0
-        for pieces in cut(parts):
-            assert pieces[0].start // CHUNK == (pieces[-1].stop - 1) // CHUNK
-            assert pieces[0].start >= cursor, "no page is read twice"
-            cursor = pieces[0].start
-            for piece in pieces:
-                assert piece.start == cursor
-                assert piece.start % PAGE == piece.stop % PAGE == 0
-                assert piece.target is None or piece.target.nbytes == piece.stop - piece.start
-                cursor = piece.stop
-                for part, start, stop in piece.shares:
-                    assert piece.start <= start
-                    assert stop <= piece.stop
-                    assert at[id(part)] == start < stop
-                    at[id(part)] = stop
-        assert all(at[id(part)] == part.stop for part in parts)
 
 
 def test_what_is_not_cached_is_read_past_the_cache(

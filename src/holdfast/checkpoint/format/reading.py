@@ -229,6 +229,8 @@ def grouped(parts: Iterable[Part]) -> list[list[Part]]:
     one thread. A part with a body of its own ends its group."""
     groups: list[list[Part]] = [[]]
     for part in parts:
+        if part.start == part.stop:
+            continue
         groups[-1].append(part)
         if part.stop - groups[-1][0].start >= CHUNK or part.body > part.start:
             groups.append([])
