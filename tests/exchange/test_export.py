@@ -326,39 +326,22 @@ def test_wrong_questions_are_answered_in_one_line(
     assert list(inside.iterdir()) == []
 
 
-def test_what_is_there_stays_unless_it_is_an_export_of_ours(run: Path, inside: Path) -> None:
+def test_what_is_there_stays(run: Path, inside: Path) -> None:
     place = inside / "hf"
     place.mkdir()
     (place / "mine.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="is there already"):
-        export(str(run), "safetensors", out=str(place))
-    with pytest.raises(ConfigError, match="no export of holdfast"):
-        export(str(run), "safetensors", out=str(place), force=True)
-    assert (place / "mine.txt").read_text() == "mine"
-    (place / "mine.txt").unlink()
-    export(str(run), "safetensors", out=str(place), force=True)  # it is empty
-    before = (place / "model.safetensors").stat().st_ino
-    with pytest.raises(ConfigError, match="--force"):
-        export(str(run), "safetensors", out=str(place))
-    export(str(run), "safetensors", out=str(place), force=True)
-    assert (place / "model.safetensors").stat().st_ino != before
-    with pytest.raises(ConfigError, match="is a directory"):
-        export(str(run), "weights", out=str(place), force=True)
     file = inside / "a-file"
     file.write_text("of an earlier export")
-    export(str(run), "safetensors", out=str(file), force=True)
+    for there in (place, file, run / "latest.pt"):
+        with pytest.raises(ConfigError, match="is there already"):
+            export(str(run), "safetensors", out=str(there))
+    with pytest.raises(ConfigError, match="is a directory"):
+        export(str(run), "weights", out=str(place))
+    assert (place / "mine.txt").read_text() == "mine"
+    (place / "mine.txt").unlink()
+    export(str(run), "safetensors", out=str(place))  # it is empty
     assert sorted(path.name for path in inside.iterdir()) == ["a-file", "hf"]
-    assert (file / "model.safetensors").is_file()
-
-
-def test_force_spares_the_source_and_the_checkpoints_of_a_run(run: Path, inside: Path) -> None:
-    alone = inside / "alone.pt"
-    shutil.copy(run / "model_epoch_1.pt", alone)
-    for source, place in ((run, run / "latest.pt"), (alone, alone), (alone, run / "model.pt")):
-        before = place.read_bytes()
-        with pytest.raises(ConfigError, match="a file of a run"):
-            export(str(source), "weights", out=str(place), force=True)
-        assert place.read_bytes() == before
+    assert (place / "model.safetensors").is_file()
 
 
 def test_no_room_is_known_before_anything_is_written(

@@ -335,7 +335,7 @@ def test_nothing_is_left_where_it_goes_wrong_late(
 def test_where_something_is_already_nothing_is_touched(tmp_path: Path) -> None:
     done = import_form(tmp_path, Stranger("gpt2").train(1), "model")
     before = sorted((p.name, p.stat().st_mtime_ns) for p in done.run.iterdir())
-    with pytest.raises(ConfigError, match="is not empty"):
+    with pytest.raises(ConfigError, match="is there already"):
         import_model(str(tmp_path / "theirs.pt"), str(done.run))
     with pytest.raises(ConfigError, match="is a run already"):
         import_model(str(done.run), str(tmp_path / "other"))

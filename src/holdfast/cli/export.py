@@ -1,21 +1,18 @@
 """The command line of export and import: arguments and printing.
 
-What is written and read lives in holdfast.serving, imported where it is used: `--help` needs no
+What is written and read lives in holdfast.exchange, imported where it is used: `--help` needs no
 torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from rich.cells import set_cell_size
-
 from holdfast.cli import common
-from holdfast.formatting import format_bytes, wrap_cells
+from holdfast.cli.progress import ProgressLine
+from holdfast.formatting import wrap_cells
 from holdfast.i18n import N_, _
 from holdfast.manage.table import Screen, printable
 
@@ -44,15 +41,13 @@ def run_export(argv: Sequence[str], prog: str) -> int:
     )
     parser.add_argument("--dtype", metavar="fp32|bf16|fp16",
                         help=_("of the weights (default: as they were saved)"))  # fmt: skip
-    parser.add_argument("--force", action="store_true",
-                        help=_("replace an export that is there"))  # fmt: skip
     given = parser.parse_args(argv)
     from holdfast.exchange.export import export
 
-    line = StageLine()
+    line = ProgressLine()
     try:
         done = export(given.source, given.to, out=given.out, dtype=given.dtype,
-                      force=given.force, progress=line.show)  # fmt: skip
+                      progress=line.note)  # fmt: skip
     finally:
         line.clear()
     if given.json:
@@ -67,11 +62,11 @@ def run_import(argv: Sequence[str], prog: str) -> int:
     given = _import_parser(prog).parse_args(argv)
     from holdfast.exchange.importing import import_model
 
-    line = StageLine()
+    line = ProgressLine()
     try:
         done = import_model(
             given.source, given.out, tokenizer=given.tokenizer, model_config=given.model_config,
-            context_length=given.context_length, progress=line.show,
+            context_length=given.context_length, progress=line.note,
         )  # fmt: skip
     finally:
         line.clear()
@@ -122,38 +117,6 @@ def _fitting(lines: Iterable[str]) -> Iterator[str]:
         pieces = [text] if width is None else wrap_cells(text, max(20, width - len(indent) - 2))
         for number, piece in enumerate(pieces):
             yield indent + ("  " if number else "") + piece
-
-
-class StageLine:
-    """The last line of a terminal (stderr): what is being done now. Nothing in a pipe."""
-
-    def __init__(self) -> None:
-        self._active = sys.stderr.isatty()
-        self._lock = threading.Lock()  # a thread that watches a file tells of it, too
-
-    def show(self, label: str, done: int, total: int) -> None:
-        """Paint `label`, with `done` of `total` bytes where there is a total."""
-        text = printable(label) + " …"
-        if total:
-            text += f"  {done / total:4.0%}  {format_bytes(done)}/{format_bytes(total)}"
-        self._write("\r\x1b[K" + set_cell_size(text, _width() - 1).rstrip())
-
-    def clear(self) -> None:
-        """Make room for what is printed next."""
-        self._write("\r\x1b[K")
-
-    def _write(self, text: str) -> None:
-        if self._active:
-            with self._lock:
-                sys.stderr.write(text)
-                sys.stderr.flush()
-
-
-def _width() -> int:
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except OSError:
-        return 80
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {

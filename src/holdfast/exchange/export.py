@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from holdfast.checkpoint.rundir import EVENTS
 from holdfast.checkpoint.state import load_weights
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import ConfigError, ForeignCheckpoint
@@ -24,14 +23,11 @@ from holdfast.exchange import export_check as checking
 from holdfast.exchange import export_formats as formats
 from holdfast.exchange import export_onnx, export_raw, model_card
 from holdfast.exchange.target import (
-    MARK,
-    Progress,
     check_room,
     check_target,
     files_of,
     interruptible,
     making,
-    watched,
 )
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import _
@@ -53,6 +49,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SAME = 1e-5
 ALLOWED = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
 
+_MARK = "holdfast.json"  # in every folder of ours: what was exported, and how it was checked
 _OVERHEAD = 32 << 20  # bytes beside the weights: tokenizer, graph, manifest
 
 
@@ -103,20 +100,17 @@ class Exported:
         }
 
 
-def _silent(_label: str, _done: int, _total: int) -> None:
-    pass
-
-
 def export(
     source: str,
     form: str,
     *,
     out: str | None = None,
     dtype: str | None = None,
-    force: bool = False,
-    progress: Progress = _silent,
+    progress: Callable[[str], object] = str,
 ) -> Exported:
     """Export the checkpoint `source` (a run directory stands for its best one) as `form`.
+
+    `progress` is told what is being done.
 
     Raises ConfigError for what cannot be asked for, CheckpointError for a checkpoint that cannot be
     read, ResourceError where there is no room, Deviation where the export does not compute what was
@@ -126,11 +120,11 @@ def export(
     path, _entry = find_checkpoint(source)
     target = Path(out) if out else default_target(source, form)
     if form == "weights" and target.is_dir():
-        raise ConfigError(_("{path} is a directory, and --to weights makes one file: name it with "
-                            "--out.", path=target))  # fmt: skip
-    check_target(target, force=force)
-    _spare_checkpoints(target, path)
-    job = _Job(path, form, target, dtype, force, progress, time.monotonic())
+        told = _("{path} is a directory, and --to weights makes one file: name it with --out.",
+                 path=target)  # fmt: skip
+        raise ConfigError(told)
+    check_target(target)
+    job = _Job(path, form, target, dtype, progress, time.monotonic())
     with interruptible(_("Stopped; nothing was exported.")):
         try:
             return job.export_model()
@@ -139,20 +133,6 @@ def export(
                 load_weights(path)  # a file without weights is told as that
                 raise _only_weights(error, path) from error
         return job.export_tensors()
-
-
-def _spare_checkpoints(target: Path, source: Path) -> None:
-    """Raise ConfigError where --force would replace what the export is made of, or what a run
-    resumes from."""
-    if not target.is_file():
-        return
-    if target.samefile(source) or any(
-        (folder / EVENTS).is_file() for folder in target.absolute().parents[:2]
-    ):
-        raise ConfigError(
-            _("{path} is a checkpoint or a file of a run, so --force does not replace it. Choose "
-              "another --out.", path=target)
-        )  # fmt: skip
 
 
 class _NoModel(ForeignCheckpoint):
@@ -202,8 +182,7 @@ class _Job:
     form: str
     target: Path
     dtype: str | None
-    force: bool
-    progress: Progress
+    progress: Callable[[str], object]
     began: float
 
     def export_model(self) -> Exported:
@@ -211,7 +190,7 @@ class _Job:
 
         One copy of the weights is in memory at a time: nobody else holds what is let go here.
         """
-        self.progress(_("loading"), 0, 0)
+        self.progress(_("loading"))
         try:
             loaded = load_for_inference(self.source, device="cpu")
         except ForeignCheckpoint as error:
@@ -221,7 +200,7 @@ class _Job:
         wanted = self.dtype or ("fp32" if self.form == "onnx" and saved == "bf16" else saved)
         size = sum(p.numel() for p in loaded.model.parameters()) * DTYPES[wanted].itemsize
         check_room(self.target, size + _OVERHEAD)
-        self.progress(_("asking the original"), 0, 0)
+        self.progress(_("asking the original"))
         parts = model_card.parts_of(loaded)
         data = model_card.data_of(loaded, parts)
         text = checking.text_for(loaded, data)
@@ -235,12 +214,12 @@ class _Job:
         if wanted != saved:
             loaded = dataclasses.replace(loaded, model=None)
             loaded = load_for_inference(self.source, device="cpu", dtype=DTYPES[wanted])
-        with making(self.target, folder=self.form != "weights", force=self.force) as draft:
-            with watched(_("writing"), draft, size, self.progress):
-                notes = self._write(loaded, draft, parts, card)
+        with making(self.target, folder=self.form != "weights") as draft:
+            self.progress(_("writing"))
+            notes = self._write(loaded, draft, parts, card)
             tokenizer = loaded.tokenizer
             del loaded
-            self.progress(_("reading back"), 0, 0)
+            self.progress(_("reading back"))
             found = self._read(draft, tokenizer)(text.ids)
             check = checking.compare(text, expected, found, self._allowed(saved, wanted))
             checking.insist(check)
@@ -253,10 +232,10 @@ class _Job:
         """Only the weights: of a file that does not say what its model is."""
         raw = export_raw.read(self.source, None if self.dtype is None else DTYPES[self.dtype])
         check_room(self.target, raw.nbytes + _OVERHEAD)
-        with making(self.target, folder=self.form != "weights", force=self.force) as draft:
-            with watched(_("writing"), draft, raw.nbytes, self.progress):
-                export_raw.write(raw, self.form, draft)
-            self.progress(_("reading back"), 0, 0)
+        with making(self.target, folder=self.form != "weights") as draft:
+            self.progress(_("writing"))
+            export_raw.write(raw, self.form, draft)
+            self.progress(_("reading back"))
             export_raw.insist_on_bits(raw, self.form, draft)
             if self.form != "weights":
                 self._mark(draft, {"step": raw.step, "tensors": len(raw.tensors)})
@@ -300,7 +279,7 @@ class _Job:
         return max(ALLOWED[saved], ALLOWED[wanted])
 
     def _mark(self, draft: Path, facts: Mapping[str, Any]) -> None:
-        filesystem.write_json(draft / MARK, {"holdfast": __version__, "to": self.form, **facts})
+        filesystem.write_json(draft / _MARK, {"holdfast": __version__, "to": self.form, **facts})
 
     def _done(
         self, dtype: str, step: int | None, check: checking.Check | None, tensors: int,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from holdfast.errors import ConfigError, StateMismatch
 from holdfast.exchange import export_check as checking
 from holdfast.exchange import importing_optimizer as optimizers
 from holdfast.exchange.importing_sources import Source, read_source
-from holdfast.exchange.target import Progress, check_room, check_target, interruptible, making
+from holdfast.exchange.target import check_room, check_target, interruptible, making
 from holdfast.formatting import format_seconds
 from holdfast.i18n import _
 from holdfast.training import models
@@ -85,10 +86,6 @@ class Imported:
         }
 
 
-def _silent(_label: str, _done: int, _total: int) -> None:
-    pass
-
-
 def import_model(
     source: str,
     out: str,
@@ -96,7 +93,7 @@ def import_model(
     tokenizer: str | None = None,
     model_config: str | None = None,
     context_length: int | None = None,
-    progress: Progress = _silent,
+    progress: Callable[[str], object] = str,
 ) -> Imported:
     """Make the run directory `out` of a Hugging Face directory or anybody's `.pt`.
 
@@ -104,21 +101,18 @@ def import_model(
     be read or does not fit; there is no run directory then.
     """
     path, run = Path(source), Path(out)
-    empty = run.is_dir() and not any(run.iterdir())
-    if run.exists() and not empty:
-        raise ConfigError(_("{path} is not empty: name a new run directory with --out.", path=run))
+    check_target(run)
     began = time.monotonic()
     with interruptible(_("Stopped; nothing was imported.")):
-        progress(_("loading"), 0, 0)
+        progress(_("loading"))
         found = read_source(path, model_config, tokenizer)
         words = _tokenizer_of(found, path)
         made = _Run(found, words, _configure(found, context_length, run))
-        check_target(run, force=empty)
         check_room(run, 2 * checkpoint_size(made.state, reserve=0))
-        progress(_("writing"), 0, 0)
-        with making(run, folder=True, force=empty) as draft:
+        progress(_("writing"))
+        with making(run, folder=True) as draft:
             reason = made.save(draft)
-            progress(_("reading back"), 0, 0)
+            progress(_("reading back"))
             check = _check(draft, found)
         return Imported(
             path, run, found.form, type(found.model).__name__,
