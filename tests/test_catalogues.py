@@ -22,6 +22,7 @@ from tests import catalogues
 # What has no Chinese character in Chinese either: a command, a unit as everybody writes it, and
 # what is put in brackets there.
 WITHOUT_CHINESE = {
+    "holdfast clean", "{rate} tokens/s", ", {bounds}",
     "--model-config {path}: {reason}",
 }  # fmt: skip
 
