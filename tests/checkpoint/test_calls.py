@@ -45,7 +45,7 @@ def test_a_state_that_is_no_dictionary(state: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [
     lambda: EverySteps(0), lambda: EverySteps(-3), lambda: EverySteps(2.5),  # type: ignore[arg-type]
     lambda: EverySteps("5"), lambda: EveryMinutes(-1), lambda: EveryMinutes("1"),  # type: ignore[arg-type]
-    lambda: RiskAware(fails_every=0), lambda: RiskAware(time_share=-0.1),
+    lambda: RiskAware(write_budget=-1), lambda: RiskAware(time_share=-0.1),
 ])  # fmt: skip
 def test_a_policy_that_cannot_be_meant(make: Any) -> None:
     with pytest.raises(ConfigError, match="it is a"):

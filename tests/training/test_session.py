@@ -16,7 +16,7 @@ import torch
 
 from holdfast import load
 from holdfast.checkpoint.manager import run_lock
-from holdfast.checkpoint.policy.risk import RiskAware
+from holdfast.checkpoint.policy import RiskAware
 from holdfast.checkpoint.policy.when import EveryMinutes, EverySteps
 from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.errors import (

@@ -27,7 +27,16 @@ from typing import Any, Literal
 import torch
 
 from holdfast.checkpoint import calls, ranks
-from holdfast.checkpoint.policy import AnyOf, KeepLast, KeepRollingTemps, Moment, Policy, SavePolicy
+from holdfast.checkpoint.policy import (
+    AnyOf,
+    Cost,
+    KeepLast,
+    KeepRollingTemps,
+    Moment,
+    Policy,
+    RiskAware,
+    SavePolicy,
+)
 from holdfast.checkpoint.records import PendingSave, Resumed, Saved
 from holdfast.checkpoint.rundir import (
     Catalog,
@@ -70,6 +79,7 @@ __all__ = [
 
 log = logging.getLogger("holdfast")
 
+_TOLD_AGAIN = 2.0  # an interval is news when it has changed by more than this factor
 _MOST_THREADS = 1024  # a manifest may say anything
 
 
@@ -161,6 +171,8 @@ class CheckpointManager:
         self._held: list[Callable[[], None]] = []  # what gives everything back, the last first
         self._open = self._superseded = False
         self._save_when = AnyOf(save_when)
+        self._by_cost = [policy for policy in save_when if isinstance(policy, RiskAware)]
+        self._interval = 0.0  # the last one that was told
         self._saver = Saver(
             self.catalog, state, metric=metric, lower_is_better=lower_is_better, rng=rng,
             reserve=reserve, max_unsafe=max_unsafe,
@@ -565,15 +577,13 @@ class CheckpointManager:
         self._reporter.deliver()
         saver.done(int(step), epoch, keep_streams=self._guard is not None)
         self._stop_if_asked(int(step), epoch)
-        measured = saver.stepped()
-        choice = self._save_when.learn(measured) if measured is not None else None
-        if choice is not None:
-            self._reporter.tell("interval", choice=choice)
+        saver.stepped()
+        self._tell_interval(saver.cost)
         last = max(saver.at, saver.asked_at)  # a full disk is not tried at every step
         improved = saver.improves(metrics)
         moment = Moment(
             step, time.monotonic(), saver.counted, last,
-            epoch, saver.epoch_of_last_save(epoch), improved,
+            epoch, saver.epoch_of_last_save(epoch), improved, saver.cost,
         )  # fmt: skip
         saver.look()
         due = self._save_when(moment) or (saver.owed and saver.writer.idle)
@@ -589,6 +599,16 @@ class CheckpointManager:
             self.prepare()
         saver.remember(step, epoch)
         return None
+
+    def _tell_interval(self, cost: Cost | None) -> None:
+        """Tell the interval that `RiskAware` chooses, once and when it changes by much."""
+        if cost is None or not self._by_cost:
+            return
+        choice = self._by_cost[0].choose(cost)
+        low, high = sorted((choice.interval, self._interval))
+        if high > _TOLD_AGAIN * low:
+            self._interval = choice.interval
+            self._reporter.tell("interval", choice=choice)
 
     def end_epoch(
         self, epoch: int, *, step: int, metrics: Mapping[str, float] | None = None

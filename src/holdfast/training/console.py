@@ -26,7 +26,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from holdfast.checkpoint.policy import risk
+from holdfast.checkpoint.policy import MOST_OFTEN, RAREST, TIME_BUDGET, WRITE_TIME, WRITES
 from holdfast.checkpoint.rundir import words
 from holdfast.formatting import format_age, format_bytes, format_seconds, parse_time
 from holdfast.i18n import _, encode_anything
@@ -344,12 +344,11 @@ class Console:
 
     def _on_interval(self, choice: Choice) -> None:
         why = {
-            risk.BALANCE: _("where lost work and the cost of saving balance"),
-            risk.TIME_BUDGET: _("so that saving takes no more than 1 % of the time"),
-            risk.WRITES: _("so that no more than --write-budget is written"),
-            risk.WRITE_TIME: _("a write takes that long"),
-            risk.MOST_OFTEN: _("the shortest there is"),
-            risk.RAREST: _("the longest there is"),
+            TIME_BUDGET: _("so that saving takes no more than 1 % of the time"),
+            WRITES: _("so that no more than --write-budget is written"),
+            WRITE_TIME: _("a write takes that long"),
+            MOST_OFTEN: _("the shortest there is"),
+            RAREST: _("the longest there is"),
         }[choice.bound]
         self.say(
             _("🛡️  Rolling checkpoints every {interval} ({why}). A power cut then costs {loss} "

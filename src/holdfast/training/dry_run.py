@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from holdfast.checkpoint import checkpoint_size
-from holdfast.checkpoint.policy import Cost, EveryMinutes, EverySteps, Measured, RiskAware
+from holdfast.checkpoint.policy import Cost, EveryMinutes, EverySteps, RiskAware
 from holdfast.checkpoint.rundir import Catalog, check_rights
 from holdfast.checkpoint.save import MEMORY_SLOTS, lack_of_shared_memory
 from holdfast.checkpoint.state import load, plan_restore
@@ -182,8 +182,7 @@ def _interval(options: CheckpointConfig, step: float, save: float, size: int) ->
         elif isinstance(policy, EveryMinutes):
             intervals.append(60 * policy.minutes)
         elif isinstance(policy, RiskAware):
-            policy.learn(Measured(step, saving=False, saves=[Cost(0.0, save, size)]))
-            intervals.append(policy.choice.interval)
+            intervals.append(policy.choose(Cost(0.0, save, size)).interval)
     return min(intervals)
 
 

@@ -5,7 +5,6 @@ Pure functions of what they are told: no disk, no clock, no torch enters this ro
 
 from __future__ import annotations
 
-from holdfast.checkpoint.policy import risk
 from holdfast.checkpoint.policy.alarm import Watch
 from holdfast.checkpoint.policy.keep import (
     Candidate,
@@ -18,22 +17,31 @@ from holdfast.checkpoint.policy.keep import (
     select,
     verified_states,
 )
-from holdfast.checkpoint.policy.risk import RiskAware
 from holdfast.checkpoint.policy.when import (
+    MOST_OFTEN,
+    RAREST,
+    TIME_BUDGET,
+    WRITE_TIME,
+    WRITES,
     AnyOf,
     Choice,
     Cost,
     EveryEpoch,
     EveryMinutes,
     EverySteps,
-    Measured,
     MemoryPace,
     Moment,
     OnBest,
+    RiskAware,
     SavePolicy,
 )
 
 __all__ = [
+    "MOST_OFTEN",
+    "RAREST",
+    "TIME_BUDGET",
+    "WRITES",
+    "WRITE_TIME",
     "AnyOf",
     "Candidate",
     "Choice",
@@ -45,7 +53,6 @@ __all__ = [
     "KeepEvery",
     "KeepLast",
     "KeepRollingTemps",
-    "Measured",
     "MemoryPace",
     "Moment",
     "OnBest",
@@ -54,7 +61,6 @@ __all__ = [
     "RiskAware",
     "SavePolicy",
     "Watch",
-    "risk",
     "select",
     "verified_states",
 ]

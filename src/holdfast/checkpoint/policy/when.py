@@ -5,9 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from operator import itemgetter
+from typing import Protocol
 
-from holdfast.checkpoint.calls import check_number
+from holdfast.checkpoint.calls import check_number, check_positive
+
+TIME_SHARE = 0.01  # of training that saving may cost
+WRITE_BUDGET = 200e9  # bytes a day: wears out a consumer SSD rated for 300 TB in 4 years
+LONGEST = 30 * 60.0  # seconds: never rarer, whatever it costs
+SHORTEST = 60.0  # seconds: half a minute of work is not worth a new file
+_DAY = 24 * 3600.0
+
+# The consideration that decided an interval (`Choice.bound`).
+TIME_BUDGET = "time"
+WRITES = "writes"
+WRITE_TIME = "write_time"  # a write takes that long
+MOST_OFTEN, RAREST = "shortest", "longest"
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one save has taken, in seconds and bytes."""
+
+    training: float  # seconds that training lost: standing still, and processors taken from it
+    seconds: float  # from the request until it was durable
+    size: int  # written
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,28 +39,11 @@ class Moment:
     step: int
     now: float
     last_saved_step: int
-    last_saved_at: float  # or when a save was last tried in vain
+    last_saved_at: float  # or when a save last failed
     epoch: int | None = None
-    last_saved_epoch: int | None = None  # in which was last saved, or the first one that was seen
-    improved: bool = False  # whether this step's metrics are the best there have been
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What one save has taken, in seconds and bytes."""
-
-    stall: float  # that training has stood still for it
-    seconds: float  # from the wish until it was durable
-    size: int  # written
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What one step has taken, and what has become durable meanwhile."""
-
-    step: float  # seconds from the step before, standing still for a save included
-    saving: bool  # whether a save was on its way to the disk meanwhile
-    saves: Sequence[Cost] = ()
+    last_saved_epoch: int | None = None  # of the last save, or the first one that was seen
+    improved: bool = False  # True if this step's metrics are the best so far
+    cost: Cost | None = None  # of a save of this run; None before the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,29 +51,16 @@ class Choice:
     """An interval between saves that a policy has chosen, and why."""
 
     interval: float  # seconds
-    bound: str  # which consideration has decided: one of the words in risk.py
-    cost: float  # seconds of training that a save is taken to cost
+    bound: str  # the consideration that decided: one of the words above
+    cost: float  # seconds of training that a save costs
     expected_loss: float  # seconds of work that a failure destroys on average
     bytes_per_day: float  # written at this interval
 
 
 class SavePolicy(Protocol):
-    """Says after each step whether to save.
-
-    A policy with a method `learn` as well (`Learner`) is told there what steps and saves have
-    taken: policies look at no clock and no disk of their own.
-    """
+    """Say after each step whether to save."""
 
     def __call__(self, moment: Moment) -> bool: ...
-
-
-@runtime_checkable
-class Learner(Protocol):
-    """A policy that decides by what saving costs."""
-
-    def learn(self, measured: Measured) -> Choice | None:
-        """Take in what a step has taken; called before the policy is asked about that step.
-        Returns what it has chosen where that is news for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +120,47 @@ class AnyOf:
     def __call__(self, moment: Moment) -> bool:
         return any(policy(moment) for policy in self.policies)
 
-    def learn(self, measured: Measured) -> Choice | None:
-        """Tell those that want to know; the first news there is."""
-        learners = [policy for policy in self.policies if isinstance(policy, Learner)]
-        choices = [learner.learn(measured) for learner in learners]
-        return next((choice for choice in choices if choice is not None), None)
+
+@dataclass(frozen=True, slots=True)
+class RiskAware:
+    """When `max(60 s, cost / time_share)` has passed since the last save of whatever kind.
+
+    The cost is what the last saves took from training, as measured. The interval is also
+
+    - so long that `write_budget` bytes a day (0: any number) are not exceeded;
+    - never over 30 minutes: this wins over the budgets;
+    - never shorter than a write takes.
+
+    Until the first save has a cost, the interval is the shortest. Where the machine fails
+    every four hours, Young's interval (CACM 1974), the best for a known cost, loses the same time
+    with the default write budget, and without one at most 0.3 percentage points less.
+    """
+
+    time_share: float = TIME_SHARE
+    write_budget: float = WRITE_BUDGET
+
+    def __post_init__(self) -> None:
+        check_positive("time_share", self.time_share)
+        check_number("write_budget", self.write_budget, 0)
+
+    def __call__(self, moment: Moment) -> bool:
+        since = moment.now - moment.last_saved_at
+        return moment.step > moment.last_saved_step and since >= self.choose(moment.cost).interval
+
+    def choose(self, cost: Cost | None) -> Choice:
+        """Return the interval for saves of this cost, and the numbers behind it."""
+        cost = cost or Cost(0.0, 0.0, 0)
+        bounds = [(SHORTEST, MOST_OFTEN), (cost.training / self.time_share, TIME_BUDGET)]
+        if self.write_budget:
+            bounds.append((cost.size * _DAY / self.write_budget, WRITES))
+        interval, bound = max(bounds, key=itemgetter(0))
+        if interval > LONGEST:
+            interval, bound = LONGEST, RAREST
+        if interval < cost.seconds:
+            interval, bound = cost.seconds, WRITE_TIME
+        # A power cut also destroys the save that is on its way to the disk.
+        loss = interval / 2 + cost.seconds
+        return Choice(interval, bound, cost.training, loss, cost.size * _DAY / interval)
 
 
 class MemoryPace:

@@ -11,7 +11,6 @@ import errno
 import logging
 import math
 import os
-import queue
 import time
 import uuid
 from collections.abc import Mapping, MutableMapping
@@ -22,7 +21,7 @@ from typing import Any, Literal
 
 from holdfast.checkpoint import calls
 from holdfast.checkpoint.format import image as images
-from holdfast.checkpoint.policy import Cost, Measured, MemoryPace, Watch
+from holdfast.checkpoint.policy import Cost, MemoryPace, Watch
 from holdfast.checkpoint.records import PendingSave, Saved
 from holdfast.checkpoint.rundir import Catalog, Entry, Place, Reporter, now
 from holdfast.checkpoint.save.manifest import environment, plain_metrics, score_of
@@ -134,8 +133,7 @@ class Saver:
         # Seconds of processors and of training, spent on snapshots when the last one was asked for.
         self._background = self._stalled = 0.0
         self.usual = 0.0  # seconds that the last save took from the wish until it was durable
-        self._saving = False  # whether anything was on its way to the disk since the last step
-        self._costs: queue.SimpleQueue[Cost] = queue.SimpleQueue()  # of what has become durable
+        self.cost: Cost | None = None  # of what has become durable
         if rng and "rng" in state:
             raise UnsupportedValue(
                 _("A state has no key 'rng' of its own: the random streams are saved under that "
@@ -244,7 +242,7 @@ class Saver:
             told.save, told.wish = pending, (kind, epoch, dict(metrics) if metrics else None)
         if to_disk:
             self.asked_step = self.counted = int(step)
-            self.asked_at, self._saving = asked, True
+            self.asked_at = asked
             self._epoch = self._epoch if epoch is None else int(epoch)
             loss = self._loss(metrics)
             if loss is not None:
@@ -300,20 +298,13 @@ class Saver:
         self.snapshots.stalled += time.monotonic() - asked
         pending.resolve(saved)
 
-    def stepped(self) -> Measured | None:
-        """A step has been done: how long it took decides how often memory is worth its cost.
-
-        Returns what it has taken, for policies that learn; None for the first one.
-        """
-        now, stalled, measured = time.monotonic(), self.snapshots.stalled, None
-        writing = not self.writer.idle
+    def stepped(self) -> None:
+        """A step has been done: how long it took decides how often memory is worth its cost."""
+        now, stalled = time.monotonic(), self.snapshots.stalled
         if self._stepped is not None:
             began, before = self._stepped
             self._pace.step(max(0.0, now - began - (stalled - before)))
-            costs = [self._costs.get_nowait() for _each in range(self._costs.qsize())]
-            measured = Measured(now - began, self._saving or writing, costs)
-        self._stepped, self._saving = (now, stalled), writing
-        return measured
+        self._stepped = now, stalled
 
     def sees(self, step: int) -> None:
         """Training is at `step`. Where that is less than before, its loop counts anew: say so, and
@@ -423,7 +414,9 @@ class Saver:
     def _on_durable(self, saved: Saved) -> None:
         self.step, self.at = saved.entry.step, time.monotonic()
         self.usual = saved.seconds
-        self._costs.put(Cost(saved.stall, saved.seconds, saved.entry.size))
+        # One slow save must not put the next one off for long.
+        before = saved.stall if self.cost is None else self.cost.training
+        self.cost = Cost((before + saved.stall) / 2, saved.seconds, saved.entry.size)
 
     def _on_settled(self, pending: PendingSave, kind: str, promise: Future[Saved | None]) -> None:
         """Told when a save is over: one that is verified ends what was wrong before it."""
