@@ -19,7 +19,6 @@ from holdfast.checkpoint import EverySteps
 from holdfast.checkpoint.format import container
 from holdfast.checkpoint.format.layout import Record
 from holdfast.checkpoint.save import snapshots, staging
-from holdfast.checkpoint.save.snapshots import Modes
 from holdfast.checkpoint.system import filesystem, slots
 from holdfast.errors import SaveFailed
 from tests.support import Toy, assert_same, events, python, snapshot
@@ -102,7 +101,6 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Held:
     monkeypatch.setattr(staging, "SEGMENT", 512)
     monkeypatch.setattr(staging.Copy, "_copy_all", copy_late)
     monkeypatch.setattr(staging, "_move", move_slowly)
-    monkeypatch.setattr(Modes, "overlapped", lambda _self: True)
     return state
 
 
@@ -111,7 +109,7 @@ def disturbed_save(directory: Path, held: Held) -> tuple[Any, Any]:
     busy = Busy()
     for _step in range(3):
         busy.step()
-    with CheckpointManager(directory, busy.state, overlap=True) as manager:
+    with CheckpointManager(directory, busy.state, overlap="always") as manager:
         expected = snapshot(busy.state)
         pending = manager.save_async(step=3)
         held.asked.set()
@@ -159,7 +157,7 @@ def test_copying_everything_late_would_be_noticed(
         def __contains__(self, _address: object) -> bool:
             return True
 
-    monkeypatch.setattr(snapshots, "stable_storages", lambda _state: Everything())
+    monkeypatch.setattr(snapshots, "stable_storages", lambda _state, **_device: Everything({0}))
     expected, found = disturbed_save(tmp_path, held)
     with pytest.raises(AssertionError):
         assert_same(plain(expected), plain(found))
@@ -186,7 +184,7 @@ def test_replaced_weights_are_saved_as_they_were(tmp_path: Path) -> None:
     """`.data` set to other memory, a parameter gone: the snapshot holds on to what it copies."""
     busy = Busy()
     busy.step()
-    with CheckpointManager(tmp_path, busy.state, overlap=True) as manager:
+    with CheckpointManager(tmp_path, busy.state, overlap="always") as manager:
         expected = snapshot(busy.state["model"])
         pending = manager.save_async(step=1)
         for parameter in busy.model.parameters():
@@ -194,16 +192,6 @@ def test_replaced_weights_are_saved_as_they_were(tmp_path: Path) -> None:
         saved = pending.durable.result()
         assert saved is not None
         assert_same(plain(expected), plain(load(saved.path, only="model")))
-
-
-def test_the_mode_that_stalls_less_is_taken_and_the_other_tried_again() -> None:
-    modes, taken = Modes(), []
-    for _save in range(200):
-        overlapped = modes.overlapped()
-        modes.record(0.5 if overlapped else 0.1, overlapped=overlapped)
-        taken.append(overlapped)
-    assert taken[:4] == [True, False, True, False]
-    assert 3 <= sum(taken[4:]) <= 8, "eager, but looked at again now and then"
 
 
 def test_the_fast_path_writes_what_the_plain_one_writes(
@@ -219,7 +207,7 @@ def test_the_fast_path_writes_what_the_plain_one_writes(
         assert saved is not None
         return saved.path
 
-    fast = [save("eager"), save("overlapped", overlap=True), save("memory", memory_every=1)]
+    fast = [save("eager"), save("overlapped", overlap="always"), save("memory", memory_every=1)]
     monkeypatch.setattr(slots, "available_memory", lambda: 0)
     monkeypatch.setattr("holdfast.checkpoint.save.writer.available_memory", lambda: 0)
     slow = save("direct")
@@ -242,7 +230,7 @@ def test_what_lies_on_a_device_is_under_way_before_anybody_can_follow(tmp_path: 
 
     class Elsewhere:
         def __init__(self) -> None:
-            self.source = SimpleNamespace(device=torch.device("xpu"))
+            self.source = SimpleNamespace(device=torch.device("xpu"), data_ptr=lambda: 0)
             self.nbytes = 5000
 
         def tensor(self) -> torch.Tensor:

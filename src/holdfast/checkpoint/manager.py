@@ -111,9 +111,9 @@ class CheckpointManager:
         rng: whether the random streams of this process belong to the state.
         reserve: bytes behind the tensors that are claimed for values, so that every file of the
             run has one size; 0 rounds up to whole pages.
-        overlap: whether snapshots may be copied while training goes on, up to the next step of an
-            optimizer; see `Snapshots` for what a loop must not do then. It is done where it has
-            cost less than copying at once; "always" does not ask.
+        overlap: True if snapshots may be copied while training goes on, up to the next step of an
+            optimizer; see `Snapshots` for what a loop must not do then. It is done for what lies
+            on a GPU; "always": on a CPU too, which pays where processors are idle.
         memory_every: keep a snapshot in shared memory every so many steps, where it outlives the
             process; "auto": for the first steps each, then as often as it costs at most 1 % of
             the time; 0: never. `after_step` takes them.

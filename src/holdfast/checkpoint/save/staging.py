@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -60,26 +59,30 @@ class Copy:
         """
         self._slot = slot
         self._asked_by = threading.get_ident()
-        self.taken = 0.0  # seconds of processors that training on a CPU would have had
         self._change = threading.Condition()
         self._events: list[tuple[torch.device, torch.cuda.Event]] = []
         self._alive = [storage for storage, _record in placed]
         now: list[_Move] = []
         rest: list[_Move] = []
-        devices: list[tuple[StorageSlice, int]] = []
+        at_once: list[_Placed] = []
+        devices: list[_Placed] = []
         for storage, record in placed:
+            start = storage.source.data_ptr()
             if storage.source.device.type == "cpu":
-                start = storage.source.data_ptr()
                 moves = rest if start in later else now
                 moves.append((slot.address + record.offset, start + storage.start, storage.nbytes))
             elif storage.nbytes:
-                devices.append((storage, record.offset))
+                (devices if start in later else at_once).append((storage, record.offset))
         self._now, self._rest = deque(_segments(now)), deque(_segments(rest))
         self._unfinished = {segment[0][0] for segment in (*self._now, *self._rest)}
         self._first = len(self._now)  # segments of `now` that are not finished
         self._busy = 0  # threads that are copying
         self._given_up = False
-        self._copy_devices(devices)  # here: who awaits bytes must find their events
+        # Here: a thread that awaits bytes must find their events.
+        self._copy_devices(at_once)
+        for device, event in self._events:  # the next forward may change them already
+            torch.cuda.current_stream(device).wait_event(event)
+        self._copy_devices(devices)
 
     def run(self, threads: int) -> None:
         """Copy what may change as soon as this returns, in up to `threads` threads."""
@@ -159,18 +162,15 @@ class Copy:
                 self._change.notify_all()
 
     def _copy(self, segment: list[_Move], *, first: bool) -> None:
-        began = time.perf_counter()
         for target, source, size in segment:
             _move(target, source, size)
         with self._change:
-            if threading.get_ident() != self._asked_by:
-                self.taken += time.perf_counter() - began
             self._unfinished.discard(segment[0][0])
             self._first -= first
             self._change.notify_all()
 
-    def _copy_devices(self, devices: Sequence[tuple[StorageSlice, int]]) -> None:
-        """From a GPU: on a side stream, into pinned memory; from anything else at once."""
+    def _copy_devices(self, devices: Sequence[_Placed]) -> None:
+        """Copy from a GPU on a side stream into pinned memory; from anything else at once."""
         slot = self._slot
         cuda = [move for move in devices if move[0].source.device.type == "cuda"]
         for storage, offset in devices:
@@ -192,6 +192,7 @@ class Copy:
 
 
 _Move = tuple[int, int, int]  # target and source address, bytes
+_Placed = tuple[StorageSlice, int]  # what to copy, and its offset in the slot
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -218,8 +219,9 @@ def _segments(moves: Sequence[_Move]) -> list[list[_Move]]:
     return segments
 
 
-def stable_storages(state: Any) -> set[int]:
-    """Addresses of the storages that change in an optimizer's step and at no other time.
+def stable_storages(state: Any, *, cpu: bool) -> set[int]:
+    """Return the addresses of the storages that change in an optimizer's step and at no other time;
+    without `cpu`, of those on a GPU only.
 
     These are the parameters that an optimizer in `state` holds, and what it keeps for them.
     Everything else (buffers of a model, the weights of an average, a second model) may change in
@@ -231,6 +233,7 @@ def stable_storages(state: Any) -> set[int]:
         for tensor in _tensors(
             [[group["params"] for group in optimizer.param_groups], *optimizer.state.values()]
         )
+        if cpu or tensor.is_cuda
     }
 
 
