@@ -54,9 +54,6 @@ def test_a_pipe_gets_the_table_alone_unless_it_asks(runs: tuple[Path, Path]) -> 
 def test_a_terminal_sees_the_curve_unless_it_asks_not_to(runs: tuple[Path, Path]) -> None:
     text = on_terminal("history", runs[0])
     assert "\x1b[38;5;32m" in text and "loss in nats a token" in text
-    assert "learning rate" not in text and "learning rate" in on_terminal(
-        "history", runs[0], columns=120, lines=50
-    )
     assert "loss in nats" not in on_terminal("history", runs[0], "--no-plot")
 
 

@@ -106,13 +106,6 @@ def test_a_damaged_file_and_torn_lines_are_shown_and_do_no_harm(tmp_path: Path) 
     assert "model_epoch_4.pt" in done.stdout
 
 
-@pytest.mark.parametrize("interval", ["0", "-1", "nan", "7200", "soon"])
-def test_an_interval_that_makes_no_sense_is_refused(tmp_path: Path, interval: str) -> None:
-    done = desk("monitor", tmp_path, "--interval", interval)
-    assert done.returncode == 2
-    assert interval in done.stderr
-
-
 def test_a_screen_that_fails_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         """As Textual leaves an application that an error has ended: no result, status 1."""
@@ -236,7 +229,7 @@ def test_a_real_file_that_grows_is_watched_on_a_real_terminal(
     tmp_path: Path, terminals: list[Terminal]
 ) -> None:
     directory = tmp_path / "run"
-    terminal = Terminal("monitor", directory, "--interval", "0.2")
+    terminal = Terminal("monitor", directory)
     terminals.append(terminal)
     terminal.until("Waiting for a training")
     run = Recorded(directory)

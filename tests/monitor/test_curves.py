@@ -17,9 +17,6 @@ def test_a_run_with_metrics_gives_every_curve(tmp_path: Path) -> None:
     found = curves(run_with_metrics(tmp_path / "run"))
     assert found.loss.steps == list(range(10, 401, 10)) and found.loss.values[-1] < 3.1
     assert found.val_loss.steps == [100, 200, 300, 400]
-    assert len(found.learning_rate.steps) == len(found.tokens_per_second.steps) == 40
-    assert found.stalls.steps == [100, 200, 300, 400]
-    assert all(0 <= seconds < 5 for seconds in found.stalls.values)
     assert found.marks[CHECKPOINT] == [100, 200, 300, 400]
     assert found and found.marks[INTERRUPTED] == [], "its newest step is on the disk"
 
@@ -28,7 +25,7 @@ def test_a_loop_without_metrics_has_the_losses_of_its_epochs(tmp_path: Path) -> 
     found = curves(make_run(tmp_path / "run"))
     assert (found.val_loss.steps, found.val_loss.values) == ([100, 200, 300, 400], list(LOSSES))
     assert found.loss.values == [5.0, 2.5, 5 / 3, 1.25]
-    assert not found.learning_rate and found
+    assert found
 
 
 def test_nothing_at_all_is_nothing_to_draw(tmp_path: Path) -> None:
@@ -57,7 +54,7 @@ def test_what_is_no_number_is_left_out(tmp_path: Path) -> None:
             line = {"event": "step", "step": step, "loss": loss, "learning_rate": "inf"}
             file.write(json.dumps(line) + "\n")
     found = curves(run)
-    assert found.loss.steps[-2:] == [50, 90] and found.learning_rate.steps[-1] == 50
+    assert found.loss.steps[-2:] == [50, 90]
 
 
 @pytest.mark.parametrize("count", [0, 1, MOST, MOST + 1, 12345])

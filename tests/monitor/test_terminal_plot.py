@@ -36,14 +36,13 @@ def plain(
     loss: Series, val_loss: Series = NONE, smoothed: Series = NONE, **marks: list[int]
 ) -> Curves:
     every = {kind: marks.get(kind, []) for kind in KINDS}
-    return Curves("run", loss, smoothed, val_loss, NONE, NONE, NONE, every)
+    return Curves("run", loss, smoothed, val_loss, every)
 
 
-def test_a_pipe_gets_every_panel_without_colour(tmp_path: Path) -> None:
+def test_a_pipe_gets_the_drawing_without_colour(tmp_path: Path) -> None:
     text = "\n".join(lines([curves(run_with_metrics(tmp_path / "run"))], PIPE))
     assert "\x1b" not in text
-    for title in ("loss in nats a token", "learning rate", "tokens per second", "stall for a"):
-        assert title in text
+    assert "loss in nats a token" in text
     assert text.count("●") > 4 and "▲" in text and "⠤" in text
     assert "⠒⠤ training loss   ● validation loss   ▲ checkpoint" in text
 
@@ -55,11 +54,7 @@ def test_it_fits_the_terminal(tmp_path: Path, width: int, height: int, language:
     run = curves(run_with_metrics(tmp_path / "run"))
     found = lines([run], Screen(width, colour=False), height)
     assert max(map(cell_len, found)) <= width
-    assert len(found) < height or height >= 34  # a small terminal shows the losses alone, whole
-    if height < 34:
-        assert sum("┌" in line for line in found) == 1
-    if width >= 120:
-        assert any(line.count("┌") == 2 for line in found)  # two small panels side by side
+    assert len(found) < height and sum("┌" in line for line in found) == 1
 
 
 def test_several_runs_differ_by_sign_and_are_named(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     train(config_for(folder / "run", write_corpus(folder), context_length=128))
     command = [sys.executable, "-m", "holdfast", "--lang", "en", "serve", str(folder / "run")]
     with subprocess.Popen(
-        [*command, "--port", "0", "--api-key", KEY, "--grace", "0"], stdout=subprocess.PIPE,
+        [*command, "--port", "0", "--api-key", KEY], stdout=subprocess.PIPE,
         text=True, encoding="utf-8",
     ) as process:  # fmt: skip
         assert process.stdout

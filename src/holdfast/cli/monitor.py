@@ -15,7 +15,6 @@ from holdfast.i18n import N_, _
 from holdfast.manage.rundir import look
 
 _MEASURED = 0.2  # seconds over which `--once` measures the load of the CPU
-_SHORTEST = 0.1
 
 
 def run_monitor(argv: Sequence[str], prog: str) -> int:
@@ -26,7 +25,7 @@ def run_monitor(argv: Sequence[str], prog: str) -> int:
         _("Watch a training: loss, progress, checkpoints, what would be lost now, disk, machine. "
           "Only reads the run directory, so it works over SSH and never disturbs the training. "
           "With --once: 0 training or finished, 9 stopped before the end, 10 saving fails."),
-        _("Examples:\n  {prog}\n  {prog} runs --interval 5\n  {prog} runs/a --once\n"
+        _("Examples:\n  {prog}\n  {prog} runs\n  {prog} runs/a --once\n"
           "  {prog} runs/a --json", prog=prog),
     )  # fmt: skip
     parser.add_argument("directory", nargs="?", default=common.DIRECTORY, metavar="DIR",
@@ -34,13 +33,7 @@ def run_monitor(argv: Sequence[str], prog: str) -> int:
                                value=common.DIRECTORY))  # fmt: skip
     parser.add_argument("--once", action="store_true",
                         help=_("print one snapshot and exit; --json does so too"))  # fmt: skip
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS",
-                        help=_("seconds between two looks (default: {value})",
-                               value="1"))  # fmt: skip
     given = parser.parse_args(argv)
-    if not _SHORTEST <= given.interval <= 3600:
-        raise ConfigError(_("--interval {value}: expected {low} to {high} seconds",
-                            value=given.interval, low=_SHORTEST, high=3600))  # fmt: skip
     if given.once or given.json:
         return _once(given)
     return _watch(given, prog)
@@ -94,7 +87,7 @@ def _watch(given: argparse.Namespace, prog: str) -> int:
             _("{prog} needs the package {name}: pip install 'holdfast[desk]'; without it: "
               "{prog} --once", prog=prog, name=error.name)
         ) from error  # fmt: skip
-    screen = Monitor(root, given.interval)
+    screen = Monitor(root)
     screen.run()
     return screen.return_code or 0  # 1 where it has failed: its result is then none
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _CHECKPOINT, _KEY = "LLM_CHECKPOINT", "HOLDFAST_API_KEY"
 _PRECISIONS = ("fp32", "bf16", "fp16")
-_RATE_ELSEWHERE = 120.0  # requests a minute and client, where other machines can ask
 
 
 def run_serve(argv: Sequence[str], prog: str) -> int:
@@ -82,21 +81,9 @@ def _serve_parser(prog: str) -> Parser:
                                value="fp32"))  # fmt: skip
     parser.add_argument("--batch", type=_count, default=32, metavar="N",
                         help=_("texts computed at once (default: {value})", value=32))  # fmt: skip
-    parser.add_argument("--queue", type=_count, default=128, metavar="N",
-                        help=_("texts that may wait; more are refused (default: {value})",
-                               value=128))  # fmt: skip
     parser.add_argument("--models", type=_count, default=3, metavar="N",
                         help=_("checkpoints in memory at once (default: {value})",
                                value=3))  # fmt: skip
-    parser.add_argument("--rate", type=_rate, metavar="N",
-                        help=_("requests a minute and client, 0 for no limit (default: no limit "
-                               "on this machine alone, else {value:g})",
-                               value=_RATE_ELSEWHERE))  # fmt: skip
-    parser.add_argument("--grace", type=_seconds, default=20.0, metavar="SECONDS",
-                        help=_("for requests under way at the end (default: {value} s)",
-                               value=20))  # fmt: skip
-    parser.add_argument("--no-reload", dest="reload", action="store_false",
-                        help=_("go on with what is there at the start"))  # fmt: skip
     return parser
 
 
@@ -116,25 +103,26 @@ def _sources(given: argparse.Namespace) -> list[Path]:
 def _settings(given: argparse.Namespace) -> Settings:
     import torch
 
-    from holdfast.guarding import is_loopback
     from holdfast.serving.library import Options
     from holdfast.serving.server import Settings, check
 
     key = given.api_key or os.environ.get(_KEY) or None
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
         raise ConfigError(_("--api-key has characters that no header can carry."))
-    rate = given.rate
-    if rate is None and not is_loopback(given.host):
-        rate = _RATE_ELSEWHERE
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     settings = Settings(
-        host=given.host, port=given.port, api_key=key, rate=rate or None, grace=given.grace,
-        allowed_hosts=given.allowed_host, allowed_origins=given.allowed_origin,
+        host=given.host,
+        port=given.port,
+        api_key=key,
+        allowed_hosts=given.allowed_host,
+        allowed_origins=given.allowed_origin,
         options=Options(
-            device=_device(given.device), dtype=precisions[given.precision], batch=given.batch,
-            queue=given.queue, loaded=given.models, reload=given.reload,
+            device=_device(given.device),
+            dtype=precisions[given.precision],
+            batch=given.batch,
+            loaded=given.models,
         ),
-    )  # fmt: skip
+    )
     check(settings)
     return settings
 
@@ -220,23 +208,3 @@ def _whole(text: str, least: int, most: int) -> int:
               least=least, most=most)
         )  # fmt: skip
     return int(text)
-
-
-def _rate(text: str) -> float:
-    return _number(text, 1e6)
-
-
-def _seconds(text: str) -> float:
-    return _number(text, 86400)
-
-
-def _number(text: str, most: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= most:
-        raise argparse.ArgumentTypeError(
-            _("{value} is not a number from 0 to {most:g}", value=repr(text), most=most)
-        )
-    return value

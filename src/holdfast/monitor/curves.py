@@ -43,20 +43,17 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """What can be drawn of one run. Losses in nats a token, stalls in seconds."""
+    """What can be drawn of one run; losses in nats a token."""
 
     label: str
     loss: Series  # of training
     smoothed: Series  # the same, smoothed by the trainer
     val_loss: Series
-    learning_rate: Series
-    tokens_per_second: Series
-    stalls: Series  # what training has waited for each checkpoint
     marks: dict[str, list[int]]  # the steps of each of KINDS, each step once
 
     def __bool__(self) -> bool:
-        """Whether there is a curve at all; marks alone are none."""
-        return any((self.loss, self.val_loss, self.learning_rate, self.tokens_per_second))
+        """Return whether there is a curve at all; marks alone are none."""
+        return bool(self.loss or self.val_loss)
 
 
 def curves_of(view: RunView, label: str) -> Curves:
@@ -72,11 +69,6 @@ def curves_of(view: RunView, label: str) -> Curves:
         loss or _of_epochs(epochs, "train_loss"),
         _series((point.step, point.smoothed) for point in view.points),
         val_loss or _of_epochs(epochs, "val_loss"),
-        _series((point.step, point.learning_rate) for point in view.points),
-        _series((point.step, point.tokens_per_second) for point in view.points),
-        _series(
-            (e.get("step"), e.get("stall")) for e in view.events if e.get("event") == "durable"
-        ),
         _marks(view),
     )
 

@@ -17,10 +17,7 @@ from holdfast.manage.table import Screen, printable
 from holdfast.monitor.curves import CHECKPOINT, INTERRUPTED, RESUMED, TROUBLE, Curves, Series, thin
 
 WIDTH = 80  # cells, where there is no terminal that says
-_HEIGHT, _SMALL = 16, 8  # lines of the large panel and of the small ones, axes included
-_SHORT = 34  # lines: a terminal with fewer gets the large panel alone
-_WIDE = 110  # cells: from here on two small panels stand side by side
-_GAP = 2
+_HEIGHT = 16  # lines, axes included
 
 # Okabe and Ito's colours, which the colour-blind tell apart, as the nearest of the 256 of a
 # terminal; beside the colour each run has a sign of its own.
@@ -38,24 +35,18 @@ _WORDS = {
 # The curves of the monitor: grey, sky blue, orange; each has a sign of its own as well.
 TRAINING, SMOOTHED, VALIDATION = 245, 75, 214
 SYMBOLS = {TRAINING: "·", SMOOTHED: "─", VALIDATION: "o"}
-_PANELS = (
-    ("learning_rate", N_("learning rate"), 1.0),
-    ("tokens_per_second", N_("tokens per second"), 1.0),
-    ("stalls", N_("stall for a checkpoint, in ms"), 1000.0),
-)
 
 
 def lines(runs: Sequence[Curves], screen: Screen, height: int | None = None) -> list[str]:
-    """The drawing of `runs` in one, smaller panels below it where `height` (lines of the terminal;
-    None: no end) leaves room. Raises ModuleNotFoundError where plotext is missing."""
+    """Return the losses of `runs` in one drawing, for a terminal of `height` lines (None: no end).
+
+    Raises ModuleNotFoundError where plotext is missing.
+    """
     runs = [run for run in runs if run]
     if not runs:
         return [_("There is nothing to plot yet.")]
     width = screen.width or WIDTH
-    drawn = _large(runs, width, screen, min(_HEIGHT, max(10, (height or 99) - 8)))
-    if height is None or height >= _SHORT:
-        drawn += _small_panels(runs, width, screen)
-    return drawn
+    return _large(runs, width, screen, min(_HEIGHT, max(10, (height or 99) - 8)))
 
 
 def losses(run: Curves, width: int, height: int) -> list[Text]:
@@ -92,33 +83,6 @@ def _large(runs: Sequence[Curves], width: int, screen: Screen, height: int) -> l
         panel.marks(runs[0])
     title = _("loss in nats a token, by step")
     return ["", screen.bold(title), *panel.lines(), *_legend(runs, width, screen)]
-
-
-def _small_panels(runs: Sequence[Curves], width: int, screen: Screen) -> list[str]:
-    known = [panel for panel in _PANELS if any(getattr(run, panel[0]) for run in runs)]
-    beside = 2 if width >= _WIDE else 1
-    own = (width - _GAP * (beside - 1)) // beside
-    drawn: list[str] = []
-    for start in range(0, len(known), beside):
-        blocks = []
-        for name, title, scale in known[start : start + beside]:
-            series = [_scaled(getattr(run, name), scale) for run in runs]
-            low = 0.0 if name == "stalls" else None
-            panel = _Panel(series, own, _SMALL, screen, low=low)
-            for i, one in enumerate(series):
-                if name == "stalls":
-                    panel.points(one, _letter(i, runs), _COLOURS[i % len(_COLOURS)])
-                else:
-                    panel.curve(one, _SIGNS[i % len(_SIGNS)], _COLOURS[i % len(_COLOURS)])
-            words = _(title)
-            padded = screen.bold(words) + " " * (own - cell_len(words))
-            blocks.append([padded, *panel.lines()])
-        drawn += ["", *((" " * _GAP).join(row).rstrip() for row in zip(*blocks, strict=True))]
-    return drawn
-
-
-def _scaled(series: Series, scale: float) -> Series:
-    return Series(series.steps, [value * scale for value in series.values])
 
 
 def _letter(number: int, runs: Sequence[Curves]) -> str:
@@ -166,9 +130,9 @@ class _Panel:
 
     def __init__(
         self, series: Sequence[Series], width: int, height: int, screen: Screen, *,
-        last: int = 0, low: float | None = None,
+        last: int = 0,
     ) -> None:  # fmt: skip
-        """Axes for all of `series`, up to the step `last` at least, from the value `low`."""
+        """Axes for all of `series`, up to the step `last` at least."""
         import plotext
 
         self._plotext: Any = plotext
@@ -181,7 +145,6 @@ class _Panel:
         steps = [step for one in series for step in one.steps]
         values = [value for one in series for value in one.values]
         self._low, self._high = _span(values)
-        self._low = self._low if low is None else low
         self._last = max([1, last, *steps])
         self._rows = height - 3
         xs = _ticks(0, self._last, max(2, width // 12))

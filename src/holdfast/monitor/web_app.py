@@ -15,7 +15,8 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi import FastAPI, HTTPException, Query
+from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 
 from holdfast.guarding import (
@@ -30,7 +31,7 @@ from holdfast.guarding import (
     Refused,
 )
 from holdfast.monitor import web_data
-from holdfast.monitor.web_files import SCRIPTS, TYPES, WEB, packed_script, plotting_script
+from holdfast.monitor.web_files import SCRIPTS, TYPES, WEB, plotting_script
 from holdfast.monitor.web_hub import Cursor, Hub, whole
 
 PING_EVERY = 5.0  # seconds: a page that hears nothing for three of them takes the line for dead
@@ -65,6 +66,7 @@ def create_app(hub: Hub, *, lang: str | None = None) -> FastAPI:
         hub.shut()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(GZipMiddleware, compresslevel=6)
     _add_page(app, lang)
     _add_data(app, hub)
     return app
@@ -123,18 +125,11 @@ def _add_page(app: FastAPI, lang: str | None) -> None:
         return HTMLResponse(text)
 
     @app.get("/static/plotly-{version}.js")
-    def plotly(version: str, request: Request) -> Response:
+    def plotly(version: str) -> Response:
         if version != plotting_script()[0]:
             raise HTTPException(404)
-        headers = {
-            "cache-control": "private, max-age=31536000, immutable",
-            "vary": "accept-encoding",
-        }
-        packed = "gzip" in request.headers.get("accept-encoding", "")
-        if packed:
-            headers["content-encoding"] = "gzip"
-        body = packed_script() if packed else plotting_script()[1]
-        return Response(body, media_type=TYPES[".js"], headers=headers)
+        headers = {"cache-control": "private, max-age=31536000, immutable"}
+        return Response(plotting_script()[1], media_type=TYPES[".js"], headers=headers)
 
     @app.get("/static/{name}")
     def static(name: str) -> Response:

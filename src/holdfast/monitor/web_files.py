@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,9 +19,3 @@ def plotting_script() -> tuple[str, bytes]:
 
     path = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
     return str(plotly.__version__), path.read_bytes()
-
-
-@lru_cache(maxsize=1)
-def packed_script() -> bytes:
-    """The same, compressed once for all pages."""
-    return gzip.compress(plotting_script()[1], 6, mtime=0)

@@ -160,14 +160,14 @@ class Engine:
         """The most texts that are taken in at a time: rows and the places in the queue."""
         return self._batch.limit + self._queue
 
-    def submit(self, sequences: Sequence[Text]) -> None:
-        """Take in all of `sequences` or none: QueueFull where there is no room for them."""
+    def submit(self, texts: Sequence[Text]) -> None:
+        """Take in all of `texts` or none: QueueFull where there is no room for them."""
         with self._changed:
             taken = len(self._waiting) + len(self._rows)
-            if self._closing or taken + len(sequences) > self.room:
+            if self._closing or taken + len(texts) > self.room:
                 rounds = 1 + len(self._waiting) / self._batch.limit
                 raise QueueFull(max(1, min(60, math.ceil(rounds * self._seconds))))
-            self._waiting.extend(sequences)
+            self._waiting.extend(texts)
         # Two rounds of the event loop later: requests that come together begin together, where the
         # first alone would have the others wait for a pass and a step of its own.
         self._loop.call_soon_threadsafe(self._loop.call_soon, self._wake)
@@ -176,11 +176,11 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
-    def cancel(self, sequences: Iterable[Text]) -> None:
+    def cancel(self, texts: Iterable[Text]) -> None:
         """Nobody wants these any more: their rows are free before the next step."""
         with self._changed:
-            for sequence in sequences:
-                sequence.cancelled = True
+            for text in texts:
+                text.cancelled = True
             self._changed.notify()
 
     def close(self) -> None:
@@ -193,8 +193,8 @@ class Engine:
         """End now: what is under way and what waits is told that it is cancelled."""
         with self._changed:
             self._closing = True
-            for sequence in [*self._waiting, *self._rows]:
-                sequence.cancelled = True
+            for text in [*self._waiting, *self._rows]:
+                text.cancelled = True
             self._changed.notify()
 
     def join(self, timeout: float | None = None) -> bool:
@@ -230,9 +230,9 @@ class Engine:
                 return
 
     def _drop_cancelled(self) -> None:
-        for sequence in [s for s in self._waiting if s.cancelled]:
-            self._waiting.remove(sequence)
-            self._events.append((sequence, Step(finish="cancelled")))
+        for text in [s for s in self._waiting if s.cancelled]:
+            self._waiting.remove(text)
+            self._events.append((text, Step(finish="cancelled")))
         for row in reversed(range(len(self._rows))):
             if self._rows[row].cancelled:
                 self._leave(row, "cancelled")
@@ -259,24 +259,24 @@ class Engine:
         together = [s for s in joining if not s.sampling.prompt_logprobs]
         if together:
             self._enter(together, self._batch.add([s.prompt for s in together]))
-        for sequence in joining:
-            if sequence.sampling.prompt_logprobs:
-                logits = self._batch.add_with_all(sequence.prompt)
-                self._events.append((sequence, Step(prompt=_of_prompt(logits, sequence))))
-                self._enter([sequence], logits[-1:].clone())
+        for text in joining:
+            if text.sampling.prompt_logprobs:
+                logits = self._batch.add_with_all(text.prompt)
+                self._events.append((text, Step(prompt=_of_prompt(logits, text))))
+                self._enter([text], logits[-1:].clone())
 
-    def _enter(self, sequences: list[Text], logits: torch.Tensor) -> None:
+    def _enter(self, texts: list[Text], logits: torch.Tensor) -> None:
         first = len(self._rows)
-        self._rows += sequences
-        tokens, probabilities = self._sampler.choose(logits, sequences)
+        self._rows += texts
+        tokens, probabilities = self._sampler.choose(logits, texts)
         now = time.monotonic()
-        for sequence in sequences:
-            self._observer.first_token(now - sequence.arrived)
+        for text in texts:
+            self._observer.first_token(now - text.arrived)
         self._give(first, tokens, probabilities)
 
     def _step(self) -> None:
         began = time.monotonic()
-        logits = self._batch.step([sequence.next for sequence in self._rows])
+        logits = self._batch.step([text.next for text in self._rows])
         tokens, probabilities = self._sampler.choose(logits, self._rows)
         self._observer.stepped(len(self._rows), time.monotonic() - began)
         self._give(0, tokens, probabilities)
@@ -286,47 +286,47 @@ class Engine:
     ) -> None:
         """Each row from `first` on gets its token; those that end leave."""
         for row in reversed(range(first, len(self._rows))):
-            sequence = self._rows[row]
-            token, wanted = tokens[row - first], sequence.sampling
+            text = self._rows[row]
+            token, wanted = tokens[row - first], text.sampling
             if token is None:
                 log.error(_("The model's output is not a number: its weights are ruined."))
                 self._leave(row, "error")
             elif wanted.max_tokens == 0:
                 self._leave(row, "length")
-            elif sequence.guide is not None and token in self._ends:
+            elif text.guide is not None and token in self._ends:
                 self._leave(row, "length")  # no token goes on with what must become JSON
             elif token in self._ends or token in wanted.stop_token_ids:
                 self._leave(row, "stop", token, probabilities[row - first])
             else:
-                sequence.next = token
-                sequence.generated += 1
+                text.next = token
+                text.generated += 1
                 if wanted.penalises:
-                    sequence.counts[token] = sequence.counts.get(token, 0) + 1
-                self._events.append((sequence, Step(token, probabilities[row - first])))
-                if sequence.guide is not None:
-                    sequence.guide.take(token)
-                if sequence.guide is not None and sequence.guide.done:
+                    text.counts[token] = text.counts.get(token, 0) + 1
+                self._events.append((text, Step(token, probabilities[row - first])))
+                if text.guide is not None:
+                    text.guide.take(token)
+                if text.guide is not None and text.guide.done:
                     self._leave(row, "stop")
-                elif sequence.generated >= wanted.max_tokens:
+                elif text.generated >= wanted.max_tokens:
                     self._leave(row, "length")
 
     def _leave(
         self, row: int, finish: str, token: int | None = None, logprob: LogProb | None = None
     ) -> None:
-        sequence = self._rows[row]
+        text = self._rows[row]
         self._batch.remove(row)
         self._rows[row] = self._rows[-1]
         self._rows.pop()
-        self._events.append((sequence, Step(token, logprob, finish)))
+        self._events.append((text, Step(token, logprob, finish)))
         if finish in ("stop", "length"):
-            self._seconds += 0.1 * (time.monotonic() - sequence.arrived - self._seconds)
+            self._seconds += 0.1 * (time.monotonic() - text.arrived - self._seconds)
 
-    def _fail(self, sequences: Iterable[Text]) -> None:
+    def _fail(self, texts: Iterable[Text]) -> None:
         self._rows.clear()
         self._batch.clear()
-        over = {id(sequence) for sequence, step in self._events if step.finish}
-        unique = {id(s): s for s in sequences if id(s) not in over}
-        self._events += [(sequence, Step(finish="error")) for sequence in unique.values()]
+        over = {id(text) for text, step in self._events if step.finish}
+        unique = {id(s): s for s in texts if id(s) not in over}
+        self._events += [(text, Step(finish="error")) for text in unique.values()]
 
     def _deliver(self) -> bool:
         """Hand on what has come, in one call; False where there is no event loop any more."""
@@ -347,16 +347,16 @@ class Engine:
 
 
 def _put(events: list[tuple[Text, Step]]) -> None:
-    for sequence, step in events:
-        sequence.inbox.put((sequence, step))
+    for text, step in events:
+        text.inbox.put((text, step))
 
 
-def _of_prompt(logits: torch.Tensor, sequence: Text) -> list[LogProb | None]:
+def _of_prompt(logits: torch.Tensor, text: Text) -> list[LogProb | None]:
     """What the model gave each token of the prompt, from `logits` [tokens, vocabulary]."""
     found: list[LogProb | None] = [None]
-    for place, token in enumerate(sequence.prompt[1:]):
+    for place, token in enumerate(text.prompt[1:]):
         logprobs = logits[place].log_softmax(-1)
-        found.append(describe(logprobs, token, sequence.sampling.logprobs or 0))
+        found.append(describe(logprobs, token, text.sampling.logprobs or 0))
     return found
 
 

@@ -56,7 +56,6 @@ class Options:
     """Texts that may wait for a row of one model; more are refused with 429."""
     loaded: int = 3
     """Models in memory; the one that was not asked for longest goes."""
-    reload: bool = True
 
 
 class Served:
@@ -229,7 +228,7 @@ class Library:
 
     async def cards(self) -> list[Card]:
         """Every name that can be asked for now, the default first."""
-        if time.monotonic() - self._looked > _FRESH and (self.options.reload or not self._cards):
+        if time.monotonic() - self._looked > _FRESH:
             self._cards = await asyncio.to_thread(self._all_cards)
             self._looked = time.monotonic()
         return self._cards

@@ -1,6 +1,6 @@
-"""How much may be asked, and how often: refused before anybody looks inside.
+"""How much may be asked: what is refused before a request is read.
 
-An ASGI layer around the application: the size of the body, the time until it has come, the rate.
+An ASGI layer around the application: the size of the body, and the time until it has come.
 Who may ask at all is decided by holdfast.guarding.
 """
 
@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 
 from holdfast import guarding
-from holdfast.guarding import Answer, App, Headers, Message, Rate, Receive, Refused, Scope, Send
+from holdfast.guarding import Answer, App, Headers, Message, Receive, Refused, Scope, Send
 from holdfast.i18n import _
 from holdfast.serving.protocol import ApiError, too_many
 
@@ -72,8 +72,6 @@ class Limits:
     """Bytes of the bodies of all requests under way."""
     patience: float = 30.0
     """Seconds until the whole body must have come."""
-    rate: float | None = None
-    """Requests a minute and client; None: as many as they like."""
 
     def too_slow(self) -> ApiError:
         """Return the error over a body of which the rest does not come."""
@@ -99,21 +97,12 @@ class Gate:
 
     def __init__(self, app: App, limits: Limits) -> None:
         self._app, self._limits = app, limits
-        self._asked = Rate(limits.rate) if limits.rate is not None else None
         self._held = 0  # bytes of the bodies of all requests under way
 
     def _check(self, scope: Scope) -> None:
         length = Headers(scope).only("content-length") or "0"
         if length.isdigit() and int(length[:20]) > self._limits.max_body:
             raise self._limits.too_large()
-        if self._asked is not None and scope["method"] == "POST":
-            client = (scope.get("client") or ["?"])[0]
-            if wait := self._asked.wait(client):
-                message = _(
-                    "Rate limit reached: {rate:g} requests a minute.", rate=self._limits.rate
-                )
-                raise too_many(message, wait, "rate_limit_exceeded")
-            self._asked.take(client)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         limits = self._limits

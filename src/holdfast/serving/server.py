@@ -43,8 +43,6 @@ class Settings:
     port: int = 8000
     """0: any that is free."""
     api_key: str | None = None
-    rate: float | None = None
-    """Requests a minute and client."""
     allowed_hosts: Sequence[str] = ()
     """Names beside its own that the server answers to."""
     allowed_origins: Sequence[str] = ()
@@ -123,8 +121,7 @@ class Running:
                 ready(Ready(url, await library.cards()))
 
             self._server = server = _Server(config, say)
-            if settings.options.reload:
-                watcher.start()
+            watcher.start()
             try:
                 await server.serve(sockets=[listening])
             finally:
@@ -141,7 +138,7 @@ class Running:
 def guarded(library: Library, settings: Settings) -> App:
     """Return the whole server over `library`, as an ASGI application."""
     guard = Guard(
-        create_app(library, Limits(rate=settings.rate)),
+        create_app(library, Limits()),
         hosts=Hosts(settings.host, settings.allowed_hosts),
         origins=Origins(settings.allowed_origins),
         secret=settings.api_key,

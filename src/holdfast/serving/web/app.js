@@ -1,6 +1,6 @@
 // The page of `holdfast serve`: what happens when somebody clicks, types or waits.
 
-import { actions, send, stopAll } from "./generating.js";
+import { actions, send, showTurns, stopAll } from "./generating.js";
 import { compare, look, showLanes } from "./lanes.js";
 import { $, fit, setEditing, setPrompt, showNotice, showSend } from "./page.js";
 import * as parameters from "./parameters.js";
@@ -9,7 +9,6 @@ import {
   currentLanguage, remember, rememberTheme, setLanguage, t, themeIsChosen,
 } from "./store.js";
 import { CHAT_EXAMPLES, EXAMPLES } from "./strings.js";
-import { showTurns } from "./texts.js";
 import { el } from "./turns.js";
 
 const LOOK_EVERY = 15_000; // milliseconds between two looks at the checkpoints

@@ -1,4 +1,5 @@
-// Asking for texts: a request for each checkpoint, its pieces as they come, stopping, trying again.
+// Asking for texts: a request for each checkpoint, its pieces as they come, stopping, trying again;
+// and the texts on the screen, whose buttons do that.
 
 import { problemOf, stream } from "./api.js";
 import { look } from "./lanes.js";
@@ -6,10 +7,10 @@ import { $, askKey, say, setEditing, setPrompt, showSend, whisper } from "./page
 import * as parameters from "./parameters.js";
 import { lanes, save, state, text } from "./state.js";
 import { t, tokens } from "./store.js";
-import { showTurns } from "./texts.js";
-import { append, el, refresh } from "./turns.js";
+import { append, el, refresh, turnElement } from "./turns.js";
 
 const NEAR_END = 80; // pixels: whoever has scrolled further up is reading, and is left there
+const TITLE = 80; // characters of a prompt that stand in the list
 
 function newAnswer(model, seed) {
   const { id, step, epoch, val_loss } = model;
@@ -200,4 +201,27 @@ async function copied(words) {
     box.remove();
     return done;
   }
+}
+
+// ---------------------------------------------------------------------------- texts on the screen
+
+export function showTurns() {
+  const { turns } = text();
+  $("turns").replaceChildren(...turns.map((turn, i) =>
+    turnElement(turn, actions, i === turns.length - 1)));
+  $("turns").hidden = turns.length === 0;
+  $("empty").hidden = turns.length > 0;
+  $("turns").scrollTop = $("turns").scrollHeight;
+  showHistory();
+}
+
+function showHistory() {
+  const open = (one) => $("history-list").dispatchEvent(new CustomEvent("choose", { detail: one }));
+  const entries = state.texts.toReversed().map((one) => el("li", {},
+    el("button", { type: "button", "aria-current": one === text() ? "true" : null,
+      onclick: () => open(one) },
+    el("span", { class: "facts" }, t(one.mode)),
+    one.turns[0]?.prompt.slice(0, TITLE) || t("untitled"))));
+  $("history-list").replaceChildren(...entries);
+  $("clear-button").disabled = state.texts.length === 0;
 }
