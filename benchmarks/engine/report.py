@@ -16,7 +16,7 @@ from benchmarks.engine.peers import Ours, OursOverlapped, TorchSave
 from benchmarks.engine.run import DISK, MEMORY, Report, Result
 from holdfast import __version__
 from holdfast.formatting import NOTHING, format_bytes
-from holdfast.manage.table import PIPE, Column, render
+from holdfast.table import PIPE, Column, render
 
 _OURS = Ours.name
 _Cell = Callable[[str], str]  # the name of a contender → the text of its cell

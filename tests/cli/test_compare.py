@@ -14,7 +14,7 @@ from holdfast.checkpoint.format.container import Reader
 from holdfast.cli import compare as command
 from holdfast.cli.main import main
 from holdfast.manage.compare.manifests import compare
-from holdfast.manage.table import Screen
+from holdfast.table import Screen
 from holdfast.training.inference import Continuation
 from tests.manage.runs import desk, desk_json, flip, make_run
 from tests.support import identity, write_state

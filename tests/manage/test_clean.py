@@ -24,7 +24,7 @@ from holdfast.manage.cleaning import clean
 from holdfast.manage.cleaning.clean import Plan, Wish, execute, plan
 from holdfast.manage.pin import pin
 from holdfast.manage.rundir import look
-from holdfast.manage.table import Screen
+from holdfast.table import Screen
 from tests.manage.runs import Training, desk, flip, forget_verified, make_run, names_in
 from tests.support import archived
 

@@ -9,8 +9,8 @@ import pytest
 
 from holdfast.errors import CheckpointError, HoldfastError
 from holdfast.manage.compare.manifests import compare
-from holdfast.manage.table import Screen
 from holdfast.manage.values import json_ready
+from holdfast.table import Screen
 from tests.manage.runs import Training, cut, make_run
 
 CONFIG = {"model": {"model": "tiny"}, "training": {"learning_rate": 1e-3, "epochs": 4}}

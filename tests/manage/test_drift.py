@@ -16,8 +16,8 @@ from holdfast.checkpoint.format.container import Reader
 from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint, HoldfastError
 from holdfast.manage.compare import drift_table, tensors
 from holdfast.manage.compare.drift import Drift, TensorDrift, drift, layer_of
-from holdfast.manage.table import Screen
 from holdfast.manage.values import json_ready
+from holdfast.table import Screen
 from tests.support import craft, identity, write_state
 
 LINUX = sys.platform.startswith("linux")

@@ -11,7 +11,7 @@ from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.manage.history import HISTORY, history_of, write_csv
 from holdfast.manage.rundir import look
 from holdfast.manage.story import describe, is_story, story
-from holdfast.manage.table import Screen
+from holdfast.table import Screen
 from tests.manage.runs import LOSSES, Training, flip, make_run
 from tests.support import end_epoch
 

@@ -20,7 +20,7 @@ from holdfast.errors import HoldfastError
 from holdfast.manage.listing import SORTS, listing_of
 from holdfast.manage.pin import pin
 from holdfast.manage.rundir import look
-from holdfast.manage.table import Screen
+from holdfast.table import Screen
 from tests.manage.runs import LOSSES, Training, copy_without_links, cut, desk, flip, make_run
 from tests.support import processor_seconds
 

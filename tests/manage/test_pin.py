@@ -15,7 +15,7 @@ from holdfast.manage.listing import listing_of
 from holdfast.manage.pin import pin
 from holdfast.manage.rollback import execute, plan
 from holdfast.manage.rundir import look
-from holdfast.manage.table import Screen
+from holdfast.table import Screen
 from tests.manage.runs import Training, copy_without_links, make_run, names_in
 from tests.support import Toy, archived, end_epoch, events
 

@@ -18,7 +18,7 @@ from holdfast.checkpoint.system import filesystem
 from holdfast.checkpoint.system.lock import run_lock
 from holdfast.errors import CheckpointError, DamagedCheckpoint, HoldfastError, RunLocked
 from holdfast.manage.rollback import execute, plan, undo
-from holdfast.manage.table import Screen
+from holdfast.table import Screen
 from tests.manage.runs import copy_without_links, flip, make_run, names_in
 from tests.support import (
     Toy,

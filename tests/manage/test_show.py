@@ -19,7 +19,7 @@ from holdfast.manage.pin import pin
 from holdfast.manage.rundir import look
 from holdfast.manage.showing.show import DAMAGED, FOREIGN, OURS, Shown, commands_for, show
 from holdfast.manage.showing.text import lines
-from holdfast.manage.table import Screen
+from holdfast.table import Screen
 from tests.manage.runs import Training, cut, desk, flip, make_run
 
 PIPE = Screen()

@@ -9,7 +9,6 @@ import pytest
 from rich.cells import cell_len
 
 from holdfast import i18n
-from holdfast.manage.table import Screen
 from holdfast.monitor.curves import CHECKPOINT, INTERRUPTED, KINDS, Curves, Series
 from holdfast.monitor.terminal_plot import (
     SMOOTHED,
@@ -19,6 +18,7 @@ from holdfast.monitor.terminal_plot import (
     lines,
     losses,
 )
+from holdfast.table import Screen
 from tests.monitor.views import curves, run_with_metrics
 
 PIPE = Screen()

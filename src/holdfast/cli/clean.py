@@ -16,7 +16,7 @@ from holdfast.errors import ConfigError
 from holdfast.formatting import format_bytes
 from holdfast.i18n import N_, _
 from holdfast.manage.cleaning import clean, leftovers
-from holdfast.manage.table import Screen, printable
+from holdfast.table import Screen, printable
 from holdfast.training.options.config import OPTIONS
 
 _KEEP = int(OPTIONS["keep_last_n"].default)

@@ -14,7 +14,7 @@ from holdfast.cli import common
 from holdfast.cli.progress import ProgressLine
 from holdfast.formatting import wrap_cells
 from holdfast.i18n import N_, _
-from holdfast.manage.table import Screen, printable
+from holdfast.table import Screen, printable
 
 
 def run_export(argv: Sequence[str], prog: str) -> int:

@@ -23,7 +23,7 @@ from holdfast.errors import CheckpointError, ConfigError
 from holdfast.formatting import format_loss
 from holdfast.i18n import N_, _
 from holdfast.manage.rundir import number
-from holdfast.manage.table import Screen, printable
+from holdfast.table import Screen, printable
 
 if TYPE_CHECKING:
     from holdfast.training.inference import Loaded, Sampling, TextStream

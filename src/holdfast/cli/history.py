@@ -17,8 +17,8 @@ from holdfast.errors import HoldfastError
 from holdfast.i18n import N_, _
 from holdfast.manage import history
 from holdfast.manage.rundir import look
-from holdfast.manage.table import Screen, printable
 from holdfast.monitor.run_view import RunView
+from holdfast.table import Screen, printable
 
 if TYPE_CHECKING:
     from holdfast.monitor.curves import Curves

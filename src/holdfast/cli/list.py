@@ -14,7 +14,7 @@ from holdfast.errors import HoldfastError
 from holdfast.i18n import N_, _
 from holdfast.manage import listing
 from holdfast.manage.rundir import look
-from holdfast.manage.table import Screen, printable
+from holdfast.table import Screen, printable
 
 
 def run_list(argv: Sequence[str], prog: str) -> int:

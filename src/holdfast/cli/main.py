@@ -168,7 +168,7 @@ def _fail(message: str, status: int, error: BaseException, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    from holdfast.manage.table import printable
+    from holdfast.table import printable
 
     try:
         for line in message.splitlines():

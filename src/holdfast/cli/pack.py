@@ -22,8 +22,8 @@ from holdfast.cli.progress import ProgressLine
 from holdfast.errors import CheckpointError, ConfigError, Interrupted
 from holdfast.formatting import format_bytes
 from holdfast.i18n import N_, _
-from holdfast.manage.table import Screen, printable, wrapped
 from holdfast.manage.verify import Progress
+from holdfast.table import Screen, printable, wrapped
 
 if TYPE_CHECKING:
     from holdfast.manage.packing.pack import Packed

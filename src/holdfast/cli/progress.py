@@ -11,8 +11,8 @@ from rich.cells import cell_len, set_cell_size
 
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import _
-from holdfast.manage.table import printable
 from holdfast.manage.verify import Progress
+from holdfast.table import printable
 
 _EVERY = 0.1  # seconds between two paintings of one file
 _WIDEST, _NARROWEST = 30, 6  # cells of the bar; where there is room for less there is none

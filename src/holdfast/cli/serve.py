@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from holdfast.cli import common
 from holdfast.errors import CheckpointError, ConfigError
 from holdfast.i18n import N_, _
-from holdfast.manage.table import printable
+from holdfast.table import printable
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from holdfast.i18n import N_, _
 from holdfast.manage.showing.show import DAMAGED
 from holdfast.manage.showing.show import show as look_at
 from holdfast.manage.showing.text import lines
-from holdfast.manage.table import Screen
+from holdfast.table import Screen
 
 
 def run_show(argv: Sequence[str], prog: str) -> int:

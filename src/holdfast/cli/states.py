@@ -19,7 +19,7 @@ from holdfast.i18n import N_, _
 from holdfast.manage import pin, rollback
 from holdfast.manage.choosing import directory_of
 from holdfast.manage.rundir import look
-from holdfast.manage.table import Screen, printable
+from holdfast.table import Screen, printable
 
 
 def run_rollback(argv: Sequence[str], prog: str) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 from holdfast.cli import common
 from holdfast.cli.options import TrainCommand, parse_train
 from holdfast.i18n import N_, _
+from holdfast.table import Screen
 from holdfast.training.options.config_files import save_config
-from holdfast.training.options.presets import list_presets_table, presets_json
+from holdfast.training.options.presets import presets_json, presets_table
 
 
 def train(argv: Sequence[str], prog: str) -> int:
@@ -22,7 +23,7 @@ def train(argv: Sequence[str], prog: str) -> int:
         if command.json:
             common.show_json({"presets": presets_json()})
         else:
-            print(list_presets_table())
+            common.show(presets_table(Screen.of(sys.stdout)))
         return 0
     if command.save_config is not None:
         save_config(command.config, command.save_config)

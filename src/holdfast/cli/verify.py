@@ -14,7 +14,7 @@ from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import N_, _
 from holdfast.manage import verify
 from holdfast.manage.rundir import DAMAGED
-from holdfast.manage.table import Screen, printable, wrapped
+from holdfast.table import Screen, printable, wrapped
 
 
 def run_verify(argv: Sequence[str], prog: str) -> int:

@@ -20,7 +20,7 @@ from holdfast.errors import ConfigError, HoldfastError
 from holdfast.formatting import format_bytes
 from holdfast.i18n import N_, _, language
 from holdfast.manage.rundir import look
-from holdfast.manage.table import printable
+from holdfast.table import printable
 
 if TYPE_CHECKING:
     from holdfast.monitor.web_hub import Hub

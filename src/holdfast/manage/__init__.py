@@ -19,7 +19,6 @@ __all__ = [
     "showing",
     "story",
     "supervising",
-    "table",
     "values",
     "verify",
 ]

@@ -24,8 +24,8 @@ from holdfast.i18n import _
 from holdfast.manage.output import write_output
 from holdfast.manage.rundir import RunDirectory, names_of, number
 from holdfast.manage.story import story
-from holdfast.manage.table import Column, Screen, printable, render
 from holdfast.manage.values import plain_state
+from holdfast.table import Column, Screen, printable, render
 
 HISTORY = "training_history.json"
 _ENDS = ("epoch", "end")  # the reasons for which a checkpoint closes an epoch

@@ -23,7 +23,7 @@ from holdfast.manage.rundir import (
     number,
     set_aside,
 )
-from holdfast.manage.table import Column, Screen, printable, render, wrapped
+from holdfast.table import Column, Screen, printable, render, wrapped
 
 _Key = Callable[[Entry], Any]
 _EPOCH = datetime.datetime.fromtimestamp(0, datetime.timezone.utc)

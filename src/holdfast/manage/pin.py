@@ -15,7 +15,7 @@ from holdfast.checkpoint.rundir import Catalog, Entry
 from holdfast.i18n import _
 from holdfast.manage.choosing import choose
 from holdfast.manage.rundir import look
-from holdfast.manage.table import printable
+from holdfast.table import printable
 
 
 @dataclass(frozen=True, slots=True)

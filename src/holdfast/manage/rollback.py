@@ -28,7 +28,7 @@ from holdfast.formatting import format_bytes, format_loss
 from holdfast.i18n import _
 from holdfast.manage.choosing import choose, entry_at
 from holdfast.manage.rundir import RunDirectory, kind_in_words, look, number, set_aside
-from holdfast.manage.table import Column, Screen, printable, render
+from holdfast.table import Column, Screen, printable, render
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from holdfast.formatting import format_bytes, format_seconds, format_time
 from holdfast.i18n import N_, _
-from holdfast.manage.table import PIPE, Screen, printable, wrapped
+from holdfast.table import PIPE, Screen, printable, wrapped
 
 # What happens all the time while everything goes well; shown with `--events` only.
 ROUTINE = ("durable", "verified", "removed")

@@ -14,12 +14,12 @@ from rich.text import Text
 
 from holdfast.formatting import wrap_cells
 from holdfast.i18n import _, language
-from holdfast.manage.table import printable
 from holdfast.monitor import terminal_plot, words
 from holdfast.monitor.run_view import FINISHED, STOPPED, TRAINING
 from holdfast.monitor.snapshot import is_warning
 from holdfast.monitor.watcher import Look
 from holdfast.monitor.words import Pair
+from holdfast.table import printable
 
 _GAP = "  "
 _NARROWEST_BAR = 8

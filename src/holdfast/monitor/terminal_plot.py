@@ -13,8 +13,8 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from holdfast.i18n import N_, _
-from holdfast.manage.table import Screen, printable
 from holdfast.monitor.curves import CHECKPOINT, INTERRUPTED, RESUMED, TROUBLE, Curves, Series, thin
+from holdfast.table import Screen, printable
 
 WIDTH = 80  # cells, where there is no terminal that says
 _HEIGHT = 16  # lines, axes included

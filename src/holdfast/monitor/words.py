@@ -19,10 +19,10 @@ from holdfast.formatting import (
 from holdfast.i18n import N_, _
 from holdfast.manage.rundir import kind_in_words, number
 from holdfast.manage.story import describe, story
-from holdfast.manage.table import Column, Screen, printable, render
 from holdfast.monitor.machine import Gpu, Machine
 from holdfast.monitor.run_view import EMPTY, FINISHED, STOPPED, TRAINING
 from holdfast.monitor.snapshot import Row, Snapshot
+from holdfast.table import Column, Screen, printable, render
 
 Pair = tuple[str, str]  # a label and its value
 BETWEEN = " · "  # two figures: the same in both languages

@@ -30,6 +30,7 @@ from holdfast.checkpoint.policy import MOST_OFTEN, RAREST, TIME_BUDGET, WRITE_TI
 from holdfast.checkpoint.rundir import words
 from holdfast.formatting import format_age, format_bytes, format_seconds, parse_time
 from holdfast.i18n import _, encode_anything
+from holdfast.table import PIPE, Column, render
 from holdfast.training import trouble
 
 if TYPE_CHECKING:
@@ -136,22 +137,9 @@ class Console:
         self._write_log(text)
 
     def table(self, rows: list[list[str]], *, header: list[str]) -> None:
-        """A small table; in a pipe and in the log one line a row."""
-        for row in [header, *rows]:
-            self._write_log("  ".join(row))
-        if self._dead:
-            return
-        with self._survive():
-            if not self.terminal:
-                for row in [header, *rows]:
-                    self._rich.print(f"{_clock()} " + "  ".join(row))
-                return
-            grid = Table(show_edge=False, pad_edge=False, box=None)
-            for title in header:
-                grid.add_column(title, overflow="fold")
-            for row in rows:
-                grid.add_row(*row)
-            self._rich.print(grid)
+        """Show a small table, with `--quiet` too."""
+        columns = [Column(title) for title in header]
+        self.say("\n".join(render(columns, rows, PIPE)), important=True)
 
     def ask(self, question: str, *, default: bool = True) -> bool:
         """A yes-or-no question to the person at the terminal."""

@@ -23,7 +23,7 @@ from holdfast.i18n import _
 from holdfast.manage.cleaning.rows import Row, Wish, rows_of, too_few_verified
 from holdfast.manage.locking import catalogue_lock
 from holdfast.manage.rundir import look, reclaimable
-from holdfast.manage.table import Column, Screen, printable, render
+from holdfast.table import Column, Screen, printable, render
 
 __all__ = ["Plan", "Row", "Wish", "execute", "plan"]
 

@@ -13,7 +13,7 @@ from typing import Any
 from holdfast.checkpoint.rundir import Catalog, rollback, shared_memory
 from holdfast.formatting import NOTHING, format_bytes
 from holdfast.i18n import N_, _
-from holdfast.manage.table import Column, Screen, printable, render
+from holdfast.table import Column, Screen, printable, render
 
 _REASONS = {
     "in_use": N_("a training uses it"),

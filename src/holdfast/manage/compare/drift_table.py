@@ -12,7 +12,7 @@ from holdfast.i18n import _
 from holdfast.manage.compare.drift import Drift, LayerDrift
 from holdfast.manage.compare.sums import Sums
 from holdfast.manage.compare.tensors import Tensor
-from holdfast.manage.table import Column, Screen, printable, render
+from holdfast.table import Column, Screen, printable, render
 
 _LAYERS, _NAMES = 20, 6  # that a terminal is shown; a pipe gets all
 

@@ -19,8 +19,8 @@ from holdfast.errors import HoldfastError
 from holdfast.formatting import NOTHING, format_bytes, format_loss, format_time
 from holdfast.i18n import _
 from holdfast.manage.rundir import kind_in_words, look, number
-from holdfast.manage.table import Column, Screen, printable, render
 from holdfast.manage.values import flatten, plain_state
+from holdfast.table import Column, Screen, printable, render
 
 _LOWER = ("loss", "perplexity", "bits_per_byte", "error")  # how names end whose low value is good
 _HIGHER = ("accuracy", "bleu", "f1")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.i18n import N_, _
-from holdfast.manage.table import printable
+from holdfast.table import printable
 
 OK, WARN, BAD, UNKNOWN = "ok", "warn", "bad", "unknown"
 

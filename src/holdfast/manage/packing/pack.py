@@ -25,8 +25,8 @@ from holdfast.formatting import NOTHING, format_bytes, format_time
 from holdfast.i18n import _
 from holdfast.manage.packing.archive import CHUNK, MANIFEST, SUMS, Contents, Item, check, zstandard
 from holdfast.manage.packing.held import Data, Held, Payloads, held
-from holdfast.manage.table import Column, Screen, printable, render
 from holdfast.manage.verify import Progress
+from holdfast.table import Column, Screen, printable, render
 
 COMPRESSED = (".tar.zst", ".tzst")
 SUFFIXES = (".tar", *COMPRESSED)

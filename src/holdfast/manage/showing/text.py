@@ -22,8 +22,8 @@ from holdfast.manage.showing import zip_look
 from holdfast.manage.showing.layers import MODEL, OPTIMIZER, OTHER, Tensor
 from holdfast.manage.showing.show import DAMAGED, FOREIGN, Inside, Shown, commands_for
 from holdfast.manage.story import ENDS
-from holdfast.manage.table import PIPE, Column, Screen, printable, render, wrapped
 from holdfast.manage.values import flatten
+from holdfast.table import PIPE, Column, Screen, printable, render, wrapped
 
 _RECORDS = 12  # of a file that is not ours, the largest first
 _LONG = 60  # characters of a value; a longer one is cut on a terminal

@@ -15,7 +15,7 @@ from pathlib import Path
 from holdfast.errors import ConfigError
 from holdfast.i18n import _
 from holdfast.manage.supervising.supervisor import ASKED, FINAL
-from holdfast.manage.table import printable
+from holdfast.table import printable
 
 STOP_TIMEOUT = 300  # seconds to finish a step and save; see the comment in the unit
 RESTART_DELAY = 30  # seconds before systemd starts a supervisor again that was itself killed

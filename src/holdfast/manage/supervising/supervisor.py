@@ -29,7 +29,7 @@ from holdfast.errors import ConfigError, DataError, Diverged, GaveUp, Interrupte
 from holdfast.formatting import format_seconds, parse_time
 from holdfast.i18n import _
 from holdfast.manage.story import describe
-from holdfast.manage.table import printable
+from holdfast.table import printable
 from holdfast.training.unattended import RESTART
 
 BACKOFF = 10.0  # seconds before the first restart, where nobody has said otherwise

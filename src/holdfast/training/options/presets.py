@@ -8,6 +8,7 @@ from typing import Any
 
 from holdfast.errors import ConfigError
 from holdfast.i18n import N_, _
+from holdfast.table import Column, Screen, render
 from holdfast.training.options.config import Config
 from holdfast.training.options.config_files import (
     Layer,
@@ -84,24 +85,23 @@ def _file_layer(source: str, path: Path, where: str, problems: list[str]) -> Lay
     return layer_of_mapping(source, data, where, problems)
 
 
-def list_presets_table() -> str:
-    """The presets as a table in the user's language, aligned for a terminal."""
-    rows: list[tuple[str, ...]] = [
-        (
-            _("preset"),
-            _("batch"),
-            _("epochs"),
-            _("learning rate"),
-            _("default model"),
-            _("for"),
-        )
+def presets_table(screen: Screen) -> list[str]:
+    """Return the lines of a table of the presets, in the user's language."""
+    titles = [
+        _("preset"),
+        _("batch"),
+        _("epochs"),
+        _("learning rate"),
+        _("default model"),
+        _("for"),
     ]
+    rows = []
     for name, purpose in PRESETS.items():
         config = resolve(preset=name)
         training = config.training
         figures = (training.batch_size, training.epochs, training.learning_rate)
         rows.append((name, *map(format_value, figures), config.model.model, _(purpose)))
-    return align(rows)
+    return render([Column(title) for title in titles], rows, screen)
 
 
 def presets_json() -> list[dict[str, Any]]:
@@ -110,18 +110,3 @@ def presets_json() -> list[dict[str, Any]]:
         {"name": name, "purpose": _(purpose), "configuration": load_preset(name)}
         for name, purpose in PRESETS.items()
     ]
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, as wide as a terminal shows them (a Chinese character takes two cells)."""
-    from rich.cells import cell_len
-
-    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    rule = ["─" * width for width in widths]
-    lines = [
-        "  ".join(
-            cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)
-        ).rstrip()
-        for row in (rows[0], rule, *rows[1:])
-    ]
-    return "\n".join(lines)

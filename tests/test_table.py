@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.cells import cell_len
 
-from holdfast.manage.table import Column, Screen, printable, render, wrapped
+from holdfast.table import Column, Screen, printable, render, wrapped
 
 COLUMNS = [Column("名称"), Column("n", right=True, hide=1), Column("why", hide=2)]
 ROWS = [["检查点", "5", "because"], ["x", "1234", ""]]
