@@ -284,12 +284,13 @@ def _train(
     _heed(trainer.guard)
     needed = checkpoint_size(trainer.state, reserve=workshop.reserve)
     space.check_room(manager.catalog, needed + _moments_to_come(trainer), manager.run_id)
-    here = manager.catalog.scan()
+    here = manager.catalog.scan().entries
     records = workshop.records = Records(
         directory,
         tensorboard=config.training.tensorboard,
         resumed_step=trainer.progress.step,
-        held=bool(here.entries) and not here.of(manager.run_id).entries,
+        # A rescue may have brought this run's first checkpoint; the records are still the other's.
+        held=any(entry.run_id != manager.run_id for entry in here),
     )
     records.do(partial(_write_descriptions, workshop, directory))
     try:
