@@ -16,7 +16,7 @@ from holdfast.checkpoint.rundir import shared_memory
 from holdfast.checkpoint.system import direct, filesystem
 from tests.support import in_child
 
-PATHS = ("direct", "hardlinks", "reflink", "copyrange", "fallocate", "sharedmemory")
+PATHS = ("direct", "hardlinks", "reflink", "fallocate", "sharedmemory")
 
 
 def make_state(seed: int) -> dict[str, Any]:
@@ -28,9 +28,7 @@ def make_state(seed: int) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
-@pytest.mark.parametrize(
-    "missing", [*((path,) for path in PATHS), ("hardlinks", "reflink", "copyrange"), PATHS]
-)
+@pytest.mark.parametrize("missing", [*((path,) for path in PATHS), ("hardlinks", "reflink"), PATHS])
 def test_without_a_fast_path_everything_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]
 ) -> None:
@@ -170,7 +168,7 @@ def test_without_positional_reads_and_writes_the_bytes_are_the_same(
 ) -> None:
     """Windows has neither; two threads write one file by turns."""
     monkeypatch.setenv("HOLDFAST_DISABLE", "direct,sharedmemory")
-    for name in ("pwrite", "preadv", "posix_fallocate", "copy_file_range", "posix_fadvise"):
+    for name in ("pwrite", "preadv", "posix_fallocate", "posix_fadvise"):
         monkeypatch.delattr(os, name)
     state = make_state(1)
     state["large"] = torch.arange(6_000_000)

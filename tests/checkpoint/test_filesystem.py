@@ -234,7 +234,7 @@ def test_a_symlink_in_place_of_the_temporary_is_not_followed(
     victim.write_bytes(b"precious")
     trap = tmp_path / ".holdfast-trap.tmp"
     trap.symlink_to(victim)
-    monkeypatch.setattr(filesystem, "temporary_name", lambda _target: trap)
+    monkeypatch.setattr(filesystem, "temporary_name", lambda *_arguments: trap)
     with pytest.raises(FileExistsError):
         put(tmp_path / "a.pt", b"evil")
     with pytest.raises(FileExistsError):
@@ -299,7 +299,7 @@ def test_links_that_are_refused_become_copies(
     assert (tmp_path / "latest.pt").read_bytes() == b"abc"
 
 
-@pytest.mark.parametrize("call", ["posix_fallocate", "fsync"])
+@pytest.mark.parametrize("call", ["sendfile", "fsync"])
 def test_a_copy_that_fails_leaves_the_old_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:

@@ -6,14 +6,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 
 import pytest
 
-from holdfast.checkpoint.system import filesystem
-from holdfast.checkpoint.system.signals import RESERVE, SignalGuard, check_space, deferred_interrupt
-from holdfast.errors import ResourceError
+from holdfast.checkpoint.system.signals import SignalGuard, deferred_interrupt
 from tests.support import in_child
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -170,14 +167,3 @@ def test_deferring_twice_and_in_a_thread() -> None:
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-# -------------------------------------------------------------------------------------------- space
-
-
-def test_space_is_checked_with_a_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: RESERVE + 1000)
-    check_space(tmp_path, 1000)
-    with pytest.raises(ResourceError, match="64 MB free") as error:
-        check_space(tmp_path, 1001)
-    assert str(tmp_path) in str(error.value)

@@ -20,7 +20,7 @@ from holdfast.checkpoint.format import container
 from holdfast.checkpoint.manager import CheckpointManager, checkpoint_size, run_lock
 from holdfast.checkpoint.rundir import catalog, tidy
 from holdfast.checkpoint.save import saver
-from holdfast.checkpoint.system import filesystem, signals
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import (
     DamagedCheckpoint,
     RunLocked,
@@ -481,7 +481,7 @@ def test_a_damaged_checkpoint_is_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpoint):
         load(tmp_path / "latest.pt")
     assert manager.load is load
-    assert signals.RESERVE > 0
+    assert filesystem.RESERVE > 0
 
 
 # ------------------------------------------------------------------------------------------- clocks

@@ -19,7 +19,7 @@ from holdfast.checkpoint import Catalog
 from holdfast.checkpoint.manager import CheckpointManager
 from holdfast.checkpoint.policy import alarm
 from holdfast.checkpoint.rundir import shared_memory, space
-from holdfast.checkpoint.system import filesystem, signals
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import ResourceError
 from tests.support import die, events, in_child, listener, said, tree_of
 
@@ -32,7 +32,7 @@ Disk = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _no_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     """The small disks here are smaller than what stays free of a real one."""
-    monkeypatch.setattr(signals, "RESERVE", 64 << 10)
+    monkeypatch.setattr(filesystem, "RESERVE", 64 << 10)
 
 
 def training(directory: Path, **options: Any) -> CheckpointManager:
@@ -153,7 +153,7 @@ def test_the_start_counts_what_can_be_let_go(
     with training(tmp_path) as manager:
         for step in range(1, 5):
             manager.save(step=step)
-    monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: signals.RESERVE)
+    monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: filesystem.RESERVE)
     catalog = Catalog(tmp_path)
     space.check_room(catalog, int(1.5 * SIZE * MB), manager.run_id)
     with pytest.raises(ResourceError, match="the next checkpoint needs"):
@@ -300,7 +300,7 @@ def test_a_removal_is_recorded_where_there_was_no_room_for_its_line(
         real(path, line)
 
     monkeypatch.setattr(filesystem, "append_line", full_until_removed)
-    monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: signals.RESERVE)
+    monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: filesystem.RESERVE)
     gone = space.make_room(Catalog(tmp_path), MB // 2, manager.run_id)
     assert [entry.step for entry in gone] == [1]
     assert gone_for_space(tmp_path) == [1]
@@ -330,3 +330,12 @@ def test_unsafe_is_told_by_after_step(tmp_path: Path, monkeypatch: pytest.Monkey
         manager.save(step=30, strict=True)
         assert not manager.unsafe
     assert [e["minutes"] for e in events(tmp_path) if e["event"] == "unsafe"] == [10]
+
+
+def test_space_is_checked_with_a_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystem, "RESERVE", 64 << 20)
+    monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: filesystem.RESERVE + 1000)
+    space.check_space(tmp_path, 1000)
+    with pytest.raises(ResourceError, match="64 MB free") as error:
+        space.check_space(tmp_path, 1001)
+    assert str(tmp_path) in str(error.value)

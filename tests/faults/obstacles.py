@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import torch
 
-from holdfast.checkpoint.system import signals
+from holdfast.checkpoint.system import filesystem
 from tests.faults import cycle, inject
 from tests.faults.inject import Fault, Outcome
 from tests.faults.savers import Saver, Training
@@ -165,7 +165,7 @@ def obstructed(saver: type[Saver]) -> Tally:
     tally.skipped = unavailable()
     if tally.skipped:
         return tally
-    signals.RESERVE = 0  # in this process and its children: the write itself is to find out
+    filesystem.RESERVE = 0  # in this process and its children: the write itself is to find out
     for disk in (Tmpfs(), Ext4()):
         for what, obstacle in OBSTACLES.items():
             with cycle.scratch() as place, disk.mounted(place) as mounted:

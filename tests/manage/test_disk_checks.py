@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.checkpoint.system import filesystem
-from holdfast.checkpoint.system.signals import RESERVE
+from holdfast.checkpoint.system.filesystem import RESERVE
 from holdfast.manage.doctor import disk_checks, mounts
 from holdfast.manage.doctor.disk_checks import disk_checks as check_disk
 from holdfast.manage.doctor.findings import BAD, OK, UNKNOWN, WARN, Finding, worst

@@ -19,7 +19,7 @@ import xxhash
 
 from holdfast import load
 from holdfast.checkpoint.rundir.catalog import Catalog
-from holdfast.checkpoint.system import filesystem
+from holdfast.checkpoint.system import drafts, filesystem
 from holdfast.checkpoint.system.lock import FileLock
 from holdfast.errors import ConfigError, DamagedCheckpoint, HoldfastError, RunLocked
 from holdfast.manage import locking
@@ -392,7 +392,7 @@ def test_what_a_killed_pack_has_left_goes_with_the_next_one_and_a_living_ones_st
     run, target = tmp_path / "run", tmp_path / "run.tar"
     make_run(run)
     script = (
-        "import os, pathlib, signal, sys; from holdfast.manage import pack\n"
+        "import os, pathlib, signal, sys; from holdfast.manage.packing import pack\n"
         "pack.check = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "pack.pack(*map(pathlib.Path, sys.argv[1:]))"
     )
@@ -401,5 +401,6 @@ def test_what_a_killed_pack_has_left_goes_with_the_next_one_and_a_living_ones_st
     assert left.stat().st_size > 0 and not target.exists()
     living = tmp_path / f".holdfast-pack-{os.getpid()}-0.tmp"
     living.touch()
-    pack(run, target)
+    with drafts.held(living):
+        pack(run, target)
     assert list(tmp_path.glob(".holdfast-*")) == [living]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +11,6 @@ from holdfast.checkpoint.system import SignalGuard, drafts, filesystem
 from holdfast.errors import ConfigError, Interrupted, ResourceError
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
-
-_RESERVE = 64 << 20  # bytes that stay free on the disk
 
 
 def check_target(target: Path) -> None:
@@ -31,11 +27,11 @@ def check_room(target: Path, needed: int) -> None:
     while not place.exists() and place != place.parent:
         place = place.parent
     free = filesystem.free_bytes(place)
-    if free < needed + _RESERVE:
+    if free < needed + filesystem.RESERVE:
         raise ResourceError(
             _("The disk of {directory} has {free} free, and {needed} are needed. Free some space, "
               "or choose --out on another disk.", directory=place, free=format_bytes(free),
-              needed=format_bytes(needed + _RESERVE))
+              needed=format_bytes(needed + filesystem.RESERVE))
         )  # fmt: skip
 
 
@@ -47,25 +43,14 @@ def making(target: Path, *, folder: bool) -> Iterator[Path]:
     is left, whatever ended the block.
     """
     filesystem.make_directory(target.parent)
-    hidden = f".{target.name}.part-"
-    drafts.sweep(target.parent, hidden)
-    draft = target.with_name(f"{hidden}{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        if folder:
-            draft.mkdir()
-        with drafts.held(draft):  # a file is not there yet: its process alone says whose it is
-            yield draft
-            _make_durable(draft)
-            check_target(target)  # another program may have been faster
-            if target.is_dir():
-                target.rmdir()
-            draft.rename(target)
-    except BaseException:  # an interrupt, too, leaves nothing half-written
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)
-        else:
-            draft.unlink(missing_ok=True)
-        raise
+    with drafts.folder(target.parent, f".{target.name}.part-") as place:
+        draft = place if folder else place / target.name
+        yield draft
+        _make_durable(draft)
+        check_target(target)  # another program may have been faster
+        if target.is_dir():
+            target.rmdir()
+        draft.rename(target)
     filesystem.sync_directory(target.parent)
 
 

@@ -103,7 +103,7 @@ def dry_run(
     else:
         tell(estimate)
     here = sum(entry.size for entry in contents.entries)  # has its room already
-    needed = max(0, estimate.run_bytes - here) + guard.RESERVE
+    needed = max(0, estimate.run_bytes - here) + filesystem.RESERVE
     if estimate.free_bytes < needed:
         raise ResourceError(
             _("This run needs {needed} on the disk of {directory}, which has {free} free. Lower "

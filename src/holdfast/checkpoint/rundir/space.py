@@ -9,16 +9,37 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 from holdfast.checkpoint.policy import select
 from holdfast.checkpoint.rundir.catalog import Catalog, Contents, Entry
-from holdfast.checkpoint.system import filesystem, signals
+from holdfast.checkpoint.system import filesystem
+from holdfast.errors import ResourceError
+from holdfast.i18n import _
 
 
 def check_room(catalog: Catalog, needed: int, run_id: str) -> None:
     """Raise `ResourceError` unless `needed` bytes fit, with what `make_room` could free."""
     spare = sum(_frees(catalog, entry) for entry in _beyond_floor(catalog.scan().of(run_id)))
-    signals.check_space(catalog.directory, needed, spare=spare)
+    check_space(catalog.directory, needed, spare=spare)
+
+
+def check_space(directory: Path, needed: int, *, spare: int = 0) -> None:
+    """Raise `ResourceError` unless `needed` bytes and the reserve fit on the disk of `directory`.
+
+    `spare` bytes count as free: they belong to files that may go.
+    """
+    free, wanted = filesystem.free_bytes(directory) + spare, needed + filesystem.RESERVE
+    if free < wanted:
+        raise ResourceError(
+            _(
+                "The disk of {directory} has {free} MB free; the next checkpoint needs {needed} "
+                "MB. Free some space, or keep fewer checkpoints.",
+                directory=directory,
+                free=(free - spare) >> 20,
+                needed=wanted >> 20,
+            )
+        )
 
 
 def make_room(catalog: Catalog, needed: int, run_id: str, *, refused: bool = False) -> list[Entry]:
@@ -31,7 +52,7 @@ def make_room(catalog: Catalog, needed: int, run_id: str, *, refused: bool = Fal
     """
     missing = needed
     if not refused:
-        missing += signals.RESERVE - filesystem.free_bytes(catalog.directory)
+        missing += filesystem.RESERVE - filesystem.free_bytes(catalog.directory)
     if missing <= 0:
         return []
     with catalog.lock():

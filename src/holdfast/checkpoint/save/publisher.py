@@ -32,7 +32,7 @@ from holdfast.checkpoint.rundir import (
     tidy,
 )
 from holdfast.checkpoint.rundir import summary as entry_of
-from holdfast.checkpoint.system import Buffer, direct, filesystem, signals
+from holdfast.checkpoint.system import Buffer, direct, filesystem
 from holdfast.errors import CheckpointError, DamagedCheckpoint, HoldfastError
 
 log = logging.getLogger("holdfast")
@@ -113,7 +113,7 @@ class Publisher:
             self._secure()
         if self._make_room:
             self._tell_gone(space.make_room(catalog, draft.size, draft.run_id))
-        signals.check_space(catalog.directory, draft.size)
+        space.check_space(catalog.directory, draft.size)
         contents = catalog.scan()
         entry = entry_of(draft.manifest, draft.size)
         name = name_of(entry)

@@ -7,11 +7,11 @@ Nothing in this room knows what a checkpoint is, and nothing imports torch when 
 from __future__ import annotations
 
 from holdfast.checkpoint.system import direct, drafts, filesystem, project, signals
-from holdfast.checkpoint.system.filesystem import disabled, sync_directory, sync_file
+from holdfast.checkpoint.system.filesystem import RESERVE, disabled, sync_directory, sync_file
 from holdfast.checkpoint.system.follow import LARGEST, Follower, objects
 from holdfast.checkpoint.system.lock import CATALOG_LOCK, LOCKS, RUN_LOCK, FileLock, run_lock
 from holdfast.checkpoint.system.pages import PAGE, Buffer
-from holdfast.checkpoint.system.signals import RESERVE, SignalGuard
+from holdfast.checkpoint.system.signals import SignalGuard
 from holdfast.checkpoint.system.slots import Slot, available_memory
 from holdfast.checkpoint.system.threads import (
     BEGINS_WITHIN,

@@ -1,18 +1,20 @@
-"""Folders that are filled beside their target, and what killed processes have left of such.
+"""Files and folders that are filled beside their target, and what killed processes left of such.
 
-A draft's name has the process in it, and that process holds a lock of the folder. Both must be free
-before it is swept: the number says nothing of another machine, and a lock is taken after the name.
+The kernel drops the lock on a draft with the process that holds it: a draft without a lock is dead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from holdfast.checkpoint.system import filesystem
+from holdfast.checkpoint.system.signals import deferred_interrupt
 
 try:
     import fcntl
@@ -24,13 +26,23 @@ _LOOK = sum(getattr(os, flag, 0) for flag in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONB
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Mark `folder` as in use until the block ends, also under another name."""
-    fd = -1
-    with contextlib.suppress(OSError):
-        if fcntl is not None:
-            fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Yield a new folder in `parent`, removed at the end unless it was renamed."""
+    sweep(parent, prefix)
+    path = parent / f"{prefix}{secrets.token_hex(6)}"
+    path.mkdir()
+    try:
+        with held(path):
+            yield path
+    finally:
+        with deferred_interrupt():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Mark `path` as in use until the block ends, also under another name."""
+    fd = _locked(path)
     try:
         yield
     finally:
@@ -39,48 +51,28 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def sweep(parent: Path, prefix: str) -> None:
-    """Remove the folders `<prefix><process>-…` of dead processes in `parent`."""
-    for path in left(parent, prefix):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                filesystem.remove(path)
+    """Remove the drafts in `parent` whose names begin with `prefix` and that no process holds."""
+    for path in parent.glob(f"{glob.escape(prefix)}*"):
+        if (fd := _locked(path)) >= 0:
+            os.close(fd)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    filesystem.remove(path)
 
 
-def left(parent: Path, prefix: str) -> list[Path]:
-    """Return the drafts `<prefix><process>-…` in `parent` that no process uses any more."""
-    with contextlib.suppress(OSError):
-        return [
-            path
-            for path in sorted(parent.iterdir())
-            if path.name.startswith(prefix) and _is_free(path, path.name[len(prefix) :])
-        ]
-    return []
-
-
-def _is_free(path: Path, rest: str) -> bool:
-    number = rest.partition("-")[0]
-    if fcntl is None or not number.isdecimal() or _lives(int(number)):
-        return False
+def _locked(path: Path) -> int:
+    """Lock `path` and return its descriptor; -1 if it is locked, or cannot be."""
+    if fcntl is None:
+        return -1
     try:
         fd = os.open(path, _LOOK)
     except OSError:
-        return False
+        return -1
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return False
-    finally:
         os.close(fd)
-    return True
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
+        return -1
+    return fd

@@ -3,7 +3,7 @@
 Files of a run directory, which a stranger may have packed, are opened by `open_regular` alone.
 
 One small seam on purpose: faults are injected here, and platforms differ here and nowhere else.
-`HOLDFAST_DISABLE=hardlinks,reflink,copyrange,fallocate,direct,sharedmemory` switches fast paths
+`HOLDFAST_DISABLE=hardlinks,reflink,fallocate,direct,sharedmemory` switches fast paths
 off, for tests and odd systems.
 """
 
@@ -31,6 +31,7 @@ log = logging.getLogger("holdfast")
 _FICLONE = 0x40049409  # ioctl(2): share the blocks of another file (Btrfs, XFS, bcachefs)
 WRITE_MAX = 1 << 30  # Linux writes at most 2 GiB - 4 KiB a call
 READ_ONLY = 0o444
+RESERVE = 64 << 20  # bytes that stay free: logs and the history must still be written
 SMALL = 64 << 20  # bytes: far more than any settings, cache or tokenizer of a run takes
 said: set[str] = set()
 _seek_lock = threading.Lock()
@@ -152,28 +153,17 @@ def write_file(
     its bytes up to `end` are taken. `limit` is bytes a second, 0 for none. `OSError` as it comes;
     the temporary file is gone then.
     """
-    temporary = temporary_name(target)
-    fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _EXTRA_FLAGS, 0o600)
-    try:
-        try:
-            allocate(fd, size)
-            for offset, piece in pieces:
-                view = memoryview(piece).cast("B") if len(piece) else memoryview(b"")
-                if offset == 0 and len(view) == size and direct.is_aligned(view):
-                    _write_image(fd, view, ready, limit)
-                else:
-                    write_all(fd, view, offset)
-            if hasattr(os, "fchmod"):
-                os.fchmod(fd, mode)
-            sync_file(fd)
-        finally:
-            os.close(fd)
-        rename(temporary, target)
-    except BaseException:  # an interrupt, too, leaves nothing half-written
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_directory(target.parent)
+    with replacing(target) as file:
+        fd = file.fileno()
+        allocate(fd, size)
+        for offset, piece in pieces:
+            view = memoryview(piece).cast("B") if len(piece) else memoryview(b"")
+            if offset == 0 and len(view) == size and direct.is_aligned(view):
+                _write_image(fd, view, ready, limit)
+            else:
+                write_all(fd, view, offset)
+        if hasattr(os, "fchmod"):
+            os.fchmod(fd, mode)
 
 
 def _write_image(fd: int, image: memoryview, ready: direct.Ready | None, limit: float) -> None:
@@ -184,16 +174,15 @@ def _write_image(fd: int, image: memoryview, ready: direct.Ready | None, limit: 
 
 @contextlib.contextmanager
 def replacing(target: Path, prefix: str = ".holdfast-") -> Iterator[BinaryIO]:
-    """A new file to write and to read, of any length, which becomes `target` durably when the block
-    ends; where the block fails it is gone, and `target` as it was. `OSError` as it comes.
+    """Yield a new file, of any length, which becomes `target` durably when the block ends.
 
-    `prefix` and the number of this process begin its name until then.
+    Where the block fails the file is removed and `target` is as it was. The file's name begins with
+    `prefix` until then. `OSError` as it comes.
     """
     temporary = temporary_name(target, prefix)
+    new = open(temporary, "x+b", opener=_open_without_following)  # noqa: SIM115 - below
     try:
-        with open(
-            temporary, "x+b", opener=lambda name, flags: os.open(name, flags | _EXTRA_FLAGS, 0o644)
-        ) as file:
+        with new as file:
             yield file
             file.flush()
             sync_file(file.fileno())
@@ -234,7 +223,7 @@ def publish(source: Path, name: Path, *, copy: bool = True) -> str:
     """
     temporary = temporary_name(name)
     try:
-        how = link(source, temporary) or _reflink(source, temporary)
+        how = link(source, temporary) or reflink(source, temporary)
         if not how and copy:
             how = _copy(source, temporary)
         if how:
@@ -309,6 +298,10 @@ def temporary_name(target: Path, prefix: str = ".holdfast-") -> Path:
     return target.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(6)}.tmp")
 
 
+def _open_without_following(name: str, flags: int) -> int:
+    return os.open(name, flags | _EXTRA_FLAGS, 0o644)
+
+
 def allocate(fd: int, size: int) -> None:
     if size == 0 or not hasattr(os, "posix_fallocate") or disabled("fallocate"):
         return
@@ -369,7 +362,7 @@ def link(source: Path, target: Path) -> str:
     return "link"
 
 
-def _reflink(source: Path, target: Path) -> str:
+def reflink(source: Path, target: Path) -> str:
     if disabled("reflink") or not sys.platform.startswith("linux"):
         return ""
     import fcntl
@@ -388,37 +381,10 @@ def _reflink(source: Path, target: Path) -> str:
             os.close(fd)
 
 
-def _copy_in_kernel(source: int, target: int) -> bool:
-    """Copy all of `source` without its bytes visiting us; False, with nothing copied, where the
-    kernel or these file systems cannot."""
-    if disabled("copyrange") or not hasattr(os, "copy_file_range"):
-        return False
-    size, done = os.fstat(source).st_size, 0
-    while done < size:
-        try:
-            count = os.copy_file_range(source, target, size - done, done, done)
-        except OSError as error:
-            if done == 0 and error.errno in (
-                errno.EXDEV,
-                errno.EINVAL,
-                errno.ENOSYS,
-                errno.EOPNOTSUPP,
-                errno.EPERM,
-            ):
-                return False
-            raise
-        done += _written(count)
-    return True
-
-
 def _copy(source: Path, target: Path) -> str:
-    fd = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _EXTRA_FLAGS, 0o600)
-    with source.open("rb") as original, os.fdopen(fd, "wb") as copy:
-        allocate(copy.fileno(), os.fstat(original.fileno()).st_size)
-        if not _copy_in_kernel(original.fileno(), copy.fileno()):
-            shutil.copyfileobj(original, copy, 1 << 22)
-        copy.flush()
-        if hasattr(os, "fchmod"):
-            os.fchmod(copy.fileno(), READ_ONLY)
+    target.touch(0o600, exist_ok=False)
+    shutil.copyfile(source, target)
+    with target.open("r+b") as copy:
+        target.chmod(READ_ONLY)
         sync_file(copy.fileno())
     return "copy"

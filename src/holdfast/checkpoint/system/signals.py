@@ -1,4 +1,4 @@
-"""Signals and disk space: what stands between training and an abrupt end.
+"""Turn signals that ask to stop into a flag.
 
 Handlers only set a flag that the training loop reads between steps. They keep what was there
 before them and give it back; what is ignored (nohup ignores SIGHUP) stays ignored.
@@ -6,21 +6,16 @@ before them and give it back; what is ignored (nohup ignores SIGHUP) stays ignor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from holdfast.checkpoint.system import filesystem
-from holdfast.errors import ResourceError
-from holdfast.i18n import _
-
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-RESERVE = 64 << 20  # bytes that stay free: logs and the history must still be written
 
 
 class SignalGuard:
@@ -104,39 +99,23 @@ def stopped(number: int) -> Stopped:
     return kind(128 + number)
 
 
-class deferred_interrupt:
-    """Hold a KeyboardInterrupt back until the block is done, then raise it: never swallowed."""
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Hold a KeyboardInterrupt back until the block is done, then raise it: never swallowed.
 
-    def __enter__(self) -> None:
-        self._pending = False
-        self._active = (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        )
-        if self._active:
-            signal.signal(signal.SIGINT, self._note)
-
-    def __exit__(self, *_exc: object) -> None:
-        if self._active:
+    A handler of the user's own stays in charge.
+    """
+    pending: list[int] = []
+    active = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if active:
+        signal.signal(signal.SIGINT, lambda number, _frame: pending.append(number))
+    try:
+        yield
+    finally:
+        if active:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            if self._pending:
-                raise KeyboardInterrupt
-
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        self._pending = True
-
-
-def check_space(directory: Path, needed: int, *, spare: int = 0) -> None:
-    """Raise `ResourceError` unless `needed` bytes and a reserve are free for `directory`, or would
-    be with the `spare` bytes of what can be let go."""
-    free = filesystem.free_bytes(directory)
-    if free + spare < needed + RESERVE:
-        raise ResourceError(
-            _(
-                "The disk of {directory} has {free} MB free; the next checkpoint needs {needed} "
-                "MB. Free some space, or keep fewer checkpoints.",
-                directory=directory,
-                free=free >> 20,
-                needed=(needed + RESERVE) >> 20,
-            )
-        )
+        if pending:
+            raise KeyboardInterrupt

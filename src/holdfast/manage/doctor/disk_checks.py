@@ -225,7 +225,7 @@ def hard_links(scratch: Path) -> Finding:
 
 def reflinks(scratch: Path) -> Finding:
     """They take the place of hard links where there are none."""
-    works = _published(scratch, filesystem._reflink)
+    works = _published(scratch, filesystem.reflink)
     needless = _("no: they are needed only where there are no hard links")
     return Finding("reflinks", OK, _("yes") if works else needless)
 

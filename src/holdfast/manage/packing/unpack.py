@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from holdfast.checkpoint.format import NewerFormat, Reader
 from holdfast.checkpoint.rundir import Catalog
-from holdfast.checkpoint.system import drafts, filesystem, signals
+from holdfast.checkpoint.system import drafts, filesystem
 from holdfast.errors import HoldfastError
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
@@ -59,8 +56,8 @@ def unpack(
         _check_target(target)
         _check_ratio(found)
         filesystem.make_directory(target.absolute().parent)
-        check_room(target, packed.contents.size + signals.RESERVE)
-        with _beside(target) as place:
+        check_room(target, packed.contents.size + filesystem.RESERVE)
+        with drafts.folder(target.absolute().parent, _DRAFT) as place:
             sink = _Sink(place, _meter(packed.contents, show))
             packed.read(sink, sink.meter.count)
             sink.finish()
@@ -105,22 +102,6 @@ def _check_target(target: Path) -> None:
     if target.is_dir() and any(target.iterdir()):
         raise HoldfastError(_("{path} exists and is not empty: name a directory that is not "
                               "there yet.", path=target))  # fmt: skip
-
-
-@contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A new directory on the same file system, gone at the end unless it was renamed. What killed
-    processes have left there goes first."""
-    parent = target.absolute().parent
-    drafts.sweep(parent, _DRAFT)
-    place = parent / f"{_DRAFT}{os.getpid()}-{time.monotonic_ns():x}"
-    place.mkdir()
-    try:
-        with drafts.held(place):
-            yield place
-    finally:
-        with signals.deferred_interrupt():
-            shutil.rmtree(place, ignore_errors=True)
 
 
 class _Sink:
