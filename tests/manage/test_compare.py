@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.errors import CheckpointError, HoldfastError
 from holdfast.manage.compare.manifests import compare
-from holdfast.manage.values import json_ready
+from holdfast.manage.output import json_ready
 from holdfast.table import Screen
 from tests.manage.runs import Training, cut, make_run
 

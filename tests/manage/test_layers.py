@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager
-from holdfast.checkpoint.format.container import read_manifest
+from holdfast.checkpoint.format import plain_state, read_manifest
 from holdfast.errors import ForeignCheckpoint
 from holdfast.manage.showing.layers import (
     MODEL,
@@ -18,9 +18,8 @@ from holdfast.manage.showing.layers import (
     ROWS,
     rows_of,
     sections_of,
-    tensors_of,
 )
-from holdfast.manage.values import plain_state
+from holdfast.manage.tensors import tensors_of
 
 
 def saved(directory: Path, state: dict[str, Any]) -> Path:
@@ -47,7 +46,7 @@ def twelve_layers() -> torch.nn.Module:
 def test_twelve_layers_are_a_row_for_each_kind_of_tensor(tmp_path: Path) -> None:
     model = twelve_layers()
     manifest = read_manifest(saved(tmp_path / "run", {"model": model}))
-    tensors = [t for t in tensors_of(manifest) if t.section == "model"]
+    tensors = [t for t in tensors_of(manifest, Path("a.pt")) if t.section == "model"]
     rows = rows_of(tensors)
     assert [row.name for row in rows] == [
         "embed.weight", "layers.{0..11}.attention.weight", "layers.{0..11}.attention.bias",
@@ -69,19 +68,19 @@ def test_what_fills_more_than_a_screen_is_drawn_together_by_its_beginning(tmp_pa
           for i in range(20))
     )  # fmt: skip
     manifest = read_manifest(saved(tmp_path / "run", {"model": model}))
-    rows = rows_of([t for t in tensors_of(manifest) if t.section == "model"])
+    rows = rows_of([t for t in tensors_of(manifest, Path("a.pt")) if t.section == "model"])
     assert 1 < len(rows) <= ROWS
     assert [row.name for row in rows] == ["{0..19}.{0..1}.weight", "{0..19}.{0..1}.bias"]
     assert rows[0].to_json()["shape"] is None and rows[0].tensors == 40
     wide = torch.nn.ParameterDict({f"part_{i}": torch.zeros(i + 1) for i in range(40)})
     manifest = read_manifest(saved(tmp_path / "wide", {"model": wide}))
-    assert len(rows_of(tensors_of(manifest))) >= 40  # names that nothing can be drawn together by
+    assert len(rows_of(tensors_of(manifest, Path("a.pt")))) >= 40
 
 
 def test_numbers_with_gaps_are_listed(tmp_path: Path) -> None:
     state = {"model": {f"layers.{i}.weight": torch.zeros(2) for i in (0, 3, 7)}}
     manifest = read_manifest(saved(tmp_path / "run", state))
-    (row,) = rows_of([t for t in tensors_of(manifest) if t.section == "model"])
+    (row,) = rows_of([t for t in tensors_of(manifest, Path("a.pt")) if t.section == "model"])
     assert row.name == "layers.{0,3,7}.weight"
 
 
@@ -92,7 +91,7 @@ def test_sections_are_known_by_what_they_hold(tmp_path: Path) -> None:
     optimizer.step()
     path = saved(tmp_path / "run", {"net": net, "opt": optimizer, "extra": {"a": {"b": net.bias}}})
     manifest = read_manifest(path)
-    sections = sections_of(tensors_of(manifest), plain_state(manifest, path))
+    sections = sections_of(tensors_of(manifest, Path("a.pt")), plain_state(manifest, path))
     assert [(s.name, s.kind) for s in sections] == [
         ("net", MODEL), ("opt", OPTIMIZER), ("extra", OTHER), ("rng", OTHER),
     ]  # fmt: skip
@@ -104,4 +103,4 @@ def test_an_index_of_nonsense_is_an_error_of_ours(tmp_path: Path) -> None:
     manifest = read_manifest(saved(tmp_path / "run", {"model": torch.nn.Linear(2, 2)}))
     for wrong in ([{"path": "x"}], [7], None, [{**manifest["tensors"][0], "storage": 99}]):
         with pytest.raises(ForeignCheckpoint):
-            tensors_of({**manifest, "tensors": wrong})
+            tensors_of({**manifest, "tensors": wrong}, Path("a.pt"))

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint.format.container import read_manifest
+from holdfast.checkpoint.format import plain_state, read_manifest
 from holdfast.errors import ForeignCheckpoint
-from holdfast.manage.values import flatten, json_ready, plain_state
+from holdfast.manage.output import flatten, json_ready
 
 SHARED = {"learning_rate": 1e-3, "betas": (0.9, 0.95)}
 STATE: dict[str, Any] = {

@@ -18,7 +18,7 @@ from holdfast.cli.parsing import Parser
 from holdfast.errors import ConfigError
 from holdfast.formatting import wrap_cells
 from holdfast.i18n import LANGUAGES, _
-from holdfast.manage.values import json_ready
+from holdfast.manage.output import json_ready
 from holdfast.training.options.config import OPTIONS
 
 _LOOK = 0.1  # seconds for which the processors are watched

@@ -19,6 +19,5 @@ __all__ = [
     "showing",
     "story",
     "supervising",
-    "values",
     "verify",
 ]

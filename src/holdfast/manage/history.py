@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.format import read_manifest
+from holdfast.checkpoint.format import plain_state, read_manifest
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError
 from holdfast.formatting import NOTHING, format_loss, format_time, parse_time
@@ -24,7 +24,6 @@ from holdfast.i18n import _
 from holdfast.manage.output import write_output
 from holdfast.manage.rundir import RunDirectory, names_of, number
 from holdfast.manage.story import story
-from holdfast.manage.values import plain_state
 from holdfast.table import Column, Screen, printable, render
 
 HISTORY = "training_history.json"

@@ -20,8 +20,8 @@ from holdfast.checkpoint.system import filesystem
 from holdfast.errors import HoldfastError
 from holdfast.formatting import parse_time
 from holdfast.manage.compare.manifests import compare
+from holdfast.manage.output import json_ready
 from holdfast.manage.rundir import number, set_aside
-from holdfast.manage.values import json_ready
 from holdfast.monitor.run_view import TRAINING, Mark, Point, RunView, Safety
 from holdfast.monitor.web_checkpoints import checkpoint_rows
 from holdfast.monitor.web_commands import commands

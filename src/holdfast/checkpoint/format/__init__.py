@@ -5,10 +5,11 @@ Records, offsets, sizes and checksums. No torch enters this room, and no run dir
 
 from __future__ import annotations
 
-from holdfast.checkpoint.format import container, image, reading
+from holdfast.checkpoint.format import container, image, plain, reading
 from holdfast.checkpoint.format.container import NewerFormat, Reader, read_manifest
 from holdfast.checkpoint.format.image import Blueprint, Sealer, design
 from holdfast.checkpoint.format.layout import ARCHIVE, Record, plan
+from holdfast.checkpoint.format.plain import plain_state
 from holdfast.checkpoint.format.reading import patiently
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "design",
     "image",
     "patiently",
+    "plain",
+    "plain_state",
     "plan",
     "read_manifest",
     "reading",

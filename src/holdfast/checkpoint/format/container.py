@@ -20,7 +20,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from holdfast.checkpoint.format.layout import (
     place,
     tail,
 )
-from holdfast.checkpoint.system import PAGE
 from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
 
@@ -103,10 +102,6 @@ class Reader:
         payloads = [self._payload(record, crc=crc, progress=progress) for record in self.records]
         self._run([*self._structure(), *payloads], threads=threads, fresh=True)
 
-    def verify_record(self, record: Record, *, crc: bool = True) -> None:
-        """Check the payload of one record in bounded memory."""
-        self._run([self._payload(record, crc=crc)])
-
     def load(
         self, buffers: Iterable[tuple[Record, memoryview]], *, rest: bool, threads: int = LOADERS
     ) -> None:
@@ -122,43 +117,14 @@ class Reader:
                 payloads[record.name] = self._payload(record)
         self._run([*self._structure(), *payloads.values()], threads=threads)
 
+    def fill(self, record: Record, buffer: memoryview, *, threads: int = LOADERS) -> None:
+        """Fill `buffer` (`record.size` bytes, writable) with one payload, verified by xxh3-128."""
+        self._run([self._payload(record, buffer)], threads=threads)
+
     def read(self, record: Record) -> bytes:
         buffer = bytearray(record.size)
         self._run([self._payload(record, memoryview(buffer))])
         return bytes(buffer)
-
-    def stream(
-        self, record: Record, buffer: memoryview, *, past_cache: bool = False
-    ) -> Iterator[memoryview]:
-        """The payload of `record` in pieces of `len(buffer)` bytes (whole pages), the last one
-        shorter; each lies in `buffer` until the next is asked for.
-
-        Verified by xxh3-128 on the way: `DamagedCheckpoint` comes in place of the last piece, so
-        what was made of the others is not to be used then. `past_cache` reads from the device,
-        into a buffer of `reading.own_pages` without a copy between.
-        """
-        assert len(buffer) % PAGE == 0, len(buffer)
-        xxh3 = xxhash.xxh3_128()
-        for start in range(record.offset, record.end, len(buffer)):
-            size = min(len(buffer), record.end - start)
-            target = buffer[: -(-size // PAGE) * PAGE] if past_cache else buffer[:size]
-            got = self._file.read(start, target, past_cache=past_cache)
-            if got < size:
-                raise self._damaged(_("it ends at byte {offset}", offset=start + got))
-            xxh3.update(buffer[:size])
-            if start + size == record.end and xxh3.hexdigest() != record.xxh3:
-                raise self._damaged(_("the content of record {name} has changed", name=record.name))
-            yield buffer[:size]
-
-    def read_part(self, record: Record, start: int, size: int) -> bytearray:
-        """`size` bytes of a payload from its byte `start` on, of a record that `verify_record` has
-        checked: this does not."""
-        assert 0 <= start <= start + size <= record.size, (record, start, size)
-        return self._pread(record.offset + start, size)
-
-    def is_mostly_cached(self) -> bool:
-        """Return True if most of the file is in the page cache: it is best read from there."""
-        return self._file.is_mostly_cached(reading.sample_pages(self.size))
 
     def forget_cached(self) -> None:
         """Ask the kernel to drop the file's pages, so that the next read comes from the device."""

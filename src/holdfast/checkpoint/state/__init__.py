@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from holdfast.checkpoint.state import codec, gradients
 from holdfast.checkpoint.state.access import checkpoint_size, load, verify
+from holdfast.checkpoint.state.codec import OneByOne
 from holdfast.checkpoint.state.configured import Configured
 from holdfast.checkpoint.state.foreign import WEIGHT_KEYS, load_foreign, load_weights
 from holdfast.checkpoint.state.names import SlotNames, bare, unwrapped
@@ -20,6 +21,7 @@ __all__ = [
     "WEIGHT_KEYS",
     "Configured",
     "LoadObject",
+    "OneByOne",
     "RandomState",
     "SlotNames",
     "StorageSlice",

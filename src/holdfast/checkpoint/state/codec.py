@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from holdfast.checkpoint.format import ARCHIVE, Reader, Record, reading
+from holdfast.checkpoint.format import ARCHIVE, Reader, Record, plain, reading
 from holdfast.checkpoint.state.tree import DTYPES, EmptyBytes, TensorLeaf, Tree
 from holdfast.errors import ForeignCheckpoint
 from holdfast.i18n import _
@@ -97,105 +97,30 @@ class _Encoder:
         return {kind: str(value).removeprefix("torch.")}
 
 
-class Decoder:
-    """Builds the objects of a manifest's tree; `tensor(i)` gives the i-th tensor of its index.
-
-    `definitions` are the nodes of shared containers by name, where only a part of the tree is
-    decoded: the part may refer to what stands elsewhere. Whatever makes no sense is one of
-    `NONSENSE`.
-    """
+class Decoder(plain.Decoder):
+    """Builds torch's own objects where the plain decoder leaves text."""
 
     def __init__(
         self, tensor: Callable[[int], Any], definitions: Mapping[Any, Any] | None = None
     ) -> None:
+        """`tensor(i)` gives the i-th tensor of the manifest's index."""
+        super().__init__((), definitions)
         self._tensor = tensor
-        self._definitions = definitions or {}
-        self._shared: dict[Any, Any] = {}
-
-    def __call__(self, node: Any) -> Any:
-        if isinstance(node, list):
-            return [self(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        if "shared" in node:
-            if node["shared"] not in self._shared:
-                self._shared[node["shared"]] = self(node["value"])
-            return self._shared[node["shared"]]
-        if "odict" in node:
-            return self._ordered(node["odict"], node.get("attributes", {}))
-        (kind, content), *rest = node.items()
-        if rest:
-            raise ValueError(kind)
-        return _SIMPLE[kind](self, content)
 
     def tensor(self, index: Any) -> Any:
         return self._tensor(index)
 
-    def refer(self, name: Any) -> Any:
-        if name not in self._shared:
-            self(self._definitions[name])
-        return self._shared[name]
+    def size(self, items: Any) -> Any:
+        return torch.Size(super().size(items))
 
-    def _ordered(self, pairs: Any, attributes: Mapping[str, Any]) -> OrderedDict[Any, Any]:
-        value = OrderedDict((self(key), self(item)) for key, item in pairs)
-        for name, item in attributes.items():
-            if hasattr(OrderedDict, name):
-                raise ValueError(name)  # a dictionary whose methods are data would fail later
-            setattr(value, name, self(item))
-        return value
+    def dtype(self, name: Any) -> Any:
+        return DTYPES[name]
 
-
-# A table outside of the decoder: one inside would make a ring with it, and the tensors of a load
-# that failed would stay in memory until the garbage collector comes by.
-_SIMPLE: dict[str, Callable[[Decoder, Any], Any]] = {
-    "tensor": Decoder.tensor,
-    "size": lambda _d, items: torch.Size([_index(item) for item in items]),
-    "int": lambda _d, text: int(_text(text)),
-    "float": lambda _d, text: struct.unpack(">d", bytes.fromhex(text))[0],
-    "complex": lambda _d, text: complex(*struct.unpack(">dd", bytes.fromhex(text))),
-    "bytes": lambda _d, text: base64.b64decode(text, validate=True),
-    "bytearray": lambda _d, text: bytearray(base64.b64decode(text, validate=True)),
-    "dtype": lambda _d, name: DTYPES[name],
-    "device": lambda _d, text: _device(text),
-    "ref": Decoder.refer,
-    "tuple": lambda decode, items: tuple(decode(item) for item in items),
-    "set": lambda decode, items: {decode(item) for item in items},
-    "dict": lambda decode, pairs: {decode(key): decode(item) for key, item in pairs},
-}
-
-# What a decoder raises over a manifest that no encoder wrote.
-NONSENSE = (
-    KeyError,
-    ValueError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-    struct.error,
-)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(value)
-    return value
-
-
-def _index(value: Any, end: int = _INT64) -> int:
-    """`value` if it is an integer from 0 to `end` - 1; JSON might hold anything."""
-    if type(value) is not int:
-        raise TypeError(value)
-    if not 0 <= value < end:
-        raise ValueError(value)
-    return value
-
-
-def _device(text: Any) -> torch.device:
-    try:
-        return torch.device(_text(text))
-    except RuntimeError as error:
-        raise ValueError(text) from error
+    def device(self, name: Any) -> Any:
+        try:
+            return torch.device(plain.text_of(name))
+        except RuntimeError as error:
+            raise ValueError(name) from error
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -216,7 +141,7 @@ def read(reader: Reader, *, only: str | None = None, arrays: bool = False) -> An
         else:
             part = [item for key, item in tree["dict"] if key == only]
             state = Decoder(tensors, _definitions(tree))(part[0]) if part else None
-    except NONSENSE as error:
+    except plain.NONSENSE as error:
         raise ForeignCheckpoint(
             _("{path} has a manifest that makes no sense.", path=reader.path)
         ) from error
@@ -257,7 +182,7 @@ class _TensorSource:
         self._values: dict[int, Any] = {}
 
     def __call__(self, index: int) -> Any:
-        index = _index(index, len(self._entries))
+        index = plain.whole(index, len(self._entries))
         if index not in self._values:
             entry = self._entries[index]
             tensor = self._build(entry)
@@ -266,10 +191,10 @@ class _TensorSource:
         return self._values[index]
 
     def _build(self, entry: Mapping[str, Any]) -> torch.Tensor:
-        dtype, offset = DTYPES[entry["dtype"]], _index(entry["offset"])
-        shape = [_index(n) for n in entry["shape"]]
-        stride = [_index(n) for n in entry["stride"]]
-        name = f"{ARCHIVE}/data/{_index(entry['storage'])}"
+        dtype, offset = DTYPES[entry["dtype"]], plain.whole(entry["offset"])
+        shape = [plain.whole(n) for n in entry["shape"]]
+        stride = [plain.whole(n) for n in entry["stride"]]
+        name = f"{ARCHIVE}/data/{plain.whole(entry['storage'])}"
         record = self._by_name[name]
         # Bounds first: a stride or shape that reaches outside must never become a tensor.
         reach = sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1
@@ -291,3 +216,30 @@ class _TensorSource:
             raw = torch.empty(record.size, dtype=torch.uint8)
         self.buffers.append((record, raw.numpy().data))
         return raw
+
+
+class OneByOne:
+    """The tensors of an open checkpoint by their index, one storage in memory at a time."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._storage: Any = None
+        self._source = _TensorSource(reader, arrays=False)
+
+    def __call__(self, index: int) -> torch.Tensor:
+        """Return the tensor, its bytes verified. Raises `DamagedCheckpoint`, `ForeignCheckpoint`.
+
+        Two tensors of one storage that are asked for one after the other cost one reading.
+        """
+        try:
+            storage = self._reader.manifest["tensors"][index]["storage"]
+            if storage != self._storage:
+                self._storage, self._source = storage, _TensorSource(self._reader, arrays=False)
+            tensor: torch.Tensor = self._source(index)
+        except plain.NONSENSE as error:
+            raise ForeignCheckpoint(
+                _("{path} has a manifest that makes no sense.", path=self._reader.path)
+            ) from error
+        while self._source.buffers:
+            self._reader.fill(*self._source.buffers.pop())
+        return tensor

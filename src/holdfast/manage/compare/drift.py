@@ -1,31 +1,29 @@
 """How far the weights of one checkpoint are from those of another, by tensor and by layer.
 
-What is compared with what and what comes out; the bytes come from tensors.py, the numbers from
-sums.py. The form of `--json` is `Drift.to_json`. No torch in this room.
+One tensor of each file is in memory at a time. The form of `--json` is `Drift.to_json`.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from holdfast.checkpoint.format import Reader
-from holdfast.checkpoint.system import together
+from holdfast.checkpoint.state import OneByOne
 from holdfast.errors import HoldfastError
 from holdfast.i18n import _
-from holdfast.manage.compare.sums import Sums
-from holdfast.manage.compare.tensors import Side, Tensor, Worker, tensors_of
+from holdfast.manage.compare.sums import Sums, is_numeric
+from holdfast.manage.tensors import Tensor, tensors_of
 from holdfast.manage.verify import Progress
 
 MODEL, ALL = "model", "all"
 _UNASKED = ("rng",)  # the state of random generators is no numbers that drift
-_THREADS = 4  # some wait for the disk while others add
 
 Show = Callable[[Progress], None]
 
@@ -42,18 +40,18 @@ class TensorDrift:
 
     @property
     def layer(self) -> str:
-        return layer_of(self.a.name)
+        return layer_of(self.a.dotted)
 
     def to_json(self, labels: Sequence[str]) -> dict[str, Any]:
         a, b = labels
-        dtypes = {a: self.a.kind.name, b: self.b.kind.name}
+        dtypes = {a: self.a.dtype, b: self.b.dtype}
         largest = None
         if self.index is not None:
             values = dict(zip(labels, self.sums.values, strict=True))
             largest = {"change": self.sums.largest, "index": self.index, "values": values}
         return {
             "section": self.a.section,
-            "name": self.a.name,
+            "name": self.a.dotted,
             "layer": self.layer,
             "shape": list(self.a.shape),
             "dtypes": dtypes,
@@ -83,7 +81,7 @@ class LayerDrift:
         most = self.most
         largest = None
         if most is not None:
-            largest = {"change": most.sums.largest, "tensor": most.a.name, "index": most.index}
+            largest = {"change": most.sums.largest, "tensor": most.a.dotted, "index": most.index}
         return {
             "section": self.section,
             "name": self.name,
@@ -104,8 +102,8 @@ class Unlike:
         sides = zip(labels, (self.a, self.b), strict=True)
         return {
             "section": self.a.section,
-            "name": self.a.name,
-            **{label: {"shape": list(t.shape), "dtype": t.kind.name} for label, t in sides},
+            "name": self.a.dotted,
+            **{label: {"shape": list(t.shape), "dtype": t.dtype} for label, t in sides},
         }
 
 
@@ -149,7 +147,7 @@ class Drift:
     @property
     def identical(self) -> bool:
         """Whether both have the same tensors with the same bits."""
-        same = all(t.sums.changed == 0 and t.a.kind == t.b.kind for t in self.tensors)
+        same = all(t.sums.changed == 0 and t.a.dtype == t.b.dtype for t in self.tensors)
         return same and not self.unlike and not any(self.only.values())
 
     def to_json(self) -> dict[str, Any]:
@@ -163,8 +161,8 @@ class Drift:
             "unlike": [unlike.to_json(self.labels) for unlike in self.unlike],
             "only_in": {
                 label: [
-                    {"section": t.section, "name": t.name, "shape": list(t.shape),
-                     "dtype": t.kind.name}
+                    {"section": t.section, "name": t.dotted, "shape": list(t.shape),
+                     "dtype": t.dtype}
                     for t in tensors
                 ]
                 for label, tensors in self.only.items()
@@ -207,9 +205,13 @@ def layer_of(name: str) -> str:
 
 
 def drift(
-    first: tuple[str, Path], second: tuple[str, Path], *, wanted: Sequence[str] = (),
-    show: Show = lambda _progress: None, file: tuple[int, int] = (1, 1),
-) -> Drift:  # fmt: skip
+    first: tuple[str, Path],
+    second: tuple[str, Path],
+    *,
+    wanted: Sequence[str] = (),
+    show: Show = lambda _progress: None,
+    file: tuple[int, int] = (1, 1),
+) -> Drift:
     """Compare the tensors of two checkpoints, each given as (label, path).
 
     `wanted` names sections (top-level keys of the state) or `ALL`; nothing: the model, or all where
@@ -222,7 +224,7 @@ def drift(
     with Reader(first[1]) as a, Reader(second[1]) as b:
         for reader in (a, b):
             reader.check_structure()
-        states = tensors_of(a), tensors_of(b)
+        states = _by_section(a), _by_section(b)
         sections = _sections(states, wanted)
         pairs: list[tuple[Tensor, Tensor]] = []
         unlike: list[Unlike] = []
@@ -238,8 +240,15 @@ def drift(
                 else:
                     unlike.append(Unlike(tensor, other))
             only[labels[1]] += [t for name, t in theirs.items() if name not in mine]
-        measured = _Job((Side(a), Side(b)), pairs, second[1], show, file).run()
+        measured = _measure(a, b, pairs, show, file)
     return Drift(labels, sections, measured, unlike, only)
+
+
+def _by_section(reader: Reader) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for tensor in tensors_of(reader.manifest, reader.path):
+        found.setdefault(tensor.section, {})[tensor.name] = tensor
+    return found
 
 
 def _sections(states: Iterable[Mapping[str, Any]], wanted: Sequence[str]) -> list[str]:
@@ -257,74 +266,38 @@ def _sections(states: Iterable[Mapping[str, Any]], wanted: Sequence[str]) -> lis
 
 
 def _comparable(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.kind.parts != b.kind.parts:
+    if a.shape != b.shape or a.dtype.startswith("complex") != b.dtype.startswith("complex"):
         return False
-    return a.kind == b.kind or (a.kind.numeric and b.kind.numeric)
+    return a.dtype == b.dtype or (is_numeric(a.dtype) and is_numeric(b.dtype))
 
 
-class _Job:
-    """The pairs that are to be measured, and the workers that take one after the other."""
-
-    def __init__(
-        self, sides: tuple[Side, Side], pairs: list[tuple[Tensor, Tensor]], path: Path, show: Show,
-        file: tuple[int, int],
-    ) -> None:  # fmt: skip
-        self._sides, self._pairs, self._path = sides, pairs, path
-        self._show, self._file = show, file
-        self._names: dict[Any, str] = {}  # of pairs that are not aliases, by their places
-        self._results: dict[Any, tuple[Sums, list[int] | None]] = {}
-        for a, b in pairs:
-            self._names.setdefault((a.place, b.place), a.name)
-        first = {(a.place, b.place): (a, b) for a, b in reversed(pairs)}
-        # In the order of the file: a disk that turns reads on.
-        self._waiting = deque(sorted(first.values(), key=lambda pair: pair[0].record.offset))
-        self._total = sum(a.nbytes + b.nbytes for a, b in self._waiting)
-        self._done, self._began = 0, time.monotonic()
-        self._stopped = False
-        self._telling = threading.Lock()
-
-    def run(self) -> list[TensorDrift]:
-        if self._waiting:
-            together(self._work, min(_THREADS, len(self._waiting)), stop=self._stop)
-        found, seen = [], set()
-        for a, b in self._pairs:
-            key = a.place, b.place
-            sums, index = self._results[key]
-            same_as = self._names[key] if key in seen else None
-            seen.add(key)
-            found.append(TensorDrift(a, b, sums, index, same_as))
-        return found
-
-    def _work(self) -> None:
-        widest = max(tensor.kind.itemsize for pair in self._pairs for tensor in pair)
-        worker = Worker(widest)
-        try:
-            while not self._stopped:
-                try:
-                    pair = self._waiting.popleft()
-                except IndexError:
-                    return
-                result = worker.compare(self._sides, pair, self._taken)
-                self._results[pair[0].place, pair[1].place] = result
-        except _Stopped:
-            return
-        except BaseException:  # the others have no reason to go on
-            self._stop()
-            raise
-
-    def _stop(self) -> None:
-        self._stopped = True
-
-    def _taken(self, count: int) -> None:
-        if self._stopped:
-            raise _Stopped
-        with self._telling:
-            self._done += count
-            self._show(
-                Progress(*self._file, self._path, self._done, self._total,
-                         time.monotonic() - self._began)
-            )  # fmt: skip
-
-
-class _Stopped(Exception):
-    """Another worker has failed, or somebody has interrupted this."""
+def _measure(
+    a: Reader,
+    b: Reader,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    show: Show,
+    file: tuple[int, int],
+) -> list[TensorDrift]:
+    """Read and sum up the pairs, in the order of the first file: a disk that turns reads on."""
+    began, done = time.monotonic(), 0
+    sides = OneByOne(a), OneByOne(b)
+    first = {(x.place, y.place): (x, y) for x, y in reversed(pairs)}
+    ordered = sorted(first.values(), key=lambda pair: pair[0].storage)
+    total = sum(x.numel for x, _y in ordered)
+    size = sum(record.size for reader in (a, b) for record in reader.records)
+    results: dict[Any, tuple[Sums, list[int] | None]] = {}
+    for x, y in ordered:
+        share = done * size // max(total, 1)
+        show(Progress(*file, b.path, share, size, time.monotonic() - began))
+        sums = Sums.of(sides[0](x.index), sides[1](y.index))
+        done += x.numel
+        index = None
+        if sums.position >= 0:
+            index = [int(i) for i in np.unravel_index(sums.position, x.shape)]
+        results[x.place, y.place] = sums, index
+    found = []
+    for x, y in pairs:
+        original = first[x.place, y.place][0].dotted
+        sums, index = results[x.place, y.place]
+        found.append(TensorDrift(x, y, sums, index, None if original == x.dotted else original))
+    return found

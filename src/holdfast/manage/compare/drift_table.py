@@ -1,6 +1,6 @@
 """What a person sees of the drift between two checkpoints: a table of layers, and what is left.
 
-On a terminal the layers that changed most, in a pipe all of them. No torch in this room.
+On a terminal the layers that changed most, in a pipe all of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from holdfast.formatting import NOTHING
 from holdfast.i18n import _
 from holdfast.manage.compare.drift import Drift, LayerDrift
 from holdfast.manage.compare.sums import Sums
-from holdfast.manage.compare.tensors import Tensor
+from holdfast.manage.tensors import Tensor
 from holdfast.table import Column, Screen, printable, render
 
 _LAYERS, _NAMES = 20, 6  # that a terminal is shown; a pipe gets all
@@ -29,12 +29,12 @@ def lines(drift: Drift, screen: Screen) -> list[str]:
         shown += _layers(drift, screen)
     else:
         shown.append(_("No tensor is in both with the same name and shape."))
-    tied = [f"{tensor.a.name} = {tensor.same_as}" for tensor in drift.tied]
+    tied = [f"{tensor.a.dotted} = {tensor.same_as}" for tensor in drift.tied]
     shown += _list(_("Tied, counted once:"), tied, screen)
-    unlike = [f"{u.a.name} ({_form(u.a)} → {_form(u.b)})" for u in drift.unlike]
+    unlike = [f"{u.a.dotted} ({_form(u.a)} → {_form(u.b)})" for u in drift.unlike]
     shown += _list(_("Not comparable:"), unlike, screen)
     for label, tensors in drift.only.items():
-        shown += _list(_("Only in {label}:", label=label), [t.name for t in tensors], screen)
+        shown += _list(_("Only in {label}:", label=label), [t.dotted for t in tensors], screen)
     return shown
 
 
@@ -63,7 +63,7 @@ def _row(layer: LayerDrift, several: bool) -> list[str]:
     name = f"{layer.section}/{layer.name}" if several else layer.name
     most, where = layer.most, ""
     if most is not None:
-        inner = most.a.name.removeprefix(f"{layer.name}.")
+        inner = most.a.dotted.removeprefix(f"{layer.name}.")
         where = f"{inner}{most.index}" if most.index else inner
     return [name, *_cells(layer.sums), where]
 
@@ -95,7 +95,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _form(tensor: Tensor) -> str:
-    return f"{tensor.kind.name}{list(tensor.shape)}"
+    return f"{tensor.dtype}{list(tensor.shape)}"
 
 
 def _list(title: str, names: Sequence[str], screen: Screen) -> list[str]:

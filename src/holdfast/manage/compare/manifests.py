@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.format import Reader
+from holdfast.checkpoint.format import Reader, plain_state
 from holdfast.checkpoint.rundir import Entry, summary
 from holdfast.errors import HoldfastError
 from holdfast.formatting import NOTHING, format_bytes, format_loss, format_time
 from holdfast.i18n import _
+from holdfast.manage.output import flatten
 from holdfast.manage.rundir import kind_in_words, look, number
-from holdfast.manage.values import flatten, plain_state
 from holdfast.table import Column, Screen, printable, render
 
 _LOWER = ("loss", "perplexity", "bits_per_byte", "error")  # how names end whose low value is good

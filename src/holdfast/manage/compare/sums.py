@@ -1,111 +1,41 @@
-"""Two tensors as numbers, piece by piece: what is summed up, in float64, while they stream by.
-
-Pieces are raw bytes, so a type that NumPy lacks (bfloat16, the 8-bit floats) is decoded here. The
-scratch memory is one block a worker, however large the tensors are. No torch in this room but to
-ask it, once, what the 256 values of an 8-bit float are.
-"""
+"""Sum up two tensors element by element, in float64, a block at a time."""
 
 from __future__ import annotations
 
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
-BLOCK = 1 << 16  # elements at a time: three blocks of float64 stay in a core's own cache
-_SHORT = 1 << 13  # elements of a scalar product that one thread of BLAS does alone
-
-Floats = npt.NDArray[np.float64]
-Raw = npt.NDArray[np.uint8]
-
-_PLAIN = {
-    "float64": "<f8", "float32": "<f4", "float16": "<f2", "int64": "<i8", "int32": "<i4",
-    "int16": "<i2", "int8": "<i1", "uint64": "<u8", "uint32": "<u4", "uint16": "<u2",
-    "uint8": "<u1", "bool": "<u1",
-}  # fmt: skip
-_COMPLEX = {"complex32": "<f2", "complex64": "<f4", "complex128": "<f8"}  # as pairs of floats
-_BITS = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<u8"}
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A dtype as it lies in a file: the bytes of an element, and how they become numbers."""
-
-    name: str  # as torch calls it
-    itemsize: int
-    parts: int  # numbers an element has: 2 where it is complex
-    plain: str  # of NumPy; "" for what is decoded here
-    numeric: bool  # False: only bits can be compared
-
-    @classmethod
-    def of(cls, name: str) -> Kind:
-        """The dtype that torch calls `name`. Raises ValueError where it has none of that name."""
-        if name in _PLAIN:
-            return cls(name, np.dtype(_PLAIN[name]).itemsize, 1, _PLAIN[name], True)
-        if name in _COMPLEX:
-            return cls(name, 2 * np.dtype(_COMPLEX[name]).itemsize, 2, _COMPLEX[name], True)
-        if name == "bfloat16":
-            return cls(name, 2, 1, "", True)
-        itemsize = _size_of(name)
-        return cls(name, itemsize, 1, "", itemsize == 1 and _values_of(name) is not None)
-
-
-def _size_of(name: str) -> int:
-    import torch
-
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or dtype.itemsize not in _BITS:
-        raise ValueError(name)
-    return dtype.itemsize
+_BLOCK = 1 << 20  # elements at a time: the float64 copies of a block are 8 MiB each
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @functools.cache
-def _values_of(name: str) -> Floats | None:
-    """The numbers that the 256 bytes of an 8-bit float stand for; None where torch cannot say."""
-    import torch
+def is_numeric(name: str) -> bool:
+    """Return True if torch can turn the dtype that it calls `name` into float64.
 
-    every = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    Packed and opaque types (two 4-bit floats in a byte, say) are compared by their bits only.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        return False
     try:
-        values: Floats = every.view(getattr(torch, name)).to(torch.float64).numpy()
-    except (RuntimeError, TypeError):  # packed or opaque: two numbers in a byte, say
-        return None
-    return values
-
-
-class Scratch:
-    """The memory of one worker."""
-
-    def __init__(self) -> None:
-        self.a, self.b, self.d = (np.empty(BLOCK, np.float64) for _number in range(3))
-        self._wide = np.empty(BLOCK, np.uint32)
-
-    def decode(self, raw: Raw, kind: Kind, out: Floats) -> Floats:
-        """The numbers that `raw` holds, at the beginning of `out`."""
-        if kind.plain:
-            values = raw.view(kind.plain)
-            np.copyto(out[: len(values)], values)
-            return out[: len(values)]
-        if kind.name == "bfloat16":  # the upper half of a float32
-            halves = raw.view("<u2")
-            wide = self._wide[: len(halves)]
-            np.left_shift(halves, 16, out=wide, dtype=np.uint32, casting="unsafe")
-            np.copyto(out[: len(halves)], wide.view(np.float32))
-            return out[: len(halves)]
-        table = _values_of(kind.name)
-        assert table is not None, kind
-        return np.take(table, raw, out=out[: len(raw)], mode="clip")
+        torch.zeros(1, dtype=dtype).to(torch.complex128 if dtype.is_complex else torch.float64)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 @dataclass(slots=True)
 class Sums:
-    """What two tensors of as many elements have come to so far.
+    """Sums over two tensors of as many elements.
 
     The norms, the product and the difference are over the elements that are finite in both; NaN
-    and the infinities are counted. `changed` counts elements whose bits differ (where the dtypes
-    do, whose values do).
+    and the infinities are counted. `changed` counts elements whose bits differ (whose values differ
+    where the dtypes do). `largest` and `values` are of the real or the imaginary part where the
+    elements are complex.
     """
 
     elements: int = 0
@@ -114,69 +44,45 @@ class Sums:
     bb: float = 0.0
     ab: float = 0.0
     dd: float = 0.0
-    largest: float = 0.0  # |b - a|; of the real or imaginary part where it is complex
-    position: int = -1  # of that element, in the order in which they were added
+    largest: float = 0.0  # |b - a|
+    position: int = -1  # of that element in the flat tensor
     values: tuple[float, float] = (0.0, 0.0)  # a and b there
     nan: tuple[int, int] = (0, 0)
     inf: tuple[int, int] = (0, 0)
     numeric: bool = True
 
-    def add(self, a: Raw, b: Raw, kinds: tuple[Kind, Kind], scratch: Scratch) -> bool:
-        """Take the next elements; whether the largest change is among them. May be any number of
-        them, and of any dtype on each side."""
-        sizes = kinds[0].itemsize, kinds[1].itemsize
-        count, before = len(a) // sizes[0], self.position
-        assert count * sizes[1] == len(b), (len(a), len(b), kinds)
-        step = BLOCK // kinds[0].parts
-        with np.errstate(all="ignore"):
-            for start in range(0, count, step):
-                stop = min(start + step, count)
-                x, y = (r[start * s : stop * s] for r, s in zip((a, b), sizes, strict=True))
-                self._block(x, y, kinds, scratch)
-                self.elements += stop - start
-        return self.position != before
+    @classmethod
+    def of(cls, a: torch.Tensor, b: torch.Tensor) -> Sums:
+        """Return the sums over two tensors of one shape."""
+        sums = cls(numeric=all(is_numeric(str(t.dtype)[len("torch.") :]) for t in (a, b)))
+        a, b = a.reshape(-1), b.reshape(-1)
+        for start in range(0, len(a), _BLOCK):
+            sums._add(a[start : start + _BLOCK], b[start : start + _BLOCK])
+        return sums
 
-    def _block(self, x: Raw, y: Raw, kinds: tuple[Kind, Kind], scratch: Scratch) -> None:
-        same_kind = kinds[0] == kinds[1]
-        bits = _BITS[kinds[0].itemsize // kinds[0].parts]
-        changed = same_kind and _count_different(x.view(bits), y.view(bits), kinds[0].parts)
-        self.numeric = kinds[0].numeric and kinds[1].numeric
+    def _add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        begin, count = self.elements, len(x)
+        self.elements += count
+        same_dtype = x.dtype == y.dtype
         if not self.numeric:
-            self.changed += changed if same_kind else len(x) // kinds[0].itemsize
+            self.changed += _unlike(_bits(x) != _bits(y), count) if same_dtype else count
             return
-        a = scratch.decode(x, kinds[0], scratch.a)
-        aa = _product(a, a)
-        if same_kind and not changed and math.isfinite(aa):
-            self.aa, self.bb, self.ab = self.aa + aa, self.bb + aa, self.ab + aa
-            return
-        b = scratch.decode(y, kinds[1], scratch.b)
-        if not same_kind:
-            unequal = (a != b) & ~(np.isnan(a) & np.isnan(b))
-            changed = _count(unequal, kinds[0].parts)
-        self.changed += changed
-        bb = _product(b, b)
-        if not (math.isfinite(aa) and math.isfinite(bb)):
-            self._count_odd(a, b)
-            aa, bb = _product(a, a), _product(b, b)
-        difference = np.subtract(b, a, out=scratch.d[: len(a)])
-        self.aa, self.bb = self.aa + aa, self.bb + bb
-        self.ab += _product(a, b)
-        self.dd += _product(difference, difference)
-        self._look_for_largest(a, b, difference, kinds[0].parts)
-
-    def _count_odd(self, a: Floats, b: Floats) -> None:
-        """Count what is not finite, and make zeros of it on both sides."""
-        self.nan = self.nan[0] + _ones(np.isnan(a)), self.nan[1] + _ones(np.isnan(b))
-        self.inf = self.inf[0] + _ones(np.isinf(a)), self.inf[1] + _ones(np.isinf(b))
-        odd = ~(np.isfinite(a) & np.isfinite(b))
-        a[odd] = b[odd] = 0.0
-
-    def _look_for_largest(self, a: Floats, b: Floats, difference: Floats, parts: int) -> None:
-        high, low = float(difference.max()), float(difference.min())
-        largest = max(high, -low)
-        if largest > self.largest:
-            at = int(difference.argmax() if high == largest else difference.argmin())
-            self.largest, self.position = largest, self.elements + at // parts
+        a, b = _numbers(x), _numbers(y)
+        unequal = _bits(x) != _bits(y) if same_dtype else (a != b) & ~(a.isnan() & b.isnan())
+        self.changed += _unlike(unequal, count)
+        odd = ~(a.isfinite() & b.isfinite())
+        if odd.any():
+            self.nan = self.nan[0] + int(a.isnan().sum()), self.nan[1] + int(b.isnan().sum())
+            self.inf = self.inf[0] + int(a.isinf().sum()), self.inf[1] + int(b.isinf().sum())
+            a, b = a.masked_fill(odd, 0.0), b.masked_fill(odd, 0.0)
+        difference = b - a
+        self.aa += float(a.dot(a))
+        self.bb += float(b.dot(b))
+        self.ab += float(a.dot(b))
+        self.dd += float(difference.dot(difference))
+        at = int(difference.abs_().argmax())
+        if float(difference[at]) > self.largest:
+            self.largest, self.position = float(difference[at]), begin + at * count // len(a)
             self.values = float(a[at]), float(b[at])
 
     @property
@@ -197,8 +103,7 @@ class Sums:
         return 1.0 if self.dd == 0 else max(-1.0, min(1.0, self.ab / scale))
 
     def join(self, other: Sums) -> None:
-        """Take in what another tensor has come to: the sums of a layer. `position` means nothing
-        then."""
+        """Add the sums of another tensor, for those of a layer. `position` means nothing then."""
         self.elements, self.changed = self.elements + other.elements, self.changed + other.changed
         self.aa, self.bb = self.aa + other.aa, self.bb + other.bb
         self.ab, self.dd = self.ab + other.ab, self.dd + other.dd
@@ -208,22 +113,19 @@ class Sums:
         self.numeric = self.numeric and other.numeric
 
 
-def _product(a: Floats, b: Floats) -> float:
-    """The scalar product, in pieces so short that BLAS does not wake its threads for them, under
-    those that we have."""
-    whole = len(a) // _SHORT * _SHORT
-    rows, columns = a[:whole].reshape(-1, 1, _SHORT), b[:whole].reshape(-1, _SHORT, 1)
-    rest = np.einsum("i,i->", a[whole:], b[whole:])
-    return float(np.matmul(rows, columns).sum() + rest)
+def _numbers(x: torch.Tensor) -> torch.Tensor:
+    """Return the elements as float64, the two parts of complex ones side by side."""
+    if x.is_complex():
+        return torch.view_as_real(x.to(torch.complex128)).reshape(-1)
+    return x.to(torch.float64)
 
 
-def _count_different(a: npt.NDArray[Any], b: npt.NDArray[Any], parts: int) -> int:
-    return _count(a != b, parts)
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    if x.is_complex() and x.dtype != torch.complex32:
+        x = torch.view_as_real(x).reshape(-1)
+    return x.contiguous().view(_BITS[x.dtype.itemsize])
 
 
-def _count(unequal: npt.NDArray[Any], parts: int) -> int:
-    return _ones(unequal if parts == 1 else unequal.reshape(-1, parts).any(axis=1))
-
-
-def _ones(mask: Any) -> int:
-    return int(np.count_nonzero(mask))
+def _unlike(unequal: torch.Tensor, count: int) -> int:
+    """Return how many of `count` elements have a part that is unequal."""
+    return int(unequal.reshape(count, -1).any(dim=1).sum())

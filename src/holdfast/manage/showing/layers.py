@@ -7,39 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
-from holdfast.errors import ForeignCheckpoint
-from holdfast.i18n import _
+from holdfast.manage.tensors import Tensor
 
 MODEL, OPTIMIZER, OTHER = "model", "optimizer", "other"
 ROWS = 24  # rows of layers that a screen holds beside the rest; more are drawn together
 _MODEL_KEYS = ("model", "model_state_dict", "state_dict")
-_PREFIX = "checkpoint/data/"
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One tensor. `numel` elements; `nbytes` is 0 where an earlier one has the same bytes."""
-
-    section: str  # the key at the top of the state
-    name: str  # below it
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    same_as: str | None = None  # the name of the earlier one
-
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
-
-    def to_json(self) -> dict[str, Any]:
-        """The documented form."""
-        return {
-            "section": self.section, "name": self.name, "dtype": self.dtype,
-            "shape": list(self.shape), "bytes": self.nbytes, "same_as": self.same_as,
-        }  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -86,31 +60,6 @@ class Section:
         """The documented form."""
         return {"name": self.name, "kind": self.kind, "tensors": self.tensors,
                 "elements": self.numel, "bytes": self.nbytes}  # fmt: skip
-
-
-def tensors_of(manifest: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors in the order of the file. Raises ForeignCheckpoint where the index makes no
-    sense."""
-    try:
-        sizes = {record["name"]: record["size"] for record in manifest["records"]}
-        found: list[Tensor] = []
-        first: dict[tuple[Any, ...], str] = {}
-        storages: set[int] = set()
-        for item in manifest["tensors"]:
-            section, _slash, name = str(item["path"]).partition("/")
-            storage, shape = item["storage"], tuple(map(int, item["shape"]))
-            key = (storage, item["offset"], shape)
-            whole = int(sizes[f"{_PREFIX}{storage}"])
-            new = storage not in storages
-            storages.add(storage)
-            found.append(Tensor(section, name or section, str(item["dtype"]), shape,
-                                whole if new else 0, first.get(key)))  # fmt: skip
-            first.setdefault(key, name or section)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ForeignCheckpoint(
-            _("The manifest's index of tensors makes no sense ({error}).", error=error)
-        ) from error
-    return found
 
 
 def sections_of(tensors: Iterable[Tensor], state: Mapping[Any, Any]) -> list[Section]:

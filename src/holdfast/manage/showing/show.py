@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.format import NewerFormat, Reader
+from holdfast.checkpoint.format import NewerFormat, Reader, plain_state
 from holdfast.checkpoint.rundir import QUARANTINE, Entry, summary
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
 from holdfast.manage.choosing import directory_of
 from holdfast.manage.listing import record_of
+from holdfast.manage.output import flatten
 from holdfast.manage.rundir import RunDirectory, look
 from holdfast.manage.showing import zip_look
 from holdfast.manage.showing.layers import (
@@ -27,12 +28,10 @@ from holdfast.manage.showing.layers import (
     OTHER,
     Row,
     Section,
-    Tensor,
     rows_of,
     sections_of,
-    tensors_of,
 )
-from holdfast.manage.values import flatten, plain_state
+from holdfast.manage.tensors import Tensor, tensors_of
 
 OURS, DAMAGED, FOREIGN = "ours", "damaged", "foreign"
 _TEXT_MODEL = ("model_config", "tokenizer")  # keys of a state that a text can be generated from
@@ -187,7 +186,7 @@ def _inside(manifest: Mapping[str, Any], path: Path, size: int, run: RunDirector
     entry = summary(manifest, size)
     here = [e for e in run.entries if e.id == entry.id] if run is not None else []
     state = plain_state(manifest, path)
-    tensors = tensors_of(manifest)
+    tensors = tensors_of(manifest, path)
     sections = sections_of(tensors, state)
     models = {section.name for section in sections if section.kind == MODEL}
     models = models or {s.name for s in sections if s.kind == OTHER and s.name != "rng"}

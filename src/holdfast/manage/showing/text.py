@@ -17,12 +17,13 @@ from holdfast.formatting import (
     parse_time,
 )
 from holdfast.i18n import N_, _
+from holdfast.manage.output import flatten
 from holdfast.manage.rundir import kind_in_words, number
 from holdfast.manage.showing import zip_look
-from holdfast.manage.showing.layers import MODEL, OPTIMIZER, OTHER, Tensor
+from holdfast.manage.showing.layers import MODEL, OPTIMIZER, OTHER
 from holdfast.manage.showing.show import DAMAGED, FOREIGN, Inside, Shown, commands_for
 from holdfast.manage.story import ENDS
-from holdfast.manage.values import flatten
+from holdfast.manage.tensors import Tensor
 from holdfast.table import PIPE, Column, Screen, printable, render, wrapped
 
 _RECORDS = 12  # of a file that is not ours, the largest first
