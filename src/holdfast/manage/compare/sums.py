@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-_BLOCK = 1 << 20  # elements at a time: the float64 copies of a block are 8 MiB each
+_BLOCK = 1 << 16  # elements at a time: the float64 copies stay in the cache of a core
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -70,19 +70,22 @@ class Sums:
         a, b = _numbers(x), _numbers(y)
         unequal = _bits(x) != _bits(y) if same_dtype else (a != b) & ~(a.isnan() & b.isnan())
         self.changed += _unlike(unequal, count)
-        odd = ~(a.isfinite() & b.isfinite())
-        if odd.any():
+        aa, bb = float(a.dot(a)), float(b.dot(b))
+        if not (math.isfinite(aa) and math.isfinite(bb)):
+            odd = ~(a.isfinite() & b.isfinite())
             self.nan = self.nan[0] + int(a.isnan().sum()), self.nan[1] + int(b.isnan().sum())
             self.inf = self.inf[0] + int(a.isinf().sum()), self.inf[1] + int(b.isinf().sum())
             a, b = a.masked_fill(odd, 0.0), b.masked_fill(odd, 0.0)
+            aa, bb = float(a.dot(a)), float(b.dot(b))
         difference = b - a
-        self.aa += float(a.dot(a))
-        self.bb += float(b.dot(b))
+        self.aa += aa
+        self.bb += bb
         self.ab += float(a.dot(b))
         self.dd += float(difference.dot(difference))
-        at = int(difference.abs_().argmax())
-        if float(difference[at]) > self.largest:
-            self.largest, self.position = float(difference[at]), begin + at * count // len(a)
+        largest = float(difference.abs_().max())
+        if largest > self.largest:
+            at = int(difference.argmax())
+            self.largest, self.position = largest, begin + at * count // len(a)
             self.values = float(a[at]), float(b[at])
 
     @property
@@ -128,4 +131,6 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 def _unlike(unequal: torch.Tensor, count: int) -> int:
     """Return how many of `count` elements have a part that is unequal."""
-    return int(unequal.reshape(count, -1).any(dim=1).sum())
+    if len(unequal) > count:
+        unequal = unequal.reshape(count, -1).any(dim=1)
+    return int(unequal.count_nonzero())
