@@ -52,10 +52,6 @@ class StateMismatch(CheckpointError):
     """A checkpoint does not fit the objects it is to be loaded into; nothing was changed."""
 
 
-class Superseded(CheckpointError):
-    """Another checkpoint would be restored than the one that was expected; nothing was changed."""
-
-
 class SaveFailed(CheckpointError):
     """A checkpoint could not be made durable; what was there before is intact."""
 

@@ -86,6 +86,12 @@ def parse_time(text: object) -> datetime.datetime | None:
         return None
 
 
+def seconds_of(text: object) -> float:
+    """Return a time of a manifest or the history in seconds since 1970; 0 where it is none."""
+    time = parse_time(text)
+    return 0.0 if time is None else time.timestamp()
+
+
 def format_time(text: object) -> str:
     """A time of a manifest or the history as the local one: 2026-03-01 18:05:00 +0800."""
     time = parse_time(text)

@@ -57,7 +57,7 @@ def test_an_empty_or_missing_directory_holds_nothing(tmp_path: Path) -> None:
         contents = Catalog(directory).scan()
         assert (contents.entries, contents.damaged, contents.foreign) == ([], [], [])
         assert contents.newest is contents.best is None
-        assert Catalog(directory).generation() == 0
+        assert Catalog(directory).scan().generation == 0
     (tmp_path / "temp").write_text("a file where a directory is expected")
     assert steps(tmp_path) == []
 
@@ -235,7 +235,7 @@ def test_a_history_of_nonsense_is_passed_over(tmp_path: Path) -> None:
     for fields in ({}, {"generation": "x", "step": 1}, {"names": 7}, {"generation": 2}):
         catalog.record("durable", **fields)
     assert catalog.history.known.announced == {}
-    assert catalog.generation() == 2
+    assert catalog.scan().generation == 2
 
 
 def test_verified_is_what_the_history_says(tmp_path: Path) -> None:
@@ -249,9 +249,9 @@ def test_verified_is_what_the_history_says(tmp_path: Path) -> None:
 def test_the_generation_is_the_highest_that_was_ever_begun(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path)
     put(tmp_path, "a.pt", 1, generation=2)
-    assert catalog.generation() == 2
+    assert catalog.scan().generation == 2
     catalog.record("resumed", generation=5)
-    assert catalog.generation() == 5
+    assert catalog.scan().generation == 5
 
 
 # ----------------------------------------------------------------------------------------- changing

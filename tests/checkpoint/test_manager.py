@@ -17,8 +17,8 @@ import torch
 from holdfast import load
 from holdfast.checkpoint import Catalog, EveryMinutes, EverySteps, manager
 from holdfast.checkpoint.format import container
-from holdfast.checkpoint.manager import CheckpointManager, checkpoint_size, run_lock
-from holdfast.checkpoint.rundir import catalog, tidy
+from holdfast.checkpoint.manager import CheckpointManager, checkpoint_size
+from holdfast.checkpoint.rundir import catalog
 from holdfast.checkpoint.save import saver
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import (
@@ -171,8 +171,8 @@ def test_settings_that_json_cannot_hold_are_saved_all_the_same(tmp_path: Path) -
 
 def test_the_history_tells_what_happened(tmp_path: Path) -> None:
     make_run(tmp_path, 2)
-    assert [e["event"] for e in events(tmp_path)] == ["durable", "verified"] * 2
-    durable = events(tmp_path)[0]
+    assert [e["event"] for e in events(tmp_path)] == ["began", *["durable", "verified"] * 2]
+    durable = events(tmp_path)[1]
     assert durable["names"] == ["checkpoint_step_1.pt", "latest.pt", "model.pt"]
     assert durable["size"] == (tmp_path / "checkpoint_step_1.pt").stat().st_size
 
@@ -281,7 +281,7 @@ def test_a_manager_that_could_not_be_made_holds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(tidy, "sweep", fail_with(errno.EIO))
+        patch.setattr(manager, "Place", fail_with(errno.EIO))
         with pytest.raises(OSError, match="Input/output"):
             Toy().manager(tmp_path)
     with pytest.raises(UnsupportedValue, match=r"bad is a builtins\.object"):
@@ -290,8 +290,9 @@ def test_a_manager_that_could_not_be_made_holds_nothing(
 
 
 def test_a_lock_that_is_held_already_is_used(tmp_path: Path) -> None:
-    with run_lock(tmp_path) as lock:
-        engine = Toy().manager(tmp_path, lock=lock)
+    ours = Catalog(tmp_path)
+    with ours.run_lock:
+        engine = Toy().manager(tmp_path, catalog=ours)
         assert engine.save(step=1, strict=True) is not None
 
 
@@ -312,7 +313,8 @@ def test_temporaries_of_dead_writers_are_swept(tmp_path: Path) -> None:
     (tmp_path / "temp").mkdir()
     for place in (tmp_path, tmp_path / "temp"):
         (place / ".holdfast-99-abc.tmp").write_bytes(b"half a checkpoint")
-    Toy().manager(tmp_path).close()
+    with Toy().manager(tmp_path) as engine:
+        engine.resume()
     assert not list(filesystem.temporaries(tmp_path))
     assert not list(filesystem.temporaries(tmp_path / "temp"))
 

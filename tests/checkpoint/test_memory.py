@@ -661,7 +661,8 @@ def test_another_run_in_the_same_directory_does_not_take_them(tmp_path: Path) ->
     killed(tmp_path, 3)
     catalog = Catalog(tmp_path)
     catalog.record("began", run_id="f" * 32, generation=1)
-    assert rescue(catalog, Reporter(catalog)) is None
+    before = catalog.scan().entries
+    assert rescue(catalog, Reporter(catalog)).entries == before
 
 
 def test_what_a_lock_is_taken_of_for_a_moment_is_waited_for(tmp_path: Path) -> None:
@@ -804,7 +805,8 @@ def test_a_snapshot_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
         manager.after_step(1)
         manager.wait()
         catalog = Catalog(tmp_path)
-        assert rescue(catalog, Reporter(catalog)) is None
+        before = catalog.scan().entries
+        assert rescue(catalog, Reporter(catalog)).entries == before
         (remains,) = left(tmp_path)
         assert not remains.remove()
         assert left(tmp_path)

@@ -16,6 +16,7 @@ from holdfast import load, verify
 from holdfast.checkpoint import Catalog, Resumed
 from holdfast.checkpoint.format import container
 from holdfast.checkpoint.rundir import catalog, recovery
+from holdfast.checkpoint.rundir.history import Known
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import (
     CheckpointError,
@@ -399,7 +400,7 @@ def test_a_history_of_strange_times_loses_no_run(tmp_path: Path) -> None:
     damage(tmp_path / "checkpoint_step_2.pt")
     _toy, result = resumed(tmp_path)
     assert (result.steps_lost, result.minutes_lost) == (1, 0.0)
-    assert recovery.lost(Catalog(tmp_path / "missing"), result.entry) == (0, 0.0)
+    assert recovery.lost(Known(), result.entry) == (0, 0.0)
 
 
 # ------------------------------------------------------------------------- killed at every moment

@@ -155,9 +155,9 @@ def test_the_start_counts_what_can_be_let_go(
             manager.save(step=step)
     monkeypatch.setattr(filesystem, "free_bytes", lambda _directory: filesystem.RESERVE)
     catalog = Catalog(tmp_path)
-    space.check_room(catalog, int(1.5 * SIZE * MB), manager.run_id)
+    space.check_room(catalog, catalog.scan().of(manager.run_id), int(1.5 * SIZE * MB))
     with pytest.raises(ResourceError, match="the next checkpoint needs"):
-        space.check_room(catalog, int(2.5 * SIZE * MB), manager.run_id)
+        space.check_room(catalog, catalog.scan().of(manager.run_id), int(2.5 * SIZE * MB))
     assert steps(tmp_path) == [1, 2, 3, 4], "looking removes nothing"
 
 

@@ -70,7 +70,7 @@ def _one(
 
 
 def _move_first(self: rollback.GoBack) -> None:
-    newer = [each for each in self.catalog.scan().entries if each.order > self.entry.order]
+    newer = [each for each in self.catalog.scan().entries if each.order > self.found.entry.order]
     for entry in newer:
         self.catalog.archive([entry], entry.generation)
-    rollback._decide(self.catalog, self.entry)
+    rollback._decide(self.catalog, self.catalog.scan(), self.found.entry)

@@ -238,7 +238,7 @@ def test_a_line_of_nonsense_in_the_history_moves_nothing(
 ) -> None:
     make_toy_run(tmp_path, 2)
     Catalog(tmp_path).record("rolled_back", id="x", **line)
-    rollback.finish(Catalog(tmp_path))
+    rollback.finish(Catalog(tmp_path), Catalog(tmp_path).scan())
     assert steps(tmp_path) == [2, 1]
 
 
@@ -284,7 +284,7 @@ def test_where_the_state_to_bring_back_is_gone_nothing_makes_way(tmp_path: Path)
     Catalog(tmp_path).record(
         "rolled_back", id="x", run_id="y", generation=2, order=[1, 1, 1], source="archive/gone.pt"
     )
-    rollback.finish(Catalog(tmp_path))
+    rollback.finish(Catalog(tmp_path), Catalog(tmp_path).scan())
     assert steps(tmp_path) == [3, 2, 1]
 
 
@@ -304,7 +304,11 @@ def test_a_crash_at_any_moment_leaves_one_or_the_other(
         go_back(template, "3")
         place = archived(template).relative_to(template)
         wanted = str(place / "checkpoint_step_4.pt")
-    first, known, ids = steps(template)[0], Catalog(template).generation(), everything(template)
+    first, known, ids = (
+        steps(template)[0],
+        Catalog(template).scan().generation,
+        everything(template),
+    )
     for moment in range(1, 200):
         run = twin(template, fast_path / str(moment))
         died = killed_at(moment, lambda run=run: go_back(run, wanted))  # type: ignore[misc]

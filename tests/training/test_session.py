@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
@@ -29,12 +30,14 @@ from holdfast.errors import (
     SaveFailed,
     StateMismatch,
 )
-from holdfast.training import continuing
+from holdfast.training import continuing, session
+from holdfast.training.console import Console
 from holdfast.training.options.config_files import save_config
 from holdfast.training.options.presets import resolve
 from holdfast.training.session import save_policies
 from holdfast.training.trainer import Trainer
 from holdfast.training.unattended import RESTART
+from tests.checkpoint.counting import counted
 from tests.training.runs import (
     HARD,
     Killed,
@@ -470,7 +473,9 @@ def test_the_room_for_what_the_optimizer_makes_is_asked_for_before_step_one(
     from holdfast.checkpoint.rundir import space
 
     asked: list[int] = []
-    monkeypatch.setattr(space, "check_room", lambda _catalog, needed, _run_id: asked.append(needed))
+    monkeypatch.setattr(
+        space, "check_room", lambda _catalog, _contents, needed: asked.append(needed)
+    )
     directory = tmp_path / "new"
     train(config_for(directory, corpus))
     train(config_for(directory, corpus, epochs=3, resume="auto"))
@@ -573,8 +578,8 @@ def test_a_finished_run_is_told_and_the_command_is_in_no_checkpoint(
     assert told.read_text() == "finished\n", "it was finished before"
 
 
-def test_a_run_directory_deleted_while_training_gets_what_a_fresh_one_has(
-    tmp_path: Path, corpus: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_directory_deleted_while_training_fails_every_save_and_the_end_says_so(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from holdfast.checkpoint.save import saver
 
@@ -587,13 +592,14 @@ def test_a_run_directory_deleted_while_training_gets_what_a_fresh_one_has(
 
     monkeypatch.setattr(Trainer, "after_step", delete)
     monkeypatch.setattr(saver, "_LOOK_EVERY", 0.0)
-    said = train(config_for(new, corpus))
-    assert said.count("was deleted while training") == 1
-    assert {"config.json", "metrics.jsonl", "training_history.json", "latest.pt"} < {
-        path.name for path in new.iterdir()
-    }
-    assert (new / "tokenizer" / "tokenizer.json").exists()
-    assert difference(final_state(finished), final_state(new)) is None
+    said = io.StringIO()
+    with (
+        Console(stream=said, terminal=False) as console,
+        pytest.raises(SaveFailed, match="the last durable step is 0"),
+    ):
+        session.run(config_for(new, corpus), console, log=False, yes=True, command="holdfast train")
+    assert said.getvalue().count("was deleted or replaced while training") == 1
+    assert not new.exists()
 
 
 # ------------------------------------------------------------------------------- ends and limits
@@ -810,3 +816,15 @@ def test_a_saved_configuration_trains_outside_the_clone(
     save_config(resolve(flags={}), tmp_path / "saved.json")
     small = {"context_length": "16", "vocab_size": "300", "num_steps": "1", "sample_tokens": "0"}
     assert "Finished: 1 steps" in train(resolve(file=tmp_path / "saved.json", flags=small))
+
+
+# ------------------------------------------------------------------------- how much a start reads
+
+
+def test_a_start_scans_once_and_reads_the_history_once(run: Path, corpus: Path) -> None:
+    def start() -> None:
+        Trainer.train = lambda _self: None  # type: ignore[method-assign]
+        train(config_for(run, corpus, resume="auto", epochs=5))
+
+    counts = counted(run, start)
+    assert (counts["scans"], counts["history"]) == (1, 1), counts

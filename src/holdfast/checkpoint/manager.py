@@ -40,6 +40,7 @@ from holdfast.checkpoint.policy import (
 from holdfast.checkpoint.records import PendingSave, Resumed, Saved
 from holdfast.checkpoint.rundir import (
     Catalog,
+    Contents,
     Entry,
     EventHandler,
     Place,
@@ -49,7 +50,6 @@ from holdfast.checkpoint.rundir import (
     ownership,
     recovery,
     rollback,
-    tidy,
 )
 from holdfast.checkpoint.save import RETRY, Overlap, Publisher, Saver, Told, rescue
 from holdfast.checkpoint.state import (
@@ -60,9 +60,9 @@ from holdfast.checkpoint.state import (
     plan_restore,
     verify,
 )
-from holdfast.checkpoint.system import FileLock, filesystem, run_lock
+from holdfast.checkpoint.system import filesystem, run_lock
 from holdfast.checkpoint.system import signals as guard
-from holdfast.errors import DamagedCheckpoint, SaveFailed, StateMismatch, Superseded
+from holdfast.errors import DamagedCheckpoint, SaveFailed, StateMismatch
 from holdfast.i18n import _
 
 __all__ = [
@@ -122,7 +122,7 @@ class CheckpointManager:
             as "unsafe", by `after_step`; 0: never.
         on_event: called with (event, fields) in the thread that made the manager, at once or when
             it next calls a method of it.
-        lock: the lock of `directory` (`run_lock`), where the caller holds it already.
+        catalog: that of `directory`, where the caller holds its `run_lock` already.
 
     Raises:
         RunLocked: another process or thread works in `directory`.
@@ -149,7 +149,7 @@ class CheckpointManager:
         io_limit: float = 0,
         max_unsafe: float = 0,
         on_event: EventHandler | None = None,
-        lock: FileLock | None = None,
+        catalog: Catalog | None = None,
     ) -> None:
         directory = calls.checked_directory(directory)
         calls.check_state(state)
@@ -164,7 +164,7 @@ class CheckpointManager:
                             ("max_unsafe", max_unsafe)):  # fmt: skip
             calls.check_number(name, value, 0)
         ranks.refuse()
-        self.catalog = Catalog(directory)
+        self.catalog = catalog or Catalog(directory)
         self.state = state
         self._pid = os.getpid()
         self._guard: guard.SignalGuard | None = None
@@ -179,21 +179,20 @@ class CheckpointManager:
         )  # fmt: skip
         check_rights(self.catalog.directory)
         filesystem.make_directory(self.catalog.directory)
-        self._lock = lock or run_lock(directory)
+        self._lock = self.catalog.run_lock
         keep: list[Policy] = [
             KeepLast("epoch", keep_last),
             KeepLast("step", keep_last),
             KeepRollingTemps(2),
         ]
-        before = lock is None and ownership.take_over(self.catalog.directory)
+        before = catalog is None and ownership.take_over(self.catalog.directory)
         tenure = ownership.Tenure(self.catalog.directory, self)
         self._held.append(tenure.end)
         try:
             tenure.begin()
-            if lock is None:
+            if catalog is None:
                 self._held.append(self._lock.release)
                 self._lock.acquire()
-            tidy.sweep(self.catalog)
             self._reporter = Reporter(self.catalog, on_event)
             self._place = Place(self.catalog, self._lock, self._reporter)
             self._held.append(self._place.close)
@@ -406,11 +405,10 @@ class CheckpointManager:
 
     def resume(
         self,
-        source: str | os.PathLike[str] | None = None,
+        source: str | os.PathLike[str] | recovery.Found | None = None,
         *,
         strict: bool = True,
         branch: bool = False,
-        expected: str | None = None,
     ) -> Resumed | None:
         """Restore the newest intact checkpoint, or `source`, into the live state.
 
@@ -418,15 +416,14 @@ class CheckpointManager:
         configured at the save take effect, and are told; all else is as it was saved.
 
         Args:
-            source: None for the newest here; a file, a glob or a directory. An older file of this
+            source: None for the newest here; a file, a glob or a directory; or what `recovery.find`
+                has read already, and nothing is looked for again. An older file of this
                 directory begins a new generation: what is newer is archived first. A file from
                 elsewhere begins a new run whose parent it is: what is here is archived when the
                 first state of that one is verified.
             strict: whether everything in the live state must be in the checkpoint.
             branch: begin a new generation even from the newest, since what came after it is not to
                 be gone on from: snapshots in memory of this process are given up.
-            expected: the id of the checkpoint from whose manifest the live state was set up. Where
-                that one is damaged, what is set up does not fit the one before it.
 
         Returns None where nothing has been saved yet.
 
@@ -434,24 +431,22 @@ class CheckpointManager:
             DamagedCheckpoint: `source` is damaged, or everything here is. Nothing is started over.
             StateMismatch: it does not fit; nothing was changed.
             SaveFailed: after `close()`, or in a forked child.
-            Superseded: it is not the one that was `expected`; nothing was changed.
         """
         self._own()
         self.wait()
-        # An older state that is asked for by name must not go to make room for what is left behind.
-        rescue(self.catalog, self._reporter, make_room=source is None)
-        with self.catalog.lock():
-            found = recovery.find(self.catalog, source, self._reporter.tell)
+        if isinstance(source, recovery.Found):
+            found: recovery.Found | None = source
+        else:
+            # An older state that is asked for by name must not go to make room for what is left.
+            contents = rescue(self.catalog, self._reporter, make_room=source is None)
+            choice = recovery.choose(self.catalog.directory, contents, source)
+            found = recovery.find(self.catalog, choice, self._reporter.tell)
             if found is None:
-                self._saver.settle()
-                self._reporter.tell("began", run_id=self.run_id, generation=self.generation)
-                return None
-            if expected is not None and found.entry.id != expected:
-                raise Superseded(
-                    _("{path} is the newest intact checkpoint, and not the one that this start was "
-                      "set up for. Start again.", path=found.path)
-                )  # fmt: skip
-            random, known = self._saver.random, self.catalog.generation()
+                self.begin(contents)
+        if found is None:
+            return None
+        with self.catalog.lock():
+            random = self._saver.random
             if random is not None and "rng" not in found.payload and strict:
                 raise StateMismatch(
                     _("{path} has no random streams; nothing was changed. Use strict=False to do "
@@ -473,34 +468,37 @@ class CheckpointManager:
                 transaction.forget()
                 raise
             if found.newer:
-                transaction.acts.append(rollback.GoBack(self.catalog, found.entry))
+                transaction.acts.append(rollback.GoBack(self.catalog, found))
+            known = found.contents.generation
             with guard.deferred_interrupt():
                 transaction.commit()
                 if transaction.decisions:
                     changes = [str(decision) for decision in transaction.decisions]
                     self._reporter.tell("configured", changes=changes)
-                return self._go_on_from(found, known, asked=source is not None, branch=branch)
+                return self._go_on_from(found, known, branch=branch)
 
-    def _go_on_from(
-        self, found: recovery.Found, known: int, *, asked: bool, branch: bool
-    ) -> Resumed:
+    def begin(self, contents: Contents | None = None) -> None:
+        """Begin a new run; `contents` as a scan has just found it. What lies here goes to the
+        archive when the first save of the new run is verified."""
+        self._saver.settle(contents)
+        self._reporter.tell("began", run_id=self.run_id, generation=self.generation)
+
+    def _go_on_from(self, found: recovery.Found, known: int, *, branch: bool) -> Resumed:
         """Settle identity and names after the state has been restored.
 
         The state is whole now: a full disk costs links and cache here, never the resume.
         """
-        entry, run = found.entry, self._saver.run
-        steps, minutes = (0, 0.0) if asked else recovery.lost(self.catalog, entry)
+        entry, contents, run = found.entry, found.contents, self._saver.run
+        steps, minutes = (0, 0.0) if found.named else recovery.lost(contents.known, entry)
         run.parent = {
             "id": entry.id,
             "run_id": entry.run_id,
             "generation": entry.generation,
             "step": entry.step,
         }
-        contents = self.catalog.scan()
         past = [*contents.entries, *found.newer, entry]
         # It never comes again, whatever is gone: the newest of a generation is known by it.
-        told = self.catalog.history.known.sequence
-        run.sequence = max(run.sequence, told, *(e.sequence for e in past))
+        run.sequence = max(run.sequence, contents.known.sequence, *(e.sequence for e in past))
         if found.newer:
             place = self.catalog.directory / archive_of(entry, known)
             self._reporter.tell("archived", count=len(found.newer), to=str(place))
@@ -509,17 +507,19 @@ class CheckpointManager:
         if found.here:
             run.run_id = entry.run_id
         try:
-            self.catalog.assign_roles(contents)
+            contents = self.catalog.assign_roles(contents)
         except OSError as error:
             self._reporter.warn(error)
-        self.catalog.write_cache()
+        self.catalog.write_cache(contents)
         best = contents.of(self.run_id).best
         self._saver.resumed(entry, best.loss if best is not None else None, abandon=branch)
         self._restore_threads(found.manifest)
         self._reporter.record("resumed", id=entry.id, step=entry.step, run_id=self.run_id,
                       generation=self.generation, steps_lost=steps,
                       minutes_lost=round(minutes, 2))  # fmt: skip
-        resumed = Resumed(entry, found.path, self.generation, found.skipped, steps, minutes)
+        resumed = Resumed(
+            entry, found.path, self.generation, found.skipped, steps, minutes, contents
+        )
         self._reporter.tell("resumed", resumed=resumed)
         return resumed
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from holdfast.checkpoint.rundir import Entry
+from holdfast.checkpoint.rundir import Contents, Entry
 from holdfast.errors import SaveFailed
 
 
@@ -21,6 +21,9 @@ class Resumed:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # damaged, set aside, and why
     steps_lost: int = 0
     minutes_lost: float = 0.0
+    contents: Contents = field(
+        default_factory=lambda: Contents([], [], []), repr=False
+    )  # here, now
 
     @property
     def step(self) -> int:

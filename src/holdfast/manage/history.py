@@ -19,7 +19,7 @@ from typing import Any
 from holdfast.checkpoint.format import plain_state, read_manifest
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError
-from holdfast.formatting import NOTHING, format_loss, format_time, parse_time
+from holdfast.formatting import NOTHING, format_loss, format_time, seconds_of
 from holdfast.i18n import _
 from holdfast.manage.output import write_output
 from holdfast.manage.rundir import RunDirectory, names_of, number
@@ -140,14 +140,10 @@ def _in_time(
     were written, whatever a clock said."""
     merged = list(events)
     for event in more:
-        before = [i for i, one in enumerate(merged) if _moment(one) <= _moment(event)]
+        at = seconds_of(event.get("time"))
+        before = [i for i, one in enumerate(merged) if seconds_of(one.get("time")) <= at]
         merged.insert(before[-1] + 1 if before else 0, event)
     return merged
-
-
-def _moment(event: Mapping[str, Any]) -> float:
-    time = parse_time(event.get("time"))
-    return 0.0 if time is None else time.timestamp()
 
 
 def write_csv(histories: Sequence[History], path: Path) -> None:

@@ -130,7 +130,7 @@ def plan(directory: str | os.PathLike[str], wanted: str) -> Plan:
     step = _step_in_memory(run.catalog, entry, run.contents.newest)
     again = back is not None and back.id == entry.id
     to_do = bool(newer or choice.source) or step is not None
-    known = run.catalog.generation()
+    known = run.contents.generation
     generation = known + 1 if to_do and not again else max(known, 1)
     half_done = again and LATEST not in entry.names
     return Plan(run.directory, entry, choice.source, newer, step, generation, half_done, other_run)

@@ -19,7 +19,7 @@ from typing import Any
 from holdfast.checkpoint.rundir import EVENTS, Catalog, Entry, shared_memory
 from holdfast.checkpoint.system import Follower, filesystem, run_lock
 from holdfast.errors import HoldfastError
-from holdfast.formatting import parse_time
+from holdfast.formatting import seconds_of
 from holdfast.manage.rundir import RunDirectory, look, names_of, number
 from holdfast.manage.story import is_story
 from holdfast.monitor.forecast import Disk, Plan, forecast
@@ -158,7 +158,7 @@ class RunView:
         is of steps made again."""
         for measured in (self.points, self.evaluations, self.samples, self.wild):
             while measured and measured[-1].step > step:
-                if until < math.inf and _seconds(measured[-1].time) > until:
+                if until < math.inf and seconds_of(measured[-1].time) > until:
                     break
                 measured.pop()
 
@@ -168,8 +168,8 @@ class RunView:
         time = str(event.get("time") or "")
         if kind == "rolled_back" and step is not None:
             # Training goes on from there with its next start; what it writes then is younger.
-            self._undo_after(step, until=_seconds(time))
-            self._ended = self._ended and _seconds(self._last_line) > _seconds(time)
+            self._undo_after(step, until=seconds_of(time))
+            self._ended = self._ended and seconds_of(self._last_line) > seconds_of(time)
         if kind == "removed" and event.get("reason") == "retention" and _lasting(event):
             self._settled = True
         if kind == "durable" and event.get("reason") in _ENDS:
@@ -186,14 +186,14 @@ class RunView:
         """What happened on the way, in the order of time."""
         found = self._event_marks + self._own_marks
         found = found + [Mark(BROKE_OFF, one["step"], one["time"], one) for one in self._all_breaks]
-        return sorted(found, key=lambda mark: _seconds(mark.time))
+        return sorted(found, key=lambda mark: seconds_of(mark.time))
 
     @property
     def notices(self) -> list[dict[str, Any]]:
         """The events that a person wants to know of, in the order of time; `manage.story.describe`
         has the words for each."""
         return sorted(
-            self._event_notices + self.ends, key=lambda event: _seconds(str(event.get("time")))
+            self._event_notices + self.ends, key=lambda event: seconds_of(event.get("time"))
         )
 
     @property
@@ -268,20 +268,20 @@ class RunView:
     def patience(self) -> float:
         """Seconds of silence that mean nothing: a slow training writes a line when it can."""
         pair = self.points[-2:]
-        between = _seconds(pair[-1].time) - _seconds(pair[0].time) if len(pair) == 2 else 0.0
+        between = seconds_of(pair[-1].time) - seconds_of(pair[0].time) if len(pair) == 2 else 0.0
         return max(SILENCE, 5 * between)
 
     @property
     def silent(self) -> float:
         """Seconds since the last line of metrics or history; infinite where there is none."""
-        last = _seconds(self._last_time)
+        last = seconds_of(self._last_time)
         return max(0.0, _now() - last) if last else math.inf
 
     @property
     def _last_time(self) -> str:
         """That of the last line of metrics or history."""
         times = [self._last_line, *(str(event.get("time")) for event in self.events[-1:])]
-        return max(times, key=_seconds)
+        return max(times, key=seconds_of)
 
     @property
     def step(self) -> int:
@@ -310,10 +310,10 @@ class RunView:
         """Seconds a step in the last lines of this start, what a save or an evaluation takes
         included; None where that is not known."""
         began = self._began()
-        recent = [point for point in self.points[-_RECENT:] if _seconds(point.time) >= began]
+        recent = [point for point in self.points[-_RECENT:] if seconds_of(point.time) >= began]
         if len(recent) < 2 or recent[-1].step <= recent[0].step:
             return None
-        spent = _seconds(recent[-1].time) - _seconds(recent[0].time)
+        spent = seconds_of(recent[-1].time) - seconds_of(recent[0].time)
         return max(0.0, spent) / (recent[-1].step - recent[0].step)
 
     @property
@@ -331,7 +331,7 @@ class RunView:
         times += [str(e.get("time")) for e in reversed(self.events) if e.get("event") in _STARTS][
             :1
         ]
-        return max(map(_seconds, times))
+        return max(map(seconds_of, times))
 
     @property
     def safety(self) -> Safety:
@@ -340,9 +340,9 @@ class RunView:
         in_memory = self.memory_step
         step = max(self.step, in_memory or 0)
         # The work of a state ends where it was taken; what a start goes on from may be old.
-        since = max(_seconds(newest.created) if newest is not None else 0.0, self._began())
+        since = max(seconds_of(newest.created) if newest is not None else 0.0, self._began())
         training = self.state == TRAINING
-        now = _now() if training else _seconds(self._last_line)
+        now = _now() if training else seconds_of(self._last_line)
         spent = max(0.0, now - since) if since and now else None
         # A stranger's loop tells what it saves, and nothing of the steps that it makes meanwhile.
         counted = not training or bool(self.points or self.started)
@@ -453,11 +453,6 @@ def _integer(value: object) -> int | None:
 
 def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def _seconds(time: str) -> float:
-    parsed = parse_time(time)
-    return 0.0 if parsed is None else parsed.timestamp()
 
 
 def _now() -> float:

@@ -1,21 +1,21 @@
 """What this start goes on from, and whether that fits what was asked for.
 
-Only manifests are read here. A run's own configuration is the layer under everything that the user
-gives: `holdfast train --resume` needs no other option to go on as before.
+Which checkpoint that is, `recovery.choose` decides. Only manifests are read here. A run's own
+configuration is the layer under everything that the user gives: `holdfast train --resume` needs no
+other option to go on as before.
 """
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.format import container
-from holdfast.checkpoint.rundir import Catalog, Contents, Entry, cannot_read, summary
+from holdfast.checkpoint.rundir import Contents, cannot_read, recovery
+from holdfast.checkpoint.rundir.recovery import Choice
 from holdfast.checkpoint.state import codec
-from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError, StateMismatch
 from holdfast.i18n import N_, _
 from holdfast.training import unattended
@@ -42,51 +42,75 @@ class SavedRun:
 class Start:
     """How to begin: anew, from a saved run, or from the weights of a file."""
 
-    saved: SavedRun | None = None  # go on from this
-    source: Path | None = None  # None: the newest intact one, decided when it is restored
+    choice: Choice | None = None  # go on from the first of these that is intact, if there is any
+    saved: SavedRun | None = None  # what that one says
     weights: Path | None = None  # a new run with these weights
     anew: bool = False  # a new run begins: what lies here goes to the archive at its first save
 
+    @property
+    def named(self) -> bool:
+        """Whether the user has named what to go on from."""
+        return self.choice is not None and self.choice.named
 
-def decide(  # noqa: PLR0911 - one return a way to begin
-    config: Config, contents: Contents, ask: Callable[..., bool] | None
-) -> Start:
+
+def decide(config: Config, contents: Contents, ask: Callable[..., bool] | None) -> Start:
     """Decide from the options and from what lies in the run directory.
 
-    `ask(question, default=…)` asks a person; None where nobody can answer. Raises `CheckpointError`
-    where a file that was named is not there or not a checkpoint.
+    `ask(question, default=…)` asks a person; None where there is no person to answer. Raises
+    `CheckpointError` where a file that was named is not there, or cannot be read now.
     """
-    options, catalog = config.checkpoint, Catalog(config.checkpoint.checkpoint_dir)
-    if unattended.goes_on(contents.newest.id if contents.newest else None):
-        return Start(saved=_first_readable(catalog, contents.entries))
-    if options.fresh:
-        return Start(anew=True)
-    if options.checkpoint is not None:
-        path = _existing(options.checkpoint, catalog.directory)
-        if _belongs(path, catalog, contents):
-            return Start(saved=read_saved(path), source=path)
-        return Start(weights=path, anew=True)
-    if options.resume not in (None, "auto"):
-        path = _newest_of(str(options.resume), catalog.directory)
-        here = _belongs(path, catalog, contents)
-        return Start(saved=read_saved(path), source=path, anew=not here)
-    saved = _first_readable(catalog, contents.entries)
-    occupied = contents.entries or contents.damaged or contents.unreadable
-    if occupied and options.resume is None and ask is not None:
-        refused = []
-        if saved is not None:
-            refused = fixed_differences(saved, merged(config, saved, start=Start(saved=saved)))
-        if refused:  # "yes" to going on could only end in a refusal
-            question = _("{directory} holds a run of another model ({refused}). Move it to "
-                         "archive/ and start a new one?",
-                         directory=catalog.directory, refused="; ".join(refused))  # fmt: skip
-            return Start(anew=True) if ask(question, default=False) else Start(saved=saved)
-        newest = contents.newest
-        question = _("{directory} holds a run (newest step {step}). Go on from it?",
-                     directory=catalog.directory, step=newest.step if newest else "?")  # fmt: skip
-        if not ask(question):
+    options, directory = config.checkpoint, Path(config.checkpoint.checkpoint_dir)
+    if not unattended.goes_on(contents.newest.id if contents.newest else None):
+        if options.fresh:
             return Start(anew=True)
-    return Start(saved=saved)
+        if options.checkpoint is not None:
+            choice = recovery.choose(directory, contents, options.checkpoint)
+            return Start(choice) if choice.entries else Start(weights=choice.paths[0], anew=True)
+        if options.resume not in (None, "auto"):
+            choice = recovery.choose(directory, contents, options.resume)
+            return Start(choice, anew=not choice.entries)
+        if options.resume is None and ask is not None and _begins_anew(config, contents, ask):
+            return Start(anew=True)
+    return Start(recovery.choose(directory, contents))
+
+
+def _begins_anew(config: Config, contents: Contents, ask: Callable[..., bool]) -> bool:
+    """Ask whether to go on, if a run lies here. Where that could only end in a refusal, ask whether
+    to begin another one."""
+    if not (contents.entries or contents.damaged or contents.unreadable):
+        return False
+    directory, newest = Path(config.checkpoint.checkpoint_dir), contents.newest
+    saved, refused = first_readable([directory / e.names[0] for e in contents.entries]), []
+    if saved is not None:
+        refused = fixed_differences(saved, merged(config, saved, start=Start(saved=saved)))
+    if refused:
+        question = _(
+            "{directory} holds a run of another model ({refused}). Move it to "
+            "archive/ and start a new one?",
+            directory=directory,
+            refused="; ".join(refused),
+        )
+        return ask(question, default=False)
+    question = _(
+        "{directory} holds a run (newest step {step}). Go on from it?",
+        directory=directory,
+        step=newest.step if newest else "?",
+    )
+    return not ask(question)
+
+
+def first_readable(paths: Sequence[Path], *, named: bool = False) -> SavedRun | None:
+    """Return what the first of `paths` says that holds a run of this trainer, if one does. Raises
+    `CheckpointError` where none does though it was `named`."""
+    for path in paths:
+        try:
+            return read_saved(path)
+        except (CheckpointError, FileNotFoundError):
+            if named and path is paths[-1]:
+                raise
+        except OSError as error:
+            raise cannot_read(path, error) from error
+    return None
 
 
 def read_saved(path: Path) -> SavedRun:
@@ -121,7 +145,7 @@ def merged(config: Config, saved: SavedRun, *, start: Start) -> Config:
     said = {name for name, source in sources.items() if source != "default"}
     length = {"epochs", "num_steps"}
     counted = config.checkpoint.checkpoint is not None and start.saved is not None
-    if counted and start.source is None:
+    if counted and not start.named:
         said -= length  # `holdfast run` starts it again: counted from there at the first start
     for name, option in OPTIONS.items():
         if name in said or option.meta.of_this_start or name == "checkpoint_dir":
@@ -233,65 +257,3 @@ def check_model(saved: SavedRun, model_config: Mapping[str, Any]) -> None:
             _("{path} is of another model ({differences}). Nothing was changed.", path=saved.path,
               differences="; ".join(other))
         )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------ details
-
-
-def _existing(name: str, directory: Path) -> Path:
-    for path in (Path(name), directory / name):
-        if path.is_file():
-            return path
-    raise CheckpointError(
-        _("There is no checkpoint at {source}; `holdfast list` shows what is there.", source=name)
-    )
-
-
-def _newest_of(name: str, directory: Path) -> Path:
-    """The newest checkpoint that a file, a glob or a directory names."""
-    found = [path for path in (Path(name), directory / name) if path.exists()][:1]
-    found = found or [Path(match) for match in sorted(glob.glob(name))]  # noqa: PTH207 - absolute
-    best: tuple[tuple[int, int], Path] | None = None
-    for path in found:
-        for entry, file in _entries_at(path):
-            if best is None or entry.order > best[0]:
-                best = entry.order, file
-    if best is None and len(found) == 1 and found[0].is_file():
-        return found[0]  # damaged or foreign: reading it says which
-    if best is None:
-        raise CheckpointError(
-            _(
-                "There is no checkpoint at {source}; `holdfast list` shows what is there.",
-                source=name,
-            )
-        )
-    return best[1]
-
-
-def _entries_at(path: Path) -> list[tuple[Entry, Path]]:
-    if path.is_dir():
-        contents = Catalog(path).scan()
-        for name, reason in contents.unreadable:
-            raise cannot_read(path / name, reason)
-        return [(entry, path / entry.names[0]) for entry in contents.entries]
-    try:
-        return [(summary(container.read_manifest(path), 0), path)]
-    except CheckpointError:
-        return []
-
-
-def _belongs(path: Path, catalog: Catalog, contents: Contents) -> bool:
-    names = [name for entry in contents.entries for name in entry.names]
-    names += [name for name, _reason in contents.damaged]
-    return any(filesystem.same_data(catalog.directory / name, path) for name in names)
-
-
-def _first_readable(catalog: Catalog, entries: list[Entry]) -> SavedRun | None:
-    for entry in entries:
-        try:
-            return read_saved(catalog.path(entry))
-        except (CheckpointError, FileNotFoundError):
-            continue
-        except OSError as error:
-            raise cannot_read(catalog.path(entry), error) from error
-    return None

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,9 @@ def dry_run(
     with guard.SignalGuard() as signals:
         contents = Catalog(directory).scan()
         start = continuing.decide(config, contents, ask=None)
+        if start.choice is not None:
+            saved = continuing.first_readable(start.choice.paths, named=start.named)
+            start = replace(start, saved=saved)
         workshop = prepare(config, start, console, signals)
         if start.saved is not None:
             _go_on_from(start.saved, workshop.trainer, console)

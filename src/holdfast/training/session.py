@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,18 @@ from holdfast.checkpoint import CheckpointManager, Resumed, checkpoint_size, ran
 from holdfast.checkpoint.policy import EveryMinutes, EverySteps, RiskAware, SavePolicy
 from holdfast.checkpoint.rundir import (
     Catalog,
+    Contents,
     EventHandler,
     Reporter,
     check_rights,
+    recovery,
     space,
     words,
 )
+from holdfast.checkpoint.rundir.recovery import Found
 from holdfast.checkpoint.save import rescue
 from holdfast.checkpoint.state import load_weights, plan_restore
-from holdfast.checkpoint.system import PAGE, FileLock, run_lock
+from holdfast.checkpoint.system import PAGE
 from holdfast.checkpoint.system import signals as guards
 from holdfast.errors import (
     CheckpointError,
@@ -42,7 +45,6 @@ from holdfast.errors import (
     DataError,
     Interrupted,
     ResourceError,
-    Superseded,
 )
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
@@ -70,6 +72,7 @@ class Workshop:
     data: PreparedData
     trainer: Trainer
     reserve: int
+    contents: Contents | None = None  # what lies in the run directory; None in a dry run
     records: Records | None = None
 
 
@@ -83,12 +86,12 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
     directory = Path(config.checkpoint.checkpoint_dir)
     check_rights(directory)
     notifier = Notifier(config.checkpoint.notify, directory, console.warn)
-    with run_lock(directory) as lock, notifier:
-        catalog = Catalog(directory)
+    catalog = Catalog(directory)
+    with catalog.run_lock, notifier:
         options = config.checkpoint
         named = options.checkpoint is not None or options.resume not in (None, "auto")
-        rescue(catalog, Reporter(catalog, console.on_event), make_room=not named)
-        contents = catalog.scan()
+        reporter = Reporter(catalog, console.on_event)
+        contents = rescue(catalog, reporter, make_room=not named)
         can_ask = console.terminal and sys.stdin.isatty() and not yes
         start = continuing.decide(config, contents, console.ask if can_ask else None)
         if log:
@@ -96,11 +99,17 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
             console.open_log(directory / "logs" / f"training_{stamp}.log")
         with guards.SignalGuard() as guard:  # from here on Ctrl-C means: save, then stop
             _tell_found(contents, start, console)
-            workshop, manager, resumed = _begin(
-                config, start, console, guard, lock=lock, notifier=notifier
-            )
+            found = _find(catalog, start, reporter)
+            if found is not None:
+                start = replace(start, saved=continuing.read_saved(found.path))
+            _heed(guard)
+            workshop = prepare(config, start, console, guard, held=found.entry.size if found else 0)
+            workshop.contents = contents
+            manager = make_manager(workshop, console, catalog, notifier)
             notifier.begin(lambda: manager.saved_step)
             try:
+                resumed = _restore(workshop, manager, start, found, console)
+                del found  # as large as the state
                 _train(workshop, manager, resumed, console, command, notifier=notifier)
             except KeyboardInterrupt as error:  # a second Ctrl-C means now: nothing is waited for
                 manager.abandon()
@@ -115,72 +124,63 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
             manager.close(save=False)  # the loop has saved its end
 
 
-def _begin(
-    config: Config,
-    start: Start,
-    console: Console,
-    guard: guards.SignalGuard,
-    *,
-    lock: FileLock,
-    notifier: Notifier,
-) -> tuple[Workshop, CheckpointManager, Resumed | None]:
-    """Set everything up and restore the state.
-
-    Settings, data and model are set up from a manifest before the state is read. Where that
-    checkpoint turns out to be damaged they are set up anew from the one that takes its place:
-    otherwise its state would meet the batch size or the data of a later start.
-    """
-    while True:
-        workshop = prepare(config, start, console, guard)
-        manager = make_manager(workshop, console, lock, notifier)
-        try:
-            return workshop, manager, _restore(workshop, manager, start, console)
-        except Superseded:
-            manager.close()  # which gives the lock back
-            lock.acquire()
-            before = start.saved.id if start.saved is not None else ""
-            start = continuing.decide(config, manager.catalog.scan(), None)
-            if start.saved is None or start.saved.id == before:
-                raise
-        except BaseException:
-            manager.close()
-            raise
-
-
-def _restore(
-    workshop: Workshop, manager: CheckpointManager, start: Start, console: Console
-) -> Resumed | None:
-    trainer, saved = workshop.trainer, start.saved
-    if start.weights is not None:
-        weights = {"model": load_weights(start.weights)}
-        plan_restore({"model": trainer.model}, weights).commit()
-        console.say(_("Starting a new run from the weights of {path}.", path=start.weights))
-        return None
-    if start.anew and start.source is None:
+def _find(catalog: Catalog, start: Start, reporter: Reporter) -> Found | None:
+    """Read the state to go on from before anything is set up: settings, data and model are those of
+    the checkpoint that is found intact, which need not be the newest."""
+    if start.choice is None:
         return None
     try:
-        resumed = manager.resume(start.source, expected="" if saved is None else saved.id)
+        return recovery.find(catalog, start.choice, reporter.tell)
     except DamagedCheckpoint as error:
-        if start.source is not None:
+        if start.named:
             raise
         raise DamagedCheckpoint(
             _("{error} Or begin a new run with --fresh.", error=error), error.why
         ) from error
-    if resumed is not None:
-        assert saved is not None
-        for note in trainer.settle(saved.data):
-            console.warn(note)
+
+
+def _restore(
+    workshop: Workshop,
+    manager: CheckpointManager,
+    start: Start,
+    found: Found | None,
+    console: Console,
+) -> Resumed | None:
+    trainer = workshop.trainer
+    if found is None:
+        if start.weights is not None:
+            weights = {"model": load_weights(start.weights)}
+            plan_restore({"model": trainer.model}, weights).commit()
+            console.say(_("Starting a new run from the weights of {path}.", path=start.weights))
+        elif not start.anew:
+            manager.begin(workshop.contents)
+        return None
+    resumed = manager.resume(found)
+    assert resumed is not None and start.saved is not None
+    workshop.contents = resumed.contents
+    for note in trainer.settle(start.saved.data):
+        console.warn(note)
     return resumed
 
 
-def prepare(config: Config, start: Start, console: Console, guard: guards.SignalGuard) -> Workshop:
-    """Data, model, optimizer and state, as the start and the options want them."""
+def prepare(
+    config: Config, start: Start, console: Console, guard: guards.SignalGuard, *, held: int = 0
+) -> Workshop:
+    """Make data, model, optimizer and state as the start and the options want them.
+
+    `held`: bytes of a state that is in memory already, to become that of the model and optimizer.
+    """
     origin = start.saved or _model_of(start.weights)
     if origin is not None:
         config = continuing.merged(config, origin, start=start)
-        if start.saved is not None and start.source is not None and config.checkpoint.checkpoint:
-            console.say(_("--checkpoint: --epochs and --num-steps count from step {step} of "
-                          "{name}.", step=start.saved.step, name=start.source.name))  # fmt: skip
+        if start.saved is not None and start.named and config.checkpoint.checkpoint:
+            console.say(
+                _(
+                    "--checkpoint: --epochs and --num-steps count from step {step} of {name}.",
+                    step=start.saved.step,
+                    name=start.saved.path.name,
+                )
+            )
         if start.saved is not None:
             rows = continuing.differences(start.saved, config)
             if rows:
@@ -201,7 +201,7 @@ def prepare(config: Config, start: Start, console: Console, guard: guards.Signal
     for note in data.notes:
         console.warn(note)
     _heed(guard)
-    model = _model(config, origin, data, device)
+    model = _model(config, origin, data, device, held)
     _heed(guard)
     if origin is not None:
         continuing.check_model(origin, models.plain_config(model))
@@ -215,7 +215,7 @@ def prepare(config: Config, start: Start, console: Console, guard: guards.Signal
 
 
 def make_manager(
-    workshop: Workshop, console: Console, lock: FileLock, notifier: Notifier
+    workshop: Workshop, console: Console, catalog: Catalog, notifier: Notifier
 ) -> CheckpointManager:
     """The checkpoint manager over the trainer's state."""
     options = workshop.config.checkpoint
@@ -230,7 +230,7 @@ def make_manager(
         io_limit=options.io_limit * 1e6,
         max_unsafe=options.max_unsafe,
         on_event=_listener(workshop, console, notifier),
-        lock=lock,
+        catalog=catalog,
     )
 
 
@@ -283,14 +283,16 @@ def _train(
         return
     _heed(trainer.guard)
     needed = checkpoint_size(trainer.state, reserve=workshop.reserve)
-    space.check_room(manager.catalog, needed + _moments_to_come(trainer), manager.run_id)
-    here = manager.catalog.scan().entries
+    contents = workshop.contents
+    assert contents is not None
+    run = contents.of(manager.run_id)
+    space.check_room(manager.catalog, run, needed + _moments_to_come(trainer))
     records = workshop.records = Records(
         directory,
         tensorboard=config.training.tensorboard,
         resumed_step=trainer.progress.step,
         # A rescue may have brought this run's first checkpoint; the records are still the other's.
-        held=any(entry.run_id != manager.run_id for entry in here),
+        held=len(run.entries) < len(contents.entries),
     )
     records.do(partial(_write_descriptions, workshop, directory))
     try:
@@ -368,7 +370,7 @@ def _data(
 
 
 def _model(
-    config: Config, origin: SavedRun | None, data: PreparedData, device: torch.device
+    config: Config, origin: SavedRun | None, data: PreparedData, device: torch.device, held: int
 ) -> Any:
     if not models.is_shape(config.model.model):
         if origin is not None:
@@ -378,6 +380,8 @@ def _model(
     with torch.device("meta"):
         parameters = sum(p.numel() for p in models.build_model(config.model, **sizes).parameters())
     needed, free = BYTES_PER_PARAMETER * parameters, models.free_memory(device)
+    if device.type == "cpu":
+        free += held
     if needed > free:
         raise ResourceError(
             _("{model} needs at least {needed} of memory to train, and {free} is free. Choose a "

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ import xxhash
 
 from holdfast.checkpoint.format import NewerFormat, Reader, patiently, read_manifest
 from holdfast.checkpoint.policy import Candidate, KeepBest, Order
-from holdfast.checkpoint.rundir.history import Event, History, Rollback, is_later, now
-from holdfast.checkpoint.system import CATALOG_LOCK, FileLock, filesystem
+from holdfast.checkpoint.rundir.history import Event, History, Known, Rollback, is_later, now
+from holdfast.checkpoint.system import CATALOG_LOCK, FileLock, filesystem, run_lock
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
 
@@ -85,6 +85,10 @@ class Contents:
     damaged: list[tuple[str, str]]  # name and reason
     foreign: list[str]
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # perhaps intact: hands off
+    temporaries: list[str] = field(default_factory=list)  # of writers, living or dead
+    known: Known = field(
+        default_factory=Known
+    )  # what the history says; it goes on with later looks
 
     @property
     def newest(self) -> Entry | None:
@@ -93,6 +97,23 @@ class Contents:
     def of(self, run_id: str) -> Contents:
         """Return the same, with the checkpoints of one run alone."""
         return replace(self, entries=[entry for entry in self.entries if entry.run_id == run_id])
+
+    def without(self, names: Collection[str]) -> Contents:
+        """Return the same, where the files called `names` have been moved away."""
+        entries = [
+            replace(entry, names=tuple(name for name in entry.names if name not in names))
+            for entry in self.entries
+        ]
+        return replace(
+            self,
+            entries=[entry for entry in entries if entry.names],
+            damaged=[each for each in self.damaged if each[0] not in names],
+        )
+
+    @property
+    def generation(self) -> int:
+        """The highest generation that was ever begun here; 0 where there is no run yet."""
+        return max([self.known.generation, *(entry.generation for entry in self.entries)])
 
     def abandoned(self, back: Rollback) -> list[Entry]:
         """Return what `back` leaves behind: what is newer than its state, or of another run."""
@@ -120,6 +141,7 @@ class Catalog:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
         self.history = History(self.directory / EVENTS)
+        self.run_lock = run_lock(directory)  # of a training, a clean or a roll-back
         self._read: dict[tuple[str, str], Entry] = {}  # what this object has read of the manifests
 
     def lock(self, wait: float = 30.0) -> FileLock:
@@ -146,7 +168,11 @@ class Catalog:
         damaged: list[tuple[str, str]] = []
         foreign: list[str] = []
         unreadable: list[tuple[str, str]] = []
+        temporaries: list[str] = []
         for name, status in self._files():
+            if not name.endswith(".pt"):
+                temporaries.append(name)
+                continue
             key = (status.st_dev, status.st_ino)
             try:
                 stamp = (name, _stamp(status))
@@ -184,9 +210,10 @@ class Catalog:
         entries.sort(key=lambda entry: entry.order, reverse=True)
         if not cached:
             self._read = seen
-        return Contents(entries, damaged, foreign, unreadable)
+        return Contents(entries, damaged, foreign, unreadable, temporaries, known)
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield what may be a checkpoint or a writer's temporary file, with its status."""
         for prefix in ("", TEMP):
             place = os.path.join(self.directory, prefix)  # noqa: PTH118 - a Path for each of a
             try:  # thousand files takes longer than looking at them
@@ -194,16 +221,11 @@ class Catalog:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             for item in listing:
-                if item.endswith(".pt"):
+                if item.endswith(".pt") or filesystem.is_temporary(item):
                     with contextlib.suppress(FileNotFoundError):  # replaced or pruned just now
                         found = os.lstat(os.path.join(place, item))  # noqa: PTH118
                         if stat.S_ISREG(found.st_mode):
                             yield f"{prefix}/{item}" if prefix else item, found
-
-    def generation(self) -> int:
-        """The highest generation that was ever begun here; 0 where there is no run yet."""
-        present = [entry.generation for entry in self.scan().entries]
-        return max([self.history.known.generation, *present])
 
     # -------------------------------------------------------------------------------- history
 
@@ -227,18 +249,23 @@ class Catalog:
 
     # -------------------------------------------------------------------------------- changing
 
-    def assign_roles(self, contents: Contents) -> None:
-        """Point latest, main and best at what they should mean; repairs what a crash left."""
-        self.clear_roles(contents)
+    def assign_roles(self, contents: Contents) -> Contents:
+        """Point latest, main and best at what they should mean; repairs what a crash left. Return
+        what lies here then."""
+        changed = self.clear_roles(contents)
         newest = contents.newest
         if newest is not None:
             if all(name in ROLES for name in newest.names):
                 # Its own name is gone, and the next save takes the others away from it.
                 self.give_name(self.directory / newest.names[0], newest)
+                changed = True
             self.publish(newest, (LATEST, MAIN))
+            changed = changed or not {LATEST, MAIN}.issubset(newest.names)
             best = contents.of(newest.run_id).best
             if best is not None:
                 self.publish(best, (BEST,))
+                changed = changed or BEST not in best.names
+        return self.scan() if changed else contents
 
     def give_name(self, source: Path, entry: Entry) -> Path:
         """Let `entry`, which lies at `source`, have a name of its own here; nothing makes way for
@@ -286,7 +313,7 @@ class Catalog:
     def quarantine(self, names: Iterable[str], reason: str) -> list[str]:
         """Set damaged files aside, with every name of the same inode and the reason beside them."""
         wanted = [self.directory / name for name in names if (self.directory / name).exists()]
-        every = [name for name, _stat in self._files()]
+        every = [name for name, _stat in self._files() if name.endswith(".pt")]
         same = [
             n for n in every if any(filesystem.same_data(self.directory / n, w) for w in wanted)
         ]
@@ -300,22 +327,26 @@ class Catalog:
             self._note("quarantined", names=same, reason=reason)
         return same
 
-    def clear_roles(self, contents: Contents) -> None:
-        """Nothing is overwritten unseen: what bears the name of a role and is no checkpoint of
-        ours, because it is damaged or somebody else's, makes way. What cannot be read now stays a
-        candidate: it keeps another name, or is given one."""
+    def clear_roles(self, contents: Contents) -> bool:
+        """Move away what bears the name of a role and is no checkpoint of ours, because it is
+        damaged or another program's: nothing is overwritten unseen. What cannot be read now stays a
+        candidate: it keeps another name, or is given one. Return True if a file was moved."""
+        moved = False
         for name, reason in contents.damaged:
             if name in ROLES:
-                self.quarantine([name], reason)
+                moved = bool(self.quarantine([name], reason)) or moved
         for name in contents.foreign:
             if name in ROLES:
                 self.replace(name)
+                moved = True
         unreadable = [name for name, _why in contents.unreadable]
         for name in unreadable:
             path = self.directory / name
             others = (self.directory / other for other in unreadable if other not in ROLES)
             if name in ROLES and not any(filesystem.same_data(path, other) for other in others):
                 filesystem.move(path, path.with_name(f"unread_{name}"))
+                moved = True
+        return moved
 
     def replace(self, name: str) -> Path:
         """Move what is called `name` to `archive/replaced/`; returns where it lies now."""

@@ -1,11 +1,11 @@
-"""Which checkpoint to go on from: the newest intact one, or the one that was asked for.
+"""What to go on from: the newest intact checkpoint, or the one that was asked for.
 
-Damaged files are set aside on the way, with their reason. Nothing live is touched here.
+`choose` decides from manifests alone, and `find` reads. Damaged files are set aside on the way,
+with their reason. Nothing live is touched here.
 """
 
 from __future__ import annotations
 
-import datetime
 import glob
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,11 +16,26 @@ from typing import Any
 from holdfast.checkpoint.format import container
 from holdfast.checkpoint.policy import Order
 from holdfast.checkpoint.rundir.catalog import QUARANTINE, ROLES, Catalog, Contents, Entry, summary
+from holdfast.checkpoint.rundir.history import Known
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
+from holdfast.formatting import seconds_of
 from holdfast.i18n import _
 
 Tell = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The checkpoints that may be gone on from, the best first: the next takes the place of one
+    that turns out to be damaged."""
+
+    contents: Contents
+    paths: Sequence[Path]
+    entries: Sequence[
+        Entry
+    ] = ()  # those at `paths`; none where they belong to no run of this place
+    named: bool = False  # asked for; else the newest here
 
 
 @dataclass(slots=True)
@@ -32,44 +47,63 @@ class Found:
     manifest: Mapping[str, Any]
     payload: Mapping[str, Any]
     here: bool  # whether it belongs to this run directory
+    contents: Contents = field(default_factory=lambda: Contents([], [], []))  # what lies here now
+    named: bool = False
     newer: list[Entry] = field(default_factory=list)  # intact ones here that it goes back behind
     skipped: list[tuple[str, str]] = field(default_factory=list)  # damaged and set aside, and why
     unread: bool = False  # whether something here that cannot be read now may be newer
 
 
-def find(catalog: Catalog, source: str | os.PathLike[str] | None, tell: Tell) -> Found | None:
-    """Read what to go on from; None where this directory holds nothing and nothing was named.
+def choose(
+    directory: Path, contents: Contents, source: str | os.PathLike[str] | None = None
+) -> Choice:
+    """Decide what to go on from: `source` (a file, a glob or a directory), else the newest here.
 
-    The caller holds the catalogue's lock. Raises `DamagedCheckpoint` where `source` is damaged or
-    where everything is: nothing is ever started over in silence. `CheckpointError` where what is
-    wanted cannot be read now: it may be intact, so nothing older takes its place. Where `source` is
-    another one, what cannot be read stays where it is, behind the generation that begins.
+    Raises `CheckpointError` where there is nothing at `source`, or what is wanted cannot be read
+    now: it may be intact, so nothing older takes its place.
     """
-    contents = catalog.scan()
     wanted: Sequence[Entry] = contents.entries
-    if source is not None:
-        files = _files(catalog, source)
-        wanted = [entry for entry in contents.entries if _is_one_of(catalog, entry, files)]
-        if not wanted:
-            found = _first_intact(files)
-            found.unread = bool(contents.unreadable)
-            return found
+    if source is None:
+        for name, reason in _perhaps_newest(directory, contents):
+            raise cannot_read(directory / name, reason)
     else:
-        for name, reason in _perhaps_newest(catalog, contents):
-            raise cannot_read(catalog.directory / name, reason)
-        for name, reason in contents.unreadable:
-            tell("unread", name=name, reason=reason)
-    aside = _Aside(catalog, tell)
-    for name, reason in contents.damaged:
-        aside.put(name, reason)
-    for entry in wanted:
-        here = _read_entry(catalog, entry, aside)
-        if here is not None:
-            newer = [e for e in contents.entries if e.order > entry.order]
-            here.newer = [e for e in newer if not aside.names.issuperset(e.names)]
-            here.skipped, here.unread = aside.skipped, bool(source and contents.unreadable)
-            return here
-    if source is not None:
+        files = _files(directory, source)
+        wanted = [entry for entry in wanted if _is_one_of(directory, entry, files)]
+        if not wanted:
+            return Choice(contents, files, named=True)
+    paths = [directory / entry.names[0] for entry in wanted]
+    return Choice(contents, paths, wanted, named=source is not None)
+
+
+def find(catalog: Catalog, choice: Choice, tell: Tell) -> Found | None:
+    """Read the best of `choice` that is intact; None where this directory holds nothing and nothing
+    was named.
+
+    Raises `DamagedCheckpoint` where what was named is damaged or where everything is: nothing is
+    ever started over in silence. Where another checkpoint was named, what cannot be read now stays
+    where it is, behind the generation that begins.
+    """
+    contents = choice.contents
+    unread = choice.named and bool(contents.unreadable)
+    if choice.named and not choice.entries:
+        found = _first_intact(choice.paths)
+        found.contents, found.named, found.unread = contents, True, unread
+        return found
+    with catalog.lock():
+        if not choice.named:
+            for name, reason in contents.unreadable:
+                tell("unread", name=name, reason=reason)
+        aside = _Aside(catalog, tell)
+        for name, reason in contents.damaged:
+            aside.put(name, reason)
+        for entry in choice.entries:
+            here = _read_entry(catalog, entry, aside)
+            if here is not None:
+                here.contents = contents.without(aside.names)
+                here.newer = [e for e in here.contents.entries if e.order > entry.order]
+                here.named, here.skipped, here.unread = choice.named, aside.skipped, unread
+                return here
+    if choice.named:
         name, why = aside.skipped[-1]
         path = catalog.directory / name
         raise DamagedCheckpoint(_("{path} is damaged: {why}.", path=path, why=why), why)
@@ -80,13 +114,16 @@ def find(catalog: Catalog, source: str | os.PathLike[str] | None, tell: Tell) ->
 def cannot_read(path: Path, reason: object) -> CheckpointError:
     """Return the error of a checkpoint that the system does not let us read now."""
     return CheckpointError(
-        _("{path} cannot be read now ({reason}). It may be intact, so nothing older is taken in "
-          "its place: try again, or name another checkpoint to go on from.", path=path,
-          reason=reason)
-    )  # fmt: skip
+        _(
+            "{path} cannot be read now ({reason}). It may be intact, so nothing older is taken in "
+            "its place: try again, or name another checkpoint to go on from.",
+            path=path,
+            reason=reason,
+        )
+    )
 
 
-def _perhaps_newest(catalog: Catalog, contents: Contents) -> list[tuple[str, str]]:
+def _perhaps_newest(directory: Path, contents: Contents) -> list[tuple[str, str]]:
     """Return the files that cannot be read now and may be newer than all that can, with the reason.
 
     The history may say of a file that it is older: that one is left out.
@@ -94,27 +131,26 @@ def _perhaps_newest(catalog: Catalog, contents: Contents) -> list[tuple[str, str
     newest, perhaps = contents.newest, contents.unreadable
     if newest is None or not perhaps:
         return perhaps
-    announced = catalog.history.known.announced.values()
+    announced = contents.known.announced.values()
     last = {name: event for event in announced for name in event["names"]}
     older = [
-        catalog.directory / name
+        directory / name
         for name, _reason in perhaps
         if name in last and name not in ROLES and not newest.precedes(last[name])
     ]
     return [
         (name, reason)
         for name, reason in perhaps
-        if not any(filesystem.same_data(catalog.directory / name, path) for path in older)
+        if not any(filesystem.same_data(directory / name, path) for path in older)
     ]
 
 
-def lost(catalog: Catalog, entry: Entry) -> tuple[int, float]:
+def lost(known: Known, entry: Entry) -> tuple[int, float]:
     """Steps and minutes between `entry` and the newest that was announced and is gone.
 
     What went to the archive when the user went back is not lost, nor what he went back behind. In a
     loop that counts its steps anew, the steps of each count are added up.
     """
-    known = catalog.history.known
     back = known.back
     gone: list[dict[str, Any]] = []
     for event in known.announced.values():
@@ -132,7 +168,7 @@ def lost(catalog: Catalog, entry: Entry) -> tuple[int, float]:
         at = event["step"]
     if not steps:
         return 0, 0.0
-    minutes = (_seconds(gone[-1]["time"]) - _seconds(entry.created)) / 60
+    minutes = (seconds_of(gone[-1]["time"]) - seconds_of(entry.created)) / 60
     return steps, max(0.0, minutes)
 
 
@@ -143,10 +179,14 @@ def _refuse_to_start_over(catalog: Catalog, damaged: Collection[str]) -> None:
     names = sorted(damaged) or sorted(path.name for path in place.rglob("*.pt"))
     if names:
         raise DamagedCheckpoint(
-            _("Every checkpoint in {directory} is damaged ({names}); they lie in quarantine/. "
-              "Training does not start over by itself: to begin anew, move quarantine/ away or "
-              "choose another directory.", directory=catalog.directory, names=", ".join(names))
-        )  # fmt: skip
+            _(
+                "Every checkpoint in {directory} is damaged ({names}); they lie in quarantine/. "
+                "Training does not start over by itself: to begin anew, move quarantine/ away or "
+                "choose another directory.",
+                directory=catalog.directory,
+                names=", ".join(names),
+            )
+        )
 
 
 @dataclass(slots=True)
@@ -212,15 +252,15 @@ def _read_entry(catalog: Catalog, entry: Entry, aside: _Aside) -> Found | None:
 # ------------------------------------------------------------------------------ what was asked for
 
 
-def _files(catalog: Catalog, source: str | os.PathLike[str]) -> list[Path]:
-    """The files that `source` (file, glob, directory) means, the newest first.
+def _files(directory: Path, source: str | os.PathLike[str]) -> list[Path]:
+    """Return the files that `source` (file, glob, directory) means, the newest first.
 
     Looked for from the working directory, then in the run directory. Raises `CheckpointError` where
     one of several cannot be read now, since it may be the newest.
     """
     text = os.fspath(source)
     files: list[Path] = []
-    for base in (Path(), catalog.directory):
+    for base in (Path(), directory):
         exists = (base / text).exists()
         for each in [base / text] if exists else _matches(text, base):
             if each.is_dir():
@@ -248,11 +288,9 @@ def _order(path: Path) -> Order:
         raise cannot_read(path, error) from error
 
 
-def _is_one_of(catalog: Catalog, entry: Entry, files: Sequence[Path]) -> bool:
+def _is_one_of(directory: Path, entry: Entry, files: Sequence[Path]) -> bool:
     return any(
-        filesystem.same_data(catalog.directory / name, file)
-        for name in entry.names
-        for file in files
+        filesystem.same_data(directory / name, file) for name in entry.names for file in files
     )
 
 
@@ -267,10 +305,3 @@ def _first_intact(files: Sequence[Path]) -> Found:
         except OSError as error:
             raise cannot_read(file, error) from error
     raise AssertionError("the last one returns or raises")
-
-
-def _seconds(text: str) -> float:
-    try:
-        return datetime.datetime.fromisoformat(text).timestamp()
-    except (ValueError, OverflowError, OSError):
-        return 0.0

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from holdfast.checkpoint.format import Reader, read_manifest
-from holdfast.checkpoint.rundir.catalog import Catalog, Entry, summary
+from holdfast.checkpoint.rundir.catalog import Catalog, Contents, Entry, summary
 from holdfast.checkpoint.rundir.history import ROLLED_BACK, Rollback
+from holdfast.checkpoint.rundir.recovery import Found
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError, DamagedCheckpoint
 
@@ -71,13 +72,13 @@ def roll_back(catalog: Catalog, entry: Entry, source: str | None = None) -> None
 
     The caller holds the run's lock and has found `entry` intact. May be repeated after a crash.
     """
-    back = catalog.history.known.pending
-    if back is None or back.id != entry.id:
-        _decide(catalog, entry, source)
     with catalog.lock():
-        _carry_out(catalog)
-        catalog.assign_roles(catalog.scan())
-        catalog.write_cache()
+        contents = catalog.scan()
+        back = contents.known.pending
+        if back is None or back.id != entry.id:
+            _decide(catalog, contents, entry, source)
+        contents = _carry_out(catalog, contents)
+        catalog.write_cache(catalog.assign_roles(contents))
 
 
 @dataclass(slots=True)
@@ -86,46 +87,55 @@ class GoBack:
     not happen. The caller holds the locks of the run and of the catalogue."""
 
     catalog: Catalog
-    entry: Entry
+    found: Found
 
     def commit(self) -> None:
-        _decide(self.catalog, self.entry)
-        _carry_out(self.catalog)
+        _decide(self.catalog, self.found.contents, self.found.entry)
+        self.found.contents = _carry_out(self.catalog, self.found.contents)
 
     def undo(self) -> None:
         """Change nothing: once its line is written the run has gone back."""
 
 
-def finish(catalog: Catalog) -> None:
-    """Do what a crash has left undone; the caller holds the run's lock."""
-    if catalog.history.known.pending is not None:
-        with catalog.lock():
-            _carry_out(catalog)
+def finish(catalog: Catalog, contents: Contents) -> Contents:
+    """Do what a crash has left undone; return what lies here then. The caller holds the run's
+    lock."""
+    if contents.known.pending is None:
+        return contents
+    with catalog.lock():
+        return _carry_out(catalog, contents)
 
 
-def _decide(catalog: Catalog, entry: Entry, source: str | None = None) -> None:
+def _decide(catalog: Catalog, contents: Contents, entry: Entry, source: str | None = None) -> None:
     """Write the line that makes `entry` the newest, and begins the next generation."""
-    catalog.record(ROLLED_BACK, id=entry.id, run_id=entry.run_id, step=entry.step,
-                   generation=catalog.generation() + 1, source=source,
-                   order=[entry.generation, entry.step, entry.sequence])  # fmt: skip
+    catalog.record(
+        ROLLED_BACK,
+        id=entry.id,
+        run_id=entry.run_id,
+        step=entry.step,
+        generation=contents.generation + 1,
+        source=source,
+        order=[entry.generation, entry.step, entry.sequence],
+    )
 
 
-def _carry_out(catalog: Catalog) -> None:
-    """Move what the line abandons; the caller holds the catalogue's lock."""
+def _carry_out(catalog: Catalog, contents: Contents) -> Contents:
+    """Move what the line abandons; return what lies here then. The caller holds the catalogue's
+    lock."""
     back = catalog.history.known.pending
     if back is None:
-        return
-    contents = catalog.scan()
+        return contents
     source = None
     if back.source is not None and all(entry.id != back.id for entry in contents.entries):
         source = _source(catalog, back, back.source)
         if source is None:  # gone since: what is here has to do
-            return
+            return contents
     abandoned = contents.abandoned(back)
     if abandoned:
         catalog.archive(abandoned, back.generation - 1)
     if source is not None:
         catalog.give_name(catalog.directory / source.names[0], source)
+    return catalog.scan() if abandoned or source is not None else contents
 
 
 def _source(catalog: Catalog, back: Rollback, name: str) -> Entry | None:

@@ -18,9 +18,10 @@ from holdfast.errors import ResourceError
 from holdfast.i18n import _
 
 
-def check_room(catalog: Catalog, needed: int, run_id: str) -> None:
-    """Raise `ResourceError` unless `needed` bytes fit, with what `make_room` could free."""
-    spare = sum(_frees(catalog, entry) for entry in _beyond_floor(catalog.scan().of(run_id)))
+def check_room(catalog: Catalog, contents: Contents, needed: int) -> None:
+    """Raise `ResourceError` unless `needed` bytes fit, with what `make_room` could free of the run
+    in `contents`."""
+    spare = sum(_frees(catalog, entry) for entry in _beyond_floor(contents))
     check_space(catalog.directory, needed, spare=spare)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from holdfast.checkpoint.format import container
 from holdfast.checkpoint.policy import Policy, select
-from holdfast.checkpoint.rundir.catalog import ARCHIVE, REPLACED, TEMP, Catalog, Contents, Entry
+from holdfast.checkpoint.rundir.catalog import ARCHIVE, REPLACED, Catalog, Contents, Entry
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import DamagedCheckpoint
 from holdfast.i18n import _
@@ -101,9 +101,8 @@ def prune(catalog: Catalog, policies: Sequence[Policy]) -> None:
         catalog.write_cache(Contents(kept, [], []))
 
 
-def sweep(catalog: Catalog) -> None:
-    """Remove temporary files of dead writers; the caller's run lock says that they are dead."""
-    with catalog.lock():
-        for directory in (catalog.directory, catalog.directory / TEMP):
-            for path in filesystem.temporaries(directory):
-                filesystem.remove(path)
+def sweep(catalog: Catalog, contents: Contents) -> None:
+    """Remove temporary files of dead writers: the caller holds the run's lock and writes nothing,
+    so that none is alive."""
+    for name in contents.temporaries:
+        filesystem.remove(catalog.directory / name)

@@ -6,18 +6,26 @@ import contextlib
 import time
 from collections.abc import Sequence
 
-from holdfast.checkpoint.rundir import Catalog, Entry, Reporter, rollback, shared_memory
+from holdfast.checkpoint.rundir import (
+    Catalog,
+    Contents,
+    Entry,
+    Reporter,
+    rollback,
+    shared_memory,
+    tidy,
+)
 from holdfast.checkpoint.save.publisher import Draft, Publisher
 from holdfast.errors import CheckpointError, HoldfastError, ResourceError, SaveFailed
 from holdfast.i18n import _
 
 
-def rescue(catalog: Catalog, reporter: Reporter, *, make_room: bool = False) -> Entry | None:
-    """Make durable what a killed process has left in shared memory and the disk lacks: kept saves
-    (an epoch, a step, a best) that were still on their way there, and the newest snapshot if it is
-    newer than everything intact on the disk. Then they are checkpoints like any other. Returns the
-    newest of them, or None. A roll-back that was interrupted is finished first: what it abandoned
-    is not to be gone on from.
+def rescue(catalog: Catalog, reporter: Reporter, *, make_room: bool = False) -> Contents:
+    """Make durable what a killed process has left in shared memory and the disk lacks, and return
+    what lies in the run directory then: kept saves (an epoch, a step, a best) that were still on
+    their way there, and the newest snapshot if it is newer than everything intact on the disk. Then
+    they are checkpoints like any other. A roll-back that was interrupted is finished first: what it
+    abandoned is not to be gone on from. Temporary files of dead writers go.
 
     The memory is given back once all of that has been read back whole from the disk. With
     `make_room`, old checkpoints make way on a full disk as they do for a save.
@@ -26,11 +34,14 @@ def rescue(catalog: Catalog, reporter: Reporter, *, make_room: bool = False) -> 
     there is such a snapshot and the disk does not take it: it stays where it is. `RunLocked` where
     another process uses what lies in memory.
     """
-    rollback.finish(catalog)
-    run = catalog.history.known.run
-    if run is None:
-        return None
-    left = shared_memory.left_by(catalog.directory, *run, sure=True)
+    contents = catalog.scan()
+    tidy.sweep(catalog, contents)
+    contents = rollback.finish(catalog, contents)
+    run = contents.known.run
+    left = [] if run is None else shared_memory.left_by(catalog.directory, *run, sure=True)
+    if not left:
+        shared_memory.sweep(catalog.directory)
+        return contents
     rescued: list[Entry] = []
     intact: set[str] = set()  # ids of what has been read here: once each
     for snapshot in reversed(_owed(catalog, reporter, left, intact)):
@@ -49,7 +60,7 @@ def rescue(catalog: Catalog, reporter: Reporter, *, make_room: bool = False) -> 
         for remains in {snapshot.remains for snapshot in left}:
             remains.remove()
     shared_memory.sweep(catalog.directory)
-    return max(rescued, key=lambda entry: entry.order, default=None)
+    return catalog.scan()
 
 
 def _owed(

@@ -23,7 +23,7 @@ from holdfast.checkpoint import calls
 from holdfast.checkpoint.format import image as images
 from holdfast.checkpoint.policy import Cost, MemoryPace, Watch
 from holdfast.checkpoint.records import PendingSave, Saved
-from holdfast.checkpoint.rundir import Catalog, Entry, Place, Reporter, now
+from holdfast.checkpoint.rundir import Catalog, Contents, Entry, Place, Reporter, now, tidy
 from holdfast.checkpoint.save.manifest import environment, plain_metrics, score_of
 from holdfast.checkpoint.save.publisher import Draft, Publisher, is_transient
 from holdfast.checkpoint.save.snapshots import Overlap, Snapshots
@@ -455,16 +455,20 @@ class Saver:
         failure.__cause__ = error
         pending.resolve(failure)
 
-    def settle(self) -> None:
-        """Begin a new run, unless one was resumed. It is newer than what lies here, which goes to
-        the archive when the first save is verified: until then there is nothing else to go on
-        from."""
+    def settle(self, contents: Contents | None = None) -> None:
+        """Begin a new run, unless one was resumed; `contents` as a scan has just found it.
+
+        The run is newer than what lies here, which goes to the archive when the first save is
+        verified: until then there is nothing else to go on from.
+        """
         run = self.run
         if run.settled:
             return
-        contents = self._catalog.scan()
+        if contents is None:
+            contents = self._catalog.scan()
+            tidy.sweep(self._catalog, contents)
         if contents.entries or contents.unreadable:
-            run.generation = self._catalog.generation() + 1
+            run.generation = contents.generation + 1
         run.settled = True
         # What is kept in memory from now on is found by this line after a kill.
         self._reporter.record("began", run_id=run.run_id, generation=run.generation)

@@ -32,6 +32,7 @@ _FICLONE = 0x40049409  # ioctl(2): share the blocks of another file (Btrfs, XFS,
 WRITE_MAX = 1 << 30  # Linux writes at most 2 GiB - 4 KiB a call
 READ_ONLY = 0o444
 RESERVE = 64 << 20  # bytes that stay free: logs and the history must still be written
+_PREFIX = ".holdfast-"
 SMALL = 64 << 20  # bytes: far more than any settings, cache or tokenizer of a run takes
 said: set[str] = set()
 _seek_lock = threading.Lock()
@@ -265,10 +266,15 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
+def is_temporary(name: str) -> bool:
+    """Return True for a temporary file of a writer, which is dead if the run lock is ours."""
+    return name.startswith(_PREFIX)
+
+
 def temporaries(directory: Path) -> Iterator[Path]:
-    """Temporary files of writers; with the run lock in hand these are all of dead ones."""
+    """Yield the temporary files in `directory`, if there is one."""
     if directory.is_dir():
-        yield from (p for p in directory.iterdir() if p.name.startswith(".holdfast-"))
+        yield from (path for path in directory.iterdir() if is_temporary(path.name))
 
 
 def try_writing(directory: Path) -> None:
