@@ -21,33 +21,51 @@ def run_export(argv: Sequence[str], prog: str) -> int:
     """`holdfast export`: 0; 1 where what was written is not the model; nothing is left then."""
     parser = common.parser(
         prog,
-        _("Export a checkpoint for other tools. What was written is read back and compared with "
-          "the original before it is kept: its logits on real text."),
-        _("Examples:\n  {prog} checkpoints --to hf\n"
-          "  {prog} checkpoints/best_model.pt --to onnx --out model-onnx\n"
-          "  {prog} checkpoints --to weights --dtype bf16 --out small.pt", prog=prog),
-    )  # fmt: skip
-    parser.add_argument("source", nargs="?", default=common.DIRECTORY, metavar="FILE|RUN",
-                        help=_("checkpoint; a run directory stands for its best one (default: "
-                               "{value})", value=common.DIRECTORY))  # fmt: skip
-    parser.add_argument("--to", required=True, metavar="hf|safetensors|onnx|weights",
-                        help=_("hf: a directory for transformers, vLLM and the rest; safetensors: "
-                               "one file of weights and the configuration; onnx: a graph for "
-                               "onnxruntime; weights: a .pt without the optimizer"))  # fmt: skip
+        _(
+            "Export a checkpoint for other tools. What was written is read back and compared with "
+            "the original before it is kept: its logits on real text."
+        ),
+        _(
+            "Examples:\n  {prog} checkpoints --to hf\n"
+            "  {prog} checkpoints/best_model.pt --to onnx --out model-onnx\n"
+            "  {prog} checkpoints --to weights --dtype bf16 --out small.pt",
+            prog=prog,
+        ),
+    )
+    parser.add_argument(
+        "source",
+        nargs="?",
+        default=common.DIRECTORY,
+        metavar="FILE|RUN",
+        help=_(
+            "checkpoint; a run directory stands for its best one (default: {value})",
+            value=common.DIRECTORY,
+        ),
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="hf|safetensors|onnx|weights",
+        help=_(
+            "hf: a directory for transformers, vLLM and the rest; safetensors: "
+            "one file of weights and the configuration; onnx: a graph for "
+            "onnxruntime; weights: a .pt without the optimizer"
+        ),
+    )
     parser.add_argument(
         "--out",
         metavar="PATH",
         help=_("where to (default: <run or file>-<form> in this directory)"),
     )
-    parser.add_argument("--dtype", metavar="fp32|bf16|fp16",
-                        help=_("of the weights (default: as they were saved)"))  # fmt: skip
+    parser.add_argument(
+        "--dtype", metavar="fp32|bf16|fp16", help=_("of the weights (default: as they were saved)")
+    )
     given = parser.parse_args(argv)
     from holdfast.exchange.export import export
 
     line = ProgressLine()
     try:
-        done = export(given.source, given.to, out=given.out, dtype=given.dtype,
-                      progress=line.note)  # fmt: skip
+        done = export(given.source, given.to, out=given.out, dtype=given.dtype, progress=line.note)
     finally:
         line.clear()
     if given.json:
@@ -65,9 +83,13 @@ def run_import(argv: Sequence[str], prog: str) -> int:
     line = ProgressLine()
     try:
         done = import_model(
-            given.source, given.out, tokenizer=given.tokenizer, model_config=given.model_config,
-            context_length=given.context_length, progress=line.note,
-        )  # fmt: skip
+            given.source,
+            given.out,
+            tokenizer=given.tokenizer,
+            model_config=given.model_config,
+            context_length=given.context_length,
+            progress=line.note,
+        )
     finally:
         line.clear()
     if given.json:
@@ -80,18 +102,24 @@ def run_import(argv: Sequence[str], prog: str) -> int:
 def _import_parser(prog: str) -> argparse.ArgumentParser:
     parser = common.parser(
         prog,
-        _("Make a run directory of a model from elsewhere, so that training goes on from it: a "
-          "Hugging Face directory, or a .pt of another training script."),
-        _("Examples:\n  {prog} path/to/hf-model --out runs/mine\n"
-          "  {prog} checkpoint.pt --model-config config.json --tokenizer path/to/tokenizer\n"
-          "Then: holdfast train --checkpoint-dir runs/mine --resume --data-file text.txt",
-          prog=prog),
-    )  # fmt: skip
-    parser.add_argument("source", metavar="DIR|FILE",
-                        help=_("a Hugging Face directory, or a .pt"))  # fmt: skip
-    parser.add_argument("--out", default=common.DIRECTORY, metavar="RUN",
-                        help=_("the new run directory (default: {value})",
-                               value=common.DIRECTORY))  # fmt: skip
+        _(
+            "Make a run directory of a model from elsewhere, so that training goes on from it: a "
+            "Hugging Face directory, or a .pt of another training script."
+        ),
+        _(
+            "Examples:\n  {prog} path/to/hf-model --out runs/mine\n"
+            "  {prog} checkpoint.pt --model-config config.json --tokenizer path/to/tokenizer\n"
+            "Then: holdfast train --checkpoint-dir runs/mine --resume --data-file text.txt",
+            prog=prog,
+        ),
+    )
+    parser.add_argument("source", metavar="DIR|FILE", help=_("a Hugging Face directory, or a .pt"))
+    parser.add_argument(
+        "--out",
+        default=common.DIRECTORY,
+        metavar="RUN",
+        help=_("the new run directory (default: {value})", value=common.DIRECTORY),
+    )
     parser.add_argument(
         "--tokenizer",
         metavar="DIR",
@@ -102,9 +130,12 @@ def _import_parser(prog: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help=_("config.json of the model, where the source has none"),
     )
-    parser.add_argument("--context-length", type=int, metavar="TOKENS",
-                        help=_("tokens of a training sample (default: what the model sees, at "
-                               "most 1024)"))  # fmt: skip
+    parser.add_argument(
+        "--context-length",
+        type=int,
+        metavar="TOKENS",
+        help=_("tokens of a training sample (default: what the model sees, at most 1024)"),
+    )
     return parser
 
 

@@ -22,17 +22,28 @@ def run_monitor(argv: Sequence[str], prog: str) -> int:
     has stopped before its end, 10 where one trains and cannot save; of several the highest."""
     parser = common.parser(
         prog,
-        _("Watch a training: loss, progress, checkpoints, what would be lost now, disk, machine. "
-          "Only reads the run directory, so it works over SSH and never disturbs the training. "
-          "With --once: 0 training or finished, 9 stopped before the end, 10 saving fails."),
-        _("Examples:\n  {prog}\n  {prog} runs\n  {prog} runs/a --once\n"
-          "  {prog} runs/a --json", prog=prog),
-    )  # fmt: skip
-    parser.add_argument("directory", nargs="?", default=common.DIRECTORY, metavar="DIR",
-                        help=_("run directory, or one that holds several (default: {value})",
-                               value=common.DIRECTORY))  # fmt: skip
-    parser.add_argument("--once", action="store_true",
-                        help=_("print one snapshot and exit; --json does so too"))  # fmt: skip
+        _(
+            "Watch a training: loss, progress, checkpoints, what would be lost now, disk, machine. "
+            "Only reads the run directory, so it works over SSH and never disturbs the training. "
+            "With --once: 0 training or finished, 9 stopped before the end, 10 saving fails."
+        ),
+        _(
+            "Examples:\n  {prog}\n  {prog} runs\n  {prog} runs/a --once\n  {prog} runs/a --json",
+            prog=prog,
+        ),
+    )
+    parser.add_argument(
+        "directory",
+        nargs="?",
+        default=common.DIRECTORY,
+        metavar="DIR",
+        help=_(
+            "run directory, or one that holds several (default: {value})", value=common.DIRECTORY
+        ),
+    )
+    parser.add_argument(
+        "--once", action="store_true", help=_("print one snapshot and exit; --json does so too")
+    )
     given = parser.parse_args(argv)
     if given.once or given.json:
         return _once(given)
@@ -52,9 +63,13 @@ def _once(given: argparse.Namespace) -> int:
         view.refresh()
     if all(view.state == EMPTY for view in views):
         look(root, cached=True)  # says what is wrong with it
-        raise HoldfastError(_("There is no run in {directory} yet. Name the directory that "
-                              "--checkpoint-dir named for the training.",
-                              directory=root))  # fmt: skip
+        raise HoldfastError(
+            _(
+                "There is no run in {directory} yet. Name the directory that "
+                "--checkpoint-dir named for the training.",
+                directory=root,
+            )
+        )
     probe = Probe()
     for view in views:  # a process is measured from the first question on
         take(view, probe)
@@ -71,8 +86,9 @@ def _once(given: argparse.Namespace) -> int:
 def _watch(given: argparse.Namespace, prog: str) -> int:
     streams = (sys.stdin, sys.stdout, sys.stderr)  # Textual draws on the last
     if not all(stream.isatty() for stream in streams) or os.environ.get("TERM") == "dumb":
-        raise ConfigError(_("{prog} needs a terminal; for a pipe or a script: {prog} --once",
-                            prog=prog))  # fmt: skip
+        raise ConfigError(
+            _("{prog} needs a terminal; for a pipe or a script: {prog} --once", prog=prog)
+        )
     root = Path(given.directory)
     if root.exists() and not root.is_dir():
         look(root, cached=True)
@@ -84,9 +100,13 @@ def _watch(given: argparse.Namespace, prog: str) -> int:
         if (error.name or "holdfast").startswith("holdfast"):
             raise
         raise ConfigError(
-            _("{prog} needs the package {name}: pip install 'holdfast[desk]'; without it: "
-              "{prog} --once", prog=prog, name=error.name)
-        ) from error  # fmt: skip
+            _(
+                "{prog} needs the package {name}: pip install 'holdfast[desk]'; without it: "
+                "{prog} --once",
+                prog=prog,
+                name=error.name,
+            )
+        ) from error
     screen = Monitor(root)
     screen.run()
     return screen.return_code or 0  # 1 where it has failed: its result is then none

@@ -51,39 +51,80 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
 def _serve_parser(prog: str) -> Parser:
     parser = common.parser(
         prog,
-        _("Serve trained models through the OpenAI API, and a page to chat in. A run directory is "
-          "served by its best checkpoint, and a better one is loaded when training has made it."),
-        _("Examples:\n  {prog}\n  {prog} checkpoints/best_model.pt --port 9000\n"
-          "  {prog} runs/a runs/b\n  {prog} --host 0.0.0.0 --api-key $(openssl rand -hex 16)",
-          prog=prog),
-    )  # fmt: skip
-    parser.add_argument("sources", nargs="*", metavar="FILE|RUN",
-                        help=_("checkpoints or run directories (default: ${variable}, else "
-                               "{value})", variable=_CHECKPOINT,
-                               value=common.DIRECTORY))  # fmt: skip
-    parser.add_argument("--host", default="127.0.0.1", metavar="HOST",
-                        help=_("address to listen on (default: {value}: this machine alone)",
-                               value="127.0.0.1"))  # fmt: skip
-    parser.add_argument("--port", type=_port, default=8000, metavar="N",
-                        help=_("port to listen on, 0 for any (default: {value})",
-                               value=8000))  # fmt: skip
-    parser.add_argument("--api-key", metavar="KEY",
-                        help=_("what clients must send (default: ${variable}); needed for a host "
-                               "that others can reach", variable=_KEY))  # fmt: skip
+        _(
+            "Serve trained models through the OpenAI API, and a page to chat in. A run directory "
+            "is served by its best checkpoint, and a better one is loaded when training has made "
+            "it."
+        ),
+        _(
+            "Examples:\n  {prog}\n  {prog} checkpoints/best_model.pt --port 9000\n"
+            "  {prog} runs/a runs/b\n  {prog} --host 0.0.0.0 --api-key $(openssl rand -hex 16)",
+            prog=prog,
+        ),
+    )
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        metavar="FILE|RUN",
+        help=_(
+            "checkpoints or run directories (default: ${variable}, else {value})",
+            variable=_CHECKPOINT,
+            value=common.DIRECTORY,
+        ),
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help=_("address to listen on (default: {value}: this machine alone)", value="127.0.0.1"),
+    )
+    parser.add_argument(
+        "--port",
+        type=_port,
+        default=8000,
+        metavar="N",
+        help=_("port to listen on, 0 for any (default: {value})", value=8000),
+    )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=_(
+            "what clients must send (default: ${variable}); needed for a host "
+            "that others can reach",
+            variable=_KEY,
+        ),
+    )
     common.add_ways_in(parser)
-    parser.add_argument("--device", metavar="NAME",
-                        help=_("where the model computes: cpu, cuda, cuda:1, mps (default: the "
-                               "fastest there is)"))  # fmt: skip
-    parser.add_argument("--precision", choices=_PRECISIONS, metavar="|".join(_PRECISIONS),
-                        default="fp32",
-                        help=_("of the weights (default: {value}; with fewer bits the same seed "
-                               "may give another text when others are answered too)",
-                               value="fp32"))  # fmt: skip
-    parser.add_argument("--batch", type=_count, default=32, metavar="N",
-                        help=_("texts computed at once (default: {value})", value=32))  # fmt: skip
-    parser.add_argument("--models", type=_count, default=3, metavar="N",
-                        help=_("checkpoints in memory at once (default: {value})",
-                               value=3))  # fmt: skip
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help=_("where the model computes: cpu, cuda, cuda:1, mps (default: the fastest there is)"),
+    )
+    parser.add_argument(
+        "--precision",
+        choices=_PRECISIONS,
+        metavar="|".join(_PRECISIONS),
+        default="fp32",
+        help=_(
+            "of the weights (default: {value}; with fewer bits the same seed "
+            "may give another text when others are answered too)",
+            value="fp32",
+        ),
+    )
+    parser.add_argument(
+        "--batch",
+        type=_count,
+        default=32,
+        metavar="N",
+        help=_("texts computed at once (default: {value})", value=32),
+    )
+    parser.add_argument(
+        "--models",
+        type=_count,
+        default=3,
+        metavar="N",
+        help=_("checkpoints in memory at once (default: {value})", value=3),
+    )
     return parser
 
 
@@ -94,9 +135,12 @@ def _sources(given: argparse.Namespace) -> list[Path]:
     for source in sources:
         if not source.exists():
             raise CheckpointError(
-                _("There is no checkpoint at {path} yet: train first (holdfast train), or name "
-                  "another FILE or RUN.", path=source)
-            )  # fmt: skip
+                _(
+                    "There is no checkpoint at {path} yet: train first (holdfast train), or name "
+                    "another FILE or RUN.",
+                    path=source,
+                )
+            )
     return sources
 
 
@@ -137,18 +181,26 @@ def _device(name: str | None) -> torch.device | None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            _("--device {name} is not there: {reason}", name=name,
-              reason=str(error).strip().partition("\n")[0])
-        ) from error  # fmt: skip
+            _(
+                "--device {name} is not there: {reason}",
+                name=name,
+                reason=str(error).strip().partition("\n")[0],
+            )
+        ) from error
     return device
 
 
 def _say_ready(ready: Ready) -> None:
     first, *others = ready.cards
     lines = [
-        _("Serving {name} (step {step}, {path}) at {url}", name=first.name, step=first.entry.step,
-          path=first.path, url=ready.url)
-    ]  # fmt: skip
+        _(
+            "Serving {name} (step {step}, {path}) at {url}",
+            name=first.name,
+            step=first.entry.step,
+            path=first.path,
+            url=ready.url,
+        )
+    ]
     if others:
         shown = ", ".join(card.name for card in others[:8]) + (" …" if len(others) > 8 else "")
         lines.append(_("Also: {names}", names=shown))
@@ -204,7 +256,11 @@ def _port(text: str) -> int:
 def _whole(text: str, least: int, most: int) -> int:
     if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
         raise argparse.ArgumentTypeError(
-            _("{value} is not a whole number from {least} to {most}", value=repr(text),
-              least=least, most=most)
-        )  # fmt: skip
+            _(
+                "{value} is not a whole number from {least} to {most}",
+                value=repr(text),
+                least=least,
+                most=most,
+            )
+        )
     return int(text)

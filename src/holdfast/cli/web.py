@@ -44,19 +44,30 @@ def run_dashboard(argv: Sequence[str], prog: str) -> int:
     address = f"http://{shown_host(given.host)}:{port}/?token={token}"
     hub = Hub(roots)
     app = guarded(
-        create_app(hub, lang=given.lang), host=given.host, port=port, token=token,
-        allowed_hosts=given.allowed_host, allowed_origins=given.allowed_origin,
-    )  # fmt: skip
+        create_app(hub, lang=given.lang),
+        host=given.host,
+        port=port,
+        token=token,
+        allowed_hosts=given.allowed_host,
+        allowed_origins=given.allowed_origin,
+    )
     if given.json:
         common.show_json({"url": address, "host": given.host, "port": port, "token": token})
     else:
         places = ", ".join(map(str, roots))
-        common.show([printable(_("Showing the runs under {places}. Open:", places=places)),
+        common.show(
+            [
+                printable(_("Showing the runs under {places}. Open:", places=places)),
                 f"  {address}",
-                _("It only reads. Ctrl-C stops it; trainings go on.")])  # fmt: skip
+                _("It only reads. Ctrl-C stops it; trainings go on."),
+            ]
+        )
     if not is_loopback(given.host):
-        careful = _("Careful: what goes over the network is not encrypted, the token neither. "
-                    "Safer: ssh -L {port}:127.0.0.1:{port} USER@HOST", port=port)  # fmt: skip
+        careful = _(
+            "Careful: what goes over the network is not encrypted, the token neither. "
+            "Safer: ssh -L {port}:127.0.0.1:{port} USER@HOST",
+            port=port,
+        )
         print(careful, file=sys.stderr)
     if given.open:
         webbrowser.open(address)
@@ -68,15 +79,25 @@ def run_report(argv: Sequence[str], prog: str) -> int:
     """`holdfast report`: 0."""
     parser = common.parser(
         prog,
-        _("Save a run as one HTML file: curves, checkpoints, samples, what happened, the end of "
-          "the log. It needs no server and no network."),
+        _(
+            "Save a run as one HTML file: curves, checkpoints, samples, what happened, the end of "
+            "the log. It needs no server and no network."
+        ),
         _("Examples:\n  {prog} runs/a\n  {prog} runs/a --out a.html --lang zh", prog=prog),
-    )  # fmt: skip
-    parser.add_argument("directory", nargs="?", default=common.DIRECTORY, metavar="RUN",
-                        help=_("run directory (default: {value})",
-                             value=common.DIRECTORY))  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE.html",
-                        help=_("where to write it (default: report-NAME.html, here)"))  # fmt: skip
+    )
+    parser.add_argument(
+        "directory",
+        nargs="?",
+        default=common.DIRECTORY,
+        metavar="RUN",
+        help=_("run directory (default: {value})", value=common.DIRECTORY),
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.html",
+        help=_("where to write it (default: report-NAME.html, here)"),
+    )
     given = parser.parse_args(argv)
     directory = Path(given.directory)
     look(directory, cached=True)  # says what is wrong with it
@@ -86,14 +107,24 @@ def run_report(argv: Sequence[str], prog: str) -> int:
     if out.is_dir():
         raise ConfigError(_("--out {path}: a directory; name a file", path=out))
     if not out.parent.is_dir():
-        raise ConfigError(_("--out {path}: there is no directory {directory}", path=out,
-                            directory=out.parent))  # fmt: skip
+        raise ConfigError(
+            _("--out {path}: there is no directory {directory}", path=out, directory=out.parent)
+        )
     size = write_report(directory, out, lang=language())
     if given.json:
         common.show_json({"file": str(out), "bytes": size})
     else:
-        common.show([printable(_("Written: {path} ({size}). Open it in a browser.", path=out,
-                            size=format_bytes(size)))])  # fmt: skip
+        common.show(
+            [
+                printable(
+                    _(
+                        "Written: {path} ({size}). Open it in a browser.",
+                        path=out,
+                        size=format_bytes(size),
+                    )
+                )
+            ]
+        )
     return 0
 
 
@@ -109,21 +140,37 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
 def _dashboard_parser(prog: str) -> argparse.ArgumentParser:
     parser = common.parser(
         prog,
-        _("Show all runs under some directories in a browser: what is safe, live curves, "
-          "checkpoints, comparison. It only reads, and only whoever has the printed address gets "
-          "in."),
-        _("Examples:\n  {prog}\n  {prog} runs other/runs --open\n"
-          "  ssh -L 8765:127.0.0.1:8765 HOST   then, there: {prog} runs", prog=prog),
-    )  # fmt: skip
-    parser.add_argument("directories", nargs="*", metavar="DIR",
-                        help=_("run directories, or directories above them (default: {value})",
-                               value=common.DIRECTORY))  # fmt: skip
-    parser.add_argument("--port", type=int, metavar="N",
-                        help=_("port (default: {value}, or a free one where that is taken)",
-                               value=PORT))  # fmt: skip
-    parser.add_argument("--host", default=HOST, metavar="ADDRESS",
-                        help=_("address to listen at (default: {value}, this machine alone)",
-                               value=HOST))  # fmt: skip
+        _(
+            "Show all runs under some directories in a browser: what is safe, live curves, "
+            "checkpoints, comparison. It only reads, and only whoever has the printed address gets "
+            "in."
+        ),
+        _(
+            "Examples:\n  {prog}\n  {prog} runs other/runs --open\n"
+            "  ssh -L 8765:127.0.0.1:8765 HOST   then, there: {prog} runs",
+            prog=prog,
+        ),
+    )
+    parser.add_argument(
+        "directories",
+        nargs="*",
+        metavar="DIR",
+        help=_(
+            "run directories, or directories above them (default: {value})", value=common.DIRECTORY
+        ),
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        metavar="N",
+        help=_("port (default: {value}, or a free one where that is taken)", value=PORT),
+    )
+    parser.add_argument(
+        "--host",
+        default=HOST,
+        metavar="ADDRESS",
+        help=_("address to listen at (default: {value}, this machine alone)", value=HOST),
+    )
     common.add_ways_in(parser)
     parser.add_argument("--open", action="store_true", help=_("open the browser"))
     return parser
@@ -134,11 +181,14 @@ def _check_roots(roots: Sequence[Path]) -> None:
     if missing:
         raise HoldfastError(
             "\n".join(
-                _("There is no directory {directory}. Name directories with runs, or make it: a "
-                  "training that starts in it will appear.", directory=root)
+                _(
+                    "There is no directory {directory}. Name directories with runs, or make it: a "
+                    "training that starts in it will appear.",
+                    directory=root,
+                )
                 for root in missing
             )
-        )  # fmt: skip
+        )
 
 
 def _file_name(directory: Path) -> str:

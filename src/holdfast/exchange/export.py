@@ -37,9 +37,19 @@ from holdfast.training.text.tokenizer import TextTokenizer
 from holdfast.version import __version__
 
 FORMATS = ("hf", "safetensors", "onnx", "weights")
-_MEANT = {"huggingface": "hf", "hugging-face": "hf", "transformers": "hf", "gguf": "hf",
-          "pt": "weights", "pth": "weights", "torch": "weights", "float32": "fp32",
-          "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}  # fmt: skip
+_MEANT = {
+    "huggingface": "hf",
+    "hugging-face": "hf",
+    "transformers": "hf",
+    "gguf": "hf",
+    "pt": "weights",
+    "pth": "weights",
+    "torch": "weights",
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -72,16 +82,24 @@ class Exported:
         """What a person is told."""
         size = sum(size for _name, size in self.files)
         step = "" if self.step is None else " " + _("of step {step}", step=self.step)
-        done = _("✓ {source}{step} → {target} ({form}, {dtype}), {size} in {time}",
-                 source=self.source, step=step, target=self.target, form=self.form,
-                 dtype=self.dtype, size=format_bytes(size),
-                 time=format_seconds(self.seconds))  # fmt: skip
+        done = _(
+            "✓ {source}{step} → {target} ({form}, {dtype}), {size} in {time}",
+            source=self.source,
+            step=step,
+            target=self.target,
+            form=self.form,
+            dtype=self.dtype,
+            size=format_bytes(size),
+            time=format_seconds(self.seconds),
+        )
         if self.check is not None:
             checked = _("Read back and checked: {line}.", line=self.check.line())
         else:
-            checked = _("Read back and checked: all {count} tensors are the same, bit by bit. The "
-                        "file does not say what its model is, so it was not asked for logits.",
-                        count=self.tensors)  # fmt: skip
+            checked = _(
+                "Read back and checked: all {count} tensors are the same, bit by bit. The "
+                "file does not say what its model is, so it was not asked for logits.",
+                count=self.tensors,
+            )
         return [done, "  " + checked, *("  " + note for note in self.notes)]
 
     def to_json(self) -> dict[str, Any]:
@@ -120,8 +138,10 @@ def export(
     path, _entry = find_checkpoint(source)
     target = Path(out) if out else default_target(source, form)
     if form == "weights" and target.is_dir():
-        told = _("{path} is a directory, and --to weights makes one file: name it with --out.",
-                 path=target)  # fmt: skip
+        told = _(
+            "{path} is a directory, and --to weights makes one file: name it with --out.",
+            path=target,
+        )
         raise ConfigError(told)
     check_target(target)
     job = _Job(path, form, target, dtype, progress, time.monotonic())
@@ -150,28 +170,43 @@ def _check_request(form: str, dtype: str | None) -> None:
     if form not in FORMATS:
         meant = _MEANT.get(form.lower()) or nearest(form, FORMATS)
         raise ConfigError(
-            _("--to {value}: expected one of {choices}{hint}", value=form,
-              choices=", ".join(FORMATS), hint=did_you_mean(meant))
-        )  # fmt: skip
+            _(
+                "--to {value}: expected one of {choices}{hint}",
+                value=form,
+                choices=", ".join(FORMATS),
+                hint=did_you_mean(meant),
+            )
+        )
     if dtype is not None and dtype not in DTYPES:
         meant = _MEANT.get(dtype.lower()) or nearest(dtype, DTYPES)
         raise ConfigError(
-            _("--dtype {value}: expected one of {choices}{hint}", value=dtype,
-              choices=", ".join(DTYPES), hint=did_you_mean(meant))
-        )  # fmt: skip
+            _(
+                "--dtype {value}: expected one of {choices}{hint}",
+                value=dtype,
+                choices=", ".join(DTYPES),
+                hint=did_you_mean(meant),
+            )
+        )
     if form == "onnx":
         export_onnx.check_packages()
         if dtype == "bf16":
-            raise ConfigError(_("--to onnx --dtype bf16: onnxruntime does not compute in bf16 on "
-                                "a CPU; take fp16 or fp32"))  # fmt: skip
+            raise ConfigError(
+                _(
+                    "--to onnx --dtype bf16: onnxruntime does not compute in bf16 on "
+                    "a CPU; take fp16 or fp32"
+                )
+            )
 
 
 def _only_weights(error: ForeignCheckpoint, path: Path) -> ForeignCheckpoint:
     return ForeignCheckpoint(
-        _("{error} Its weights alone can be exported, with --to safetensors or --to weights. To "
-          "make a run of it: holdfast import {path} --model-config FILE --tokenizer DIR",
-          error=error, path=path)
-    )  # fmt: skip
+        _(
+            "{error} Its weights alone can be exported, with --to safetensors or --to weights. To "
+            "make a run of it: holdfast import {path} --model-config FILE --tokenizer DIR",
+            error=error,
+            path=path,
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,10 +241,15 @@ class _Job:
         text = checking.text_for(loaded, data)
         expected = checking.logits_of(loaded.model, text.ids)
         checking.insist(checking.compare(text, expected, expected, SAME))  # no number: ruined
-        card = "" if self.form != "hf" else model_card.card(
-            model_card.facts_of(loaded, parts, data), dtype=wanted,
-            tokenizer_json=loaded.tokenizer.json,
-        )  # fmt: skip
+        card = (
+            ""
+            if self.form != "hf"
+            else model_card.card(
+                model_card.facts_of(loaded, parts, data),
+                dtype=wanted,
+                tokenizer_json=loaded.tokenizer.json,
+            )
+        )
         entry, tensors = loaded.entry, len(list(loaded.model.parameters()))
         if wanted != saved:
             loaded = dataclasses.replace(loaded, model=None)
@@ -224,8 +264,16 @@ class _Job:
             check = checking.compare(text, expected, found, self._allowed(saved, wanted))
             checking.insist(check)
             if self.form != "weights":
-                self._mark(draft, {"step": entry.step, "dtype": wanted, "checkpoint": entry.id,
-                                   "metrics": entry.metrics, "check": check.to_json()})  # fmt: skip
+                self._mark(
+                    draft,
+                    {
+                        "step": entry.step,
+                        "dtype": wanted,
+                        "checkpoint": entry.id,
+                        "metrics": entry.metrics,
+                        "check": check.to_json(),
+                    },
+                )
         return self._done(wanted, entry.step, check, tensors, notes)
 
     def export_tensors(self) -> Exported:
@@ -257,10 +305,16 @@ class _Job:
             return []
         cached = export_onnx.write_onnx(loaded.model, draft)
         loaded.tokenizer.save(draft)
-        return [] if cached else [
-            _("The graph has no cache: torch could not make one of what this model keeps. Each "
-              "token is computed from the whole text.")
-        ]  # fmt: skip
+        return (
+            []
+            if cached
+            else [
+                _(
+                    "The graph has no cache: torch could not make one of what this model keeps. "
+                    "Each token is computed from the whole text."
+                )
+            ]
+        )
 
     def _read(self, draft: Path, tokenizer: TextTokenizer) -> checking.Answer:
         if self.form == "onnx":
@@ -282,18 +336,35 @@ class _Job:
         filesystem.write_json(draft / _MARK, {"holdfast": __version__, "to": self.form, **facts})
 
     def _done(
-        self, dtype: str, step: int | None, check: checking.Check | None, tensors: int,
+        self,
+        dtype: str,
+        step: int | None,
+        check: checking.Check | None,
+        tensors: int,
         notes: list[str],
-    ) -> Exported:  # fmt: skip
+    ) -> Exported:
         seconds = time.monotonic() - self.began
-        return Exported(self.target, self.form, dtype, self.source, step, files_of(self.target),
-                        seconds, check, tensors, notes)  # fmt: skip
+        return Exported(
+            self.target,
+            self.form,
+            dtype,
+            self.source,
+            step,
+            files_of(self.target),
+            seconds,
+            check,
+            tensors,
+            notes,
+        )
 
 
 def public_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a training without where its files lay."""
-    found = {name: dict(config[name]) for name in ("model", "data", "training")
-             if isinstance(config.get(name), Mapping)}  # fmt: skip
+    found = {
+        name: dict(config[name])
+        for name in ("model", "data", "training")
+        if isinstance(config.get(name), Mapping)
+    }
     for section, name in (("model", "model"), ("data", "data_file")):
         if name in found.get(section, {}):
             found[section][name] = model_card.base_name(found[section][name])

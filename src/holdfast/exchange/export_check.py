@@ -66,10 +66,13 @@ class Check:
             "logits over {tokens} tokens of {text}: largest difference {difference} (allowed "
             "{allowed}; the largest logit is {largest}), same most likely token in {share} of the "
             "positions",
-            tokens=self.tokens, text=_(_TEXTS[self.source]), difference=f"{self.difference:.3g}",
-            allowed=f"{self.allowed:.3g}", largest=f"{self.largest:.3g}",
+            tokens=self.tokens,
+            text=_(_TEXTS[self.source]),
+            difference=f"{self.difference:.3g}",
+            allowed=f"{self.allowed:.3g}",
+            largest=f"{self.largest:.3g}",
             share=f"{100 * self.same_choice:.2f} %",
-        )  # fmt: skip
+        )
 
     def to_json(self) -> dict[str, Any]:
         """`difference` and `allowed` in units of logits, `same_choice` from 0 to 1."""
@@ -110,9 +113,12 @@ def compare(text: Text, expected: torch.Tensor, found: torch.Tensor, share: floa
     """Compare logits; a difference up to `share` of the largest logit is allowed."""
     if found.shape != expected.shape:
         raise Deviation(
-            _("The export gives logits of shape {found} instead of {expected}; it was not kept.",
-              found=list(found.shape), expected=list(expected.shape))
-        )  # fmt: skip
+            _(
+                "The export gives logits of shape {found} instead of {expected}; it was not kept.",
+                found=list(found.shape),
+                expected=list(expected.shape),
+            )
+        )
     largest = expected.abs().max().item()
     difference = (found - expected).abs().max().item()
     same = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
@@ -125,7 +131,10 @@ def insist(check: Check) -> None:
         return
     if not math.isfinite(check.largest):
         raise Deviation(
-            _("The model's own logits are {value}: its weights are ruined. Nothing was exported; "
-              "`holdfast list` shows other checkpoints.", value=check.largest)
-        )  # fmt: skip
+            _(
+                "The model's own logits are {value}: its weights are ruined. Nothing was exported; "
+                "`holdfast list` shows other checkpoints.",
+                value=check.largest,
+            )
+        )
     raise Deviation(_("The export is not the model, and was not kept: {line}.", line=check.line()))

@@ -82,13 +82,22 @@ def read_pretrained(folder: Path) -> Any:
 
     with quiet():
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", attn_implementation="sdpa", local_files_only=True,
-            use_safetensors=True, output_loading_info=True, trust_remote_code=False,
-        )  # fmt: skip
+            folder,
+            dtype="auto",
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]})
     if wrong:
-        raise Deviation(_("The export misses weights: {names}. It was not kept.",
-                          names=", ".join(map(str, wrong[:3]))))  # fmt: skip
+        raise Deviation(
+            _(
+                "The export misses weights: {names}. It was not kept.",
+                names=", ".join(map(str, wrong[:3])),
+            )
+        )
     return model.eval()
 
 
@@ -103,9 +112,12 @@ def check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
     for text in tricky_texts(tokenizer):
         if theirs.encode(text, add_special_tokens=False) != tokenizer.encode(text):
             raise Deviation(
-                _("The exported tokenizer gives other tokens than training's for {text}; the "
-                  "export was not kept.", text=ascii(text[:40]))
-            )  # fmt: skip
+                _(
+                    "The exported tokenizer gives other tokens than training's for {text}; the "
+                    "export was not kept.",
+                    text=ascii(text[:40]),
+                )
+            )
 
 
 def tricky_texts(tokenizer: TextTokenizer) -> list[str]:
@@ -139,8 +151,9 @@ def write_state(payload: Mapping[str, Any], target: Path, origin: Mapping[str, A
     tree = normalise(payload)
     source = origin or {}
     identity = source.get("identity") or {}
-    parent = {key: identity[key] for key in ("id", "run_id", "generation", "step")
-              if key in identity}  # fmt: skip
+    parent = {
+        key: identity[key] for key in ("id", "run_id", "generation", "step") if key in identity
+    }
     manifest = {
         "identity": {
             "id": uuid.uuid4().hex,
@@ -155,12 +168,12 @@ def write_state(payload: Mapping[str, Any], target: Path, origin: Mapping[str, A
         "epoch": source.get("epoch"),
         "created": now(),
         "metrics": source.get("metrics") or {},
-        "score": source.get("score") or {"name": "val_loss", "value": None,
-                                         "lower_is_better": True},
+        "score": source.get("score")
+        or {"name": "val_loss", "value": None, "lower_is_better": True},
         "environment": source.get("environment") or environment(),
         "configured": {},
         **codec.to_json(tree),
-    }  # fmt: skip
+    }
     whole = image.build(tree.payloads(), manifest)
     filesystem.write_file(target, whole.pieces, whole.size, mode=0o644)
 

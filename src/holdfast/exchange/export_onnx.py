@@ -31,9 +31,11 @@ def check_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            _("This needs the package {name}: pip install 'holdfast[export]'",
-              name=", ".join(missing))
-        )  # fmt: skip
+            _(
+                "This needs the package {name}: pip install 'holdfast[export]'",
+                name=", ".join(missing),
+            )
+        )
 
 
 def write_onnx(model: Any, folder: Path) -> bool:
@@ -56,9 +58,12 @@ def write_onnx(model: Any, folder: Path) -> bool:
         return _export(model, folder, [])
     except _FAILURES as error:
         raise HoldfastError(
-            _("torch cannot make an ONNX graph of this model ({kind}): {reason}",
-              kind=type(model).__name__, reason=_first_line(error))
-        ) from error  # fmt: skip
+            _(
+                "torch cannot make an ONNX graph of this model ({kind}): {reason}",
+                kind=type(model).__name__,
+                reason=_first_line(error),
+            )
+        ) from error
 
 
 class _Graph(torch.nn.Module):
@@ -78,9 +83,11 @@ class _Graph(torch.nn.Module):
         from transformers import DynamicCache
 
         output = self.model(
-            **given, position_ids=positions[:, -input_ids.shape[1] :], use_cache=True,
+            **given,
+            position_ids=positions[:, -input_ids.shape[1] :],
+            use_cache=True,
             past_key_values=DynamicCache([(key, value) for key, value in past]),
-        )  # fmt: skip
+        )
         return output.logits, [
             (layer.keys, layer.values) for layer in output.past_key_values.layers
         ]
@@ -145,8 +152,15 @@ def _forget_the_machine(model: Any) -> None:
 
 
 # What torch.export and the exporter raise over a model that they do not understand.
-_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError,
-             AssertionError)  # fmt: skip
+_FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    NotImplementedError,
+    AssertionError,
+)
 
 
 def _first_line(error: BaseException) -> str:

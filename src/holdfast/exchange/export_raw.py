@@ -73,8 +73,13 @@ def write(raw: Raw, form: str, draft: Path) -> None:
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         first = kept.setdefault(key, name) if tensor.numel() else name
         if first != name:
-            raw.notes.append(_("{name} is the same tensor as {first} and is written once.",
-                               name=name, first=first))  # fmt: skip
+            raw.notes.append(
+                _(
+                    "{name} is the same tensor as {first} and is written once.",
+                    name=name,
+                    first=first,
+                )
+            )
         else:
             # A copy: tensors that share a part of their memory are refused by safetensors.
             single[name] = tensor.detach().clone().contiguous()
@@ -94,8 +99,9 @@ def insist_on_bits(raw: Raw, form: str, draft: Path) -> None:
         if name not in found and form == "safetensors":
             continue  # its other name is there, and compared
         if name not in found or not _same_bits(found[name], tensor):
-            raise Deviation(_("{name} was read back with other values; the export was not kept.",
-                              name=name))  # fmt: skip
+            raise Deviation(
+                _("{name} was read back with other values; the export was not kept.", name=name)
+            )
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -56,18 +56,28 @@ class Imported:
         """What a person is told."""
         again = f"holdfast train --checkpoint-dir {shlex.quote(str(self.run))} --resume"
         taken = _("Optimizer: taken over; training goes on at step {step}.", step=self.step)
-        anew = _("Optimizer: begun anew, since {reason}. The steps are counted from 0, so that the "
-                 "learning rate warms up.", reason=self.optimizer)  # fmt: skip
+        anew = _(
+            "Optimizer: begun anew, since {reason}. The steps are counted from 0, so that the "
+            "learning rate warms up.",
+            reason=self.optimizer,
+        )
         return [
-            _("✓ {source} → {run} ({form}): {architecture}, {parameters} parameters, context "
-              "{context} tokens, in {time}", source=self.source, run=self.run, form=self.form,
-              architecture=self.architecture, parameters=f"{self.parameters:,}",
-              context=self.context_length, time=format_seconds(self.seconds)),
+            _(
+                "✓ {source} → {run} ({form}): {architecture}, {parameters} parameters, context "
+                "{context} tokens, in {time}",
+                source=self.source,
+                run=self.run,
+                form=self.form,
+                architecture=self.architecture,
+                parameters=f"{self.parameters:,}",
+                context=self.context_length,
+                time=format_seconds(self.seconds),
+            ),
             "  " + _("Read back and checked: {line}.", line=self.check.line()),
             "  " + (anew if self.optimizer else taken),
             *("  " + note for note in self.notes),
             "  " + _("Go on: {command} --data-file TEXT", command=again),
-        ]  # fmt: skip
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The form of `holdfast import --json`; `optimizer` is null where it was taken over."""
@@ -115,24 +125,39 @@ def import_model(
             progress(_("reading back"))
             check = _check(draft, found)
         return Imported(
-            path, run, found.form, type(found.model).__name__,
-            sum(p.numel() for p in found.model.parameters()), made.context, made.place.step, reason,
-            check, time.monotonic() - began, found.notes,
-        )  # fmt: skip
+            path,
+            run,
+            found.form,
+            type(found.model).__name__,
+            sum(p.numel() for p in found.model.parameters()),
+            made.context,
+            made.place.step,
+            reason,
+            check,
+            time.monotonic() - began,
+            found.notes,
+        )
 
 
 def _tokenizer_of(found: Source, path: Path) -> TextTokenizer:
     if found.tokenizer is None:
         raise ConfigError(
-            _("There is no tokenizer in {path}, and the model knows only the tokens of its own: "
-              "--tokenizer DIR", path=path)
-        )  # fmt: skip
+            _(
+                "There is no tokenizer in {path}, and the model knows only the tokens of its own: "
+                "--tokenizer DIR",
+                path=path,
+            )
+        )
     rows = int(found.model.config.vocab_size)
     if found.tokenizer.vocab_size > rows:
         raise StateMismatch(
-            _("The tokenizer has {tokens} tokens, and the model knows {rows}: it is another "
-              "model's.", tokens=f"{found.tokenizer.vocab_size:,}", rows=f"{rows:,}")
-        )  # fmt: skip
+            _(
+                "The tokenizer has {tokens} tokens, and the model knows {rows}: it is another "
+                "model's.",
+                tokens=f"{found.tokenizer.vocab_size:,}",
+                rows=f"{rows:,}",
+            )
+        )
     return found.tokenizer
 
 
@@ -166,9 +191,11 @@ class _Run:
         self.context = models.context_of(model, config.model.context_length)
         self.place = Place()
         self._optimizer = torch.optim.AdamW(
-            models.parameter_groups(model, training.weight_decay), lr=training.learning_rate,
-            betas=(0.9, 0.95), fused=True,
-        )  # fmt: skip
+            models.parameter_groups(model, training.weight_decay),
+            lr=training.learning_rate,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
         self._scheduler = LambdaLR(self._optimizer, lambda _step: 1.0)
         self._scheduler.lr_lambdas = [_unknown_yet]  # so that no training seems to change it
         self.state: dict[str, Any] = {

@@ -60,9 +60,10 @@ def converted(weights: Weights, optimizer: object) -> tuple[dict[str, torch.Tens
 
 def _transposed_moments(weights: Weights, optimizer: object) -> object:
     matrices = [
-        name for name, tensor in weights.items()
+        name
+        for name, tensor in weights.items()
         if tensor.dim() == 2 and name != "lm_head.weight"  # tied: one parameter
-    ]  # fmt: skip
+    ]
     try:
         indices = optimizer["param_groups"][0]["params"]  # type: ignore[index]
         state = dict(optimizer["state"])  # type: ignore[index]

@@ -58,9 +58,10 @@ def take_over(source: Source, live: torch.optim.Optimizer) -> int:
         for index, parameter in zip(group["params"], parameters, strict=True):
             entry = state[index]
             placed[parameter] = {
-                name: value.to(parameter.device, copy=True) for name, value in entry.items()
+                name: value.to(parameter.device, copy=True)
+                for name, value in entry.items()
                 if name != "step" and isinstance(value, torch.Tensor)
-            }  # fmt: skip
+            }
             step = torch.as_tensor(entry["step"], dtype=torch.float32)
             placed[parameter]["step"] = step.to(parameter.device, copy=True)
             settings[parameter] = group
@@ -109,8 +110,12 @@ def _owners(source: Source, groups: list[dict[str, Any]], state: dict[int, Any])
         ]
         if all(entry[name].shape == p.shape for entry, p in pairs for name in _MOMENTS):
             return owners
-    raise NotTaken(_("its parameters are grouped in a way that is not known here, or have other "
-                     "shapes than the model's"))  # fmt: skip
+    raise NotTaken(
+        _(
+            "its parameters are grouped in a way that is not known here, or have other "
+            "shapes than the model's"
+        )
+    )
 
 
 def _usual_ways(source: Source, groups: list[dict[str, Any]]) -> Iterator[Groups]:

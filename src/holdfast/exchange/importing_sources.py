@@ -73,9 +73,12 @@ def _read_directory(path: Path) -> Source:
     if not (path / "config.json").is_file() or (path / EVENTS).is_file():
         hint = _("it is a run already: holdfast train --checkpoint-dir {path} --resume", path=path)
         raise ConfigError(
-            _("{path} is no Hugging Face directory: {reason}", path=path,
-              reason=hint if (path / EVENTS).is_file() else _("it has no config.json"))
-        )  # fmt: skip
+            _(
+                "{path} is no Hugging Face directory: {reason}",
+                path=path,
+                reason=hint if (path / EVENTS).is_file() else _("it has no config.json"),
+            )
+        )
     with contextlib.suppress(OSError, ValueError):  # transformers says what is wrong with it
         said = json.loads((path / "config.json").read_text("utf-8"))
         check_configuration(said, [[_bytes_of_weights(path)]], path)
@@ -87,8 +90,12 @@ def _read_directory(path: Path) -> Source:
     _refuse(path, wrong)
     notes = []
     if info["unexpected_keys"]:
-        notes.append(_("Left out, since the model has no place for it: {names}",
-                       names=_some(sorted(info["unexpected_keys"]))))  # fmt: skip
+        notes.append(
+            _(
+                "Left out, since the model has no place for it: {names}",
+                names=_some(sorted(info["unexpected_keys"])),
+            )
+        )
     has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = TextTokenizer.from_directory(path) if has_tokenizer else None
     return Source("hf", model, list(model.state_dict()), tokenizer, notes=notes)
@@ -125,12 +132,14 @@ def _read_file(path: Path, model_config: str | None) -> Source:
         _check_nanogpt(model, theirs, arguments, path)
     tokenizer = whole.get("tokenizer")
     return Source(
-        form, model, list(weights),
+        form,
+        model,
+        list(weights),
         TextTokenizer.from_state(tokenizer) if isinstance(tokenizer, Mapping) else None,
         optimizer,
         max(0, _first(whole, _STEP_KEYS, int) or 0),
         _first(whole, ("epoch",), int),
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -144,9 +153,13 @@ def _check_nanogpt(
     largest, allowed = (expected - found).abs().max(), 1e-4 * expected.abs().max()
     if not largest <= allowed:
         raise StateMismatch(
-            _("{path} is no model of nanoGPT, though it has its model_args: as a GPT-2 it computes "
-              "other logits (difference {difference}).", path=path, difference=f"{largest:.3g}")
-        )  # fmt: skip
+            _(
+                "{path} is no model of nanoGPT, though it has its model_args: as a GPT-2 it "
+                "computes other logits (difference {difference}).",
+                path=path,
+                difference=f"{largest:.3g}",
+            )
+        )
 
 
 def _load(path: Path) -> Any:
@@ -180,9 +193,12 @@ def _configuration(state: Any, path: Path, file: str | None) -> dict[str, Any]:
         if isinstance(found, Mapping) and isinstance(found.get("model_type"), str):
             return dict(found)
     raise ConfigError(
-        _("{path} does not say what its model is. Give the config.json that transformers would "
-          "write for it (model_type, sizes): --model-config FILE", path=path)
-    )  # fmt: skip
+        _(
+            "{path} does not say what its model is. Give the config.json that transformers would "
+            "write for it (model_type, sizes): --model-config FILE",
+            path=path,
+        )
+    )
 
 
 def _read_configuration(path: Path) -> dict[str, Any]:
@@ -190,11 +206,11 @@ def _read_configuration(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(_("--model-config {path}: {reason}", path=path,
-                            reason=error)) from error  # fmt: skip
+        raise ConfigError(_("--model-config {path}: {reason}", path=path, reason=error)) from error
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
-        raise ConfigError(_("--model-config {path}: it names no model_type (gpt2, llama, ...)",
-                            path=path))  # fmt: skip
+        raise ConfigError(
+            _("--model-config {path}: it names no model_type (gpt2, llama, ...)", path=path)
+        )
     for name in ("transformers_version", "dtype", "torch_dtype", "_name_or_path"):
         found.pop(name, None)
     return found
@@ -210,9 +226,10 @@ def _as_named(weights: Mapping[str, torch.Tensor], expected: set[str]) -> dict[s
     elif "model.model.embed_tokens.weight" in found:
         found = {name.removeprefix("model."): tensor for name, tensor in found.items()}
     return {
-        name: tensor for name, tensor in found.items()
+        name: tensor
+        for name, tensor in found.items()
         if name in expected or not name.endswith(_COMPUTED)
-    }  # fmt: skip
+    }
 
 
 @torch.no_grad()
@@ -235,16 +252,23 @@ def _fill(model: Any, weights: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def _shapes(name: str, theirs: Any, ours: Any) -> str:
-    return _("{name} is {theirs} in the file and {ours} in the model", name=name,
-             theirs=list(theirs), ours=list(ours))  # fmt: skip
+    return _(
+        "{name} is {theirs} in the file and {ours} in the model",
+        name=name,
+        theirs=list(theirs),
+        ours=list(ours),
+    )
 
 
 def _refuse(path: Path, wrong: list[str]) -> None:
     if wrong:
         raise StateMismatch(
-            _("The weights in {path} do not fit the model: {problems}", path=path,
-              problems=_some(wrong, "; "))
-        )  # fmt: skip
+            _(
+                "The weights in {path} do not fit the model: {problems}",
+                path=path,
+                problems=_some(wrong, "; "),
+            )
+        )
 
 
 def _some(items: Iterable[str], separator: str = ", ") -> str:

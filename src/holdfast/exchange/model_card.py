@@ -26,9 +26,21 @@ from holdfast.training.text import prepare
 _SAMPLES = 3  # the last ones of the run
 _SAMPLE_TOKENS = 48
 _DEPTH = 3  # a checkpoint lies at most so deep in its run directory
-_SETTINGS = ("epochs", "num_steps", "batch_size", "gradient_accumulation", "learning_rate",
-             "schedule", "warmup_ratio", "weight_decay", "grad_clip", "dropout", "precision",
-             "seed", "val_fraction")  # fmt: skip
+_SETTINGS = (
+    "epochs",
+    "num_steps",
+    "batch_size",
+    "gradient_accumulation",
+    "learning_rate",
+    "schedule",
+    "warmup_ratio",
+    "weight_decay",
+    "grad_clip",
+    "dropout",
+    "precision",
+    "seed",
+    "val_fraction",
+)
 _VERSIONS = ("holdfast", "torch", "transformers", "python", "platform", "cuda")
 
 
@@ -80,17 +92,25 @@ def data_of(loaded: Loaded, parts: Mapping[str, Any]) -> prepare.PreparedData | 
     options, data = loaded.config.get("data") or {}, parts["data"]
     try:
         return prepare.reopen_data(
-            str(data["content_hash"]), loaded.tokenizer, val_fraction=options["val_fraction"],
-            seed=data["seed"], text_field=options["text_field"], cache_dir=options["cache_dir"],
-        )  # fmt: skip
+            str(data["content_hash"]),
+            loaded.tokenizer,
+            val_fraction=options["val_fraction"],
+            seed=data["seed"],
+            text_field=options["text_field"],
+            cache_dir=options["cache_dir"],
+        )
     except (KeyError, TypeError, OSError):
         return None
 
 
 def facts_of(loaded: Loaded, parts: Mapping[str, Any], data: prepare.PreparedData | None) -> Facts:
     """Gather what is known of `loaded`."""
-    options = {k: v for section in loaded.config.values() if isinstance(section, Mapping)
-               for k, v in section.items()}  # fmt: skip
+    options = {
+        k: v
+        for section in loaded.config.values()
+        if isinstance(section, Mapping)
+        for k, v in section.items()
+    }
     environment = loaded.manifest.get("environment") or {}
     name = base_name(options.get("model") or loaded.model_config.get("model_type", "model"))
     prompt = str(options.get("sample_prompt", OPTIONS["sample_prompt"].default))
@@ -137,8 +157,11 @@ def _git(value: object) -> str:
 
 def _recorded(loaded: Loaded) -> list[tuple[int | None, int, str]]:
     """The last samples that the run has written down up to this step."""
-    places = [loaded.path.absolute().parents[i] for i in range(_DEPTH)
-              if i < len(loaded.path.absolute().parents)]  # fmt: skip
+    places = [
+        loaded.path.absolute().parents[i]
+        for i in range(_DEPTH)
+        if i < len(loaded.path.absolute().parents)
+    ]
     directory = next((place for place in places if (place / EVENTS).is_file()), None)
     found: list[tuple[int | None, int, str]] = []
     for line in _lines(directory / "metrics.jsonl") if directory else []:
@@ -167,9 +190,14 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _fresh(loaded: Loaded, prompt: str) -> list[tuple[int | None, int, str]]:
     text = sample_text(
-        loaded.model, loaded.tokenizer, prompt, _SAMPLE_TOKENS,
-        context_length=loaded.context_length, seed=loaded.entry.step, may_end=False,
-    )  # fmt: skip
+        loaded.model,
+        loaded.tokenizer,
+        prompt,
+        _SAMPLE_TOKENS,
+        context_length=loaded.context_length,
+        seed=loaded.entry.step,
+        may_end=False,
+    )
     return [(None, loaded.entry.step, " ".join(text.replace("\ufffd", "").split()))]
 
 
@@ -178,11 +206,11 @@ def _fresh(loaded: Loaded, prompt: str) -> list[tuple[int | None, int, str]]:
 _WORDS: dict[str, dict[str, str]] = {
     "en": {
         "intro": "A causal language model ({architecture}, {parameters} parameters), trained with "
-                 "Holdfast.",
+        "Holdfast.",
         "use": "How to use it",
         "results": "Results",
         "results_of": "At step {step}{epoch}, on the part of the data that was kept aside for "
-                      "validation:",
+        "validation:",
         "none": "No validation loss was measured at this step.",
         "val_loss": "validation loss (nats a token)",
         "perplexity": "perplexity (a token)",
@@ -211,17 +239,17 @@ _WORDS: dict[str, dict[str, str]] = {
         "at_epoch": "epoch {epoch}, step {step}",
         "intended": "Intended use and limits",
         "limits": "It continues text of the kind that it learned from. {past}It is no "
-                  "assistant, repeats the mistakes and biases of its texts, and invents. Do not "
-                  "rely on what it writes where that could harm anybody. It sees {context} tokens "
-                  "at once. Nobody has stated a licence: whoever publishes this model states it, "
-                  "and sees to the rights in the data.",
+        "assistant, repeats the mistakes and biases of its texts, and invents. Do not "
+        "rely on what it writes where that could harm anybody. It sees {context} tokens "
+        "at once. Nobody has stated a licence: whoever publishes this model states it, "
+        "and sees to the rights in the data.",
         "alone": "It was trained on the data above alone and knows nothing beyond it. ",
         "further": "It did not begin here: what the weights of `{began}` had learned from before "
-                   "is not recorded. ",
+        "is not recorded. ",
         "llama": "llama.cpp: its converter recognises tokenizers by a list of hashes, and one that "
-                 "was trained anew is on no list. Where it stops with “BPE pre-tokenizer was not "
-                 "recognized”, map the hash that it prints to `gpt-2` in `get_vocab_base_pre`: "
-                 "{splits}.",
+        "was trained anew is on no list. Where it stops with “BPE pre-tokenizer was not "
+        "recognized”, map the hash that it prints to `gpt-2` in `get_vocab_base_pre`: "
+        "{splits}.",
         "gpt2": "this tokenizer splits text exactly as GPT-2's does{nfc}",
         "nfc": " (and normalises it to NFC first, which llama.cpp does not: give it NFC)",
         "not_gpt2": "but only if this tokenizer splits text as GPT-2's does",
@@ -259,19 +287,19 @@ _WORDS: dict[str, dict[str, str]] = {
         "at_epoch": "第 {epoch} 轮，第 {step} 步",
         "intended": "用途与局限",
         "limits": "它续写与训练文本同类的文字。{past}它不是助手，会重复文本里的错误和偏见，"
-                  "也会编造。凡可能伤及他人之处，不要依赖它写的内容。"
-                  "它一次看到 {context} 个 token。"
-                  "许可证尚未声明：发布这个模型的人负责声明许可证，并处理好数据的权利。",
+        "也会编造。凡可能伤及他人之处，不要依赖它写的内容。"
+        "它一次看到 {context} 个 token。"
+        "许可证尚未声明：发布这个模型的人负责声明许可证，并处理好数据的权利。",
         "alone": "它只学过上述数据，此外一无所知。",
         "further": "它不是从这里开始的：`{began}` 的权重此前学过什么，没有记录。",
         "llama": "llama.cpp：它的转换脚本靠一张哈希表识别分词器，新训练的分词器不在任何表里。"
-                 "若它停在 “BPE pre-tokenizer was not recognized”，请在 `get_vocab_base_pre` 里"
-                 "把它打印的哈希映射到 `gpt-2`：{splits}。",
+        "若它停在 “BPE pre-tokenizer was not recognized”，请在 `get_vocab_base_pre` 里"
+        "把它打印的哈希映射到 `gpt-2`：{splits}。",
         "gpt2": "这个分词器切分文本的方式与 GPT-2 完全相同{nfc}",
         "nfc": "（之前还会规范化为 NFC，而 llama.cpp 不做这一步：请给它 NFC 文本）",
         "not_gpt2": "但仅当这个分词器切分文本的方式与 GPT-2 相同时才可以",
     },
-}  # fmt: skip
+}
 
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -300,17 +328,24 @@ def card(facts: Facts, *, dtype: str, tokenizer_json: str) -> str:
 def _body(facts: Facts, language: str, dtype: str, tokenizer_json: str) -> list[str]:
     w = _WORDS[language]
     epoch = w["in_epoch"].format(epoch=facts.epoch) if facts.history.get("epochs") else ""
-    metrics = [(w[k], format_loss(float(facts.metrics[k])))
-               for k in ("val_loss", "perplexity", "bits_per_byte", "train_loss")
-               if k in facts.metrics]  # fmt: skip
+    metrics = [
+        (w[k], format_loss(float(facts.metrics[k])))
+        for k in ("val_loss", "perplexity", "bits_per_byte", "train_loss")
+        if k in facts.metrics
+    ]
     size = w["unknown_size"]
     if facts.documents is not None:
         size = w["size"].format(
-            documents=f"{facts.documents:,}", characters=f"{facts.characters:,}",
-            bytes=f"{facts.data_bytes:,}", tokens=f"{facts.data_tokens:,}",
-        )  # fmt: skip
-    data = [(w["data_name"], f"`{facts.data_name}`"), (w["data_size"], size),
-            (w["data_hash"], f"`{facts.data_hash}`")]  # fmt: skip
+            documents=f"{facts.documents:,}",
+            characters=f"{facts.characters:,}",
+            bytes=f"{facts.data_bytes:,}",
+            tokens=f"{facts.data_tokens:,}",
+        )
+    data = [
+        (w["data_name"], f"`{facts.data_name}`"),
+        (w["data_size"], size),
+        (w["data_hash"], f"`{facts.data_hash}`"),
+    ]
     if not facts.data_hash:
         data = [(w["data_name"], w["unknown_size"])]
     if facts.tokens_seen is not None:
@@ -319,8 +354,11 @@ def _body(facts: Facts, language: str, dtype: str, tokenizer_json: str) -> list[
         (w["steps"], f"{facts.step:,}"),
         *((f"`{k}`", v) for k, v in facts.settings.items()),
     ]
-    training += [*facts.versions.items(), (w["weights"], dtype),
-                 (w["checkpoint"], f"{facts.identity} ({facts.created})")]  # fmt: skip
+    training += [
+        *facts.versions.items(),
+        (w["weights"], dtype),
+        (w["checkpoint"], f"{facts.identity} ({facts.created})"),
+    ]
     training += [(w["git"], f"`{facts.git}`")] if facts.git else []
     blocks = "\n\n".join(
         f"- {w['at' if epoch is None else 'at_epoch'].format(epoch=epoch, step=f'{step:,}')}"
@@ -330,19 +368,40 @@ def _body(facts: Facts, language: str, dtype: str, tokenizer_json: str) -> list[
     told = w["results_of"].format(step=f"{facts.step:,}", epoch=epoch) if metrics else w["none"]
     use = _USE.format(prompt=json.dumps(facts.prompt, ensure_ascii=False))
     return [
-        w["intro"].format(architecture=facts.architecture, parameters=f"{facts.parameters:,}"), "",
-        f"## {w['use']}", "", use, "",
-        f"- {w['llama'].format(splits=_splits(w, tokenizer_json))}", "",
-        f"## {w['results']}", "", told, "", *(_table(w, metrics) if metrics else []),
+        w["intro"].format(architecture=facts.architecture, parameters=f"{facts.parameters:,}"),
+        "",
+        f"## {w['use']}",
+        "",
+        use,
+        "",
+        f"- {w['llama'].format(splits=_splits(w, tokenizer_json))}",
+        "",
+        f"## {w['results']}",
+        "",
+        told,
+        "",
+        *(_table(w, metrics) if metrics else []),
         *_course(w, facts.history),
-        f"## {w['data']}", "", *_table(w, data),
-        f"## {w['training']}", "", *_table(w, training),
-        f"## {w['samples']}", "", w["samples_of"].format(prompt=facts.prompt), "", blocks, "",
-        f"## {w['intended']}", "", w["limits"].format(
+        f"## {w['data']}",
+        "",
+        *_table(w, data),
+        f"## {w['training']}",
+        "",
+        *_table(w, training),
+        f"## {w['samples']}",
+        "",
+        w["samples_of"].format(prompt=facts.prompt),
+        "",
+        blocks,
+        "",
+        f"## {w['intended']}",
+        "",
+        w["limits"].format(
             context=f"{facts.context:,}",
             past=w["further" if facts.began_from else "alone"].format(began=facts.began_from),
-        ), "",
-    ]  # fmt: skip
+        ),
+        "",
+    ]
 
 
 def _table(words: Mapping[str, str], rows: list[tuple[str, Any]]) -> list[str]:

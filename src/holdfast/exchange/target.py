@@ -29,10 +29,14 @@ def check_room(target: Path, needed: int) -> None:
     free = filesystem.free_bytes(place)
     if free < needed + filesystem.RESERVE:
         raise ResourceError(
-            _("The disk of {directory} has {free} free, and {needed} are needed. Free some space, "
-              "or choose --out on another disk.", directory=place, free=format_bytes(free),
-              needed=format_bytes(needed + filesystem.RESERVE))
-        )  # fmt: skip
+            _(
+                "The disk of {directory} has {free} free, and {needed} are needed. Free some "
+                "space, or choose --out on another disk.",
+                directory=place,
+                free=format_bytes(free),
+                needed=format_bytes(needed + filesystem.RESERVE),
+            )
+        )
 
 
 @contextlib.contextmanager

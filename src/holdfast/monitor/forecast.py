@@ -58,9 +58,12 @@ class Plan:
 
     @classmethod
     def of(
-        cls, config: Mapping[str, Any], steps_per_epoch: int | None, steps_left: int | None,
+        cls,
+        config: Mapping[str, Any],
+        steps_per_epoch: int | None,
+        steps_left: int | None,
         pace: float | None,
-    ) -> Plan | None:  # fmt: skip
+    ) -> Plan | None:
         """From a run's config.json and what it has said of itself; None where that is too little,
         as of a training loop that is not ours."""
         section = config.get("checkpoint")

@@ -73,9 +73,14 @@ class Probe:
             self._cpu = time.monotonic(), percent
         cpu, used = self._of_process(pid, started)
         return Machine(
-            os.cpu_count(), percent, memory.total - memory.available,
-            memory.total, cpu, used, gpus,
-        )  # fmt: skip
+            os.cpu_count(),
+            percent,
+            memory.total - memory.available,
+            memory.total,
+            cpu,
+            used,
+            gpus,
+        )
 
     def _of_process(self, pid: int | None, started: float) -> tuple[float | None, int | None]:
         if pid is None:
@@ -116,9 +121,13 @@ def _nvidia_smi() -> tuple[Gpu, ...]:
     """What nvidia-smi says. Raises OSError or SubprocessError where it cannot."""
     call = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     done = subprocess.run(
-        call, capture_output=True, text=True, timeout=_GPU_TIMEOUT, check=True,
+        call,
+        capture_output=True,
+        text=True,
+        timeout=_GPU_TIMEOUT,
+        check=True,
         stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     return tuple(gpu for line in done.stdout.splitlines() if (gpu := gpu_of(line)) is not None)
 
 
@@ -136,6 +145,9 @@ def gpu_of(line: str) -> Gpu | None:
     percent, used, total, celsius = numbers
     mib = 1 << 20
     return Gpu(
-        parts[0], percent, None if used is None else int(used * mib),
-        None if total is None else int(total * mib), celsius,
-    )  # fmt: skip
+        parts[0],
+        percent,
+        None if used is None else int(used * mib),
+        None if total is None else int(total * mib),
+        celsius,
+    )

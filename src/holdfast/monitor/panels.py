@@ -35,8 +35,9 @@ def header(look: Look, width: int) -> Text:
     if look.snapshot is not None:
         snapshot = look.snapshot
         wrong = snapshot.overdue or (snapshot.saving_fails and snapshot.state == TRAINING)
-        state = Text(words.state(snapshot),
-                     ALARM if wrong else _STATE_STYLES.get(snapshot.state, "bold"))  # fmt: skip
+        state = Text(
+            words.state(snapshot), ALARM if wrong else _STATE_STYLES.get(snapshot.state, "bold")
+        )
     number = f"[{look.index + 1}/{len(look.runs)}] " if len(look.runs) > 1 else ""
     room = width - cell_len(number) - _NARROWEST_NAME - len(_GAP)
     clocks = [Text(now.strftime(form), LABEL) for form in ("%H:%M:%S %z", "%H:%M:%S")]

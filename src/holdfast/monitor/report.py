@@ -35,9 +35,12 @@ def report_data(directory: Path) -> dict[str, Any]:
     view.refresh()
     if view.state == EMPTY and not view.events:
         raise HoldfastError(
-            _("{directory} is no run directory: name the one that --checkpoint-dir named for the "
-              "training.", directory=directory)
-        )  # fmt: skip
+            _(
+                "{directory} is no run directory: name the one that --checkpoint-dir named for the "
+                "training.",
+                directory=directory,
+            )
+        )
     name = directory.resolve().name
     run = web_data.detail(view, web_data.run_id(directory), name)
     run["curves"] = web_data.curves(web_data.thin(view.points))

@@ -41,7 +41,7 @@ __all__ = [
     "Safety",
     "Sample",
     "find_runs",
-]  # fmt: skip
+]
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 SILENCE = 120.0  # seconds without a line after which a training elsewhere is taken to have ended
@@ -49,8 +49,16 @@ SILENCE = 120.0  # seconds without a line after which a training elsewhere is ta
 TRAINING, FINISHED, STOPPED, EMPTY = "training", "finished", "stopped", "empty"
 
 # Events of the history, and lines of the metrics, that are worth a mark beside a curve.
-_MARKS = ("resumed", "rolled_back", "quarantined", "damaged", "failed", "diverged", "rescued",
-          "finished")  # fmt: skip
+_MARKS = (
+    "resumed",
+    "rolled_back",
+    "quarantined",
+    "damaged",
+    "failed",
+    "diverged",
+    "rescued",
+    "finished",
+)
 BROKE_OFF = "broke_off"  # a mark of ours: who is killed writes no event
 _ENDS = ("signal", "error")  # reasons for which a checkpoint is an interruption
 _STARTS = ("began", "resumed")  # events with which a process begins to train
@@ -124,11 +132,17 @@ class RunView:
         if kind == "step":
             self._undo_after(step - 1)
             point = Point(
-                step, time, _integer(line.get("epoch")), number(line.get("loss")),
-                number(line.get("smoothed_loss")), number(line.get("learning_rate")),
-                number(line.get("tokens_per_second")), _integer(line.get("durable_step")),
-                _integer(line.get("memory_step")), _integer(line.get("gpu_bytes")),
-            )  # fmt: skip
+                step,
+                time,
+                _integer(line.get("epoch")),
+                number(line.get("loss")),
+                number(line.get("smoothed_loss")),
+                number(line.get("learning_rate")),
+                number(line.get("tokens_per_second")),
+                _integer(line.get("durable_step")),
+                _integer(line.get("memory_step")),
+                _integer(line.get("gpu_bytes")),
+            )
             self.points.append(point)
             if "loss" in line and not _finite(point.loss):  # the trainer writes null for NaN
                 self.wild.append(point)
@@ -362,8 +376,9 @@ class RunView:
                 left = shared_memory.newest_in(each) if each.belongs_to(self.directory) else None
                 if left is not None and all(
                     left.identity[name] == event[name]
-                    for event in run for name in ("run_id", "generation")
-                ):  # fmt: skip
+                    for event in run
+                    for name in ("run_id", "generation")
+                ):
                     steps.append(left.step)
         if steps:
             return max(steps)

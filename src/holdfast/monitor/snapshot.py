@@ -52,12 +52,20 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         entry = self.entry
         return {
-            "file": entry.names[0], "kind": entry.kind, "step": entry.step, "epoch": entry.epoch,
-            "bytes": entry.size, "created": entry.created, "age_seconds": _rounded(self.age),
-            "val_loss": number(entry.metrics.get("val_loss")), "verified": entry.verified,
-            "damaged": self.damaged, "best": self.best, "latest": self.latest,
+            "file": entry.names[0],
+            "kind": entry.kind,
+            "step": entry.step,
+            "epoch": entry.epoch,
+            "bytes": entry.size,
+            "created": entry.created,
+            "age_seconds": _rounded(self.age),
+            "val_loss": number(entry.metrics.get("val_loss")),
+            "verified": entry.verified,
+            "damaged": self.damaged,
+            "best": self.best,
+            "latest": self.latest,
             "pinned": entry.pinned,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,17 +164,20 @@ class Snapshot:
             },
             "kill": {"steps_lost": None if safety.memory_unknown else safety.memory_steps},
             "remote": None,  # no remote tier is configured
-        }  # fmt: skip
+        }
 
     def _disk_json(self) -> dict[str, Any] | None:
         disk = self.disk
         if disk is None:
             return None
         return {
-            "free_bytes": disk.free, "used_bytes": disk.used, "next_bytes": disk.next_size,
-            "next_fits": disk.fits, "growth_bytes_per_hour": round(disk.growth),
+            "free_bytes": disk.free,
+            "used_bytes": disk.used,
+            "next_bytes": disk.next_size,
+            "next_fits": disk.fits,
+            "growth_bytes_per_hour": round(disk.growth),
             "full_in_seconds": _rounded(3600 * disk.hours_left),
-        }  # fmt: skip
+        }
 
 
 def take(view: RunView, probe: Probe) -> Snapshot:
@@ -185,14 +196,27 @@ def take(view: RunView, probe: Probe) -> Snapshot:
     with contextlib.suppress(OSError):  # deleted at this moment; the next look says so
         disk = view.disk
     return Snapshot(
-        view.directory, state, view.owner, view.silent,
-        state == TRAINING and view.silent > view.patience, dict(view.started), not here,
-        view.step, view.total_steps, view.eta,
-        view.points[-1] if view.points else None, view.nan_since,
+        view.directory,
+        state,
+        view.owner,
+        view.silent,
+        state == TRAINING and view.silent > view.patience,
+        dict(view.started),
+        not here,
+        view.step,
+        view.total_steps,
+        view.eta,
+        view.points[-1] if view.points else None,
+        view.nan_since,
         finite[-1][1] if finite else None,
         min(finite, key=lambda pair: pair[0])[1] if finite else None,
-        view.safety, view.saving_fails, disk, _rows(view), view.notices[-NOTICES:], machine,
-    )  # fmt: skip
+        view.safety,
+        view.saving_fails,
+        disk,
+        _rows(view),
+        view.notices[-NOTICES:],
+        machine,
+    )
 
 
 def _rows(view: RunView) -> list[Row]:
@@ -201,11 +225,13 @@ def _rows(view: RunView) -> list[Row]:
     best, newest = view.run.contents.best, view.run.contents.newest
     return [
         Row(
-            entry, best is not None and entry.id == best.id,
-            newest is not None and entry.id == newest.id, entry.id in view.run.distrusted,
+            entry,
+            best is not None and entry.id == best.id,
+            newest is not None and entry.id == newest.id,
+            entry.id in view.run.distrusted,
         )
         for entry in view.entries
-    ]  # fmt: skip
+    ]
 
 
 def is_warning(event: Mapping[str, Any]) -> bool:

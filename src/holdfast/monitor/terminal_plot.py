@@ -129,9 +129,14 @@ class _Panel:
     """One drawing with its axes. plotext keeps one figure a process: it is cleared first."""
 
     def __init__(
-        self, series: Sequence[Series], width: int, height: int, screen: Screen, *,
+        self,
+        series: Sequence[Series],
+        width: int,
+        height: int,
+        screen: Screen,
+        *,
         last: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Axes for all of `series`, up to the step `last` at least."""
         import plotext
 

@@ -127,10 +127,18 @@ def detail(view: RunView, identity: str, name: str) -> dict[str, Any]:
     disk = view.disk
     started = {
         key: view.started[key]
-        for key in ("model", "parameters", "context_length", "device", "precision", "tokens",
-                    "steps_per_epoch", "time")
+        for key in (
+            "model",
+            "parameters",
+            "context_length",
+            "device",
+            "precision",
+            "tokens",
+            "steps_per_epoch",
+            "time",
+        )
         if isinstance(view.started.get(key), str | int)
-    }  # fmt: skip
+    }
     rows, left_out = checkpoint_rows(view)
     found: dict[str, Any] = {
         **summary(view, identity, name),
@@ -204,15 +212,26 @@ def _risk(view: RunView, safety: Safety) -> dict[str, Any]:
 def _mark(mark: Mark, directory: Path) -> dict[str, Any]:
     """A reason names its file below the run: the way there tells a reader nothing, and is not for
     whoever gets a report."""
-    wanted = ("reason", "names", "generation", "back_to", "steps_lost", "minutes_lost", "failures",
-              "minutes")  # fmt: skip
+    wanted = (
+        "reason",
+        "names",
+        "generation",
+        "back_to",
+        "steps_lost",
+        "minutes_lost",
+        "failures",
+        "minutes",
+    )
     fields = {name: mark.fields[name] for name in wanted if name in mark.fields}
     if isinstance(fields.get("reason"), str):
         for way in (directory.resolve(), directory):
             fields["reason"] = fields["reason"].replace(f"{way}{os.sep}", "")
     return {
-        "kind": mark.kind, "step": mark.step, "time": _milliseconds(mark.time), "fields": fields,
-    }  # fmt: skip
+        "kind": mark.kind,
+        "step": mark.step,
+        "time": _milliseconds(mark.time),
+        "fields": fields,
+    }
 
 
 def _checkpoints_in(directory: Path, place: str) -> list[Path]:

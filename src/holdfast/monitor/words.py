@@ -299,12 +299,14 @@ def lines(snapshot: Snapshot, events: int = 10) -> list[str]:
         (_("progress"), BETWEEN.join(filter(None, progress))),
         (_("loss"), BETWEEN.join(filter(None, [*losses_, best(snapshot)]))),
         (_("speed"), BETWEEN.join(model(snapshot)) or NOTHING),
-        *((_("lost after {failure}", failure=label), value)
-          for label, value in safety(snapshot)[:-1]),
+        *(
+            (_("lost after {failure}", failure=label), value)
+            for label, value in safety(snapshot)[:-1]
+        ),
         safety(snapshot)[-1],
         *disk(snapshot),
         *(machine(snapshot) if has_figures(snapshot.machine) else []),
-    ]  # fmt: skip
+    ]
     if snapshot.nan_since is not None:
         pairs.insert(2, (_("loss"), no_number(snapshot)))
     if snapshot.saving_fails:

@@ -306,20 +306,23 @@ class ChatForm(_Form):
         self._head["object"] = f"{self.kind}.chunk"
         delta = {"role": "assistant", "content": ""}
         return [
-            self._chunk({"index": choice.index, "delta": delta, "logprobs": None,
-                         "finish_reason": None})
+            self._chunk(
+                {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+            )
             for choice in generation.choices
-        ]  # fmt: skip
+        ]
 
     def chunk(self, piece: Piece) -> dict[str, Any] | None:
         if not piece.text and not piece.choice.finish:
             return None
-        return self._chunk({
-            "index": piece.choice.index,
-            "delta": {"content": piece.text} if piece.text else {},
-            "logprobs": self._told(piece.told) if self._logprobs else None,
-            "finish_reason": piece.choice.finish,
-        })  # fmt: skip
+        return self._chunk(
+            {
+                "index": piece.choice.index,
+                "delta": {"content": piece.text} if piece.text else {},
+                "logprobs": self._told(piece.told) if self._logprobs else None,
+                "finish_reason": piece.choice.finish,
+            }
+        )
 
     def whole(self, pieces: Sequence[Piece], generation: Generation) -> dict[str, Any]:
         choices = [

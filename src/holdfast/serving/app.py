@@ -40,8 +40,9 @@ _LARGE = 20_000  # bytes from which on a request is read and tokenized beside th
 
 def create_app(library: Library, limits: Limits) -> App:
     """Return the application over `library`, for callers that a guard has let in."""
-    app = FastAPI(title="Holdfast", version=__version__, docs_url=None, redoc_url=None,
-                  openapi_url=None)  # fmt: skip
+    app = FastAPI(
+        title="Holdfast", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+    )
     app.state.library, app.state.reading = library, asyncio.Semaphore(1)
     app.add_api_route("/v1/models", _models, methods=_READ)
     app.add_api_route("/v1/models/{name:path}", _model, methods=_READ)
@@ -121,9 +122,12 @@ async def _completions(request: Request) -> Response:
             prompt_logprobs=bool(asked.echo) and asked.logprobs is not None,
         )
         form = CompletionForm(
-            name, served.fingerprint, served.vocabulary, logprobs=asked.logprobs is not None,
+            name,
+            served.fingerprint,
+            served.vocabulary,
+            logprobs=asked.logprobs is not None,
             usage=asked.wants_usage,
-        )  # fmt: skip
+        )
         generation = _begin(served, prompts, sampling, asked, echo=bool(asked.echo))
         return await _answer(request, generation, form, asked, lease)
 
@@ -144,8 +148,13 @@ async def _chat(request: Request) -> Response:
             logprobs=logprobs,
             prompt_logprobs=False,
         )
-        form = ChatForm(name, served.fingerprint, served.vocabulary, logprobs=bool(asked.logprobs),
-                        usage=asked.wants_usage)  # fmt: skip
+        form = ChatForm(
+            name,
+            served.fingerprint,
+            served.vocabulary,
+            logprobs=bool(asked.logprobs),
+            usage=asked.wants_usage,
+        )
         generation = _begin(served, prompts, sampling, asked, echo=False)
         return await _answer(request, generation, form, asked, lease)
 
@@ -156,15 +165,26 @@ def _begin(
     n = asked.n or 1
     protocol.check_count(len(prompts) * n, min(protocol.CHOICES, served.engine.room))
     try:
-        return Generation(served.engine, served.vocabulary, prompts, sampling,
-                          context=served.context, n=n, stops=asked.stop, echo=echo,
-                          json_object=asked.json_object)  # fmt: skip
+        return Generation(
+            served.engine,
+            served.vocabulary,
+            prompts,
+            sampling,
+            context=served.context,
+            n=n,
+            stops=asked.stop,
+            echo=echo,
+            json_object=asked.json_object,
+        )
     except QueueFull as error:
         raise too_many(
-            _("The server is busy: the queue is full. Try again in {seconds} s.",
-              seconds=error.retry_after),
-            error.retry_after, "server_overloaded",
-        ) from error  # fmt: skip
+            _(
+                "The server is busy: the queue is full. Try again in {seconds} s.",
+                seconds=error.retry_after,
+            ),
+            error.retry_after,
+            "server_overloaded",
+        ) from error
 
 
 async def _prompts(
@@ -174,8 +194,9 @@ async def _prompts(
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not given:
-        raise ApiError(400, _("Invalid '{name}': it is empty.", name=param), param=param,
-                       code="invalid_value")  # fmt: skip
+        raise ApiError(
+            400, _("Invalid '{name}': it is empty.", name=param), param=param, code="invalid_value"
+        )
 
     def tokenized() -> list[Prompt]:
         try:
@@ -206,20 +227,31 @@ def _prompt(served: Served, given: str | list[int], limit: int, param: str) -> P
         raise _too_long(served, len(given), limit, param)
     if not all(0 <= token < served.vocabulary.size for token in given):
         raise ApiError(
-            400, _("Invalid '{name}': a token is not in the vocabulary (0 to {last}).", name=param,
-                   last=served.vocabulary.size - 1),
-            param=param, code="invalid_value",
-        )  # fmt: skip
+            400,
+            _(
+                "Invalid '{name}': a token is not in the vocabulary (0 to {last}).",
+                name=param,
+                last=served.vocabulary.size - 1,
+            ),
+            param=param,
+            code="invalid_value",
+        )
     return Prompt(list(given) or [tokenizer.eos_id], answers.shown(tokenizer.decode(given)))
 
 
 def _too_long(served: Served, count: int, limit: int, param: str) -> ApiError:
     return ApiError(
-        400, _("This model's maximum context length is {context} tokens. Your prompt has at least "
-               "{count}; at most {limit} leave room for an answer. Please shorten it.",
-               context=served.context, count=count, limit=limit),
-        param=param, code="context_length_exceeded",
-    )  # fmt: skip
+        400,
+        _(
+            "This model's maximum context length is {context} tokens. Your prompt has at least "
+            "{count}; at most {limit} leave room for an answer. Please shorten it.",
+            context=served.context,
+            count=count,
+            limit=limit,
+        ),
+        param=param,
+        code="context_length_exceeded",
+    )
 
 
 # ------------------------------------------------------------------------------------- the answers
@@ -333,8 +365,9 @@ async def _health(request: Request) -> Response:
 
 
 async def _metrics(request: Request) -> Response:
-    return Response(_library(request).metrics.render(),
-                    media_type="text/plain; version=0.0.4; charset=utf-8")  # fmt: skip
+    return Response(
+        _library(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
+    )
 
 
 def _add_page(app: FastAPI) -> None:

@@ -57,19 +57,25 @@ class ChatTemplate:
         for message in messages:
             if message["role"] not in _ROLES:
                 raise ApiError(
-                    400, _("Invalid 'messages': the role {role} is none of {roles}.",
-                           role=message["role"][:40], roles=", ".join(_ROLES)),
-                    param="messages", code="invalid_value",
-                )  # fmt: skip
+                    400,
+                    _(
+                        "Invalid 'messages': the role {role} is none of {roles}.",
+                        role=message["role"][:40],
+                        roles=", ".join(_ROLES),
+                    ),
+                    param="messages",
+                    code="invalid_value",
+                )
         if self._renderer is None or self._template is None:
             return "\n".join(message["content"] for message in messages if message["content"])
         # What the original's clients send instead of "system"; few templates know it by that name.
         known = "developer" in self._template
         shown = [
-            {**message, "role": "system"} if message["role"] == "developer" and not known
+            {**message, "role": "system"}
+            if message["role"] == "developer" and not known
             else dict(message)
             for message in messages
-        ]  # fmt: skip
+        ]
         marks = [secrets.token_hex(6) for _message in shown]
         marked = [
             {**message, "content": mark} if message["content"].strip() else message
@@ -83,17 +89,25 @@ class ChatTemplate:
             raise server_error(reason, code="chat_template_failed") from error
         if isinstance(text, Refused):
             raise ApiError(
-                400, _("The model's chat template refuses these messages: {reason}", reason=text),
-                param="messages", code="invalid_value",
-            )  # fmt: skip
+                400,
+                _("The model's chat template refuses these messages: {reason}", reason=text),
+                param="messages",
+                code="invalid_value",
+            )
         for i, (message, mark) in enumerate(zip(shown, marks, strict=True)):
             if not _is_in(text, traced, message["content"].strip(), mark):
                 raise ApiError(
-                    400, _("The model's chat template leaves out message {number}, of the role "
-                           "{role}: the model would never see it. Send it in another role or "
-                           "place.", number=i + 1, role=messages[i]["role"]),
-                    param=f"messages[{i}]", code="unsupported_value",
-                )  # fmt: skip
+                    400,
+                    _(
+                        "The model's chat template leaves out message {number}, of the role "
+                        "{role}: the model would never see it. Send it in another role or "
+                        "place.",
+                        number=i + 1,
+                        role=messages[i]["role"],
+                    ),
+                    param=f"messages[{i}]",
+                    code="unsupported_value",
+                )
         return text
 
 

@@ -87,14 +87,27 @@ class Text:
     """One text under way."""
 
     __slots__ = (
-        "arrived", "cancelled", "counts", "generated", "guide", "inbox", "index", "next",
-        "prompt", "random", "sampling",
-    )  # fmt: skip
+        "arrived",
+        "cancelled",
+        "counts",
+        "generated",
+        "guide",
+        "inbox",
+        "index",
+        "next",
+        "prompt",
+        "random",
+        "sampling",
+    )
 
     def __init__(
-        self, index: int, prompt: Sequence[int], sampling: Sampling, inbox: Inbox,
+        self,
+        index: int,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        inbox: Inbox,
         guide: JsonText | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`index`: the number of its choice; with the seed it decides what is drawn."""
         self.guide = guide
         self.index, self.prompt, self.sampling, self.inbox = index, list(prompt), sampling, inbox

@@ -30,11 +30,23 @@ _NUMBER = {
     "+": {"0": "x", "1": "x"},
     "x": {"0": "x", "1": "x"},
 }
-_KIND = {**dict.fromkeys("123456789", "1"), "0": "0", ".": ".", "e": "e", "E": "e", "+": "+",
-         "-": "-"}  # fmt: skip
+_KIND = {
+    **dict.fromkeys("123456789", "1"),
+    "0": "0",
+    ".": ".",
+    "e": "e",
+    "E": "e",
+    "+": "+",
+    "-": "-",
+}
 # UTF-8 (RFC 3629): the ranges of bytes that a string may wait for, by a letter.
-_RANGES = {"c": (0x80, 0xBF), "A": (0xA0, 0xBF), "B": (0x80, 0x9F), "C": (0x90, 0xBF),
-           "D": (0x80, 0x8F)}  # fmt: skip
+_RANGES = {
+    "c": (0x80, 0xBF),
+    "A": (0xA0, 0xBF),
+    "B": (0x80, 0x9F),
+    "C": (0x90, 0xBF),
+    "D": (0x80, 0x8F),
+}
 _WAITS = {  # by the first byte of a character
     **dict.fromkeys(range(0xC2, 0xE0), "c"),
     **dict.fromkeys(range(0xE1, 0xF0), "cc"),

@@ -82,8 +82,11 @@ class Served:
         if not self.template.own:
             return self.template.render(messages)
         if self._to_render >= self.engine.room:
-            raise too_many(_("The server is busy: too many conversations wait for their template."),
-                           1, "server_overloaded")  # fmt: skip
+            raise too_many(
+                _("The server is busy: too many conversations wait for their template."),
+                1,
+                "server_overloaded",
+            )
         self._to_render += 1
         try:
             loop = asyncio.get_running_loop()
@@ -106,9 +109,12 @@ class Library:
     """The models of some sources; everything but `load` and `look_again` runs in one event loop."""
 
     def __init__(
-        self, sources: Sequence[Path], options: Options, metrics: Metrics,
+        self,
+        sources: Sequence[Path],
+        options: Options,
+        metrics: Metrics,
         loop: asyncio.AbstractEventLoop,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`sources`: run directories and checkpoint files. Call `open` before anything else."""
         self.sources, self.options, self.metrics = list(sources), options, metrics
         self._labels = labels_of(self.sources)
@@ -148,9 +154,12 @@ class Library:
         cards = self._cards_of(source)
         if not cards:
             raise CheckpointError(
-                _("There is no checkpoint in {directory} yet: train first (holdfast train), or "
-                  "name another run.", directory=source)
-            )  # fmt: skip
+                _(
+                    "There is no checkpoint in {directory} yet: train first (holdfast train), or "
+                    "name another run.",
+                    directory=source,
+                )
+            )
         name = cards[0].name
         cards = list({card.path: card for card in cards}.values())  # one file has several names
         for card in cards:
@@ -195,9 +204,12 @@ class Library:
         engine = Engine(
             batch_for(loaded.model, options.batch, loaded.max_context),
             end_ids=end_ids_of(loaded.model, loaded.tokenizer.eos_id),
-            queue=options.queue, loop=self._loop, observer=self.metrics, name=card.name,
+            queue=options.queue,
+            loop=self._loop,
+            observer=self.metrics,
+            name=card.name,
             threads=self._share,
-        )  # fmt: skip
+        )
         return Served(card.entry, loaded, engine)
 
     # ---------------------------------------------------------------------------------- the names
@@ -287,10 +299,14 @@ class Library:
             if card.name == name:
                 return card
         raise ApiError(
-            404, _("The model '{name}' does not exist here; GET /v1/models lists those that do.",
-                   name=name[:200]),
-            param="model", code="model_not_found",
-        )  # fmt: skip
+            404,
+            _(
+                "The model '{name}' does not exist here; GET /v1/models lists those that do.",
+                name=name[:200],
+            ),
+            param="model",
+            code="model_not_found",
+        )
 
     async def _load_for(self, name: str | None) -> tuple[Card, Served]:
         """What `name` stands for, loaded. One after the other: there is memory for as many as are
@@ -361,10 +377,14 @@ class Library:
             self._refuse(better, error)
             self.metrics.reloads.labels("refused").inc()
             log.warning(
-                _("{name} of step {step} is not served, step {old} goes on: {reason}",
-                  name=better.path.name, step=better.entry.step, old=current.entry.step,
-                  reason=error)
-            )  # fmt: skip
+                _(
+                    "{name} of step {step} is not served, step {old} goes on: {reason}",
+                    name=better.path.name,
+                    step=better.entry.step,
+                    old=current.entry.step,
+                    reason=error,
+                )
+            )
             return self._refused[better.entry.id] == math.inf
         self._loop.call_soon_threadsafe(self._adopt, source, better, served)
         return True
@@ -388,9 +408,13 @@ class Library:
         self._show(better)
         self.metrics.reloads.labels("loaded").inc()
         log.info(
-            _("{name} is step {step} now (it was step {old})", name=better.name,
-              step=better.entry.step, old=old.entry.step)
-        )  # fmt: skip
+            _(
+                "{name} is step {step} now (it was step {old})",
+                name=better.name,
+                step=better.entry.step,
+                old=old.entry.step,
+            )
+        )
 
     def _show(self, card: Card) -> None:
         self.metrics.step.labels(card.name).set(card.entry.step)

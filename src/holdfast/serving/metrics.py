@@ -16,9 +16,11 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "holdfast_requests", "Requests answered, by path and status", ["path", "status"],
+            "holdfast_requests",
+            "Requests answered, by path and status",
+            ["path", "status"],
             registry=registry,
-        )  # fmt: skip
+        )
         self.tokens = Counter(
             "holdfast_tokens", "Tokens read in prompts and generated", ["kind"], registry=registry
         )
@@ -26,29 +28,39 @@ class Metrics:
             "holdfast_cancelled_requests", "Requests whose client went away", registry=registry
         )
         self.reloads = Counter(
-            "holdfast_reloads", "Better checkpoints that were loaded or refused", ["outcome"],
+            "holdfast_reloads",
+            "Better checkpoints that were loaded or refused",
+            ["outcome"],
             registry=registry,
-        )  # fmt: skip
+        )
         self.models_loaded = Gauge("holdfast_models_loaded", "Models in memory", registry=registry)
         self.step = Gauge(
-            "holdfast_model_step", "Training step of the checkpoint that a name serves", ["model"],
+            "holdfast_model_step",
+            "Training step of the checkpoint that a name serves",
+            ["model"],
             registry=registry,
-        )  # fmt: skip
+        )
         self.loss = Gauge(
-            "holdfast_model_loss", "Loss of the checkpoint that a name serves", ["model"],
+            "holdfast_model_loss",
+            "Loss of the checkpoint that a name serves",
+            ["model"],
             registry=registry,
-        )  # fmt: skip
+        )
         self._first = Histogram(
-            "holdfast_time_to_first_token_seconds", "From arrival to the first token",
-            registry=registry, buckets=_SECONDS,
-        )  # fmt: skip
+            "holdfast_time_to_first_token_seconds",
+            "From arrival to the first token",
+            registry=registry,
+            buckets=_SECONDS,
+        )
         self._steps = Histogram(
             "holdfast_step_seconds", "A step of a batch", registry=registry, buckets=_SECONDS
         )
         self._rows = Histogram(
-            "holdfast_batch_size", "Texts in the batch, at each step", registry=registry,
+            "holdfast_batch_size",
+            "Texts in the batch, at each step",
+            registry=registry,
             buckets=_ROWS,
-        )  # fmt: skip
+        )
         for kind in ("prompt", "generated"):
             self.tokens.labels(kind)  # there from the start: a rate needs a zero
 

@@ -32,14 +32,31 @@ _TOLD = 600  # characters of an error's message: what was sent is not sent back 
 # Fields that other servers know and that change the text, with the value that says nothing. To
 # leave them out in silence would be a wrong answer.
 _ELSEWHERE: dict[str, object] = {
-    "tools": None, "functions": None, "suffix": None, "audio": None, "modalities": ["text"],
-    "repetition_penalty": 1, "length_penalty": 1, "typical_p": 1, "min_p": 0, "min_tokens": 0,
-    "mirostat": 0, "use_beam_search": None, "bad_words": None, "grammar": None,
-    "json_schema": None, "guided_json": None, "guided_regex": None, "guided_choice": None,
-    "guided_grammar": None, "structured_outputs": None, "chat_template": None,
-    "continue_final_message": None, "include_stop_str_in_output": None,
+    "tools": None,
+    "functions": None,
+    "suffix": None,
+    "audio": None,
+    "modalities": ["text"],
+    "repetition_penalty": 1,
+    "length_penalty": 1,
+    "typical_p": 1,
+    "min_p": 0,
+    "min_tokens": 0,
+    "mirostat": 0,
+    "use_beam_search": None,
+    "bad_words": None,
+    "grammar": None,
+    "json_schema": None,
+    "guided_json": None,
+    "guided_regex": None,
+    "guided_choice": None,
+    "guided_grammar": None,
+    "structured_outputs": None,
+    "chat_template": None,
+    "continue_final_message": None,
+    "include_stop_str_in_output": None,
     "truncate_prompt_tokens": None,
-}  # fmt: skip
+}
 
 
 class ApiError(Exception):
@@ -86,8 +103,9 @@ def server_error(message: str, *, status: int = 500, code: str | None = None) ->
 def tokenizer_failed(error: BaseException) -> ApiError:
     """What is answered, and logged in a line, where a model's tokenizer raises an error."""
     reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
-    told = server_error(_("The model's tokenizer failed: {reason}", reason=reason),
-                        code="tokenizer_failed")  # fmt: skip
+    told = server_error(
+        _("The model's tokenizer failed: {reason}", reason=reason), code="tokenizer_failed"
+    )
     log.warning("%s", told)
     return told
 
@@ -115,9 +133,12 @@ def _prompt(value: object) -> object:
     raise PydanticCustomError(
         "prompt_type",
         "{reason}",
-        {"reason": _("a text, a list of texts, a list of token ids, or a list of such lists is "
-                     "needed")},
-    )  # fmt: skip
+        {
+            "reason": _(
+                "a text, a list of texts, a list of token ids, or a list of such lists is needed"
+            )
+        },
+    )
 
 
 def _whole_numbers(value: object) -> bool:
@@ -148,15 +169,18 @@ def _text(value: object) -> object:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
             raise ApiError(
-                400, _("Only text is understood here: content parts of the type 'text'."),
-                param="messages", code="unsupported_value",
-            )  # fmt: skip
+                400,
+                _("Only text is understood here: content parts of the type 'text'."),
+                param="messages",
+                code="unsupported_value",
+            )
         text = part.get("text") or "" if kind else None
         if not isinstance(text, str):
             raise PydanticCustomError(
-                "content_type", "{reason}",
+                "content_type",
+                "{reason}",
                 {"reason": _("a text or a list of content parts is needed")},
-            )  # fmt: skip
+            )
         texts.append(text)
     return "".join(texts)
 
@@ -171,10 +195,15 @@ def check_count(count: int, limit: int) -> None:
     """Raise ApiError where a request asks for `count` texts and at most `limit` can be made."""
     if count > limit:
         raise ApiError(
-            400, _("{count} texts are asked for at a time; at most {limit} can be.", count=count,
-                   limit=limit),
-            param="n", code="invalid_value",
-        )  # fmt: skip
+            400,
+            _(
+                "{count} texts are asked for at a time; at most {limit} can be.",
+                count=count,
+                limit=limit,
+            ),
+            param="n",
+            code="invalid_value",
+        )
 
 
 class _Object(BaseModel):
@@ -214,11 +243,15 @@ class _Request(_Object):
         kind = (self.response_format or {}).get("type", "text")
         if kind not in ("text", "json_object"):
             raise ApiError(
-                400, _("'response_format' may be of the type text or json_object here, not "
-                       "{kind}: ask for json_object, and describe the form in the prompt.",
-                       kind=str(kind)[:40]),
-                param="response_format", code="unsupported_value",
-            )  # fmt: skip
+                400,
+                _(
+                    "'response_format' may be of the type text or json_object here, not "
+                    "{kind}: ask for json_object, and describe the form in the prompt.",
+                    kind=str(kind)[:40],
+                ),
+                param="response_format",
+                code="unsupported_value",
+            )
 
     @property
     def json_object(self) -> bool:
@@ -288,16 +321,24 @@ class ChatRequest(_Request):
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
-            raise ApiError(400, _("'top_logprobs' needs 'logprobs': true."), param="top_logprobs",
-                           code="invalid_value")  # fmt: skip
+            raise ApiError(
+                400,
+                _("'top_logprobs' needs 'logprobs': true."),
+                param="top_logprobs",
+                code="invalid_value",
+            )
         for name in ("tool_calls", "function_call"):
             if any(getattr(message, name) for message in self.messages):
                 _unsupported(name)
 
 
 def _unsupported(name: str) -> NoReturn:
-    raise ApiError(400, _("'{name}' is not supported by this server.", name=name), param=name,
-                   code="unsupported_parameter")  # fmt: skip
+    raise ApiError(
+        400,
+        _("'{name}' is not supported by this server.", name=name),
+        param=name,
+        code="unsupported_parameter",
+    )
 
 
 def _bias(given: dict[str, float], vocabulary: int) -> dict[int, float]:
@@ -306,10 +347,15 @@ def _bias(given: dict[str, float], vocabulary: int) -> dict[int, float]:
         token = int(name) if name.isascii() and name.isdigit() and len(name) < 20 else vocabulary
         if token >= vocabulary:
             raise ApiError(
-                400, _("'logit_bias' names the token {name}; the vocabulary has 0 to {last}.",
-                       name=name[:20], last=vocabulary - 1),
-                param="logit_bias", code="invalid_value",
-            )  # fmt: skip
+                400,
+                _(
+                    "'logit_bias' names the token {name}; the vocabulary has 0 to {last}.",
+                    name=name[:20],
+                    last=vocabulary - 1,
+                ),
+                param="logit_bias",
+                code="invalid_value",
+            )
         bias[token] = value
     return bias
 
@@ -318,10 +364,15 @@ def _known_tokens(given: list[int], vocabulary: int) -> frozenset[int]:
     unknown = [token for token in given if not 0 <= token < vocabulary]
     if unknown:
         raise ApiError(
-            400, _("Invalid '{name}': a token is not in the vocabulary (0 to {last}).",
-                   name="stop_token_ids", last=vocabulary - 1),
-            param="stop_token_ids", code="invalid_value",
-        )  # fmt: skip
+            400,
+            _(
+                "Invalid '{name}': a token is not in the vocabulary (0 to {last}).",
+                name="stop_token_ids",
+                last=vocabulary - 1,
+            ),
+            param="stop_token_ids",
+            code="invalid_value",
+        )
     return frozenset(given)
 
 
@@ -347,14 +398,16 @@ def parse_json(body: bytes) -> dict[str, Any]:
     except ValueError as error:  # Python's limit for the digits of a whole number
         raise _no_json(_("a number has too many digits")) from error
     if not isinstance(value, dict):
-        raise ApiError(400, _("The body of the request must be a JSON object."),
-                       code="invalid_json")  # fmt: skip
+        raise ApiError(
+            400, _("The body of the request must be a JSON object."), code="invalid_json"
+        )
     return value
 
 
 def _no_json(reason: object) -> ApiError:
-    return ApiError(400, _("The body of the request is not JSON: {reason}", reason=reason),
-                    code="invalid_json")  # fmt: skip
+    return ApiError(
+        400, _("The body of the request is not JSON: {reason}", reason=reason), code="invalid_json"
+    )
 
 
 def _containers(body: bytes) -> int:
@@ -402,13 +455,18 @@ def _told(error: ValidationError) -> ApiError:
     param = "".join(f"[{p}]" if isinstance(p, int) else f".{p[:40]}" for p in first["loc"])
     param = param.lstrip(".")
     if first["type"] == "missing":
-        return ApiError(400, _("You must provide '{name}'.", name=param), param=param,
-                        code="missing_required_parameter")  # fmt: skip
+        return ApiError(
+            400,
+            _("You must provide '{name}'.", name=param),
+            param=param,
+            code="missing_required_parameter",
+        )
     known = _reasons(first.get("ctx", {})).get(first["type"])
     reason = known or str(first["msg"]).removeprefix("Value error, ")
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
-    return ApiError(400, _("Invalid '{name}': {reason}", name=param, reason=reason), param=param,
-                    code=code)  # fmt: skip
+    return ApiError(
+        400, _("Invalid '{name}': {reason}", name=param, reason=reason), param=param, code=code
+    )
 
 
 def _reasons(limits: Mapping[str, Any]) -> dict[str, str]:

@@ -80,13 +80,19 @@ class Renderer:
         self._forget()
         code = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
         code += "from holdfast.serving.rendering import serve; serve()"
-        quiet = {"TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1",
-                 "OPENBLAS_NUM_THREADS": "1"}  # fmt: skip
+        quiet = {
+            "TRANSFORMERS_VERBOSITY": "error",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         try:
             self._process = process = subprocess.Popen(
-                [sys.executable, "-I", "-c", code, json.dumps(sys.path)], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, **quiet},
-            )  # fmt: skip
+                [sys.executable, "-I", "-c", code, json.dumps(sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, **quiet},
+            )
         except OSError as error:
             reason = error.strerror or error
             raise Failed(_("its process cannot start: {reason}", reason=reason)) from error
@@ -180,9 +186,11 @@ def serve() -> None:
 def _answer(render: Any, work: Mapping[str, Any], messages: list[Any]) -> dict[str, str]:
     try:
         (text,), _places = render(
-            conversations=[messages], chat_template=work["template"], add_generation_prompt=True,
+            conversations=[messages],
+            chat_template=work["template"],
+            add_generation_prompt=True,
             **work["special"],
-        )  # fmt: skip
+        )
     except MemoryError:
         return {"failed": "memory"}
     except Exception as error:  # noqa: BLE001 - a template is a program: it raises what it likes

@@ -209,8 +209,10 @@ def _spread(changes: Sequence[tuple[int, Mapping[int, float]]], device: torch.de
     rows = [row for row, change in changes for _token in change]
     tokens = [token for _row, change in changes for token in change]
     values = [value for _row, change in changes for value in change.values()]
-    places = (torch.tensor(rows, device=device, dtype=torch.long),
-              torch.tensor(tokens, device=device, dtype=torch.long))  # fmt: skip
+    places = (
+        torch.tensor(rows, device=device, dtype=torch.long),
+        torch.tensor(tokens, device=device, dtype=torch.long),
+    )
     return places, torch.tensor(values, device=device, dtype=torch.float32)
 
 
