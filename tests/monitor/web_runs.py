@@ -104,7 +104,6 @@ class Server:
         return f"http://{HOST}:{self.port}/?token={TOKEN}"
 
     def stop(self) -> None:
-        self.hub.close()
         self._server.should_exit = True
         self._thread.join(10)
         assert not self._thread.is_alive(), "the server did not stop"

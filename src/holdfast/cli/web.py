@@ -12,8 +12,7 @@ import sys
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from holdfast.cli import common
 from holdfast.errors import ConfigError, HoldfastError
@@ -21,9 +20,6 @@ from holdfast.formatting import format_bytes
 from holdfast.i18n import N_, _, language
 from holdfast.manage.rundir import look
 from holdfast.table import printable
-
-if TYPE_CHECKING:
-    from holdfast.monitor.web_hub import Hub
 
 HOST, PORT = "127.0.0.1", 8765
 _PORTS = [*range(PORT, PORT + 20), 0]  # tried one after the other; 0: any that is free
@@ -42,9 +38,8 @@ def run_dashboard(argv: Sequence[str], prog: str) -> int:
     listener = listen(given.host, [given.port] if given.port is not None else _PORTS)
     port, token = int(listener.getsockname()[1]), new_token()
     address = f"http://{shown_host(given.host)}:{port}/?token={token}"
-    hub = Hub(roots)
     app = guarded(
-        create_app(hub, lang=given.lang),
+        create_app(Hub(roots), lang=given.lang),
         host=given.host,
         port=port,
         token=token,
@@ -71,7 +66,7 @@ def run_dashboard(argv: Sequence[str], prog: str) -> int:
         print(careful, file=sys.stderr)
     if given.open:
         webbrowser.open(address)
-    _serve(app, hub, listener)
+    _serve(app, listener)
     return 0
 
 
@@ -198,16 +193,10 @@ def _file_name(directory: Path) -> str:
 # ------------------------------------------------------------------------------------- the server
 
 
-def _serve(app: Any, hub: Hub, listener: socket.socket) -> None:
-    """Serve until a signal; open streams end at once, so that Ctrl-C does."""
+def _serve(app: Any, listener: socket.socket) -> None:
     import uvicorn
 
     from holdfast.listening import Connection
-
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            hub.close()
-            super().handle_exit(sig, frame)
 
     config = uvicorn.Config(
         app,
@@ -216,11 +205,11 @@ def _serve(app: Any, hub: Hub, listener: socket.socket) -> None:
         server_header=False,
         date_header=False,
         timeout_graceful_shutdown=1,
-        lifespan="on",
+        lifespan="off",
         http=Connection,
         ws="none",
     )
     try:
-        Server(config).run(sockets=[listener])
+        uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:  # the way in which it is meant to end
         print(file=sys.stderr)

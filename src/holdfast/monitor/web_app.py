@@ -10,14 +10,13 @@ import asyncio
 import html
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Query
 from fastapi.middleware.gzip import GZipMiddleware
-from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, Response
 
 from holdfast.guarding import (
     FOREIGN_HOST,
@@ -32,9 +31,8 @@ from holdfast.guarding import (
 )
 from holdfast.monitor import web_data
 from holdfast.monitor.web_files import SCRIPTS, TYPES, WEB, plotting_script
-from holdfast.monitor.web_hub import Cursor, Hub, whole
+from holdfast.monitor.web_hub import Feed, Hub
 
-PING_EVERY = 5.0  # seconds: a page that hears nothing for three of them takes the line for dead
 COMPARED = 8  # runs at once: as many as there are colours
 _SAID = {  # in both languages: a request that is refused has shown nothing yet by which to tell
     401: (
@@ -57,15 +55,11 @@ _SAID = {  # in both languages: a request that is refused has shown nothing yet 
 
 
 def create_app(hub: Hub, *, lang: str | None = None) -> FastAPI:
-    """The application over `hub`; `lang` is the language of the page where its reader has chosen
-    none. It asks nobody who they are: put `guarded` around it."""
+    """Return the application over `hub`, for requests that `guarded` has let in.
 
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        yield
-        hub.shut()
-
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    `lang` is the language of the page where its reader has chosen none.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(GZipMiddleware, compresslevel=6)
     _add_page(app, lang)
     _add_data(app, hub)
@@ -150,14 +144,15 @@ def _add_data(app: FastAPI, hub: Hub) -> None:
     @app.get("/api/runs")
     async def runs() -> Response:
         await hub.fresh()
-        return _json({"runs": hub.rows(), "problems": hub.troubles()})
+        now = round(time.time() * 1000)
+        return _json({"runs": hub.rows(), "problems": hub.problems(), "now": now})
 
     @app.get("/api/runs/{identity}")
-    async def run(identity: str) -> Response:
+    async def run(identity: str, have: str = "") -> Response:
         picture = (await _feed(hub, identity)).picture
         if picture is None:
             raise HTTPException(503, "not read yet")
-        return _json(await asyncio.to_thread(whole, picture))
+        return _json(await asyncio.to_thread(picture.news, have))
 
     @app.get("/api/runs/{identity}/log")
     async def log(identity: str) -> Response:
@@ -171,15 +166,8 @@ def _add_data(app: FastAPI, hub: Hub) -> None:
         asked = [(feed.id, feed.name, feed.directory) for feed in feeds]
         return _json(await hub.read(feeds, web_data.comparison, asked))
 
-    @app.get("/api/stream")
-    async def stream(run: list[str] = Query(default=[])) -> StreamingResponse:  # noqa: B008
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(
-            _events(hub, run[:COMPARED]), media_type="text/event-stream", headers=headers
-        )
 
-
-async def _feed(hub: Hub, identity: str) -> Any:
+async def _feed(hub: Hub, identity: str) -> Feed:
     await hub.fresh()
     found = hub.chosen([identity])
     if not found:
@@ -187,30 +175,6 @@ async def _feed(hub: Hub, identity: str) -> Any:
     return found[0]
 
 
-async def _events(hub: Hub, wanted: Sequence[str]) -> AsyncIterator[bytes]:
-    """What happens, until the page goes. A page that comes back begins with everything anew, so a
-    line that was cut can lose nothing; `Last-Event-ID` is not needed for it."""
-    cursor = Cursor(hub, wanted)
-    yield b"retry: 1000\n\n"
-    async with hub.watching() as event:
-        while not hub.closing:
-            event.clear()
-            for kind, data in await asyncio.to_thread(cursor.news):
-                yield _event(kind, data)
-            yield _event("ping", {"now": round(time.time() * 1000)})
-            try:
-                await asyncio.wait_for(event.wait(), PING_EVERY)
-            except asyncio.TimeoutError:
-                continue
-
-
-def _event(kind: str, data: Any) -> bytes:
-    return f"event: {kind}\ndata: {_dumps(data)}\n\n".encode()
-
-
-def _dumps(data: Any) -> str:
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
 def _json(data: Any) -> Response:
-    return Response(_dumps(data), media_type="application/json")
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Response(text, media_type="application/json")

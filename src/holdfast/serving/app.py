@@ -28,7 +28,7 @@ from holdfast.serving.engine import QueueFull
 from holdfast.serving.library import Library, Served
 from holdfast.serving.limits import Gate, Limits
 from holdfast.serving.metrics import Metrics
-from holdfast.serving.protocol import ApiError, server_error, too_many
+from holdfast.serving.protocol import ApiError, invalid, server_error, too_many
 from holdfast.version import __version__
 
 log = logging.getLogger("holdfast")
@@ -194,9 +194,7 @@ async def _prompts(
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not given:
-        raise ApiError(
-            400, _("Invalid '{name}': it is empty.", name=param), param=param, code="invalid_value"
-        )
+        raise invalid(_("Invalid '{name}': it is empty.", name=param), param)
 
     def tokenized() -> list[Prompt]:
         try:
@@ -226,22 +224,19 @@ def _prompt(served: Served, given: str | list[int], limit: int, param: str) -> P
     if len(given) > limit:
         raise _too_long(served, len(given), limit, param)
     if not all(0 <= token < served.vocabulary.size for token in given):
-        raise ApiError(
-            400,
+        raise invalid(
             _(
                 "Invalid '{name}': a token is not in the vocabulary (0 to {last}).",
                 name=param,
                 last=served.vocabulary.size - 1,
             ),
-            param=param,
-            code="invalid_value",
+            param,
         )
     return Prompt(list(given) or [tokenizer.eos_id], answers.shown(tokenizer.decode(given)))
 
 
 def _too_long(served: Served, count: int, limit: int, param: str) -> ApiError:
-    return ApiError(
-        400,
+    return invalid(
         _(
             "This model's maximum context length is {context} tokens. Your prompt has at least "
             "{count}; at most {limit} leave room for an answer. Please shorten it.",
@@ -249,8 +244,8 @@ def _too_long(served: Served, count: int, limit: int, param: str) -> ApiError:
             count=count,
             limit=limit,
         ),
-        param=param,
-        code="context_length_exceeded",
+        param,
+        "context_length_exceeded",
     )
 
 

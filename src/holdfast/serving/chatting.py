@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.i18n import _
-from holdfast.serving.protocol import ApiError, server_error
+from holdfast.serving.protocol import invalid, server_error
 from holdfast.serving.rendering import Failed, Refused, Renderer
 from holdfast.training.text.tokenizer import TextTokenizer
 
@@ -56,15 +56,13 @@ class ChatTemplate:
         """
         for message in messages:
             if message["role"] not in _ROLES:
-                raise ApiError(
-                    400,
+                raise invalid(
                     _(
                         "Invalid 'messages': the role {role} is none of {roles}.",
                         role=message["role"][:40],
                         roles=", ".join(_ROLES),
                     ),
-                    param="messages",
-                    code="invalid_value",
+                    "messages",
                 )
         if self._renderer is None or self._template is None:
             return "\n".join(message["content"] for message in messages if message["content"])
@@ -88,16 +86,13 @@ class ChatTemplate:
             log.warning(reason)
             raise server_error(reason, code="chat_template_failed") from error
         if isinstance(text, Refused):
-            raise ApiError(
-                400,
+            raise invalid(
                 _("The model's chat template refuses these messages: {reason}", reason=text),
-                param="messages",
-                code="invalid_value",
+                "messages",
             )
         for i, (message, mark) in enumerate(zip(shown, marks, strict=True)):
             if not _is_in(text, traced, message["content"].strip(), mark):
-                raise ApiError(
-                    400,
+                raise invalid(
                     _(
                         "The model's chat template leaves out message {number}, of the role "
                         "{role}: the model would never see it. Send it in another role or "
@@ -105,8 +100,8 @@ class ChatTemplate:
                         number=i + 1,
                         role=messages[i]["role"],
                     ),
-                    param=f"messages[{i}]",
-                    code="unsupported_value",
+                    f"messages[{i}]",
+                    "unsupported_value",
                 )
         return text
 

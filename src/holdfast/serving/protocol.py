@@ -94,6 +94,11 @@ def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def invalid(message: str, param: str | None, code: str = "invalid_value") -> ApiError:
+    """Return the error over a request that is wrong in the field `param`."""
+    return ApiError(400, message, param=param, code=code)
+
+
 def server_error(message: str, *, status: int = 500, code: str | None = None) -> ApiError:
     """An error that is ours; the client is told that asking again does not help."""
     headers = {"x-should-retry": "false"} if status == 500 else {"Retry-After": "1"}
@@ -168,11 +173,10 @@ def _text(value: object) -> object:
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
-            raise ApiError(
-                400,
+            raise invalid(
                 _("Only text is understood here: content parts of the type 'text'."),
-                param="messages",
-                code="unsupported_value",
+                "messages",
+                "unsupported_value",
             )
         text = part.get("text") or "" if kind else None
         if not isinstance(text, str):
@@ -194,15 +198,13 @@ def _few(value: object) -> object:
 def check_count(count: int, limit: int) -> None:
     """Raise ApiError where a request asks for `count` texts and at most `limit` can be made."""
     if count > limit:
-        raise ApiError(
-            400,
+        raise invalid(
             _(
                 "{count} texts are asked for at a time; at most {limit} can be.",
                 count=count,
                 limit=limit,
             ),
-            param="n",
-            code="invalid_value",
+            "n",
         )
 
 
@@ -242,15 +244,14 @@ class _Request(_Object):
         """Raise ApiError over what this server does not do."""
         kind = (self.response_format or {}).get("type", "text")
         if kind not in ("text", "json_object"):
-            raise ApiError(
-                400,
+            raise invalid(
                 _(
                     "'response_format' may be of the type text or json_object here, not "
                     "{kind}: ask for json_object, and describe the form in the prompt.",
                     kind=str(kind)[:40],
                 ),
-                param="response_format",
-                code="unsupported_value",
+                "response_format",
+                "unsupported_value",
             )
 
     @property
@@ -321,23 +322,15 @@ class ChatRequest(_Request):
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
-            raise ApiError(
-                400,
-                _("'top_logprobs' needs 'logprobs': true."),
-                param="top_logprobs",
-                code="invalid_value",
-            )
+            raise invalid(_("'top_logprobs' needs 'logprobs': true."), "top_logprobs")
         for name in ("tool_calls", "function_call"):
             if any(getattr(message, name) for message in self.messages):
                 _unsupported(name)
 
 
 def _unsupported(name: str) -> NoReturn:
-    raise ApiError(
-        400,
-        _("'{name}' is not supported by this server.", name=name),
-        param=name,
-        code="unsupported_parameter",
+    raise invalid(
+        _("'{name}' is not supported by this server.", name=name), name, "unsupported_parameter"
     )
 
 
@@ -346,15 +339,13 @@ def _bias(given: dict[str, float], vocabulary: int) -> dict[int, float]:
     for name, value in given.items():
         token = int(name) if name.isascii() and name.isdigit() and len(name) < 20 else vocabulary
         if token >= vocabulary:
-            raise ApiError(
-                400,
+            raise invalid(
                 _(
                     "'logit_bias' names the token {name}; the vocabulary has 0 to {last}.",
                     name=name[:20],
                     last=vocabulary - 1,
                 ),
-                param="logit_bias",
-                code="invalid_value",
+                "logit_bias",
             )
         bias[token] = value
     return bias
@@ -363,15 +354,13 @@ def _bias(given: dict[str, float], vocabulary: int) -> dict[int, float]:
 def _known_tokens(given: list[int], vocabulary: int) -> frozenset[int]:
     unknown = [token for token in given if not 0 <= token < vocabulary]
     if unknown:
-        raise ApiError(
-            400,
+        raise invalid(
             _(
                 "Invalid '{name}': a token is not in the vocabulary (0 to {last}).",
                 name="stop_token_ids",
                 last=vocabulary - 1,
             ),
-            param="stop_token_ids",
-            code="invalid_value",
+            "stop_token_ids",
         )
     return frozenset(given)
 
@@ -398,15 +387,13 @@ def parse_json(body: bytes) -> dict[str, Any]:
     except ValueError as error:  # Python's limit for the digits of a whole number
         raise _no_json(_("a number has too many digits")) from error
     if not isinstance(value, dict):
-        raise ApiError(
-            400, _("The body of the request must be a JSON object."), code="invalid_json"
-        )
+        raise invalid(_("The body of the request must be a JSON object."), None, "invalid_json")
     return value
 
 
 def _no_json(reason: object) -> ApiError:
-    return ApiError(
-        400, _("The body of the request is not JSON: {reason}", reason=reason), code="invalid_json"
+    return invalid(
+        _("The body of the request is not JSON: {reason}", reason=reason), None, "invalid_json"
     )
 
 
@@ -455,18 +442,13 @@ def _told(error: ValidationError) -> ApiError:
     param = "".join(f"[{p}]" if isinstance(p, int) else f".{p[:40]}" for p in first["loc"])
     param = param.lstrip(".")
     if first["type"] == "missing":
-        return ApiError(
-            400,
-            _("You must provide '{name}'.", name=param),
-            param=param,
-            code="missing_required_parameter",
+        return invalid(
+            _("You must provide '{name}'.", name=param), param, "missing_required_parameter"
         )
     known = _reasons(first.get("ctx", {})).get(first["type"])
     reason = known or str(first["msg"]).removeprefix("Value error, ")
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
-    return ApiError(
-        400, _("Invalid '{name}': {reason}", name=param, reason=reason), param=param, code=code
-    )
+    return invalid(_("Invalid '{name}': {reason}", name=param, reason=reason), param, code)
 
 
 def _reasons(limits: Mapping[str, Any]) -> dict[str, str]:

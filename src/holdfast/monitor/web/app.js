@@ -1,11 +1,12 @@
-// The page as a whole: what is shown, what was chosen, and the line to the server. In a report the
-// data stands in the page itself and there is no line.
+// The page as a whole: what is shown, what was chosen, and what is new. In a report the data
+// stands in the page itself.
 "use strict";
 (function () {
   const { t, el } = HF;
   const inlined = document.getElementById("data");
   const report = inlined ? JSON.parse(inlined.textContent) : null;
-  const SILENCE = 15000; // milliseconds without a word after which the line is taken for dead
+  const SILENCE = 15000; // milliseconds after which an answer is not waited for any more
+  const KEPT = 4000; // points of a curve after which it is asked for anew, thinned
 
   const state = {
     rows: [], problems: {}, runs: {}, selected: null, compared: new Set(), comparison: null, log: null,
@@ -144,14 +145,14 @@
     try { history.replaceState(null, "", location.pathname + (ids.length ? "#" + ids.join(",") : "")); } catch (_e) { /* file:// */ }
     drawn = "";
     render();
-    connect();
+    follow();
     if (comparing()) fetchComparison();
     if (document.getElementById("log").open) fetchLog();
   }
 
   // ------------------------------------------------------------------------------------ fetching
   async function fetchJson(address) {
-    const answer = await fetch(address, { cache: "no-store" });
+    const answer = await fetch(address, { cache: "no-store", signal: AbortSignal.timeout(SILENCE) });
     if (!answer.ok) throw new Error(String(answer.status));
     return answer.json();
   }
@@ -161,76 +162,62 @@
     try {
       const tail = await fetchJson("api/runs/" + id + "/log");
       if (id === state.selected) { state.log = tail; render(); }
-    } catch (_error) { /* the line says that it is down */ }
+    } catch (_error) { /* the page says that it is disconnected */ }
   }
   async function fetchComparison() {
     const asked = wanted().join("&run=");
     try {
       const found = await fetchJson("api/compare?run=" + asked);
       if (asked === wanted().join("&run=")) { state.comparison = found; render(); }
-    } catch (_error) { /* the line says that it is down */ }
+    } catch (_error) { /* the page says that it is disconnected */ }
   }
 
-  // ---------------------------------------------------------------------------------- the line
-  let line = null, heard = 0, retry = null;
+  // --------------------------------------------------------------------------------- following
+  // Ask for what is new, now and then once a second; an answer that comes late is not shown.
+  let asking = 0, next = null;
 
-  function connect() {
-    if (report) return;
-    clearTimeout(retry);
-    if (line) line.close();
-    const here = new EventSource("api/stream" + (wanted().length ? "?run=" + wanted().join("&run=") : ""));
-    line = here;
-    heard = Date.now();
-    const on = (kind, act) => here.addEventListener(kind, (event) => {
-      if (line !== here) return;
-      heard = Date.now();
-      if (state.live !== "on") { state.live = "on"; top(); }
-      act(JSON.parse(event.data));
-    });
-    on("ping", ({ now }) => HF.setClock(now));
-    on("runs", takeRows);
-    on("rows", ({ runs }) => {
-      state.rows = state.rows.map((row) => runs.find((each) => each.id === row.id) || row);
-      for (const row of runs) if (state.runs[row.id]) Object.assign(state.runs[row.id], row); // what is in memory moves without a line
+  async function follow() {
+    clearTimeout(next);
+    const mine = ++asking;
+    if (report || document.hidden) return; // the server rests while the page is out of sight
+    let pause = 1000;
+    try {
+      const found = await fetchJson("api/runs");
+      const ids = wanted().length ? wanted() : found.runs.slice(0, 1).map((row) => row.id);
+      const runs = await Promise.all(ids.map(fetchRun));
+      if (mine !== asking) return;
+      HF.setClock(found.now);
+      state.live = "on";
+      const news = runs.filter(Boolean);
+      news.forEach(takeRun);
+      if (news.length) refetch();
+      takeRows(found);
+      if (mine !== asking) return; // another run was chosen
+    } catch (error) {
+      if (mine !== asking) return;
+      state.live = error.message === "401" ? "refused" : "off";
+      if (state.live === "refused") pause = 5000;
       render();
-    });
-    on("run", takeRun);
-    on("more", takeMore);
-    here.onerror = () => { if (line === here) lost(); };
+    }
+    next = setTimeout(follow, pause);
   }
-  function lost() {
-    if (line) line.close();
-    line = null;
-    state.live = state.live === "refused" ? "refused" : "off";
-    render();
-    clearTimeout(retry);
-    retry = setTimeout(async () => {
-      try { // an EventSource does not say why it failed; a plain request does
-        const answer = await fetch("api/runs", { cache: "no-store" });
-        state.live = answer.status === 401 ? "refused" : "off";
-      } catch (_error) { state.live = "off"; }
-      top();
-      if (state.live === "refused") retry = setTimeout(lost, 5000);
-      else connect();
-    }, 1000);
+  async function fetchRun(id) {
+    const old = state.runs[id];
+    const have = old && old.curves.step.length < KEPT ? "?have=" + old.version : "";
+    try {
+      const run = await fetchJson("api/runs/" + id + have);
+      return run.same ? null : run;
+    } catch (error) {
+      if (["404", "503"].includes(error.message)) return null; // deleted, or not read yet
+      throw error;
+    }
   }
-  setInterval(() => {
-    if (report) return;
-    if (line && Date.now() - heard > SILENCE) lost();
-    if (state.rows.some((row) => row.risk.ticking)) render(); // the seconds at risk go on
-  }, 1000);
-  document.addEventListener("visibilitychange", () => {
-    if (report) return;
-    if (document.hidden) { // nobody looks: let the server rest
-      clearTimeout(retry);
-      if (line) line.close();
-      line = null;
-    } else if (!line) connect();
-  });
+  document.addEventListener("visibilitychange", follow);
 
   function takeRows(found) {
     state.rows = found.runs;
     state.problems = found.problems;
+    for (const row of state.rows) if (state.runs[row.id]) Object.assign(state.runs[row.id], row); // what is in memory moves without a line
     const ids = new Set(state.rows.map((row) => row.id));
     const before = wanted().join();
     for (const id of [...state.compared]) if (!ids.has(id)) state.compared.delete(id);
@@ -239,18 +226,9 @@
     else render();
   }
   function takeRun(run) {
+    const old = state.runs[run.id], curves = run.curves;
+    if (run.more) for (const name of Object.keys(curves)) curves[name] = old.curves[name].concat(curves[name]);
     state.runs[run.id] = { ...run, received: Date.now() };
-    render();
-    refetch();
-  }
-  function takeMore(run) {
-    const old = state.runs[run.id];
-    if (!old) return;
-    const curves = {};
-    for (const name of Object.keys(run.curves)) curves[name] = old.curves[name].concat(run.curves[name]);
-    state.runs[run.id] = { ...run, curves, received: Date.now() };
-    render();
-    refetch();
   }
   let fetched = 0;
   function refetch() {
@@ -282,7 +260,7 @@
     if (asked.length > 1) state.compared = new Set(asked);
     state.selected = asked[0] || null;
     render();
-    connect();
+    follow();
     if (comparing()) fetchComparison();
   }
 })();
