@@ -241,15 +241,7 @@ class _Job:
         text = checking.text_for(loaded, data)
         expected = checking.logits_of(loaded.model, text.ids)
         checking.insist(checking.compare(text, expected, expected, SAME))  # no number: ruined
-        card = (
-            ""
-            if self.form != "hf"
-            else model_card.card(
-                model_card.facts_of(loaded, parts, data),
-                dtype=wanted,
-                tokenizer_json=loaded.tokenizer.json,
-            )
-        )
+        card = model_card.card(loaded, parts, data, wanted) if self.form == "hf" else ""
         entry, tensors = loaded.entry, len(list(loaded.model.parameters()))
         if wanted != saved:
             loaded = dataclasses.replace(loaded, model=None)
