@@ -201,7 +201,9 @@ class Guard:
         """`open_to_all` tells the paths that need no secret; `guesses` how many wrong secrets a
         minute a client may try before none of its secrets is looked at (None: as many as it likes,
         for a secret that is too long to be guessed)."""
-        assert secret is not None or hosts.loopback_only, "anybody could ask"
+        assert secret is not None or hosts.loopback_only, (
+            "a server that others can reach needs a secret"
+        )
         self._app, self._hosts, self._origins = app, hosts, origins
         self._secret, self._cookie, self._refusal = secret, cookie, refusal
         self._open_to_all = open_to_all

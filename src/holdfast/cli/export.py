@@ -18,7 +18,8 @@ from holdfast.table import Screen, printable
 
 
 def run_export(argv: Sequence[str], prog: str) -> int:
-    """`holdfast export`: 0; 1 where what was written is not the model; nothing is left then."""
+    """Run `holdfast export`: 0; 1 where what was written is not the model (nothing is left
+    then)."""
     parser = common.parser(
         prog,
         _(
@@ -76,7 +77,7 @@ def run_export(argv: Sequence[str], prog: str) -> int:
 
 
 def run_import(argv: Sequence[str], prog: str) -> int:
-    """`holdfast import`: 0."""
+    """Run `holdfast import`: 0."""
     given = _import_parser(prog).parse_args(argv)
     from holdfast.exchange.importing import import_model
 
@@ -140,7 +141,8 @@ def _import_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _fitting(lines: Iterable[str]) -> Iterator[str]:
-    """Whole lines in a pipe; on a terminal they are broken between words, indented as they were."""
+    """Break lines between words to fit a terminal, indented as they were; leave them whole in a
+    pipe."""
     width = Screen.of(sys.stdout).width
     for line in map(printable, lines):
         text = line.lstrip()

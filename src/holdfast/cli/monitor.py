@@ -18,8 +18,8 @@ _MEASURED = 0.2  # seconds over which `--once` measures the load of the CPU
 
 
 def run_monitor(argv: Sequence[str], prog: str) -> int:
-    """`holdfast monitor`: 0. With `--once` 0 where training goes on or is finished, 9 where a run
-    has stopped before its end, 10 where one trains and cannot save; of several the highest."""
+    """Run `holdfast monitor`: 0. With `--once` 0 where training goes on or is finished, 9 where a
+    run has stopped before its end, 10 where one trains and cannot save; of several the highest."""
     parser = common.parser(
         prog,
         _(

@@ -31,7 +31,8 @@ _PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def run_serve(argv: Sequence[str], prog: str) -> int:
-    """`holdfast serve`: 0 when everything was answered at the end, 130 after a second Ctrl-C."""
+    """Run `holdfast serve`: 0 when everything was answered at the end, 130 after a second
+    Ctrl-C."""
     given = _serve_parser(prog).parse_args(argv)
     sources = _sources(given)
     common.before_torch()
@@ -129,7 +130,8 @@ def _serve_parser(prog: str) -> Parser:
 
 
 def _sources(given: argparse.Namespace) -> list[Path]:
-    """What to serve. Raises CheckpointError where it is not there: before torch is loaded."""
+    """Return what to serve. Raises CheckpointError, before torch is loaded, where it is not
+    there."""
     named = given.sources or [os.environ.get(_CHECKPOINT) or common.DIRECTORY]
     sources = list(dict.fromkeys(map(Path, named)))
     for source in sources:
@@ -209,7 +211,8 @@ def _say_ready(ready: Ready) -> None:
 
 
 def _show_ready(ready: Ready) -> None:
-    """One document when the server answers: with --port 0 a script learns the address by it."""
+    """Print one document when the server answers: with --port 0 a script learns the address by
+    it."""
     models = [
         {"id": card.name, "step": card.entry.step, "path": str(card.path)} for card in ready.cards
     ]
@@ -218,8 +221,7 @@ def _show_ready(ready: Ready) -> None:
 
 @contextlib.contextmanager
 def _speaking() -> Iterator[None]:
-    """What the server has to say while it runs, a line each, on stderr; what comes after it in this
-    process finds the loggers as they were."""
+    """Print what the server logs, a line each, to stderr, and leave the loggers as they were."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s holdfast: %(message)s", "%H:%M:%S"))
     handler.addFilter(_worth_saying)
@@ -237,7 +239,7 @@ def _speaking() -> Iterator[None]:
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    """A request that was cancelled at the end is no error, and its traceback says nothing."""
+    """Return False for a request that was cancelled at the end: that is no error."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, asyncio.CancelledError)
 

@@ -26,7 +26,7 @@ _PORTS = [*range(PORT, PORT + 20), 0]  # tried one after the other; 0: any that 
 
 
 def run_dashboard(argv: Sequence[str], prog: str) -> int:
-    """`holdfast dashboard`: serves until it is told to stop; 0 after Ctrl-C."""
+    """Run `holdfast dashboard`: serve until it is told to stop; 0 after Ctrl-C."""
     given = _dashboard_parser(prog).parse_args(argv)
     roots = [Path(each) for each in given.directories or [common.DIRECTORY]]
     _check_roots(roots)
@@ -71,7 +71,7 @@ def run_dashboard(argv: Sequence[str], prog: str) -> int:
 
 
 def run_report(argv: Sequence[str], prog: str) -> int:
-    """`holdfast report`: 0."""
+    """Run `holdfast report`: 0."""
     parser = common.parser(
         prog,
         _(

@@ -65,7 +65,7 @@ _OVERHEAD = 32 << 20  # bytes beside the weights: tokenizer, graph, manifest
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was exported, and how that was checked."""
+    """An export that was made and checked."""
 
     target: Path
     form: str
@@ -79,7 +79,7 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """What a person is told."""
+        """Return the lines that a person is told."""
         size = sum(size for _name, size in self.files)
         step = "" if self.step is None else " " + _("of step {step}", step=self.step)
         done = _(
@@ -103,7 +103,7 @@ class Exported:
         return [done, "  " + checked, *("  " + note for note in self.notes)]
 
     def to_json(self) -> dict[str, Any]:
-        """The form of `holdfast export --json`."""
+        """Return the form of `holdfast export --json`."""
         return {
             "target": str(self.target),
             "to": self.form,
@@ -160,7 +160,7 @@ class _NoModel(ForeignCheckpoint):
 
 
 def default_target(source: str, form: str) -> Path:
-    """In the working directory: `<run or file>-<form>`."""
+    """Return `<run or file>-<form>` in the working directory."""
     path = Path(source)
     name = path.stem if path.suffix == ".pt" else path.resolve().name
     return Path(f"{name}-weights.pt" if form == "weights" else f"{name}-{form}")
@@ -223,7 +223,7 @@ class _Job:
     def export_model(self) -> Exported:
         """Write, read back, compare: the order that the module speaks of.
 
-        One copy of the weights is in memory at a time: nobody else holds what is let go here.
+        One copy of the weights is in memory at a time: what is let go here is held nowhere else.
         """
         self.progress(_("loading"))
         try:
@@ -269,7 +269,7 @@ class _Job:
         return self._done(wanted, entry.step, check, tensors, notes)
 
     def export_tensors(self) -> Exported:
-        """Only the weights: of a file that does not say what its model is."""
+        """Export the weights of a file that does not say what its model is."""
         raw = export_raw.read(self.source, None if self.dtype is None else DTYPES[self.dtype])
         check_room(self.target, raw.nbytes + _OVERHEAD)
         with making(self.target, folder=self.form != "weights") as draft:
@@ -351,7 +351,7 @@ class _Job:
 
 
 def public_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a training without where its files lay."""
+    """Return the options of a training without the places of its files."""
     found = {
         name: dict(config[name])
         for name in ("model", "data", "training")

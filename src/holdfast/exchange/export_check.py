@@ -33,12 +33,12 @@ _TEXTS = {
 
 
 class Deviation(HoldfastError):
-    """What was written does not compute what was trained."""
+    """An export that does not compute the same as the model that was trained."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What both are asked: token ids [rows, length] int64, and where they come from."""
+    """The text that both are asked: token ids [rows, length] int64, and where they come from."""
 
     ids: torch.Tensor
     source: str  # "validation" or "sample"
@@ -46,7 +46,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """How far the logits of an export are from the original's, and how far they may be."""
+    """The distance between the logits of an export and the original's, and the allowed one."""
 
     source: str
     tokens: int
@@ -57,11 +57,11 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is allowed; one that is no number is not."""
+        """True if the difference is allowed; NaN is not."""
         return self.difference <= self.allowed
 
     def line(self) -> str:
-        """The result for a person."""
+        """Return the result for a person."""
         return _(
             "logits over {tokens} tokens of {text}: largest difference {difference} (allowed "
             "{allowed}; the largest logit is {largest}), same most likely token in {share} of the "
@@ -75,7 +75,7 @@ class Check:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """`difference` and `allowed` in units of logits, `same_choice` from 0 to 1."""
+        """Return the result; differences in units of logits, `same_choice` from 0 to 1."""
         return {
             "text": self.source,
             "tokens": self.tokens,
@@ -87,7 +87,7 @@ class Check:
 
 
 def text_for(loaded: Loaded, data: prepare.PreparedData | None) -> Text:
-    """Real text for `loaded`: of its run's validation data, else of the bundled sample."""
+    """Return real text for `loaded`: of its run's validation data, else of the bundled sample."""
     vocabulary = int(loaded.model.config.vocab_size)
     tokens, source = data.val.tokens if data is not None else np.empty(0), "validation"
     if len(tokens) < 2:
@@ -103,7 +103,7 @@ def text_for(loaded: Loaded, data: prepare.PreparedData | None) -> Text:
 
 @torch.no_grad()
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The logits of a model of transformers, in fp32 on the CPU."""
+    """Return the logits of a model of transformers, in fp32 on the CPU."""
     output = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     logits: torch.Tensor = output.logits.float().cpu()
     return logits

@@ -43,7 +43,8 @@ _TRICKY = (
 
 
 def write_hf(model: Any, tokenizer: TextTokenizer, folder: Path) -> None:
-    """The directory that `AutoModelForCausalLM` and `AutoTokenizer` load, without its card."""
+    """Write the directory that `AutoModelForCausalLM` and `AutoTokenizer` load, without its
+    card."""
     import transformers
 
     special = {name: getattr(model.config, name, None) for name in _SPECIAL}
@@ -54,8 +55,8 @@ def write_hf(model: Any, tokenizer: TextTokenizer, folder: Path) -> None:
 
 
 def _pad_at_the_left(config: Path) -> None:
-    """`generate` goes on from the last token of each text of a batch: with padding behind the
-    shorter ones, as it is where nothing is said, it goes on from that."""
+    """Say in the configuration to pad at the left: `generate` goes on from the last token of each
+    text of a batch, and padding behind the shorter ones would be that token."""
     said = json.loads(config.read_text("utf-8")) if config.exists() else None
     if isinstance(said, dict) and "padding_side" not in said:
         told = json.dumps({**said, "padding_side": "left"}, indent=2, ensure_ascii=False)
@@ -63,7 +64,7 @@ def _pad_at_the_left(config: Path) -> None:
 
 
 def write_safetensors(model: Any, folder: Path) -> None:
-    """One file of weights, however large, and the configuration."""
+    """Write one file of weights, however large, and the configuration."""
     _save(model, folder, _ONE_FILE)
     (folder / "generation_config.json").unlink(missing_ok=True)
 
@@ -77,7 +78,8 @@ def _save(model: Any, folder: Path, shard: int) -> None:
 
 
 def read_pretrained(folder: Path) -> Any:
-    """The model in a directory, as anybody reads it: in the dtype that it has on the disk."""
+    """Return the model in a directory as other tools read it, in the dtype that it has on the
+    disk."""
     import transformers
 
     with quiet():
@@ -121,7 +123,8 @@ def check_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
 
 
 def tricky_texts(tokenizer: TextTokenizer) -> list[str]:
-    """Texts in which tokenizers differ, `tokenizer`'s own special tokens in the middle included."""
+    """Return texts in which tokenizers differ, `tokenizer`'s own special tokens in the middle
+    included."""
     special = tokenizer.special_tokens
     return [*_TRICKY, *(f"a {token} b{token}\n{token}{token}" for token in special)]
 
@@ -130,7 +133,8 @@ def tricky_texts(tokenizer: TextTokenizer) -> list[str]:
 
 
 def write_weights(loaded: Loaded, state: Mapping[str, Any], target: Path) -> None:
-    """A `.pt` that torch.load(weights_only=True) opens: the model, and what is needed to use it.
+    """Write a `.pt` that torch.load(weights_only=True) opens: the model, and all that its use
+    needs.
 
     It is a file of our format with a run id of its own: among the checkpoints of its run it is a
     stranger, and never gone on from. `state` are plain values that go with the model.
@@ -147,7 +151,8 @@ def write_weights(loaded: Loaded, state: Mapping[str, Any], target: Path) -> Non
 
 
 def write_state(payload: Mapping[str, Any], target: Path, origin: Mapping[str, Any] | None) -> None:
-    """`payload` as a file of our format; `origin` is the manifest of where it comes from."""
+    """Write `payload` as a file of our format; `origin` is the manifest of the file it comes
+    from."""
     tree = normalise(payload)
     source = origin or {}
     identity = source.get("identity") or {}
@@ -179,7 +184,7 @@ def write_state(payload: Mapping[str, Any], target: Path, origin: Mapping[str, A
 
 
 def read_weights(path: Path) -> Any:
-    """The model in a file of `write_weights`, as `holdfast serve` and `generate` read it."""
+    """Return the model in a file of `write_weights`, as `holdfast serve` and `generate` read it."""
     torch.load(path, map_location="meta", weights_only=True)  # what everybody else would do
     return load_for_inference(path, device="cpu").model
 
@@ -189,7 +194,7 @@ def read_weights(path: Path) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Libraries keep their bars and advice to themselves: what went wrong is said by us."""
+    """Silence the progress bars and advice of libraries; our own messages say what went wrong."""
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()

@@ -67,7 +67,7 @@ def write_onnx(model: Any, folder: Path) -> bool:
 
 
 class _Graph(torch.nn.Module):
-    """What becomes the graph: positions are counted by the mask, so that padding has none."""
+    """The module that becomes the graph; the mask counts positions, so that padding has none."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ Layer = tuple[torch.Tensor, torch.Tensor]
 
 @torch.no_grad()
 def _cache_of(model: Any) -> list[Layer]:
-    """Keys and values of a few tokens; [] where the model keeps something else."""
+    """Return keys and values of a few tokens; [] where the model keeps something else."""
     from transformers.cache_utils import DynamicLayer
 
     batch, _new, past = _EXAMPLE
@@ -178,7 +178,7 @@ class Session:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors; its advice about initializers helps nobody
+        options.log_severity_level = 3  # errors; its advice about initializers is no help
         try:
             self._session: Any = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
@@ -190,7 +190,7 @@ class Session:
         self._past = [i for i in self._session.get_inputs() if i.name.startswith("past_")]
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """fp32 logits [rows, length, vocabulary] of `ids` [rows, length].
+        """Return fp32 logits [rows, length, vocabulary] of `ids` [rows, length].
 
         With a cache in two calls, so that it is tried as well.
         """

@@ -1,5 +1,6 @@
-"""Weights alone, out of a file that does not say what its model is: a stranger's, or one of an
-other training loop. Nobody can ask them for logits; so every bit is compared.
+"""Weights alone, out of a file that does not say what its model is.
+
+There is no model to ask for logits, so every bit is compared.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Raw:
 
     @property
     def step(self) -> int | None:
-        """The step of a checkpoint of ours; None of anybody else's."""
+        """The step of a checkpoint of ours; None for other files."""
         return None if self.manifest is None else int(self.manifest["identity"]["step"])
 
     @property
@@ -48,7 +49,7 @@ class Raw:
 
 
 def read(path: Path, dtype: torch.dtype | None) -> Raw:
-    """The weights in anybody's file, cast to `dtype` where they are floating-point numbers."""
+    """Return the weights of any file, cast to `dtype` where they are floating-point numbers."""
     try:
         manifest: Mapping[str, Any] | None = read_manifest(path)
     except CheckpointError:

@@ -38,7 +38,7 @@ _SAME = 1e-5  # of the largest logit: the same weights, and sums in perhaps anot
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What became of a model from elsewhere."""
+    """A run directory that was made of a model from elsewhere."""
 
     source: Path
     run: Path
@@ -53,7 +53,7 @@ class Imported:
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """What a person is told."""
+        """Return the lines that a person is told."""
         again = f"holdfast train --checkpoint-dir {shlex.quote(str(self.run))} --resume"
         taken = _("Optimizer: taken over; training goes on at step {step}.", step=self.step)
         anew = _(
@@ -80,7 +80,8 @@ class Imported:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """The form of `holdfast import --json`; `optimizer` is null where it was taken over."""
+        """Return the form of `holdfast import --json`; `optimizer` is null where it was taken
+        over."""
         return {
             "source": str(self.source),
             "run": str(self.run),
@@ -105,7 +106,7 @@ def import_model(
     context_length: int | None = None,
     progress: Callable[[str], object] = str,
 ) -> Imported:
-    """Make the run directory `out` of a Hugging Face directory or anybody's `.pt`.
+    """Make the run directory `out` of a Hugging Face directory or of any `.pt`.
 
     Raises ConfigError for what is missing or wrong in the question, CheckpointError for what cannot
     be read or does not fit; there is no run directory then.
@@ -162,7 +163,8 @@ def _tokenizer_of(found: Source, path: Path) -> TextTokenizer:
 
 
 def _configure(found: Source, context_length: int | None, run: Path) -> Config:
-    """The options that this model was trained with as far as they are known, else our own."""
+    """Return the options that this model was trained with as far as they are known, else our
+    own."""
     values = {name: option.default for name, option in OPTIONS.items()}
     values["model"] = found.model.config.model_type  # a name to show: the checkpoint has the shape
     values["context_length"] = context_length
@@ -247,7 +249,7 @@ class _Run:
 
 
 def _check(directory: Path, found: Source) -> checking.Check:
-    """Whether the checkpoint, read as serving reads it, computes what the source computes."""
+    """Check that the checkpoint, read as serving reads it, computes what the source computes."""
     loaded = load_for_inference(directory, device="cpu")
     text = checking.text_for(loaded, None)
     expected = checking.logits_of(found.model.eval(), text.ids)

@@ -23,11 +23,12 @@ Groups = list[list[torch.nn.Parameter]]
 
 
 class NotTaken(Exception):
-    """Why an optimizer cannot be gone on with; the text is for the user."""
+    """The reason for which an optimizer begins anew, for the user."""
 
 
 def highest_rate(optimizer: Mapping[str, Any] | None) -> float | None:
-    """The learning rate that the schedule of the script began from; None where it says none."""
+    """Return the learning rate that the schedule of the script began from; None where it says
+    none."""
     try:
         group = optimizer["param_groups"][0]  # type: ignore[index]
         return float(group.get("initial_lr", group["lr"]))
@@ -36,7 +37,7 @@ def highest_rate(optimizer: Mapping[str, Any] | None) -> float | None:
 
 
 def weight_decay(optimizer: Mapping[str, Any] | None) -> float | None:
-    """The largest weight decay of its groups, which is that of the matrices."""
+    """Return the largest weight decay of its groups, which is that of the matrices."""
     try:
         return max(float(g["weight_decay"]) for g in optimizer["param_groups"])  # type: ignore[index]
     except (KeyError, TypeError, ValueError):
@@ -98,7 +99,7 @@ def _parts(optimizer: Mapping[str, Any] | None) -> tuple[dict[int, Any], list[di
 
 
 def _owners(source: Source, groups: list[dict[str, Any]], state: dict[int, Any]) -> Groups:
-    """The parameters of each group, in its order: the first of the usual ways that fits."""
+    """Return the parameters of each group, in its order: the first of the usual ways that fits."""
     for owners in _usual_ways(source, groups):
         sizes = [len(group["params"]) for group in groups]
         if [len(parameters) for parameters in owners] != sizes:
@@ -119,8 +120,8 @@ def _owners(source: Source, groups: list[dict[str, Any]], state: dict[int, Any])
 
 
 def _usual_ways(source: Source, groups: list[dict[str, Any]]) -> Iterator[Groups]:
-    """By their names where they are there; all in one group; matrices and vectors apart, as GPT-2's
-    scripts and transformers' Trainer have them."""
+    """Yield parameters by their names where they are there; all in one group; matrices and vectors
+    apart, as GPT-2's scripts and transformers' Trainer have them."""
     named = dict(source.model.named_parameters(remove_duplicate=False))
     with contextlib.suppress(KeyError, TypeError):
         yield [[named[bare(name)] for name in group["param_names"]] for group in groups]

@@ -54,7 +54,7 @@ class Source:
 
 
 def read_source(path: Path, model_config: str | None, tokenizer: str | None) -> Source:
-    """Read a Hugging Face directory or anybody's `.pt`.
+    """Read a Hugging Face directory or any `.pt`.
 
     Raises ConfigError where something has to be said that the source does not say, CheckpointError
     where it cannot be read, StateMismatch, by name, where weights do not fit.
@@ -107,7 +107,7 @@ def _bytes_of_weights(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-# --------------------------------------------------------------------------------- anybody's file
+# ----------------------------------------------------------------------------------- any file
 
 
 def _read_file(path: Path, model_config: str | None) -> Source:
@@ -172,7 +172,7 @@ def _load(path: Path) -> Any:
 
 
 def _weights_in(state: Any, path: Path) -> tuple[str, Mapping[str, torch.Tensor]]:
-    """(where they stood, the weights): under the usual keys, or the file is nothing else."""
+    """Return (their place, the weights): under the usual keys, or the file is nothing else."""
     if isinstance(state, Mapping):
         for key in (*WEIGHT_KEYS, None):
             inner = state if key is None else state.get(key)
@@ -185,7 +185,7 @@ def _weights_in(state: Any, path: Path) -> tuple[str, Mapping[str, torch.Tensor]
 
 
 def _configuration(state: Any, path: Path, file: str | None) -> dict[str, Any]:
-    """What the model is: from `file`, else from the checkpoint itself."""
+    """Return the configuration of the model: from `file`, else from the checkpoint itself."""
     if file is not None:
         return _read_configuration(Path(file))
     for key in ("model_config", "config"):
@@ -217,7 +217,7 @@ def _read_configuration(path: Path) -> dict[str, Any]:
 
 
 def _as_named(weights: Mapping[str, torch.Tensor], expected: set[str]) -> dict[str, torch.Tensor]:
-    """The weights under the names of the bare model: without what wrappers put into them."""
+    """Return the weights under the names of the bare model: without what wrappers put into them."""
     found = {n if n in expected else bare(n): tensor for n, tensor in weights.items()}
     if len(found) < len(weights):  # two names became one: they are no wrappers' words
         found = dict(weights)
@@ -279,7 +279,8 @@ def _some(items: Iterable[str], separator: str = ", ") -> str:
 
 
 def _first(state: Mapping[str, Any], keys: Iterable[str], kind: Any) -> Any:
-    """The first value under `keys` that is of `kind`; numbers may be tensors of one element."""
+    """Return the first value under `keys` that is of `kind`; numbers may be tensors of one
+    element."""
     for key in keys:
         value = state.get(key)
         if kind is int and isinstance(value, torch.Tensor) and value.numel() == 1:

@@ -45,7 +45,7 @@ _VERSIONS = ("holdfast", "torch", "transformers", "python", "platform", "cuda")
 
 
 def parts_of(loaded: Loaded) -> dict[str, Any]:
-    """The plain values beside the model in its checkpoint; what is not there is {}."""
+    """Return the plain values beside the model in its checkpoint; what is not there is {}."""
     found = {}
     with Reader(loaded.path) as reader:
         for name in ("data", "progress", "history"):
@@ -58,7 +58,7 @@ def parts_of(loaded: Loaded) -> dict[str, Any]:
 
 
 def data_of(loaded: Loaded, parts: Mapping[str, Any]) -> prepare.PreparedData | None:
-    """The data of the run, where its tokens are in the cache of this machine."""
+    """Return the data of the run, where its tokens are in the cache of this machine."""
     options, data = loaded.config.get("data") or {}, parts["data"]
     try:
         return prepare.reopen_data(
@@ -169,7 +169,7 @@ def _splits(tokenizer_json: str) -> str:
 
 
 def base_name(path: object) -> str:
-    """The last part of a path of any system: where it lay is nobody's business."""
+    """Return the last part of a path of any system; the rest tells of a machine."""
     return PurePosixPath(PureWindowsPath(str(path)).as_posix()).name
 
 
@@ -181,7 +181,7 @@ def _git(value: object) -> str:
 
 
 def _recorded(loaded: Loaded) -> list[tuple[int | None, int, str]]:
-    """The last samples that the run has written down up to this step."""
+    """Return the last samples that the run has written down up to this step."""
     places = [
         loaded.path.absolute().parents[i]
         for i in range(_DEPTH)

@@ -43,7 +43,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """What can be drawn of one run; losses in nats a token."""
+    """The curves and marks of one run; losses in nats a token."""
 
     label: str
     loss: Series  # of training
@@ -57,7 +57,7 @@ class Curves:
 
 
 def curves_of(view: RunView, label: str) -> Curves:
-    """The curves of what `view` has read at its last `refresh`.
+    """Return the curves of what `view` has read at its last `refresh`.
 
     A loop that writes no metrics still has the losses of its epochs.
     """
@@ -74,7 +74,8 @@ def curves_of(view: RunView, label: str) -> Curves:
 
 
 def labels_of(directories: Sequence[Path]) -> list[str]:
-    """A short name for each directory: as much of the end of its path as tells them apart."""
+    """Return a short name for each directory: as much of the end of its path as tells them
+    apart."""
     parts = [directory.absolute().parts for directory in directories]
     for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(each[-length:]) for each in parts]
@@ -86,8 +87,8 @@ def labels_of(directories: Sequence[Path]) -> list[str]:
 def thin(
     steps: Sequence[int], values: Sequence[float], most: int = MOST
 ) -> tuple[list[int], list[float]]:
-    """At most `most` points of a curve (4 or more): its ends, and of each stretch between the
-    lowest and the highest, so that no peak disappears."""
+    """Return at most `most` points of a curve (4 or more): its ends, and of each stretch between
+    the lowest and the highest, so that no peak disappears."""
     assert most >= 4, most
     count = len(steps)
     if count <= most:
@@ -103,7 +104,7 @@ def thin(
 
 
 def _series(points: Iterable[tuple[object, object]]) -> Series:
-    """The finite ones of `points`, thinned. Anybody may have written the files."""
+    """Return the finite ones of `points`, thinned; the files may hold anything."""
     known = [
         (step, float(value))
         for step, value in points

@@ -39,13 +39,13 @@ class Disk:
 
     @property
     def fits(self) -> bool:
-        """Whether the next checkpoint can be written at all."""
+        """True if the next checkpoint can be written at all."""
         return self.free >= self.next_size
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What decides how much will be kept; None where that is not known.
+    """The plan of a run for its checkpoints; None where it is not known.
 
     `keep`: how many of each kind retention leaves, 0 for all. `every`: steps between two
     checkpoints of a kind. `pace`: seconds a step. `steps_left`: to the end of the training.
@@ -64,8 +64,8 @@ class Plan:
         steps_left: int | None,
         pace: float | None,
     ) -> Plan | None:
-        """From a run's config.json and what it has said of itself; None where that is too little,
-        as of a training loop that is not ours."""
+        """Make a plan of a run's config.json and what it has said of itself; None where that is too
+        little, as of a training loop that is not ours."""
         section = config.get("checkpoint")
         if pace is None or not isinstance(section, Mapping):
             return None
@@ -81,7 +81,7 @@ class Plan:
 
 
 def forecast(entries: Sequence[Entry], free: int, plan: Plan | None, *, settled: bool) -> Disk:
-    """Room and growth for checkpoints `entries` (newest first) beside `free` bytes.
+    """Return room and growth for checkpoints `entries` (newest first) beside `free` bytes.
 
     With a `plan` each kind grows until retention keeps as many as it may, or the training ends.
     Without one the past is the measure, unless it is `settled`: something lasting has had to go.
@@ -109,7 +109,7 @@ def forecast(entries: Sequence[Entry], free: int, plan: Plan | None, *, settled:
 
 
 def _measured(lasting: Sequence[Entry]) -> float:
-    """Bytes an hour by which what is kept has grown."""
+    """Return bytes an hour by which what is kept has grown."""
     times = [time.timestamp() for e in lasting if (time := parse_time(e.created)) is not None]
     if len(times) < 2 or times[0] <= times[-1]:
         return 0.0

@@ -61,8 +61,8 @@ class Probe:
             self._psutil.cpu_percent()
 
     def sample(self, pid: int | None = None, started: float = 0.0) -> Machine:
-        """The machine now, and its process `pid`, which has run since `started` (seconds of the
-        epoch) or longer; a younger one has only inherited its number."""
+        """Return the machine now, and its process `pid`, which has run since `started` (seconds of
+        the epoch) or longer; a younger one has only inherited its number."""
         gpus = self._ask_gpus()
         if self._psutil is None:
             return Machine(os.cpu_count(), gpus=gpus)
@@ -118,7 +118,7 @@ def _psutil() -> Any:
 
 
 def _nvidia_smi() -> tuple[Gpu, ...]:
-    """What nvidia-smi says. Raises OSError or SubprocessError where it cannot."""
+    """Ask nvidia-smi. Raises OSError or SubprocessError where it cannot answer."""
     call = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     done = subprocess.run(
         call,
@@ -132,7 +132,7 @@ def _nvidia_smi() -> tuple[Gpu, ...]:
 
 
 def gpu_of(line: str) -> Gpu | None:
-    """A line of nvidia-smi's CSV; memory there is in MiB, "[N/A]" what the driver does not say."""
+    """Parse a line of nvidia-smi's CSV: memory is in MiB, and "[N/A]" stands for unknown."""
     parts = [part.strip() for part in line.rsplit(",", 4)]
     if len(parts) != 5:
         return None

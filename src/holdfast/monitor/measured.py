@@ -55,7 +55,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Safety:
-    """What a failure would cost now; None where nothing is safe, or where it is not known.
+    """The cost of a failure now; None where nothing is safe, or where it is not known.
 
     `disk_*` after a power cut, `memory_*` after a kill of the process.
     """
@@ -73,7 +73,7 @@ class Safety:
 
     @property
     def disk_unknown(self) -> bool:
-        """Whether a power cut would cost nobody knows how many steps; `disk_seconds` tells then."""
+        """True if the number of steps at risk on the disk is unknown; `disk_seconds` tells then."""
         return not self.counted and not self.disk_steps
 
     @property

@@ -29,7 +29,7 @@ LABEL, ALARM, WARNING = "dim", "bold red", "color(220)"
 
 
 def header(look: Look, width: int) -> Text:
-    """Which run this is, its state, the time."""
+    """Return the name of the run, its state, the time."""
     now = datetime.datetime.now().astimezone()
     state = Text()
     if look.snapshot is not None:
@@ -50,7 +50,7 @@ def header(look: Look, width: int) -> Text:
 
 
 def progress(look: Look, width: int) -> list[Text]:
-    """How far it has come, and how fast; or what is wrong, or waited for."""
+    """Return progress and speed; or what is wrong, or waited for."""
     snapshot = look.snapshot
     if snapshot is None:
         hint = _("start one: holdfast train --checkpoint-dir DIR; q quits")
@@ -78,7 +78,7 @@ def progress(look: Look, width: int) -> list[Text]:
 
 
 def loss(look: Look, width: int, height: int) -> list[Text]:
-    """The legend with the newest values, and the curve under it."""
+    """Return the legend with the newest values, and the curve under it."""
     if look.snapshot is None or width < 20 or height < 2:
         return []
     colours = (terminal_plot.TRAINING, terminal_plot.SMOOTHED, terminal_plot.VALIDATION)
@@ -103,7 +103,7 @@ def loss(look: Look, width: int, height: int) -> list[Text]:
 
 
 def pairs(found: Sequence[Pair], width: int, styles: Sequence[str] = ()) -> list[Text]:
-    """Labels and values in two columns; a long value goes on in the next line."""
+    """Return labels and values in two columns; a long value goes on in the next line."""
     column = max((cell_len(label) for label, _value in found), default=0) + len(_GAP)
     lines = []
     for i, (label, value) in enumerate(found):
@@ -116,7 +116,7 @@ def pairs(found: Sequence[Pair], width: int, styles: Sequence[str] = ()) -> list
 
 
 def safety(look: Look, width: int) -> list[Text]:
-    """What would be lost now."""
+    """Return what would be lost now."""
     if look.snapshot is None:
         return []
     risk = look.snapshot.safety
@@ -127,7 +127,7 @@ def safety(look: Look, width: int) -> list[Text]:
 
 
 def machine(look: Look, width: int) -> list[Text]:
-    """Disk, CPU, memory, GPU."""
+    """Return disk, CPU, memory and GPU."""
     if look.snapshot is None:
         return []
     found = words.disk(look.snapshot)
@@ -140,7 +140,7 @@ def machine(look: Look, width: int) -> list[Text]:
 
 
 def checkpoints(look: Look, width: int) -> list[Text]:
-    """The table, newest first."""
+    """Return the table, newest first."""
     if look.snapshot is None:
         return []
     rows = look.snapshot.rows
@@ -154,7 +154,7 @@ def checkpoints(look: Look, width: int) -> list[Text]:
 
 
 def events(look: Look, width: int) -> list[Text]:
-    """What has happened, newest first; what a person should worry about is marked."""
+    """Return the events, newest first; those that a person should worry about are marked."""
     if look.snapshot is None:
         return []
     today = datetime.datetime.now().strftime("%Y-%m-%d")
@@ -170,7 +170,7 @@ def events(look: Look, width: int) -> list[Text]:
 
 
 def keys(several: bool, width: int) -> Text:
-    """The line at the foot."""
+    """Return the line at the foot."""
     found = [
         ("?", _("help")),
         ("q", _("quit")),
@@ -188,7 +188,7 @@ def keys(several: bool, width: int) -> Text:
 
 
 def titles() -> dict[str, str]:
-    """The title of each panel by its id."""
+    """Return the title of each panel by its id."""
     return {
         "loss": _("Loss"),
         "safety": _("Lost if it failed now"),
@@ -199,7 +199,7 @@ def titles() -> dict[str, str]:
 
 
 def help_lines(width: int) -> list[Text]:
-    """Keys, and what the words on the screen mean."""
+    """Return the keys, and the meaning of the words on the screen."""
     found = [
         ("q, Ctrl+C", _("quit; the training is not touched")),
         ("Tab, ↑ ↓", _("next panel, panel above or below")),
@@ -222,7 +222,7 @@ def help_lines(width: int) -> list[Text]:
 
 
 def fit(parts: Sequence[str], width: int, gap: str = "") -> str:
-    """As many of `parts` from the first on as fit whole."""
+    """Join as many of `parts`, from the first on, as fit whole."""
     shown: list[str] = []
     for part in parts:
         if cell_len(gap.join([*shown, part])) > width:
@@ -232,12 +232,12 @@ def fit(parts: Sequence[str], width: int, gap: str = "") -> str:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """`text` in lines of at most `width`; only a word that is longer than a line is broken."""
+    """Wrap `text` in lines of at most `width`; only a word that is longer than a line is broken."""
     return [piece for line in wrap_cells(text, width) for piece in chop_cells(line, width) or [""]]
 
 
 def _end_of(text: str, width: int) -> str:
-    """The end of a path that is too long: its beginning tells the least."""
+    """Return the end of a path that is too long: its beginning tells the least."""
     if cell_len(text) <= width:
         return text
     while text and cell_len(text) > max(1, width - 1):

@@ -23,11 +23,11 @@ from holdfast.monitor.run_view import EMPTY, RunView
 from holdfast.monitor.web_files import SCRIPTS, WEB, plotting_script
 from holdfast.version import __version__
 
-_PRIVATE = ("path", "commands")  # of the machine that made it; nothing to whoever reads it
+_PRIVATE = ("path", "commands")  # of the machine that made it: not for the reader
 
 
 def report_data(directory: Path) -> dict[str, Any]:
-    """What a report holds: {"run", "log", "made"}, the run as the dashboard's `/api/runs/ID`.
+    """Return what a report holds: {"run", "log", "made"}, the run as in `/api/runs/ID`.
 
     Raises HoldfastError where the directory is none, or holds no run.
     """
@@ -51,7 +51,7 @@ def report_data(directory: Path) -> dict[str, Any]:
 
 
 def report_html(data: dict[str, Any], *, lang: str) -> str:
-    """The page of a report; `lang` is its language until the reader chooses another."""
+    """Return the page of a report; `lang` is its language until the reader chooses another."""
     scripts = [(WEB / "theme.js").read_text("utf-8"), plotting_script()[1].decode("utf-8")]
     scripts += [(WEB / name).read_text("utf-8") for name in SCRIPTS]
     style = (WEB / "style.css").read_text("utf-8")
@@ -89,7 +89,7 @@ def write_report(directory: Path, out: Path, *, lang: str) -> int:
 
 
 def _inline_json(data: Any) -> str:
-    """JSON that no text in it can end: in HTML only `<` could begin the end of a script."""
+    """Return JSON that no text in it can end: in HTML only `<` begins the end of a script."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 

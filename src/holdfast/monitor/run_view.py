@@ -1,4 +1,4 @@
-"""A run as it is at this moment, for whoever shows it: curves, marks, what is safe, how long still.
+"""A run as it is at this moment: curves, marks, what is safe, how long it will still take.
 
 Only reads the run directory, never talks to the trainer: it works over SSH, on a copy, and while
 training goes on. `RunView.refresh` reads what has come since the last time. No torch here.
@@ -59,7 +59,7 @@ _MARKS = (
     "rescued",
     "finished",
 )
-BROKE_OFF = "broke_off"  # a mark of ours: who is killed writes no event
+BROKE_OFF = "broke_off"  # a mark of ours: a killed process writes no event
 _ENDS = ("signal", "error")  # reasons for which a checkpoint is an interruption
 _STARTS = ("began", "resumed")  # events with which a process begins to train
 _RECENT = 20  # logging intervals from which the speed is taken
@@ -168,8 +168,8 @@ class RunView:
             self._own_notices.append(dict(line))
 
     def _undo_after(self, step: int, until: float = math.inf) -> None:
-        """Training goes on from `step`: what was measured after it, and before the time `until`,
-        is of steps made again."""
+        """Forget what was measured after `step` and before the time `until`: training goes on from
+        `step` and makes those steps again."""
         for measured in (self.points, self.evaluations, self.samples, self.wild):
             while measured and measured[-1].step > step:
                 if until < math.inf and seconds_of(measured[-1].time) > until:
@@ -197,7 +197,7 @@ class RunView:
 
     @property
     def marks(self) -> list[Mark]:
-        """What happened on the way, in the order of time."""
+        """The marks on the way, in the order of time."""
         found = self._event_marks + self._own_marks
         found = found + [Mark(BROKE_OFF, one["step"], one["time"], one) for one in self._all_breaks]
         return sorted(found, key=lambda mark: seconds_of(mark.time))
@@ -212,8 +212,7 @@ class RunView:
 
     @property
     def ends(self) -> list[dict[str, Any]]:
-        """What the metrics alone tell, in the form of events: when it was finished, and when it
-        broke off."""
+        """Events that the metrics alone tell of: a finish, and a training that broke off."""
         return self._own_notices + self._all_breaks
 
     @property
@@ -236,7 +235,7 @@ class RunView:
 
     @property
     def saving_fails(self) -> str:
-        """Why nothing could be saved the last time it was tried; empty where all is well."""
+        """The reason for which the last save failed; empty where all is well."""
         for event in reversed(self.events):
             if event.get("event") in ("durable", "recovered"):
                 return ""
@@ -251,7 +250,7 @@ class RunView:
 
     @property
     def owner(self) -> str:
-        """Who trains here at this moment, where this machine knows it; else empty."""
+        """The process that trains here now, where this machine knows it; else empty."""
         try:
             return run_lock(self.directory).owner()
         except OSError:
@@ -270,8 +269,8 @@ class RunView:
 
     @property
     def _unasked(self) -> bool:
-        """Whether no lock can tell that somebody trains: elsewhere, on a shared disk, or here on a
-        system that cannot be asked. How long the run has been silent tells then."""
+        """True if no lock can tell whether a training goes on: it runs elsewhere, on a shared disk,
+        or this system cannot be asked. The silence of the run tells then."""
         return self._elsewhere or not sys.platform.startswith("linux")
 
     @property
@@ -340,7 +339,7 @@ class RunView:
         return max(0, total - self.step) * pace
 
     def _began(self) -> float:
-        """When the last start of the training was."""
+        """Return the time of the last start of the training."""
         times = [str(self.started.get("time") or "")]
         times += [str(e.get("time")) for e in reversed(self.events) if e.get("event") in _STARTS][
             :1
@@ -349,7 +348,7 @@ class RunView:
 
     @property
     def safety(self) -> Safety:
-        """What a failure would cost now."""
+        """The cost of a failure now."""
         newest = self.entries[0] if self.entries else None
         in_memory = self.memory_step
         step = max(self.step, in_memory or 0)
@@ -399,7 +398,7 @@ class RunView:
 
 
 def _forget_step(step: int, measured: list[Evaluation] | list[Sample]) -> None:
-    """A kill between such a line and the save of what it tells of has training write it again."""
+    """Forget lines from `step` on: after a kill before the save, training writes them again."""
     while measured and measured[-1].step >= step:
         measured.pop()
 
@@ -422,8 +421,8 @@ def _follow(
 
 
 def find_runs(root: Path, *, depth: int = 3) -> list[Path]:
-    """The run directories at and below `root`, by name; links are not followed, and what a run has
-    set aside is not one."""
+    """Return the run directories at and below `root`, by name; links are not followed, and what a
+    run has set aside is not one."""
     found = []
     is_run = (root / EVENTS).exists() or (root / METRICS).exists()
     if is_run:
@@ -452,7 +451,7 @@ def _lasting(event: Mapping[str, Any]) -> bool:
 
 
 def _changed_at(directory: Path) -> tuple[int, int]:
-    """Something that is another where a file has come or gone."""
+    """Return times that change when a file comes or goes."""
     stamps = []
     for place in (directory, directory / "temp"):
         try:

@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a run is at one moment; None where something is not known."""
+    """A run at one moment; None where something is not known."""
 
     directory: Path
     state: str  # as RunView.state
@@ -115,7 +115,8 @@ class Snapshot:
         return 0 if self.state == FINISHED else UNFINISHED
 
     def to_json(self) -> dict[str, Any]:
-        """The documented form; times ISO 8601, sizes bytes, durations seconds, losses nats."""
+        """Return the documented form; times ISO 8601, sizes bytes, durations seconds, losses
+        nats."""
         last, validation, best = self.last, self.validation, self.best_validation
         return {
             "directory": str(self.directory),
@@ -181,7 +182,7 @@ class Snapshot:
 
 
 def take(view: RunView, probe: Probe) -> Snapshot:
-    """The moment of `view`, which has been refreshed, and of this machine."""
+    """Take the moment of `view`, which has been refreshed, and of this machine."""
     state = view.state
     here = view.started.get("host") in (None, socket.gethostname())
     pid, began = view.started.get("pid"), parse_time(view.started.get("time"))
@@ -235,7 +236,7 @@ def _rows(view: RunView) -> list[Row]:
 
 
 def is_warning(event: Mapping[str, Any]) -> bool:
-    """Whether a person should worry about an event."""
+    """Return whether a person should worry about an event."""
     return event.get("event") in WARNINGS or event.get("reason") in _ENDS
 
 

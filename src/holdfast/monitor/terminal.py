@@ -222,7 +222,7 @@ class Monitor(App[int]):
                 self._draw()
 
     def _arrange(self, width: int, height: int) -> None:
-        """Who gets how much of the screen: at 80x24 everything that matters has its place."""
+        """Share out the screen: at 80x24 everything that matters has its place."""
         extra = height - _FIXED - _BODY
         checkpoints, happened = _CHECKPOINTS, _EVENTS
         if extra > 0:
@@ -239,7 +239,7 @@ class Monitor(App[int]):
         self._show_panels(narrow)
 
     def _show_panels(self, narrow: bool) -> None:
-        """All of them, or the enlarged one alone; on a narrow screen the curve steps back."""
+        """Show all panels, or the enlarged one alone; on a narrow screen the curve steps back."""
         large = self._large
         in_side = large is not None and large.id in ("safety", "machine")
         for panel in self._main.query(Panel):

@@ -86,12 +86,12 @@ def _large(runs: Sequence[Curves], width: int, screen: Screen, height: int) -> l
 
 
 def _letter(number: int, runs: Sequence[Curves]) -> str:
-    """What marks a run's validation losses: a letter where there are several."""
+    """Return the sign of a run's validation losses: a letter where there are several runs."""
     return "●" if len(runs) == 1 else chr(ord("A") + number % 26)
 
 
 def _legend(runs: Sequence[Curves], width: int, screen: Screen) -> list[str]:
-    """What the signs mean, in as few lines as fit the width."""
+    """Return the legend in as few lines as fit the width."""
     entries = []
     for i, run in enumerate(runs):
         name = f"{printable(run.label)}: " if len(runs) > 1 else ""
@@ -137,7 +137,7 @@ class _Panel:
         *,
         last: int = 0,
     ) -> None:
-        """Axes for all of `series`, up to the step `last` at least."""
+        """Make axes for all of `series`, up to the step `last` at least."""
         import plotext
 
         self._plotext: Any = plotext
@@ -168,7 +168,7 @@ class _Panel:
             self._draw(series.steps, series.values, sign, colour)
 
     def marks(self, run: Curves) -> None:
-        """Checkpoints along the foot; what went otherwise from the top, each kind in its row."""
+        """Draw checkpoints along the foot, and trouble from the top, each kind in its row."""
         row = (self._high - self._low) / self._rows
         places = {
             CHECKPOINT: self._low,
@@ -191,20 +191,20 @@ class _Panel:
         self._figure.draw(signal.lines() if lines else signal)
 
     def lines(self) -> list[str]:
-        """The lines, all equally wide."""
+        """Return the lines, all equally wide."""
         text: str = self._figure.build().string(colorless=not self._screen.colour)
         return text.rstrip("\n").split("\n")
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
-    """The values that an axis shows: a little more than there are."""
+    """Return the values that an axis shows: a little more than there are."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     room = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
     return low - room if low - room > 0 or low < 0 else 0.0, high + room
 
 
 def _ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between `low` and `high`, at most `most` and at least one."""
+    """Return round numbers between `low` and `high`, at most `most` and at least one."""
     rough = (high - low) / max(1, most)
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)

@@ -1,7 +1,7 @@
 """Looks at the runs under a directory again and again, in a thread of its own.
 
-A disk that hangs must not take the keyboard with it: whoever shows the runs only gets what was
-seen. The reading itself is RunView's.
+A disk that hangs must not take the keyboard with it: the screen only gets what was seen. RunView
+reads.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ _SHARE = 100  # searching takes at most this part of the time, and so does thinn
 
 
 def runs_in(root: Path) -> list[Path]:
-    """The runs at and below `root`; a directory that holds nothing but checkpoints is one too."""
+    """Return the runs at and below `root`; a directory that holds nothing but checkpoints is one
+    too."""
     return find_runs(root) or ([root] if any(root.glob("*.pt")) else [])
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was seen: the chosen run and its place among `runs`.
+    """One look: the chosen run and its place among `runs`.
 
     `snapshot` is None where there is nothing to show; `problem` says why, or what is wrong with
     what is shown.
@@ -48,8 +49,8 @@ class Look:
 
 
 def _most_wanted(runs: Sequence[Path]) -> Path:
-    """The run that somebody who names none of several wants to see: one that trains, else the one
-    that was written last."""
+    """Return the run to show where none of several was named: one that trains, else the one that
+    was written last."""
 
     def order(run: Path) -> tuple[bool, float]:
         owner, written = "", 0.0

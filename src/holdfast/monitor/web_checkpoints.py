@@ -18,7 +18,7 @@ GONE_SHOWN = 200  # of those that are gone, the newest
 
 
 def checkpoint_rows(view: RunView) -> tuple[list[dict[str, Any]], int]:
-    """One row a checkpoint, newest first, and how many older ones that are gone were left out."""
+    """Return a row for each checkpoint, newest first, and how many older ones were left out."""
     rows = _from_history(view)
     best = view.run.contents.best if view.run is not None else None
     newest = view.entries[0] if view.entries else None
@@ -39,7 +39,7 @@ def checkpoint_rows(view: RunView) -> tuple[list[dict[str, Any]], int]:
 
 
 def _order(row: dict[str, Any]) -> tuple[int, int, int]:
-    """The step comes last: many loops count it anew in each epoch."""
+    """Sort by the step last: many loops count it anew in each epoch."""
     return row["generation"] or 0, row["time"] or 0, row["step"]
 
 
@@ -111,7 +111,7 @@ def _of_entry(entry: Entry, best: Entry | None, newest: Entry | None) -> dict[st
 
 
 def _integer(value: object) -> int | None:
-    """Anybody may have written the history: only a number is a number."""
+    """Return a whole number, else None; the history may hold anything."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 

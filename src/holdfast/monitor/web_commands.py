@@ -10,7 +10,7 @@ from holdfast.monitor.run_view import STOPPED, TRAINING, RunView
 
 
 def commands(view: RunView) -> list[dict[str, str]]:
-    """[{"key", "command"}], the most useful first; `key` names the sentence in the page."""
+    """Return [{"key", "command"}], the most useful first; `key` names the sentence in the page."""
     state, run = view.state, _quoted(view.directory)
     ours = (view.directory / "config.json").exists()  # else another's loop, of another model
     found: list[dict[str, str]] = []

@@ -41,7 +41,7 @@ _KEPT = ("loss", "tokens_per_second", "learning_rate")  # whose extremes thinnin
 
 
 def run_id(directory: Path) -> str:
-    """What a page calls a run: never its path."""
+    """Return the id of a run: a page never names a path."""
     return hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
 
 
@@ -49,7 +49,7 @@ def run_id(directory: Path) -> str:
 
 
 def thin(points: Sequence[Point], limit: int = CURVE_POINTS) -> list[Point]:
-    """At most `limit` of `points`, in their order: the first, the last, and of every stretch
+    """Return at most `limit` of `points`, in their order: the first, the last, and of every stretch
     between them the lowest and the highest of each quantity. A spike of one step stays visible."""
     if len(points) <= limit:
         return list(points)
@@ -67,8 +67,8 @@ def thin(points: Sequence[Point], limit: int = CURVE_POINTS) -> list[Point]:
 
 
 def curves(points: Iterable[Point]) -> dict[str, list[Any]]:
-    """Points as columns: "step", "time" (milliseconds since 1970), "epoch" and the quantities; a
-    number that is missing or not finite is null."""
+    """Return points as columns: "step", "time" (milliseconds since 1970), "epoch" and the
+    quantities; null stands for a number that is missing or not finite."""
     every = list(points)
     columns: dict[str, list[Any]] = {
         "step": [point.step for point in every],
@@ -85,7 +85,7 @@ def _finite(value: float | None) -> bool:
 
 
 def _short(value: float | None) -> float | None:
-    """Seven significant digits, which is what a 32-bit loss has; null where there is none."""
+    """Round to seven significant digits, which a 32-bit loss has; None where it is not finite."""
     return float(f"{value:.7g}") if value is not None and math.isfinite(value) else None
 
 
@@ -98,7 +98,7 @@ def _milliseconds(text: str) -> int | None:
 
 
 def summary(view: RunView, identity: str, name: str) -> dict[str, Any]:
-    """The row of a run in a list of runs."""
+    """Return the row of a run in a list of runs."""
     points, safety = view.points, view.safety
     last = points[-1] if points else None
     epochs = view.started.get("epochs")
@@ -123,7 +123,7 @@ def summary(view: RunView, identity: str, name: str) -> dict[str, Any]:
 
 
 def detail(view: RunView, identity: str, name: str) -> dict[str, Any]:
-    """Everything about a run but its curves."""
+    """Return everything about a run but its curves."""
     disk = view.disk
     started = {
         key: view.started[key]
@@ -173,7 +173,7 @@ def detail(view: RunView, identity: str, name: str) -> dict[str, Any]:
 
 
 def _best(view: RunView) -> dict[str, Any] | None:
-    """The lowest validation loss that was measured, else what the best checkpoint says."""
+    """Return the lowest validation loss that was measured, else what the best checkpoint says."""
     measured = [e for e in view.evaluations if e.val_loss is not None and _finite(e.val_loss)]
     if measured:
         best = min(measured, key=lambda e: e.val_loss or 0.0)
@@ -186,7 +186,8 @@ def _best(view: RunView) -> dict[str, Any] | None:
 
 
 def _risk(view: RunView, safety: Safety) -> dict[str, Any]:
-    """What would be lost now. `seconds` of work after a power cut; it grows while `ticking`."""
+    """Return what would be lost now: `seconds` of work after a power cut, which grow while
+    `ticking`."""
     training = view.state == TRAINING
     seconds = safety.disk_seconds
     if not training and safety.disk_steps <= 0:
@@ -210,8 +211,7 @@ def _risk(view: RunView, safety: Safety) -> dict[str, Any]:
 
 
 def _mark(mark: Mark, directory: Path) -> dict[str, Any]:
-    """A reason names its file below the run: the way there tells a reader nothing, and is not for
-    whoever gets a report."""
+    """Return a mark for the page. Reasons name files below the run: the way there is private."""
     wanted = (
         "reason",
         "names",
@@ -242,7 +242,7 @@ def _checkpoints_in(directory: Path, place: str) -> list[Path]:
 
 
 def log_tail(directory: Path, limit: int = LOG_BYTES) -> dict[str, Any]:
-    """The end of the newest log: {"name", "text", "cut"}; all empty where there is none.
+    """Return the end of the newest log: {"name", "text", "cut"}; all empty where there is none.
 
     Links are not followed: a log is a file of the run, never a way out of it.
     """
@@ -269,8 +269,8 @@ def log_tail(directory: Path, limit: int = LOG_BYTES) -> dict[str, Any]:
 
 
 def comparison(runs: Sequence[tuple[str, str, Path]]) -> dict[str, Any]:
-    """The best checkpoints of runs (id, name, directory) beside each other, as `holdfast compare`
-    has them; "runs" says which label is whose, "problems" what could not be compared."""
+    """Return the best checkpoints of runs (id, name, directory) beside each other, as `holdfast
+    compare` has them; "runs" says which label is whose, "problems" what could not be compared."""
     usable, problems = [], []
     for identity, name, directory in runs:
         try:

@@ -14,7 +14,7 @@ TYPES = {".js": _SCRIPT, ".css": "text/css; charset=utf-8", ".svg": "image/svg+x
 
 @lru_cache(maxsize=1)
 def plotting_script() -> tuple[str, bytes]:
-    """Plotly's script as it lies in the installed package: its version, and its bytes."""
+    """Return version and bytes of Plotly's script in the installed package."""
     import plotly
 
     path = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"

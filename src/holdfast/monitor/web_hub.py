@@ -39,7 +39,8 @@ class Picture:
 
     @property
     def version(self) -> str:
-        """What a page tells of the picture that it has, to get only what has come since."""
+        """The text by which a page names the picture that it has, to get only what has come
+        since."""
         return f"{self.number}.{self.era}.{len(self.points)}"
 
     def news(self, have: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The words for a moment of a run, the same on the screen and in a pipe: labels and values.
 
-Each value is one line; who shows it decides on width and colour.
+Each value is one line; the caller decides on width and colour.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _STATES = {
 
 
 def state(snapshot: Snapshot) -> str:
-    """What the run is doing."""
+    """Return what the run is doing."""
     if snapshot.state == STOPPED and not snapshot.started and snapshot.last is None:
         return _("stopped")  # a stranger's loop: where its end is, it has not said
     text = _(_STATES[snapshot.state])
@@ -48,7 +48,7 @@ def state(snapshot: Snapshot) -> str:
 
 
 def counts(snapshot: Snapshot) -> list[str]:
-    """Epoch and step of how many."""
+    """Return epoch and step, of how many."""
     parts = []
     if snapshot.epoch is not None:
         of = f"/{snapshot.epochs}" if snapshot.epochs else ""
@@ -58,19 +58,20 @@ def counts(snapshot: Snapshot) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """`share` of 1 rounded down: 100 % is said when all is done."""
+    """Return `share` of 1 as a percentage, rounded down: 100 % means that all is done."""
     return f"{math.floor(1000 * share) / 10:.1f} %"
 
 
 def left(snapshot: Snapshot) -> str:
-    """The time to the end of the plan; empty where it is not known, and for the last save."""
+    """Return the time to the end of the plan; empty where it is not known, and for the last
+    save."""
     if not snapshot.eta:
         return ""
     return _("{time} left", time=format_seconds(snapshot.eta))
 
 
 def model(snapshot: Snapshot) -> list[str]:
-    """What is trained, where, and how fast, the most important first."""
+    """Return what is trained, where, and how fast, the most important first."""
     parts = []
     if snapshot.last is not None and snapshot.last.tokens_per_second is not None:
         parts.append(_("{rate} tokens/s", rate=f"{snapshot.last.tokens_per_second:,.0f}"))
@@ -96,7 +97,7 @@ def _count(value: int) -> str:
 
 
 def losses(snapshot: Snapshot) -> list[Pair]:
-    """Training loss, its smoothed course, validation."""
+    """Return training loss, its smoothed course, validation."""
     last, validation = snapshot.last, snapshot.validation
     loss = last.loss if last else None
     return [
@@ -107,14 +108,14 @@ def losses(snapshot: Snapshot) -> list[Pair]:
 
 
 def no_number(snapshot: Snapshot) -> str:
-    """That the loss is NaN, and since when; empty where it is a number."""
+    """Return since which step the loss is NaN; empty where it is a number."""
     if snapshot.nan_since is None:
         return ""
     return _("the loss has been NaN or infinite since step {step}", step=snapshot.nan_since)
 
 
 def best(snapshot: Snapshot) -> str:
-    """The best validation loss and its step; empty where there is none."""
+    """Return the best validation loss and its step; empty where there is none."""
     found = snapshot.best_validation
     if found is None:
         return ""
@@ -125,7 +126,7 @@ def best(snapshot: Snapshot) -> str:
 
 
 def safety(snapshot: Snapshot) -> list[Pair]:
-    """What a failure would cost now, by its kind."""
+    """Return the cost of each kind of failure."""
     return [
         (_("power cut"), _power_cut(snapshot)),
         (_("kill"), _kill(snapshot)),
@@ -171,14 +172,14 @@ def _steps(count: int) -> str:
 
 
 def disk(snapshot: Snapshot) -> list[Pair]:
-    """Room for checkpoints, and when there will be none."""
+    """Return the room for checkpoints, and when it ends."""
     found = snapshot.disk
     if found is None:
         return [(_("disk free"), NOTHING)]
     room = format_bytes(found.free)
     if found.next_size:
         room += _(", next {size}", size=format_bytes(found.next_size))
-    if not found.next_size:  # nothing has been saved yet: how large that is, nobody knows
+    if not found.next_size:  # nothing has been saved yet, so the size is unknown
         full = NOTHING
     elif not found.fits:
         full = _("the next does not fit!")
@@ -190,7 +191,7 @@ def disk(snapshot: Snapshot) -> list[Pair]:
 
 
 def machine(snapshot: Snapshot) -> list[Pair]:
-    """CPU, memory and GPUs of this machine and of the training."""
+    """Return CPU, memory and GPUs of this machine and of the training."""
     found = snapshot.machine
     pairs = [(_("machine"), _load(found.cpu, found.memory_used, found.memory_total))]
     if found.process_cpu is not None or found.process_memory is not None:
@@ -213,7 +214,7 @@ def _load(cpu: float | None, used: int | None, total: int | None) -> str:
 
 
 def _of(used: int, total: int | None) -> str:
-    """Bytes of how many, in one unit where both have the same: 3.21/15.6 GiB."""
+    """Return bytes of how many, in one unit where both have the same: 3.21/15.6 GiB."""
     if total is None:
         return format_bytes(used)
     value, unit = format_bytes(used).split(" ")
@@ -231,7 +232,7 @@ def _gpu(gpu: Gpu) -> str:
 
 
 def has_figures(machine: Machine) -> bool:
-    """Whether psutil was there to be asked."""
+    """Return whether psutil was there to be asked."""
     return machine.cpu is not None
 
 
@@ -239,7 +240,7 @@ def has_figures(machine: Machine) -> bool:
 
 
 def checkpoints(rows: Sequence[Row], width: int | None) -> list[str]:
-    """A table, its header first; on `width` cells the least important columns step back."""
+    """Return a table, its header first; on `width` cells the least important columns step back."""
     columns = [
         Column(_("file")),
         Column(_("kind"), hide=4),
@@ -272,7 +273,8 @@ def _marks(row: Row) -> list[str]:
 
 
 def clock(time: object, today: str) -> str:
-    """A time of the history in short: 03:35:30, or with its day where that is not `today`."""
+    """Return a time of the history in short: 03:35:30, or with its day where that is not
+    `today`."""
     parsed = parse_time(time)
     if parsed is None:
         return NOTHING
@@ -281,7 +283,7 @@ def clock(time: object, today: str) -> str:
 
 
 def sentence(event: dict[str, object]) -> str:
-    """An event in words, on one line."""
+    """Return an event in words, on one line."""
     return printable(describe(event))
 
 
@@ -289,7 +291,8 @@ def sentence(event: dict[str, object]) -> str:
 
 
 def lines(snapshot: Snapshot, events: int = 10) -> list[str]:
-    """The whole moment in plain, complete lines, for a pipe or a person without the screen."""
+    """Return the whole moment in plain, complete lines, for a pipe or a person without the
+    screen."""
     done = snapshot.progress
     progress = [*counts(snapshot), *([percent(done)] if done is not None else []), left(snapshot)]
     losses_ = [f"{label} {value}" for label, value in losses(snapshot)]

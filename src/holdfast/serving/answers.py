@@ -30,13 +30,13 @@ _SEPARATOR = re.compile("[\x85\u2028\u2029]")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a text goes on from."""
+    """A prompt as tokens and as text."""
 
     tokens: list[int]
     text: str
 
     def within(self, wanted: int, context: int) -> int:
-        """The tokens that may be generated: what is wanted, as far as the model can see.
+        """Return the tokens that may be generated: what is wanted, as far as the model can see.
 
         The original refuses what would not fit; models of ours see 128 tokens and more, and would
         refuse what most clients ask for by default. `finish_reason` says "length" instead.
@@ -55,7 +55,7 @@ class Told:
 
 @dataclass(slots=True)
 class Piece:
-    """What has come of a choice since its last piece."""
+    """The part of a choice that has come since its last piece."""
 
     choice: Choice
     text: str = ""
@@ -79,7 +79,7 @@ class Choice:
         self._come = self._shown = len(prompt.text)
 
     def take(self, step: Step) -> Piece:
-        """What can be shown after `step`."""
+        """Take in `step`; return what can be shown after it."""
         piece = Piece(self)
         if self.finish is not None:
             return piece
@@ -159,7 +159,7 @@ class Generation:
         return sum(choice.tokens for choice in self._choices.values())
 
     def usage(self) -> dict[str, int]:
-        """The API's `usage`."""
+        """Return the API's `usage`."""
         prompt, generated = self.prompt_tokens, self.generated_tokens
         return {
             "prompt_tokens": prompt,
@@ -168,7 +168,7 @@ class Generation:
         }
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """What comes, a choice at a time, until all have ended.
+        """Yield what comes, a choice at a time, until all have ended.
 
         What has come together is one piece: a slow reader gets fewer and larger ones. Raises
         ApiError where a text has ended badly.
@@ -198,7 +198,7 @@ class Generation:
                 yield piece
 
     def cancel(self) -> None:
-        """Nobody wants the rest."""
+        """Cancel the rest."""
         self._engine.cancel(self._choices)
 
 
@@ -206,22 +206,22 @@ class Generation:
 
 
 class Form(Protocol):
-    """How a request's texts are told."""
+    """The form of an answer."""
 
     def beginning(self, generation: Generation) -> list[dict[str, Any]]:
-        """What comes before the first piece of a stream."""
+        """Return the chunks before the first piece of a stream."""
         ...
 
     def chunk(self, piece: Piece) -> dict[str, Any] | None:
-        """A piece of a stream; None where it says nothing."""
+        """Return a piece of a stream; None where it says nothing."""
         ...
 
     def usage(self, generation: Generation) -> dict[str, Any]:
-        """The last event of a stream whose client wants to know what it used."""
+        """Return the last event of a stream whose client wants to know what it used."""
         ...
 
     def whole(self, pieces: Sequence[Piece], generation: Generation) -> dict[str, Any]:
-        """The answer at once; `pieces`: one a choice, in order."""
+        """Return the answer at once; `pieces`: one a choice, in order."""
         ...
 
 
@@ -249,7 +249,7 @@ class _Form:
         return {**self._head, "choices": [choice], **self._tail}
 
     def _name(self, token: int) -> str:
-        """A token as text; bytes that are no text by themselves are spelled out."""
+        """Return a token as text; bytes that are no text by themselves are spelled out."""
         data = self._vocabulary.bytes_of(token)
         try:
             return data.decode()
@@ -291,7 +291,7 @@ class CompletionForm(_Form):
         }
 
     def _top(self, token: int, logprob: LogProb | None) -> dict[str, float] | None:
-        """The likeliest tokens, and the one that was taken: it may be one more."""
+        """Return the likeliest tokens, and the one that was taken: it may be one more."""
         if logprob is None:
             return None
         return {self._name(one): value for one, value in (*logprob.top, (token, logprob.value))}
@@ -358,7 +358,7 @@ class ChatForm(_Form):
 
 
 async def whole(generation: Generation, form: Form) -> dict[str, Any]:
-    """The answer when every text has ended. Raises ApiError where one has ended badly."""
+    """Return the answer when every text has ended. Raises ApiError where one has ended badly."""
     pieces = {choice.index: Piece(choice) for choice in generation.choices}
     async for piece in generation.pieces():
         pieces[piece.choice.index].text += piece.text
@@ -367,7 +367,7 @@ async def whole(generation: Generation, form: Form) -> dict[str, Any]:
 
 
 async def events(generation: Generation, form: Form, *, usage: bool) -> AsyncIterator[str]:
-    """The answer as server-sent events, as it comes; ends with [DONE]."""
+    """Return the answer as server-sent events, as it comes; ends with [DONE]."""
     for chunk in form.beginning(generation):
         yield event(chunk)
     async for piece in generation.pieces():
@@ -380,7 +380,7 @@ async def events(generation: Generation, form: Form, *, usage: bool) -> AsyncIte
 
 
 def event(value: dict[str, Any]) -> str:
-    """One server-sent event, on one line whatever a client takes for the end of one."""
+    """Return one server-sent event, on one line whatever a client takes for the end of one."""
     return f"data: {_SEPARATOR.sub(_escaped, _JSON.encode(value))}\n\n"
 
 
@@ -389,5 +389,6 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def shown(text: str) -> str:
-    """A prompt given as tokens, as text: the bytes of a character cut at its end are left out."""
+    """Return a prompt given as tokens, as text: the bytes of a character cut at its end are left
+    out."""
     return text.rstrip(BROKEN)

@@ -64,7 +64,9 @@ def counted(app: App, metrics: Metrics) -> App:
     async def counting(scope: Scope, receive: Receive, send: Send) -> None:
         async def count(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "other")  # not what anybody may write
+                route = getattr(
+                    scope.get("route"), "path", "other"
+                )  # not the path, which a client writes
                 metrics.requests.labels(route, str(message["status"])).inc()
             await send(message)
 
@@ -96,8 +98,8 @@ _Asked = TypeVar("_Asked")
 
 
 async def _read(request: Request, parse: Callable[[bytes], _Asked]) -> _Asked:
-    """What the body says. A large one is read beside the event loop, where others' streams go on,
-    and one at a time: what is made of a body takes up to 50 times its size."""
+    """Parse the body. A large one is read beside the event loop, where others' streams go on, and
+    one at a time: parsing takes up to 50 times its size in memory."""
     body = await request.body()
     if len(body) < _LARGE:
         return parse(body)
@@ -190,7 +192,7 @@ def _begin(
 async def _prompts(
     served: Served, given: str | list[Any], limit: int, param: str = "prompt"
 ) -> list[Prompt]:
-    """The prompts of a request. Raises ApiError over one that the model cannot see whole."""
+    """Return the prompts of a request. Raises ApiError over one that the model cannot see whole."""
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not given:
@@ -267,11 +269,11 @@ class _Lease:
             self._library.release(self._served)
 
     def pass_on(self) -> None:
-        """Whoever calls this calls `end` later."""
+        """Keep the model beyond the block; the caller calls `end` later."""
         self._passed_on = True
 
     def end(self, generation: Generation) -> None:
-        """The answer is out, or nobody wants it any more."""
+        """Count the tokens and give the model back: the answer is out, or was cancelled."""
         tokens = self._library.metrics.tokens
         tokens.labels("prompt").inc(generation.prompt_tokens)
         tokens.labels("generated").inc(generation.generated_tokens)
@@ -303,7 +305,7 @@ async def _answer(
 async def _watched(
     receive: Receive, generation: Generation, library: Library
 ) -> AsyncIterator[asyncio.Task[None]]:
-    """Meanwhile, when the client goes away, its texts leave the batch, and the task is done."""
+    """Cancel the texts of the request when its client goes away; the task is done then."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -366,7 +368,7 @@ async def _metrics(request: Request) -> Response:
 
 
 def _add_page(app: FastAPI) -> None:
-    """The page's files as they are now: only what lies there is ever answered."""
+    """Serve the page's files as they are now, and no others."""
     files = {path.name: path for path in _WEB.iterdir()}
 
     async def index() -> Response:
@@ -405,7 +407,7 @@ async def _not_found(request: Request, error: Exception) -> Response:
 
 
 async def _gone(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it; it is counted
+    return Response(status_code=499)  # only to be counted: the client has gone
 
 
 async def _our_fault(request: Request, error: Exception) -> Response:

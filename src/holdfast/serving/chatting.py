@@ -20,7 +20,7 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class ChatTemplate:
-    """How the messages of a conversation become the text that a model goes on from."""
+    """A chat template: it makes one text of the messages of a conversation."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         files = tokenizer.to_state()
@@ -34,7 +34,7 @@ class ChatTemplate:
 
     @property
     def own(self) -> bool:
-        """Whether the tokenizer brings a template of its own."""
+        """True if the tokenizer brings a template of its own."""
         return self._renderer is not None
 
     def start(self) -> None:
@@ -48,7 +48,8 @@ class ChatTemplate:
             self._renderer.close()
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt for `messages` (role, content). Blocks: for threads beside the event loop.
+        """Return the prompt for `messages` (role, content). Blocks: for threads beside the event
+        loop.
 
         A model that was trained on plain text knows no roles: it is given the messages' texts, a
         line each, and goes on behind the last. Raises ApiError where the template refuses them,
@@ -107,9 +108,11 @@ class ChatTemplate:
 
 
 def _is_in(text: str, traced: str | Refused, content: str, mark: str) -> bool:
-    """Whether a message's `content` came into the prompt. Short contents stand in others as well,
-    so it is asked of `traced`, the prompt with a mark in place of each content; a template that
-    changes upper to lower case keeps the mark, and one that refuses marks is asked for the content.
+    """Return whether a message's `content` came into the prompt.
+
+    Short contents stand in others as well, so `traced` is asked, the prompt with a mark in place of
+    each content. A template that changes upper to lower case keeps the mark; one that refuses marks
+    is asked for the content.
     """
     if not content:
         return True

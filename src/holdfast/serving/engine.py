@@ -1,7 +1,7 @@
 """The engine: one thread a model that takes waiting texts into the batch between two steps.
 
 Requests come from an event loop and get their tokens back in it. What a text needs is decided
-elsewhere; here it joins, gets its tokens, and leaves: at its end, or when nobody wants it any more.
+elsewhere; here it joins, gets its tokens, and leaves: at its end, or when it is cancelled.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from holdfast.serving.sampling import LogProb, Sampler, Sampling, describe
 
 log = logging.getLogger("holdfast")
 
-# With more rows than a few, tokens are handed on so many seconds apart, several together: nobody
-# sees the difference, and a piece costs more on its way to the client than a token in the model.
+# With more rows than a few, tokens are handed on so many seconds apart, several together: no
+# reader sees the difference, and a piece costs more on its way to the client than a token in the
+# model.
 _FEW, _TOGETHER = 4, 0.02
 _PREFILL = 512  # tokens of new prompts that one step may take in: those under way wait for them
 
@@ -41,7 +42,7 @@ class QueueFull(Exception):
 
 
 class Observer(Protocol):
-    """Who counts; called in the engine's thread."""
+    """A counter of steps and first tokens; called in the engine's thread."""
 
     def stepped(self, rows: int, seconds: float) -> None: ...
 
@@ -62,20 +63,20 @@ class Step:
 
 
 class Inbox:
-    """What the engine has for one request, in the request's event loop."""
+    """The steps for one request, in the event loop of the request."""
 
     def __init__(self) -> None:
         self._items: list[tuple[Text, Step]] = []
         self._waiting: asyncio.Future[None] | None = None
 
     def put(self, item: tuple[Text, Step]) -> None:
-        """Called in the event loop."""
+        """Add an item; call it in the event loop."""
         self._items.append(item)
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
     async def get(self) -> list[tuple[Text, Step]]:
-        """Everything that has come, at least one item."""
+        """Return everything that has come, at least one item."""
         while not self._items:
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
@@ -190,14 +191,14 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, texts: Iterable[Text]) -> None:
-        """Nobody wants these any more: their rows are free before the next step."""
+        """Cancel `texts`: their rows are free before the next step."""
         with self._changed:
             for text in texts:
                 text.cancelled = True
             self._changed.notify()
 
     def close(self) -> None:
-        """No new texts; the thread ends, and lets the model go, when those here are done."""
+        """Take no new texts; the thread ends, and lets the model go, when those here are done."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -211,7 +212,7 @@ class Engine:
             self._changed.notify()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Whether the thread has ended within `timeout` seconds."""
+        """Wait up to `timeout` seconds for the thread; return whether it has ended."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -251,8 +252,8 @@ class Engine:
                 self._leave(row, "cancelled")
 
     def _take_waiting(self) -> list[Text]:
-        """Who joins now: in the order they came, as many as there are rows and memory for, and as
-        fit one pass."""
+        """Take waiting texts in the order they came: as many as there are rows and memory for, and
+        as fit one pass."""
         joining: list[Text] = []
         tokens = 0
         farthest = max((text.longest for text in self._rows), default=0)
@@ -297,7 +298,7 @@ class Engine:
     def _give(
         self, first: int, tokens: list[int | None], probabilities: list[LogProb | None]
     ) -> None:
-        """Each row from `first` on gets its token; those that end leave."""
+        """Give each row from `first` on its token; those that end leave."""
         for row in reversed(range(first, len(self._rows))):
             text = self._rows[row]
             token, wanted = tokens[row - first], text.sampling
@@ -365,7 +366,7 @@ def _put(events: list[tuple[Text, Step]]) -> None:
 
 
 def _of_prompt(logits: torch.Tensor, text: Text) -> list[LogProb | None]:
-    """What the model gave each token of the prompt, from `logits` [tokens, vocabulary]."""
+    """Return the probability of each token of the prompt, from `logits` [tokens, vocabulary]."""
     found: list[LogProb | None] = [None]
     for place, token in enumerate(text.prompt[1:]):
         logprobs = logits[place].log_softmax(-1)
@@ -374,7 +375,8 @@ def _of_prompt(logits: torch.Tensor, text: Text) -> list[LogProb | None]:
 
 
 def end_ids_of(model: Any, eos_id: int) -> set[int]:
-    """Every token that ends a text: the tokenizer's, and what the model's configuration names."""
+    """Return every token that ends a text: the tokenizer's, and what the model's configuration
+    names."""
     named = getattr(model.config, "eos_token_id", None)
     named = named if isinstance(named, list | tuple) else [named]
     return {eos_id, *(token for token in named if isinstance(token, int))}

@@ -56,7 +56,7 @@ _WAITS = {  # by the first byte of a character
 
 
 def after(state: State, byte: int) -> State | None:
-    """The state behind one more byte; None where it makes the text no beginning of JSON."""
+    """Return the state behind one more byte; None where it makes the text no beginning of JSON."""
     what, open_, known = state
     character = chr(byte)
     if what == "string":
@@ -77,7 +77,7 @@ def after(state: State, byte: int) -> State | None:
 
 
 def _between(what: str, open_: str, character: str) -> State | None:
-    """Behind a bracket, a comma, a colon, or a value that is complete."""
+    """Return the state behind a bracket, a comma, a colon, or a value that is complete."""
     closes = {"next": open_[-1:], "first key": "{", "first item": "["}.get(what, "")
     if closes and character == {"{": "}", "[": "]"}[closes]:
         return ("next" if open_[1:] else "end", open_[:-1], "")
@@ -97,7 +97,7 @@ def _between(what: str, open_: str, character: str) -> State | None:
 
 
 def _begun(open_: str, character: str) -> State | None:
-    """A value that begins with `character`."""
+    """Return the state in a value that begins with `character`."""
     if character == '"':
         return ("string", open_, "")
     if character in _WORDS:
@@ -110,8 +110,8 @@ def _begun(open_: str, character: str) -> State | None:
 
 
 def _in_string(open_: str, waits: str, byte: int) -> State | None:
-    """`waits`: "" for any character, a backslash for what is escaped, "u" and the digits that have
-    come, or the ranges of the bytes that finish a character."""
+    """Return the state in a string. `waits`: "" for any character, a backslash for what is escaped,
+    "u" and the digits that have come, or the ranges of the bytes that finish a character."""
     character = chr(byte)
     if not waits and character == '"':
         return ("colon", open_[:-1], "") if open_[-1] == "k" else ("next", open_, "")
@@ -134,7 +134,7 @@ def _in_string(open_: str, waits: str, byte: int) -> State | None:
 
 @functools.lru_cache(maxsize=4096)
 def first_bytes(state: State) -> tuple[bool, ...]:
-    """For each byte, and for a token without any, whether it may come next."""
+    """Return for each byte, and for a token without any, whether it may come next."""
     return (*(after(state, byte) is not None for byte in range(256)), False)
 
 
@@ -150,15 +150,15 @@ class JsonText:
 
     @property
     def done(self) -> bool:
-        """Whether the object is complete."""
+        """True when the object is complete."""
         return self.state[0] == "end"
 
     def allows(self, token: int) -> bool:
-        """Whether the text may go on with `token`."""
+        """Return whether the text may go on with `token`."""
         return self._behind(token) is not None
 
     def take(self, token: int) -> None:
-        """The text has gone on with `token`."""
+        """Go on with `token`."""
         behind = self._behind(token)
         assert behind is not None, "what is not allowed is not drawn"
         self.state = behind

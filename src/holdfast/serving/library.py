@@ -46,7 +46,7 @@ class Moved(HoldfastError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How models are served."""
+    """Settings of the served models."""
 
     device: torch.device | None = None
     dtype: torch.dtype = torch.float32
@@ -78,7 +78,7 @@ class Served:
         self.used = time.monotonic()
 
     async def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt for a conversation, made beside the event loop. Raises ApiError."""
+        """Return the prompt for a conversation, made beside the event loop. Raises ApiError."""
         if not self.template.own:
             return self.template.render(messages)
         if self._to_render >= self.engine.room:
@@ -176,7 +176,8 @@ class Library:
         raise AssertionError("the last one returns or raises")
 
     def load(self, card: Card) -> Served:
-        """The model of `card`, verified. Raises HoldfastError or OSError; called in any thread.
+        """Return the model of `card`, verified. Raises HoldfastError or OSError; called in any
+        thread.
 
         The work is done in a thread that ends with it. OpenMP keeps a team for each thread that has
         ever computed, and once there are more of them than cores it sends them all to sleep
@@ -187,7 +188,8 @@ class Library:
             return own.submit(self._load, card).result()
 
     def _share(self) -> int:
-        """Threads that each model may compute with: more than cores in all would wait asleep."""
+        """Return the threads that each model may compute with: more than cores in all would wait
+        asleep."""
         return max(1, self._threads // max(1, len(self._served)))
 
     def _load(self, card: Card) -> Served:
@@ -215,11 +217,11 @@ class Library:
     # ---------------------------------------------------------------------------------- the names
 
     def _prefix(self, source: Path) -> str:
-        """What distinguishes the names of several runs."""
+        """Return the prefix that distinguishes the names of several runs."""
         return f"{self._labels[source]}/" if len(self.sources) > 1 else ""
 
     def _cards_of(self, source: Path) -> list[Card]:
-        """The names of a source, the one that it is served by first."""
+        """Return the names of a source, the one that it is served by first."""
         if not source.is_dir():
             if not source.exists():
                 raise CheckpointError(_("There is no checkpoint at {path}.", path=source))
@@ -239,7 +241,7 @@ class Library:
         return cards
 
     async def cards(self) -> list[Card]:
-        """Every name that can be asked for now, the default first."""
+        """Return every name that can be asked for now, the default first."""
         if time.monotonic() - self._looked > _FRESH:
             self._cards = await asyncio.to_thread(self._all_cards)
             self._looked = time.monotonic()
@@ -261,13 +263,13 @@ class Library:
         return list(cards.values())
 
     def context_of(self, card: Card) -> int | None:
-        """Tokens that the model sees; None where none of its run was loaded yet."""
+        """Return how many tokens the model sees; None where none of its run was loaded yet."""
         return self._contexts.get(card.entry.run_id)
 
     # ---------------------------------------------------------------------------------- the models
 
     async def acquire(self, name: str | None) -> tuple[str, Served]:
-        """The model that `name` stands for ("" or None: the default), and its full name.
+        """Return the full name that `name` stands for ("" or None: the default), and its model.
 
         It stays until `release`. Raises ApiError where there is none, or none that can be loaded.
         """
@@ -280,7 +282,7 @@ class Library:
         return card.name, served
 
     def release(self, served: Served) -> None:
-        """The request is answered."""
+        """Give a model back: the request is answered."""
         served.users -= 1
         if served.retired and served.users == 0:
             served.engine.close()
@@ -288,7 +290,8 @@ class Library:
             self._closing.remove(served)
 
     async def card(self, name: str | None) -> Card:
-        """What `name` stands for ("" or None: the default). Raises ApiError where it is unknown."""
+        """Return the card of `name` ("" or None: the default). Raises ApiError where it is
+        unknown."""
         first = self._current[self.sources[0]]
         if not name or name == first.name:
             return first
@@ -309,7 +312,7 @@ class Library:
         )
 
     async def _load_for(self, name: str | None) -> tuple[Card, Served]:
-        """What `name` stands for, loaded. One after the other: there is memory for as many as are
+        """Load what `name` stands for. One after the other: there is memory for as many as are
         kept, not for as many as are asked for at one moment."""
         async with self._loading:
             for look in range(1, _TRIES + 1):
@@ -339,11 +342,11 @@ class Library:
         self.metrics.models_loaded.set(len(self._served))
 
     def _pinned(self) -> set[str]:
-        """What must stay in memory: what each source stands for."""
+        """Return the ids that must stay in memory: those that the sources stand for."""
         return {current.entry.id for current in self._current.values()}
 
     def _retire(self, served: Served) -> None:
-        """Nobody gets it any more; those that have it are answered to their end."""
+        """Give it to no more requests; those that have it are answered to their end."""
         del self._served[served.entry.id]
         served.retired = True
         self._closing.append(served)
@@ -390,7 +393,7 @@ class Library:
         return True
 
     def _refuse(self, card: Card, error: Exception) -> None:
-        """What is damaged or foreign stays so; memory and disks come back."""
+        """Note not to load it again: for good where it is damaged or foreign, else for a while."""
         for_good = isinstance(error, CheckpointError)
         self._refused[card.entry.id] = math.inf if for_good else time.monotonic() + _AGAIN
 
@@ -434,7 +437,7 @@ class Library:
 
 
 def _unavailable(card: Card, error: Exception) -> ApiError:
-    """Why the model of `card` cannot be had, logged and for the client."""
+    """Log why the model of `card` cannot be had, and return the error for the client."""
     log.warning(_("{name} cannot be served: {reason}", name=card.name, reason=error))
     if isinstance(error, HoldfastError | OSError):
         told = _("The model '{name}' cannot be loaded: {reason}", name=card.name, reason=error)

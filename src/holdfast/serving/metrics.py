@@ -65,16 +65,16 @@ class Metrics:
             self.tokens.labels(kind)  # there from the start: a rate needs a zero
 
     def stepped(self, rows: int, seconds: float) -> None:
-        """A step of a batch of `rows` texts took `seconds`."""
+        """Count a step of a batch of `rows` texts that took `seconds`."""
         self._rows.observe(rows)
         self._steps.observe(seconds)
 
     def first_token(self, seconds: float) -> None:
-        """A text has got its first token so long after it was asked for."""
+        """Count a first token that came `seconds` after its text was asked for."""
         self._first.observe(seconds)
 
     def watch(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
-        """Ask these for the texts in batches and in queues whenever somebody reads."""
+        """Ask these for the texts in batches and in queues at every reading."""
         for name, text, ask in (
             ("holdfast_running_texts", "Texts in batches now", running),
             ("holdfast_waiting_texts", "Texts that wait for a row now", waiting),
@@ -83,5 +83,5 @@ class Metrics:
             gauge.set_function(lambda ask=ask: float(ask()))  # type: ignore[misc]
 
     def render(self) -> bytes:
-        """Everything, as Prometheus' text."""
+        """Return everything, as Prometheus' text."""
         return generate_latest(self.registry)

@@ -21,7 +21,7 @@ class Card:
     entry: Entry
 
     def to_json(self, context: int | None = None) -> dict[str, Any]:
-        """The API's model object, with what a person wants to know of a checkpoint."""
+        """Return the API's model object, with what a person wants to know of a checkpoint."""
         try:
             created = int(datetime.datetime.fromisoformat(self.entry.created).timestamp())
         except ValueError:
@@ -43,8 +43,8 @@ class Card:
 
 
 def labels_of(sources: Sequence[Path]) -> dict[Path, str]:
-    """What each source is called: its name, and of those with one name as many of the directories
-    above as tell them apart."""
+    """Return a label for each source: its name, and of those with one name as many of the
+    directories above as tell them apart."""
     parts = {source: _parts(source) for source in sources}
 
     def label(mine: tuple[str, ...]) -> str:

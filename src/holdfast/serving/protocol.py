@@ -1,7 +1,7 @@
 """The OpenAI API in words: what a request may say, and how an error is told.
 
-Models of pydantic, strict as the original is: a number in quotes is an error, a field that nobody
-knows is not. No engine and no network in this room.
+Models of pydantic, strict as the original is: a number in quotes is an error, an unknown field is
+not. No engine and no network in this room.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _ELSEWHERE: dict[str, object] = {
 
 
 class ApiError(Exception):
-    """What is answered instead: the original's body, a status, perhaps headers."""
+    """An error as the original API tells it: body, status, perhaps headers."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the error, in the form that the clients know."""
+        """Return the JSON of the error, in the form that the clients know."""
         return {
             "error": {
                 "message": self.message,
@@ -100,13 +100,13 @@ def invalid(message: str, param: str | None, code: str = "invalid_value") -> Api
 
 
 def server_error(message: str, *, status: int = 500, code: str | None = None) -> ApiError:
-    """An error that is ours; the client is told that asking again does not help."""
+    """Return an error that is ours; the client is told that asking again does not help."""
     headers = {"x-should-retry": "false"} if status == 500 else {"Retry-After": "1"}
     return ApiError(status, message, code=code, kind="server_error", headers=headers)
 
 
 def tokenizer_failed(error: BaseException) -> ApiError:
-    """What is answered, and logged in a line, where a model's tokenizer raises an error."""
+    """Log that a model's tokenizer raised an error, and return the error for the client."""
     reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
     told = server_error(
         _("The model's tokenizer failed: {reason}", reason=reason), code="tokenizer_failed"
@@ -116,7 +116,7 @@ def tokenizer_failed(error: BaseException) -> ApiError:
 
 
 def too_many(message: str, retry_after: int, code: str) -> ApiError:
-    """429, with the seconds after which it is worth trying again."""
+    """Return 429, with the seconds after which it is worth trying again."""
     headers = {"Retry-After": str(retry_after)}
     return ApiError(429, message, code=code, kind="rate_limit_error", headers=headers)
 
@@ -164,8 +164,8 @@ def _stops(value: object) -> object:
 
 
 def _text(value: object) -> object:
-    """The words of a message, whose content may come in parts. Raises ApiError over pictures and
-    sounds."""
+    """Return the words of a message, whose content may come in parts. Raises ApiError over pictures
+    and sounds."""
     parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
     if len(parts) > _MESSAGES:
         raise ValueError(_("at most {count} content parts", count=_MESSAGES))
@@ -219,7 +219,7 @@ class StreamOptions(_Object):
 
 
 class _Request(_Object):
-    """What both APIs have."""
+    """The fields that both APIs have."""
 
     model: str | None = None
     stream: bool | None = None
@@ -256,18 +256,18 @@ class _Request(_Object):
 
     @property
     def json_object(self) -> bool:
-        """Whether the text must become a JSON object."""
+        """True if the text must become a JSON object."""
         return (self.response_format or {}).get("type") == "json_object"
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with the counts of tokens."""
+        """True if a stream ends with the counts of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(
         self, *, max_tokens: int, vocabulary: int, logprobs: int | None, prompt_logprobs: bool
     ) -> Sampling:
-        """How texts for this request are made. Raises ApiError over a token that is not there."""
+        """Return the sampling of this request. Raises ApiError over a token that is not there."""
         seed = self.seed
         return Sampling(
             max_tokens=max_tokens,
@@ -372,7 +372,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. Raises ApiError where there is none."""
+    """Return the JSON object in `body`. Raises ApiError where there is none."""
     if _containers(body) > _CONTAINERS:
         raise _no_json(_("it has more than {count} lists and objects", count=_CONTAINERS))
     try:
@@ -398,8 +398,9 @@ def _no_json(reason: object) -> ApiError:
 
 
 def _containers(body: bytes) -> int:
-    """Lists and objects in `body`. Each takes 60 times its text, and Python's garbage collector
-    goes through all of them again and again: half a million held every thread up for a second."""
+    """Count lists and objects in `body`. Each takes 60 times its text, and Python's garbage
+    collector goes through all of them again and again: half a million held every thread up for a
+    second."""
     if len(body) <= _CONTAINERS:
         return 0
     outside = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]
@@ -411,12 +412,12 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
-    """The request in `body`. Raises ApiError with the field that is wrong."""
+    """Return the request in `body`. Raises ApiError with the field that is wrong."""
     return _parse(CompletionRequest, body)
 
 
 def parse_chat(body: bytes) -> ChatRequest:
-    """The request in `body`. Raises ApiError with the field that is wrong."""
+    """Return the request in `body`. Raises ApiError with the field that is wrong."""
     return _parse(ChatRequest, body)
 
 
@@ -437,7 +438,7 @@ def _parse(kind: type[_Kind], body: bytes) -> _Kind:
 
 
 def _told(error: ValidationError) -> ApiError:
-    """The first problem, as the original says it."""
+    """Return the first problem, as the original says it."""
     first = error.errors(include_url=False, include_input=False)[0]
     param = "".join(f"[{p}]" if isinstance(p, int) else f".{p[:40]}" for p in first["loc"])
     param = param.lstrip(".")
@@ -452,7 +453,8 @@ def _told(error: ValidationError) -> ApiError:
 
 
 def _reasons(limits: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong by pydantic's name for it: its own words are English, and speak of Python."""
+    """Return our words by pydantic's name for an error: its own are English, and speak of
+    Python."""
     an_object = _("an object is needed")
     return {
         "string_type": _("a text is needed"),

@@ -44,7 +44,7 @@ class Watcher:
                 return  # the event loop is closed: the server has ended
 
     def _signs(self) -> list[tuple[int, int, int]]:
-        """What changes when a checkpoint comes or goes: directory and history."""
+        """Return signs that change when a checkpoint comes or goes: of directory and history."""
         signs = []
         for source in self._library.sources:
             for path in (source, source / EVENTS):

@@ -48,11 +48,11 @@ class Renderer:
 
     def start(self) -> None:
         """Start the process without waiting for it: the first call then need not."""
-        with self._lock, contextlib.suppress(Failed):  # told where somebody needs it
+        with self._lock, contextlib.suppress(Failed):  # told where it is needed
             self._running()
 
     def render(self, conversations: Sequence[Messages]) -> list[str | Refused]:
-        """The prompt of each conversation, or why the template refuses it. Raises Failed."""
+        """Return the prompt of each conversation, or why the template refuses it. Raises Failed."""
         with self._lock:
             process = self._running()
             if not self._ready:
@@ -67,7 +67,7 @@ class Renderer:
         """End the process; a call under way raises Failed."""
         process = self._process
         if process is not None:
-            process.kill()  # whoever waits for it with the lock is told so at once
+            process.kill()  # a call that waits for it with the lock is told so at once
         with self._lock:
             self._forget()
 
@@ -199,7 +199,7 @@ def _answer(render: Any, work: Mapping[str, Any], messages: list[Any]) -> dict[s
 
 
 def _limit_memory() -> None:
-    """Address space beside what there is now; where the system has no such limit, none."""
+    """Limit the address space beside what there is now, where the system has such a limit."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -209,7 +209,7 @@ def _limit_memory() -> None:
 
 
 def _limit_time() -> None:
-    """Processor seconds: a loop must not outlive a server that was killed."""
+    """Limit the processor seconds: a loop must not outlive a server that was killed."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 

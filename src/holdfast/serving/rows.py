@@ -1,7 +1,7 @@
 """The batch in the model: rows that join and leave between steps, over transformers' own forward.
 
-Each row has a place in one key-value cache, left-aligned, and a length of its own: who joins is
-written behind the others, who leaves makes room for the last, and nobody's keys are copied else.
+Each row has a place in one key-value cache, left-aligned, and a length of its own. A row that joins
+is written behind the others; one that leaves makes room for the last; no other keys are copied.
 """
 
 from __future__ import annotations
@@ -41,29 +41,30 @@ class Batch(Protocol):
     def count(self) -> int: ...
 
     def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """New rows behind the others; the logits [prompts, vocabulary] of what follows each."""
+        """Add rows behind the others; return the logits [prompts, vocabulary] of what follows
+        each."""
         ...
 
     def add_with_all(self, prompt: Sequence[int]) -> torch.Tensor:
-        """A new row; the logits [tokens, vocabulary] of what follows each of its tokens."""
+        """Add a row; return the logits [tokens, vocabulary] of what follows each of its tokens."""
         ...
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
-        """One token more a row; the logits [rows, vocabulary] of what follows."""
+        """Add a token to each row; return the logits [rows, vocabulary] of what follows."""
         ...
 
     def remove(self, row: int) -> None:
-        """`row` is free; the last row takes its place."""
+        """Free `row`; the last row takes its place."""
         ...
 
     def clear(self) -> None:
-        """No rows, whatever state a failed step has left."""
+        """Drop all rows, whatever state a failed step has left."""
         ...
 
 
 @dataclass(slots=True)
 class _Place:
-    """Where the keys of a forward pass go: each token's row, and its place in it."""
+    """The places of the keys of a forward pass: each token's row, and its place in it."""
 
     rows: torch.Tensor | None = None  # [tokens]
     positions: torch.Tensor | None = None  # [tokens]
@@ -84,7 +85,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: `update` makes room when it knows for how many."""
+        """Do nothing: `update` makes room when it knows for how many."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_more: Any
@@ -121,13 +122,13 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def _by_token(states: torch.Tensor) -> torch.Tensor:
-    """[texts, heads, tokens, width] as [texts x tokens, heads, width]."""
+    """Return [texts, heads, tokens, width] as [texts x tokens, heads, width]."""
     return states.transpose(1, 2).flatten(0, 1)
 
 
 def _room(have: torch.Tensor | None, like: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """`have`, or a tensor with the same content for `rows` of `length`: what is needed now decides
-    how large it is, not what was needed once."""
+    """Return `have`, or a tensor with the same content for `rows` of `length`. Its size follows
+    what is needed now, not what was needed once."""
     if have is not None and have.shape[0] >= rows and have.shape[2] >= length:
         return have
     rows, length = -(-rows // _ROWS) * _ROWS, -(-length // _LENGTHS) * _LENGTHS
@@ -169,8 +170,9 @@ class Rows:
     def _prefill(
         self, prompts: Sequence[Sequence[int]], places: torch.Tensor | None
     ) -> torch.Tensor:
-        """Logits [places, vocabulary] (None: of all tokens). The prompts are one text behind the
-        other, each seeing itself alone: filled up to one length they took 2.5 times as long."""
+        """Return the logits [places, vocabulary] (None: of all tokens). The prompts are one text
+        behind the other, each seeing itself alone: filled up to one length they took 2.5 times as
+        long."""
         place, device = self._place, self._device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         starts = lengths.cumsum(0) - lengths
@@ -213,7 +215,7 @@ class Rows:
         return logits[:, -1].float()
 
     def bytes_per_token(self) -> int:
-        """Memory that a token of a row takes; known once there was one."""
+        """Return the memory that a token of a row takes; known once there was one."""
         return sum(layer.bytes_per_token() for layer in self._cache.layers)
 
     def remove(self, row: int) -> None:
@@ -271,7 +273,7 @@ class Single:
 
 
 def batch_for(model: Any, limit: int, context: int) -> Batch:
-    """Rows where this model's answers stay the same in them, else one row at a time.
+    """Return Rows where this model's answers stay the same in them, else one row at a time.
 
     Tried with the model itself: two texts of different length, together and each on its own.
     """
@@ -286,7 +288,8 @@ def batch_for(model: Any, limit: int, context: int) -> Batch:
 
 
 def _attends_to_all(config: Any) -> bool:
-    """Whether no layer forgets (sliding windows) or keeps another state than keys and values."""
+    """Return whether no layer forgets (sliding windows) or keeps another state than keys and
+    values."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return set(kinds) == {"full_attention"}
@@ -294,8 +297,8 @@ def _attends_to_all(config: Any) -> bool:
 
 
 def _turns_with_length(config: Any) -> bool:
-    """Whether positions mean something else as soon as one text is long (LongRoPE): a long text
-    would change what the short ones beside it say. No trial with short texts shows that."""
+    """Return whether positions mean something else as soon as one text is long (LongRoPE): a long
+    text would change what the short ones beside it say. No trial with short texts shows that."""
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer = [one for one in rope.values() if isinstance(one, Mapping)]
     return any(one.get("rope_type") == "longrope" for one in [rope, *by_layer])
@@ -303,7 +306,8 @@ def _turns_with_length(config: Any) -> bool:
 
 @torch.inference_mode()
 def _try(model: Any) -> int:
-    """Bytes that a token takes in rows; 0 where the answers in rows are not the model's own."""
+    """Return the bytes that a token takes in rows; 0 where answers in rows are not the model's
+    own."""
     size = model.get_input_embeddings().num_embeddings
     texts = [[(7 * i * i + 3) % size for i in range(5)], [(11 * i + 1) % size for i in range(3)]]
     rows, dtype = Rows(model, 2), next(model.parameters()).dtype
@@ -332,7 +336,7 @@ def _plain(model: Any, text: list[int]) -> torch.Tensor:
 
 
 def _close(logits: torch.Tensor, expected: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
-    """Whether they are the same but for rounding, measured by the spread of the logits."""
+    """Return whether they are the same but for rounding, measured by the spread of the logits."""
     wanted = torch.stack(list(expected))
     spread = float(wanted.std()) or 1.0
     allowed = 1e-3 if dtype == torch.float32 else 0.25

@@ -20,7 +20,7 @@ _NARROW = 1024  # tokens that are sorted for top-p; where their mass does not re
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How one text is made: the parameters of the OpenAI API."""
+    """The parameters by which one text is made, as the OpenAI API has them."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -42,7 +42,7 @@ class Sampling:
 
     @property
     def penalises(self) -> bool:
-        """Whether what was generated changes what comes next."""
+        """True if what was generated changes what comes next."""
         return bool(self.presence_penalty or self.frequency_penalty)
 
 
@@ -55,7 +55,7 @@ class LogProb:
 
 
 class Row(Protocol):
-    """What the sampler must know of a row of the batch."""
+    """The view that the sampler has of a row of the batch."""
 
     sampling: Sampling
     random: random.Random
@@ -81,7 +81,7 @@ class Sampler:
     def choose(
         self, logits: torch.Tensor, rows: Sequence[Row]
     ) -> tuple[list[int | None], list[LogProb | None]]:
-        """A token for each row of `logits` [rows, vocabulary], fp32; changes `logits`.
+        """Return a token for each row of `logits` [rows, vocabulary], fp32; changes `logits`.
 
         None stands for a row whose logits are no numbers: its weights are ruined. The probabilities
         are the model's own, before temperature, penalties and limits.
@@ -127,7 +127,7 @@ class Sampler:
         self._fixed = _spread(fixed, device) if any(change for _row, change in fixed) else None
 
     def _change(self, logits: torch.Tensor, rows: Sequence[Row]) -> None:
-        """Bias and penalties of all rows in one operation: one a row took a fifth of a step."""
+        """Add bias and penalties of all rows in one operation: one a row took a fifth of a step."""
         if self._fixed is not None:
             places, changes = self._fixed
             logits[places] += changes
@@ -137,7 +137,7 @@ class Sampler:
             logits[places] += changes
 
     def _change_of(self, row: Row) -> dict[int, float]:
-        """What is added to the logits of a row, by token."""
+        """Return what is added to the logits of a row, by token."""
         wanted = row.sampling
         change = dict(wanted.logit_bias)
         for token, count in row.counts.items():
@@ -148,8 +148,8 @@ class Sampler:
         return change
 
     def _draw(self, logits: torch.Tensor, dice: torch.Tensor) -> torch.Tensor:
-        """One token a row where its dice falls on the summed probabilities, in order of the ids:
-        that order does not change when two of them swap their rank by a rounding error."""
+        """Return one token a row where its dice falls on the summed probabilities, in order of the
+        ids: that order does not change when two of them swap their rank by a rounding error."""
         scaled = logits / self._temperature.clamp(min=1e-5)[:, None]
         if self._limited:
             scaled = _limit(scaled, self._top_k, self._top_p)
@@ -158,8 +158,8 @@ class Sampler:
         return torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
 
     def _guide(self, logits: torch.Tensor, i: int, row: Row) -> int:
-        """The token of row `i`, drawn from those that its guide allows; an end of text where there
-        is none. `logits` [vocabulary].
+        """Return the token of row `i`, drawn from those that its guide allows; an end of text where
+        there is none. `logits` [vocabulary].
 
         Tokens that cannot begin so are left out at once. The others are put in the order in which
         they would be drawn one after the other, and the first that is allowed is taken: that is a
@@ -188,7 +188,7 @@ class Sampler:
         return self._end_ids[0]
 
     def _first_bytes(self, guide: JsonText, logits: torch.Tensor) -> torch.Tensor:
-        """The first byte of each token [vocabulary]; 256 for one without any."""
+        """Return the first byte of each token [vocabulary]; 256 for one without any."""
         known, firsts = self._firsts
         if known is not guide.pieces or len(firsts) != len(logits):
             firsts = torch.full(logits.shape, 256, dtype=torch.long)
@@ -205,7 +205,7 @@ _Spread = tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _spread(changes: Sequence[tuple[int, Mapping[int, float]]], device: torch.device) -> _Spread:
-    """The changes of rows, by token, as tensors; each place is there once."""
+    """Return the changes of rows, by token, as tensors; each place is there once."""
     rows = [row for row, change in changes for _token in change]
     tokens = [token for _row, change in changes for token in change]
     values = [value for _row, change in changes for value in change.values()]
@@ -221,7 +221,7 @@ def _is(a: object, b: object) -> bool:
 
 
 def _limit(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """-inf for what top-k leaves out, and of the rest what top-p leaves out; the likeliest stays.
+    """Put -inf where top-k leaves a token out, and of the rest top-p; the likeliest stays.
 
     `logits` [rows, vocabulary]; `top_k`, `top_p` [rows]. What is as likely as the last one that is
     kept is kept too.
@@ -250,7 +250,7 @@ def _limit(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> to
 
 
 def describe(logprobs: torch.Tensor, token: int, alternatives: int) -> LogProb:
-    """What is told of `token` where `logprobs` [vocabulary] are those of its place."""
+    """Return what is told of `token`; `logprobs` [vocabulary] are those of its place."""
     top: tuple[tuple[int, float], ...] = ()
     if alternatives:
         best = logprobs.topk(min(alternatives, logprobs.numel()))

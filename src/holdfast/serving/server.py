@@ -37,7 +37,7 @@ _SWITCH = 0.001
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Where and how to serve."""
+    """Settings of a server."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -56,7 +56,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What is said when the server answers."""
+    """The address and the models of a server that answers now."""
 
     url: str
     cards: list[Card]

@@ -22,7 +22,8 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how SentencePiece writes a single
 
 @functools.cache
 def _byte_of_character() -> dict[str, int]:
-    """The table of byte-level BPE: printable bytes as themselves, the rest from U+0100 on."""
+    """Return the table of byte-level BPE: printable bytes as themselves, the rest from U+0100
+    on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if chr(byte) not in table)
@@ -30,7 +31,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 class Vocabulary:
-    """What each token of a tokenizer stands for."""
+    """The tokens of a tokenizer as bytes."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         text = str(tokenizer.to_state()["tokenizer.json"])
@@ -43,7 +44,8 @@ class Vocabulary:
         self._bytes: dict[int, bytes] = {}
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes that `token` adds to a text; those of its name where it is a special one."""
+        """Return the bytes that `token` adds to a text; those of its name where it is a special
+        one."""
         found = self._bytes.get(token)
         if found is None:
             found = self._bytes[token] = self._find_bytes(self._tokenizer.id_to_token(token) or "")
@@ -59,7 +61,7 @@ class Vocabulary:
         return name.replace("▁", " ").encode()
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`, special ones left out."""
+        """Return the text of `tokens`, special ones left out."""
         return self._text.decode(tokens)
 
     @functools.cached_property
@@ -88,7 +90,8 @@ class TextStream:
         self._start, self._read = 0, len(self._tokens)
 
     def push(self, token: int) -> str:
-        """What is known of the text since the last call; "" where a character is not complete."""
+        """Take `token`; return the text since the last call, "" where a character is not
+        complete."""
         if self._vocabulary.byte_level:
             special = token in self._vocabulary.special
             return "" if special else self._decoder.decode(self._vocabulary.bytes_of(token))
@@ -114,7 +117,7 @@ class StopFilter:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """What may be shown now; nothing more once `stopped`."""
+        """Take `text`; return what may be shown now, nothing more once `stopped`."""
         if self.stopped or not self._stops:
             return "" if self.stopped else text
         text = self._held + text
@@ -127,12 +130,12 @@ class StopFilter:
         return text[: len(text) - hold]
 
     def finish(self) -> str:
-        """What was held back for a stop string that did not come."""
+        """Return what was held back for a stop string that did not come."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`."""
+    """Return how many characters at the end of `text` are the beginning of `stop`."""
     sizes = range(min(len(stop) - 1, len(text)), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)

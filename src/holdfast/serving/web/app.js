@@ -1,4 +1,4 @@
-// The page of `holdfast serve`: what happens when somebody clicks, types or waits.
+// The page of `holdfast serve`: what happens on a click, a key, or after a while.
 
 import { actions, send, showTurns, stopAll } from "./generating.js";
 import { compare, look, showLanes } from "./lanes.js";

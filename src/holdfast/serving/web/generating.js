@@ -9,7 +9,7 @@ import { lanes, save, state, text } from "./state.js";
 import { t, tokens } from "./store.js";
 import { append, el, refresh, turnElement } from "./turns.js";
 
-const NEAR_END = 80; // pixels: whoever has scrolled further up is reading, and is left there
+const NEAR_END = 80; // pixels: a reader who has scrolled further up is left there
 const TITLE = 80; // characters of a prompt that stand in the list
 
 function newAnswer(model, seed) {

@@ -12,7 +12,7 @@ export async function look({ quietly = false } = {}) {
   try {
     const found = await listModels(state.key);
     const same = JSON.stringify(found) === JSON.stringify(state.models);
-    if (quietly && same && !state.problem) return; // a list that somebody has opened stays open
+    if (quietly && same && !state.problem) return; // a list that was opened stays open
     tellChange(found);
     state.models = found;
     state.problem = found.length ? null : { words: "errorNoModels" };

@@ -15,7 +15,7 @@ const LARGEST_SEED = 2 ** 31 - 1;
 const SEEDS = 1_000_000; // short enough to be written down
 const MOST_STOPS = 4;
 
-// What a parameter is where nobody chose: not more than the model can see.
+// The value of a parameter that was not chosen: not more than the model can see.
 const usual = (spec) => Math.min(spec.otherwise, spec.max);
 
 const defaults = () => ({

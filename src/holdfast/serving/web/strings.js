@@ -201,7 +201,7 @@ export const STRINGS = {
   },
 };
 
-// Beginnings to try. Models of this house are mostly trained on Chinese, whoever reads the page.
+// Beginnings to try. Models of this house are mostly trained on Chinese, in any language of the page.
 export const EXAMPLES = {
   en: ["今天天气", "春江潮水连海平，", "从前有座山，", "Once upon a time"],
   zh: ["今天天气", "春江潮水连海平，", "从前有座山，", "人工智能"],
