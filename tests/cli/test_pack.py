@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_left_out_and_the_status_says_so(run: Path, tmp_
 def test_what_only_memory_holds_is_said(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("holdfast.manage.packing.held._only_in_memory", lambda *_given: 450)
+    monkeypatch.setattr("holdfast.manage.packing.contents.Taken.unsaved", 450)
     assert main(["pack", str(run), str(tmp_path / "a.tar"), "--lang", "en"]) == 0
     assert "Not in it: step 450, which a killed training" in capsys.readouterr().out
 

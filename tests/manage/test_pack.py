@@ -18,12 +18,12 @@ import pytest
 import xxhash
 
 from holdfast import load
+from holdfast.checkpoint.rundir import shared_memory
 from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.checkpoint.system import drafts, filesystem
 from holdfast.checkpoint.system.lock import FileLock
 from holdfast.errors import ConfigError, DamagedCheckpoint, HoldfastError, RunLocked
 from holdfast.manage import locking
-from holdfast.manage.packing import held as packing
 from holdfast.manage.packing.archive import MANIFEST, SUMS
 from holdfast.manage.packing.pack import Packed, pack, target_of
 from holdfast.manage.verify import Progress
@@ -136,29 +136,38 @@ def test_what_is_no_file_of_the_run_stays_out(tmp_path: Path) -> None:
     assert not any("holdfast-1" in name or "x.pt" in name for name in names_of(packed))
 
 
-def test_a_training_goes_on_meanwhile_and_what_it_prunes_is_packed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Everything is open before the first byte is read: what was there then is in the file."""
+def test_a_training_goes_on_meanwhile_and_what_it_prunes_is_packed(tmp_path: Path) -> None:
+    """Everything is linked before the first byte is read: what was there then is in the file."""
     run = tmp_path / "run"
     with Training(run, keep=2) as training:
         for number in (1, 2, 3):
             training.epoch(number, 4.0 - number)
-        hold = packing._only_in_memory
+        saved: list[int] = []
 
-        def saved_meanwhile(*given: Any) -> int | None:
-            for number in (4, 5, 6):
-                training.epoch(number, 5.0)
-            assert not (run / "model_epoch_2.pt").exists()
-            return hold(*given)
+        def save_meanwhile(_progress: Progress) -> None:
+            if not saved:
+                saved.extend((4, 5, 6))
+                for number in saved:
+                    training.epoch(number, 5.0)
+                assert not (run / "model_epoch_2.pt").exists()
 
-        monkeypatch.setattr(packing, "_only_in_memory", saved_meanwhile)
-        packed = pack(run, tmp_path / "a.tar")
-    assert packed.contents.step == 300 and not packed.damaged
+        packed = pack(run, tmp_path / "a.tar", show=save_meanwhile)
+    assert saved and packed.contents.step == 300 and not packed.damaged
     with tarfile.open(tmp_path / "a.tar") as tar:
         tar.extractall(tmp_path / "out", filter="data")
     assert load(tmp_path / "out" / "run" / "latest.pt")["epoch"] == 3
     assert load(tmp_path / "out" / "run" / "model_epoch_2.pt")["epoch"] == 2
+    assert not list(run.glob(".packing-*"))
+
+
+def test_without_hard_links_copies_are_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run")
+    monkeypatch.setenv("HOLDFAST_DISABLE", "hardlinks,reflink")
+    packed = pack(run, tmp_path / "a.tar")
+    assert packed.contents.step == 400 and not packed.damaged
+    assert not list(run.glob(".packing-*"))
 
 
 def test_what_was_written_since_the_scan_counts(
@@ -166,14 +175,15 @@ def test_what_was_written_since_the_scan_counts(
 ) -> None:
     """A new file gets its name before the engine takes the lock to link it."""
     run = make_run(tmp_path / "run")
-    files = packing._files
+    walk = os.walk
 
-    def written(*given: Any, **more: Any) -> Any:
-        make_run(tmp_path / "other", (1.0, 1.0, 1.0, 1.0, 0.5))
-        os.link(tmp_path / "other" / "model_epoch_5.pt", run / "model_epoch_5.pt")
-        return files(*given, **more)
+    def written(top: Any, *given: Any, **more: Any) -> Any:
+        if top == run and not (tmp_path / "other").exists():
+            make_run(tmp_path / "other", (1.0, 1.0, 1.0, 1.0, 0.5))
+            os.link(tmp_path / "other" / "model_epoch_5.pt", run / "model_epoch_5.pt")
+        return walk(top, *given, **more)
 
-    monkeypatch.setattr(packing, "_files", written)
+    monkeypatch.setattr(os, "walk", written)
     assert pack(run, tmp_path / "a.tar").contents.step == 500
 
 
@@ -324,26 +334,6 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     assert most < 12 << 20
 
 
-def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", (1.0,))
-    for i in range(120):
-        (run / f"note_{i}.txt").write_text(str(i))
-    code = (
-        "import resource, sys; from pathlib import Path\n"
-        "from holdfast.manage.packing.pack import pack\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))\n"
-        "packed = pack(sys.argv[1], Path(sys.argv[2]))\n"
-        "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (64, 4096)\n"
-        "print(packed.contents.files)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, run, tmp_path / "a.tar"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 122
-
-
 def test_a_snapshot_that_only_memory_holds_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,7 +342,7 @@ def test_a_snapshot_that_only_memory_holds_is_said(
     class Left:
         order, step = (1, 999), 450
 
-    monkeypatch.setattr(packing.shared_memory, "left_by", lambda *_given: [Left])
+    monkeypatch.setattr(shared_memory, "left_by", lambda *_given: [Left])
     assert pack(run, tmp_path / "a.tar").unsaved == 450
     Left.order = (1, 0)
     assert pack(run, tmp_path / "b.tar").unsaved is None

@@ -28,7 +28,7 @@ from holdfast.errors import (
 )
 from holdfast.manage.listing import listing_of
 from holdfast.manage.packing.archive import MANIFEST, SUMS, Contents, Item
-from holdfast.manage.packing.pack import Hashing, Writer, encode, encode_sums, pack
+from holdfast.manage.packing.pack import Writer, encode, encode_sums, pack
 from holdfast.manage.packing.unpack import checked, contents_of, unpack
 from holdfast.manage.rundir import disk_use, look
 from holdfast.manage.verify import Progress
@@ -415,8 +415,7 @@ def test_what_is_called_a_checkpoint_must_be_one(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with path.open("wb") as file:
         writer = Writer(file, contents)
-        source = Hashing(lambda size, at: content[at : at + size], lambda _chunk: None)
-        writer.file(contents.items[0], source)
+        writer.file(contents.items[0], io.BytesIO(content))
         writer.close()
     checked(path)
     with pytest.raises(CheckpointError, match=r"latest\.pt was not written by holdfast"):

@@ -1,6 +1,6 @@
 """`holdfast pack`: a run in one file.
 
-The archive is durable and was read back before it has its name. held.py says what goes into it,
+The archive is durable and was read back before it has its name. contents.py says what goes into it,
 archive.py reads it.
 """
 
@@ -12,7 +12,7 @@ import json
 import os
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -20,12 +20,12 @@ from typing import Any, BinaryIO, cast
 import xxhash
 
 from holdfast.checkpoint.system import drafts, filesystem
-from holdfast.errors import ConfigError, DamagedCheckpoint, HoldfastError, ResourceError
+from holdfast.errors import ConfigError, DamagedCheckpoint, HoldfastError
 from holdfast.formatting import NOTHING, format_bytes, format_time
 from holdfast.i18n import _
 from holdfast.manage.packing.archive import CHUNK, MANIFEST, SUMS, Contents, Item, check, zstandard
-from holdfast.manage.packing.held import Data, Held, Payloads, held
-from holdfast.manage.verify import Progress
+from holdfast.manage.packing.contents import Taken, run_of, taken
+from holdfast.manage.packing.meter import Meter, Show, check_room
 from holdfast.table import Column, Screen, printable, render
 
 COMPRESSED = (".tar.zst", ".tzst")
@@ -37,8 +37,6 @@ SUFFIXES = (".tar", *COMPRESSED)
 _LEVEL = 1
 _ALL_CORES = -1
 _DRAFT = ".holdfast-pack-"
-
-Show = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,82 +151,55 @@ def pack(
     is then as it was.
     """
     if target.exists() and not force:
-        raise HoldfastError(_("{path} exists: name another file, or add --force to replace it.",
-                              path=target))  # fmt: skip
+        raise HoldfastError(
+            _("{path} exists: name another file, or add --force to replace it.", path=target)
+        )
     if target.name.endswith(COMPRESSED):
         zstandard()  # missing: said before anything long begins
-    with held(directory, slim=slim) as run:
-        damaged = bool(run.run.contents.damaged)
-        while True:
-            if target.name.endswith(".tar"):  # of a compressed one nobody knows
-                check_room(target, run.size)
-            broken = _Broken()
-            try:
-                # Each byte is counted when it is read and when it is read back.
-                meter = Meter(len(run.data) + 1, 2 * run.size, show)
-                return _write(run, target, meter, broken, damaged=damaged)
-            except DamagedCheckpoint as error:
-                if broken.data is None:  # what was written, not what was read
-                    raise
-                damaged |= not run.drop(broken.data, error.why)
-                if run.newest is None:
-                    raise
+    run = run_of(directory)
+    filesystem.free_bytes(target.absolute().parent)  # it must be there
+    with taken(run, target, slim=slim) as found:
+        if target.name.endswith(".tar"):  # the size of a compressed one is not known before
+            check_room(target, found.size)
+        # Checkpoints are read to verify them, everything to write it and to read it back.
+        checkpoints = [data.size for data in found.data if data.step is not None]
+        files = len(checkpoints) + len(found.data) + 1
+        meter = Meter(files, sum(checkpoints) + 2 * found.size, show)
+        damaged = found.verify(meter)
+        return _write(found, target, meter, damaged=damaged)
 
 
-@dataclass(slots=True)
-class _Broken:
-    """Which file is damaged, if one is."""
-
-    data: Data | None = None
-
-
-def _write(run: Held, target: Path, meter: Meter, broken: _Broken, *, damaged: bool) -> Packed:
-    contents = run.contents()
+def _write(found: Taken, target: Path, meter: Meter, *, damaged: bool) -> Packed:
+    contents = found.contents()
     drafts.sweep(target.absolute().parent, _DRAFT)
     with filesystem.replacing(target, _DRAFT) as file, drafts.held(Path(file.name)):
         with _compressing(file, target) as stream:
             writer = Writer(stream, contents)
-            items = iter(contents.items)
-            for data in run.data:
-                item = next(items)
-                path = run.run.directory / item.name
+            for data in found.data:
+                path = found.run.directory / data.names[0]
                 meter.file(path)
-                broken.data = data
-                source = _source(data, path, meter)
-                writer.file(item, source)
-                broken.data = None
-                for _name in data.names[1:]:
-                    writer.link(next(items))
+                with data.copies[0].open("rb") as source:
+                    try:
+                        writer.file(Item(data.names[0], data.size, mtime=data.mtime), source, meter)
+                    except tarfile.ReadError as error:
+                        raise HoldfastError(
+                            _(
+                                "{path} has become shorter while it was packed: try again.",
+                                path=path,
+                            )
+                        ) from error
+                for name in data.names[1:]:
+                    writer.link(Item(name, data.size, data.names[0], mtime=data.mtime))
             writer.close()
         file.flush()
         filesystem.sync_file(file.fileno())
         meter.file(target)
-        temporary = str(file.name)
         try:
-            check(temporary, meter.count)
+            check(file.name, meter.count)
         except DamagedCheckpoint as error:
-            raise DamagedCheckpoint(str(error).replace(temporary, str(target))) from error
+            raise DamagedCheckpoint(str(error).replace(str(file.name), str(target))) from error
         size = file.seek(0, os.SEEK_END)
-    return Packed(target, size, contents, tuple(run.left_out), damaged, run.unsaved)
-
-
-def _source(data: Data, path: Path, meter: Meter) -> Hashing:
-    def read(size: int, offset: int) -> bytes:
-        found = _pread(data.fd, min(size, data.size - offset), offset)
-        if not found:
-            raise HoldfastError(_("{path} has become shorter while it was packed: try again.",
-                                  path=path))  # fmt: skip
-        meter.count(len(found))
-        return found
-
-    return Hashing(read, Payloads(data, path).take)
-
-
-def _pread(fd: int, size: int, offset: int) -> bytes:
-    if hasattr(os, "pread"):
-        return os.pread(fd, size, offset)
-    os.lseek(fd, offset, os.SEEK_SET)  # Windows; nobody else reads by this descriptor
-    return os.read(fd, size)
+    return Packed(target, size, contents, tuple(found.left_out), damaged, found.unsaved)
 
 
 @contextlib.contextmanager
@@ -241,51 +212,16 @@ def _compressing(file: BinaryIO, target: Path) -> Iterator[BinaryIO]:
         yield stream
 
 
-def check_room(target: Path, needed: int) -> None:
-    """Raise `ResourceError` unless there are `needed` bytes for `target`."""
-    free = filesystem.free_bytes(target.absolute().parent)
-    if free < needed:
-        raise ResourceError(_("The disk of {path} has {free} free, and {needed} are needed.",
-                              path=target, free=format_bytes(free),
-                              needed=format_bytes(needed)))  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------- how far
-
-
-class Meter:
-    """Tells how far it has come, in `files` files and `total` bytes."""
-
-    def __init__(self, files: int, total: int, show: Show | None) -> None:
-        self._of, self._total, self._show = files, total, show
-        self._began, self.done, self._number = time.monotonic(), 0, 0
-        self._path = Path()
-
-    def file(self, path: Path) -> None:
-        """The next file begins."""
-        self._path, self._number = path, self._number + 1
-        self.count(0)
-
-    def count(self, more: int) -> None:
-        """So many bytes more."""
-        self.done += more
-        if self._show is not None:
-            seconds = time.monotonic() - self._began
-            self._show(
-                Progress(self._number, self._of, self._path, self.done, self._total, seconds)
-            )
-
-
 # -------------------------------------------------------------------------------------- members
 
 
 def encode(contents: Contents) -> bytes:
-    """The first member."""
+    """Return the first member."""
     return json.dumps(contents.to_json(), indent=1).encode() + b"\n"
 
 
 def encode_sums(sums: Mapping[str, str]) -> bytes:
-    """The last member: a line a file."""
+    """Return the last member: a line a file."""
     return "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
 
 
@@ -300,12 +236,12 @@ class Writer:
         self.sums: dict[str, str] = {}
         self._small(MANIFEST, encode(contents))
 
-    def file(self, item: Item, source: Hashing) -> None:
-        """Add a file; OSError where `source` has fewer bytes than `item` says."""
-        info = self._info(item.name, item.size, item.mtime)
-        self._tar.addfile(info, cast(BinaryIO, source))
+    def file(self, item: Item, source: BinaryIO, meter: Meter | None = None) -> None:
+        """Add a file; tarfile.ReadError where `source` has fewer bytes than `item` says."""
+        hashing = _Hashing(source, meter)
+        self._tar.addfile(self._info(item.name, item.size, item.mtime), cast(BinaryIO, hashing))
         self._tar.members = []  # type: ignore[attr-defined] # a hundred thousand are memory
-        self.sums[item.name] = source.hexdigest()
+        self.sums[item.name] = hashing.xxh3.hexdigest()
 
     def link(self, item: Item) -> None:
         info = self._info(item.name, 0, item.mtime)
@@ -319,8 +255,7 @@ class Writer:
         self._tar.close()
 
     def _small(self, name: str, content: bytes) -> None:
-        self.sums[name] = xxhash.xxh3_128(content).hexdigest()
-        self._tar.addfile(self._info(name, len(content), self._now), io.BytesIO(content))
+        self.file(Item(name, len(content), mtime=self._now), io.BytesIO(content))
 
     def _info(self, name: str, size: int, mtime: int) -> tarfile.TarInfo:
         info = tarfile.TarInfo(f"{self._top}/{name}")
@@ -329,21 +264,15 @@ class Writer:
         return info
 
 
-class Hashing:
-    """A source of bytes for `Writer.file` that hashes what passes, and shows it to `watch`."""
+class _Hashing:
+    """A file that hashes and counts the bytes that are read of it."""
 
-    def __init__(self, read: Callable[[int, int], bytes], watch: Callable[[bytes], None]) -> None:
-        """`read(size, offset)` gives at least one byte."""
-        self._read, self._watch = read, watch
-        self._xxh3, self._at = xxhash.xxh3_128(), 0
+    def __init__(self, file: BinaryIO, meter: Meter | None) -> None:
+        self._file, self._meter, self.xxh3 = file, meter, xxhash.xxh3_128()
 
     def read(self, size: int) -> bytes:
-        """The next bytes, at most `size`."""
-        found = self._read(size, self._at)
-        self._at += len(found)
-        self._xxh3.update(found)
-        self._watch(found)
+        found = self._file.read(size)
+        self.xxh3.update(found)
+        if self._meter is not None:
+            self._meter.count(len(found))
         return found
-
-    def hexdigest(self) -> str:
-        return str(self._xxh3.hexdigest())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from holdfast.checkpoint.format import NewerFormat, Reader
@@ -17,7 +18,8 @@ from holdfast.errors import HoldfastError
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
 from holdfast.manage.packing.archive import Chunks, Contents, Item, PackedRun, check
-from holdfast.manage.packing.pack import Meter, Packed, Show, check_room
+from holdfast.manage.packing.meter import Meter, Show, check_room
+from holdfast.manage.packing.pack import Packed
 
 # How much smaller than its run an archive may be: weights shrink by a sixth, texts twentyfold, and
 # moments that are still zero vanish.
@@ -58,9 +60,19 @@ def unpack(
         filesystem.make_directory(target.absolute().parent)
         check_room(target, packed.contents.size + filesystem.RESERVE)
         with drafts.folder(target.absolute().parent, _DRAFT) as place:
-            sink = _Sink(place, _meter(packed.contents, show))
-            packed.read(sink, sink.meter.count)
-            sink.finish()
+            meter = _meter(packed.contents, show)
+            checkpoints = []
+            for item, chunks in packed.members(meter.count):
+                path = place / item.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if item.link is not None:
+                    filesystem.publish(place / item.link, path)
+                    continue
+                meter.file(path)
+                _write(path, item, chunks)
+                if item.step is not None:
+                    checkpoints.append(path)
+            _finish(place, checkpoints, meter)
             with contextlib.suppress(OSError):
                 target.rmdir()  # it is empty; Windows renames onto nothing
             place.rename(target)
@@ -104,48 +116,27 @@ def _check_target(target: Path) -> None:
                               "there yet.", path=target))  # fmt: skip
 
 
-class _Sink:
-    """Writes what it is given under `place`; nothing there is believed before `finish`."""
+def _write(path: Path, item: Item, chunks: Chunks) -> None:
+    """Write one file durably; its bytes are not believed before the whole archive is read."""
+    with path.open("xb", buffering=0) as file:
+        for chunk in chunks:
+            view = memoryview(chunk)
+            while view:
+                view = view[file.write(view) :]
+        filesystem.sync_file(file.fileno())
+    os.utime(path, (item.mtime, item.mtime))
+    path.chmod(filesystem.READ_ONLY if item.name.endswith(".pt") else 0o644)
 
-    def __init__(self, place: Path, meter: Meter) -> None:
-        self._place, self.meter = place, meter
-        self._checkpoints: list[Path] = []
 
-    def file(self, item: Item, chunks: Chunks) -> None:
-        path = self._path(item)
-        self.meter.file(path)
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
-        fd = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o644)
-        with os.fdopen(fd, "wb", buffering=0) as file:
-            for chunk in chunks:
-                view = memoryview(chunk)
-                while view:
-                    view = view[file.write(view) :]
-            filesystem.sync_file(fd)
-        os.utime(path, (item.mtime, item.mtime))
-        if item.name.endswith(".pt"):
-            path.chmod(filesystem.READ_ONLY)
-        if item.step is not None:
-            self._checkpoints.append(path)
-
-    def link(self, item: Item) -> None:
-        assert item.link is not None
-        filesystem.publish(self._place / item.link, self._path(item))
-
-    def finish(self) -> None:
-        """Read the checkpoints back from the device, and make all names durable."""
-        for path in self._checkpoints:
-            before = self.meter.done
-            self.meter.file(path)
-            # What a newer holdfast wrote cannot be read here, and is none the worse for it.
-            with contextlib.suppress(NewerFormat), Reader(path) as reader:
-                reader.verify(progress=self.meter.count)
-            self.meter.count(before + path.stat().st_size - self.meter.done)  # the headers
-        Catalog(self._place).write_cache()
-        for folder, _folders, _names in os.walk(self._place):
-            filesystem.sync_directory(Path(folder))
-
-    def _path(self, item: Item) -> Path:
-        path = self._place / item.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+def _finish(place: Path, checkpoints: Sequence[Path], meter: Meter) -> None:
+    """Read the checkpoints back from the device, and make all names durable."""
+    for path in checkpoints:
+        before = meter.done
+        meter.file(path)
+        # What a newer holdfast wrote cannot be read here, and is none the worse for it.
+        with contextlib.suppress(NewerFormat), Reader(path) as reader:
+            reader.verify(progress=meter.count)
+        meter.count(before + path.stat().st_size - meter.done)  # the headers
+    Catalog(place).write_cache()
+    for folder, _folders, _names in os.walk(place):
+        filesystem.sync_directory(Path(folder))
