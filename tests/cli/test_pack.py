@@ -134,7 +134,7 @@ def test_a_signal_leaves_nothing_half_written_and_progress_is_shown(
     )  # fmt: skip
     os.close(slave)
     text = ""
-    while "packing" not in text or " left" not in text:
+    while "large.bin" not in text or " left" not in text:
         text += os.read(master, 4096).decode()
     assert {path.name for path in tmp_path.iterdir()} > before, "it has begun to write"
     process.send_signal(number)
