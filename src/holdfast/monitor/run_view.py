@@ -12,7 +12,7 @@ import json
 import math
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,8 @@ class RunView:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._metrics = Follower(directory / METRICS)
-        self._events = Follower(directory / EVENTS)
         self._catalog = Catalog(directory)
+        self._catalog.history.follow(self._take_event, self._forget_events)
         self.run: RunDirectory | None = None
         self.config: dict[str, Any] = {}
         self._seen: tuple[int, int] | None = None  # None: the directory is to be looked at
@@ -102,15 +102,16 @@ class RunView:
         self._event_marks: list[Mark] = []
         self._event_notices: list[dict[str, Any]] = []
         self._settled = False  # whether something lasting has had to go
+        self._happened = True  # since the last look at the directory
 
     def refresh(self) -> bool:
         """Read what has come; whether there was anything. Raises HoldfastError where the directory
         is none (any more: the view is empty then), OSError as it comes; call it again later."""
         seen = _changed_at(self.directory)
-        lines, again = _follow(self._metrics, self._take_line, self._forget_metrics)
-        events, anew = _follow(self._events, self._take_event, self._forget_events)
-        if events or again or anew or seen != self._seen:
-            self._seen = None
+        lines, again = self._read_metrics()
+        self._catalog.history.read()
+        if self._happened or again or seen != self._seen:
+            self._seen, self._happened = None, False
             try:
                 self.run = look(self.directory, self._catalog, cached=True)
             except HoldfastError:
@@ -120,6 +121,20 @@ class RunView:
             self._seen = seen  # of before the look: what has changed meanwhile is looked at again
             return True
         return lines
+
+    def _read_metrics(self) -> tuple[bool, bool]:
+        """Take in what has come. Return whether anything has, and whether all of it came again."""
+        came = again = False
+        while True:
+            lines = self._metrics.new()
+            if self._metrics.restarted:
+                again = True
+                self._forget_metrics()
+            for line in lines:
+                self._take_line(line)
+            came = came or bool(lines)
+            if not self._metrics.more:
+                return came, again
 
     # ------------------------------------------------------------------------------------ taking in
 
@@ -178,6 +193,7 @@ class RunView:
 
     def _take_event(self, event: dict[str, Any]) -> None:
         self.events.append(event)
+        self._happened = True
         kind, step = str(event.get("event")), _integer(event.get("step"))
         time = str(event.get("time") or "")
         if kind == "rolled_back" and step is not None:
@@ -401,23 +417,6 @@ def _forget_step(step: int, measured: list[Evaluation] | list[Sample]) -> None:
     """Forget lines from `step` on: after a kill before the save, training writes them again."""
     while measured and measured[-1].step >= step:
         measured.pop()
-
-
-def _follow(
-    follower: Follower, take: Callable[[dict[str, Any]], None], forget: Callable[[], None]
-) -> tuple[bool, bool]:
-    """Take in what has come; whether anything has, and whether all of it from the beginning."""
-    came = anew = False
-    while True:
-        lines = follower.new()
-        if follower.restarted:
-            anew = True
-            forget()
-        for line in lines:
-            take(line)
-        came = came or bool(lines)
-        if not follower.more:
-            return came, anew
 
 
 def find_runs(root: Path, *, depth: int = 3) -> list[Path]:

@@ -12,14 +12,14 @@ import datetime
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
 from holdfast.checkpoint.format import patiently
 from holdfast.checkpoint.policy import Order
-from holdfast.checkpoint.system import LARGEST, Follower, filesystem, objects
+from holdfast.checkpoint.system import LARGEST, Follower, filesystem, is_sane, objects
 
 Event = dict[str, Any]
 
@@ -197,17 +197,30 @@ class History:
         self.path = path
         self._follower, self._known = Follower(path), Known()
         self._turn, self._looking = threading.RLock(), False
+        self._take: Callable[[Event], None] | None = None
+        self._forget: Callable[[], None] = lambda: None
 
     def record(self, event: str, **fields: Any) -> None:
         """Append one line, durably."""
         line = json.dumps({"time": now(), "event": event, **fields}, ensure_ascii=False)
         filesystem.append_line(self.path, line)
 
+    def follow(self, take: Callable[[Event], None], forget: Callable[[], None]) -> None:
+        """Have `read` call `take` with every event, and `forget` where all of them come again. To be
+        called before the first `read`."""
+        self._take, self._forget = take, forget
+
     @property
     def known(self) -> Known:
-        """What is known now, from all that was appended until now by any process. The object
-        changes with the next look: copy what is to be kept. Raises `OSError` where a few tries
-        have failed."""
+        """What `read` returns now."""
+        return self.read()
+
+    def read(self) -> Known:
+        """Read what any process has appended since the last time; return what all of it amounts to.
+
+        The object changes with the next call: copy what is to be kept. Raises `OSError` where a few
+        tries have failed.
+        """
         with self._turn:
             if self._looking:  # a finalizer that saves has interrupted a look in this thread
                 return History(self.path).known
@@ -215,7 +228,8 @@ class History:
             try:
                 self._look()
             except BaseException:  # an interrupt, too: a line that was read and not taken is lost
-                self._follower, self._known = Follower(self.path), Known()
+                self._follower = Follower(self.path)
+                self._begin_again()
                 raise
             finally:
                 self._looking = False
@@ -225,11 +239,17 @@ class History:
         while True:
             lines = patiently(self._follower.lines)
             if self._follower.restarted:
-                self._known = Known()
-            for event in objects(_lasting(lines)):
+                self._begin_again()
+            for event in objects(_lasting(lines) if self._take is None else lines):
                 self._known.take(event)
+                if self._take is not None and is_sane(event):
+                    self._take(event)
             if not self._follower.more:
                 return
+
+    def _begin_again(self) -> None:
+        self._known = Known()
+        self._forget()
 
     def events(self, *kinds: str) -> Iterator[Event]:
         """Every event, or those of some kinds, oldest first: all of the file, for the desk. A line

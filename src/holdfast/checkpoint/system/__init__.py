@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from holdfast.checkpoint.system import direct, drafts, filesystem, project, signals
 from holdfast.checkpoint.system.filesystem import RESERVE, disabled, sync_directory, sync_file
-from holdfast.checkpoint.system.follow import LARGEST, Follower, objects
+from holdfast.checkpoint.system.follow import LARGEST, Follower, is_sane, objects
 from holdfast.checkpoint.system.lock import CATALOG_LOCK, LOCKS, RUN_LOCK, FileLock, run_lock
 from holdfast.checkpoint.system.pages import PAGE, Buffer
 from holdfast.checkpoint.system.signals import SignalGuard
@@ -43,6 +43,7 @@ __all__ = [
     "drafts",
     "end_workers",
     "filesystem",
+    "is_sane",
     "objects",
     "project",
     "run_lock",

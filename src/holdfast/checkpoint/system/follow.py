@@ -44,7 +44,7 @@ class Follower:
 
         Raises OSError as it comes: the next look then takes in what this one would have.
         """
-        return [value for value in objects(self.lines()) if _sane(value)]
+        return [value for value in objects(self.lines()) if is_sane(value)]
 
     def lines(self) -> list[bytes]:
         """The lines that have come, as they are: what they hold may be of any depth and size."""
@@ -106,14 +106,14 @@ def _object(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and not text[end:].strip() else None
 
 
-def _sane(value: object, depth: int = 0) -> bool:
+def is_sane(value: object, depth: int = 0) -> bool:
     """Return True if `value` is no deeper, and no number in it larger, than what we write.
 
     The line may come from a stranger: a list in 900 lists ends a program that walks through it, and
     a number of 400 digits one that counts with it.
     """
     if isinstance(value, dict):
-        return depth < _DEEPEST and all(_sane(each, depth + 1) for each in value.values())
+        return depth < _DEEPEST and all(is_sane(each, depth + 1) for each in value.values())
     if isinstance(value, list):
-        return depth < _DEEPEST and all(_sane(each, depth + 1) for each in value)
+        return depth < _DEEPEST and all(is_sane(each, depth + 1) for each in value)
     return not isinstance(value, int) or abs(value) < LARGEST
