@@ -61,6 +61,7 @@ class History:
 
     run: RunDirectory
     epochs: list[Epoch]
+    events: list[dict[str, Any]]
     state: str | None = None
     ends: Sequence[dict[str, Any]] = ()
 
@@ -77,7 +78,7 @@ class History:
             "state": self.state,
             "ends": list(self.ends),
             "epochs": self.records(),
-            "events": self.run.events,
+            "events": self.events,
         }
 
     def records(self) -> list[dict[str, Any]]:
@@ -89,7 +90,7 @@ class History:
 
     def lines(self, screen: Screen, *, everything: bool = False) -> list[str]:
         """What a person sees: the table, then the story, or every event."""
-        told = story(_in_time(self.run.events, self.ends), everything=everything, screen=screen)
+        told = story(_in_time(self.events, self.ends), everything=everything, screen=screen)
         if not self.epochs and not told:
             nothing = _("There is no history of a training in {directory}.",
                         directory=self.run.directory)  # fmt: skip
@@ -128,9 +129,10 @@ def history_of(run: RunDirectory) -> History:
         for number_, train_loss, val_loss in _losses(source):
             epoch = epochs.setdefault(number_, Epoch(number_))
             epoch.train_loss, epoch.val_loss = train_loss, val_loss
-    _add_events(run, epochs)
+    events = run.events
+    _add_events(events, epochs)
     _add_checkpoints(run, epochs)
-    return History(run, [epochs[key] for key in sorted(epochs)])
+    return History(run, [epochs[key] for key in sorted(epochs)], events)
 
 
 def _in_time(
@@ -197,11 +199,11 @@ def _losses(history: object) -> Iterator[tuple[int, float | None, float | None]]
             )
 
 
-def _add_events(run: RunDirectory, epochs: dict[int, Epoch]) -> None:
+def _add_events(events: Sequence[dict[str, Any]], epochs: dict[int, Epoch]) -> None:
     """When each epoch's checkpoint became durable, and what became of it afterwards."""
     by_id: dict[str, Epoch] = {}
     by_name: dict[str, Epoch] = {}
-    for event in run.events:
+    for event in events:
         kind, number_, names = event.get("event"), event.get("epoch"), names_of(event)
         if kind == "durable" and event.get("reason") in _ENDS and isinstance(number_, int):
             epoch = epochs.setdefault(number_, Epoch(number_))

@@ -31,7 +31,6 @@ from holdfast.checkpoint.rundir import words
 from holdfast.formatting import format_age, format_bytes, format_seconds, parse_time
 from holdfast.i18n import _, encode_anything
 from holdfast.table import PIPE, Column, render
-from holdfast.training import trouble
 
 if TYPE_CHECKING:
     from holdfast.checkpoint import Resumed, Saved
@@ -327,8 +326,21 @@ class Console:
                   "{saved} are used, so that the results stay bit-exact.", saved=fields["saved"],
                   live=fields["live"])
             )  # fmt: skip
+        elif text := words.sentence(event, fields):
+            self._on_trouble(event, fields, text)
+
+    def _on_trouble(self, event: str, fields: dict[str, Any], text: str) -> None:
+        """Tell that saving does not go as it should, as loudly as it deserves."""
+        if event == "failed":
+            self.status.durable_step = fields.get("durable", self.status.durable_step)
+        if event == "recovered":
+            self.say(text, important=True)
+        elif event == "unsafe":
+            self.alarm(text)
+        elif fields.get("repeated"):  # said a short while ago; the bar shows that it is still so
+            self.note(text)
         else:
-            trouble.tell(self, event, fields)
+            self.warn(text)
 
     def _on_interval(self, choice: Choice) -> None:
         why = {

@@ -206,8 +206,10 @@ class History:
         filesystem.append_line(self.path, line)
 
     def follow(self, take: Callable[[Event], None], forget: Callable[[], None]) -> None:
-        """Have `read` call `take` with every event, and `forget` where all of them come again. To be
-        called before the first `read`."""
+        """Have `read` call `take` with every event, and `forget` where all of them come again.
+
+        To be called before the first `read`.
+        """
         self._take, self._forget = take, forget
 
     @property

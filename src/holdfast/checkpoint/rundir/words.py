@@ -1,4 +1,5 @@
-"""What the events of a manager say to a person, in the log and at a console."""
+"""Say what happened in words: what a person is told, in the log and at a console, when saving does
+not go as it should."""
 
 from __future__ import annotations
 
@@ -8,7 +9,11 @@ from typing import Any
 from holdfast.i18n import N_, _
 
 _SENTENCES = {
-    "failed": N_("Step {step} could not be saved. Training goes on. The reason: {reason}"),
+    "failed": N_(
+        "Step {step} could not be saved. Training goes on; the last durable step is {durable}. The "
+        "reason: {reason}"
+    ),
+    "recovered": N_("✅ Saving works again: step {step} is durable."),
     "unverified": N_(
         "Step {step} is durable, but could not be read back to check it ({reason}). Nothing "
         "older is removed until a later save has been checked."
@@ -32,25 +37,27 @@ _SENTENCES = {
 
 
 def sentence(event: str, fields: Mapping[str, Any]) -> str | None:
-    """The words of a warning; None for an event that is none."""
+    """Return what to tell a person of `event`; None if it is nothing to worry about."""
     if event == "unsafe":
         return _unsafe(fields)
     text = _SENTENCES.get(event)
     if text is None:
         return None
-    lists = {
-        key: separator.join(fields[key])
-        for key, separator in (("names", ", "), ("changes", "; "))
-        if key in fields
-    }
-    return _(text, **{**fields, **lists})
+    said = dict(fields)
+    for key, separator in (("names", ", "), ("changes", "; ")):
+        if key in fields:
+            said[key] = separator.join(fields[key])
+    if event == "failed":
+        said["durable"] = fields.get("durable") or "-"
+    return _(text, **said)
 
 
 def _unsafe(fields: Mapping[str, Any]) -> str:
     text = _(
         "UNSAFE: nothing could be saved for {minutes} minutes; the last durable step is {step}. A "
-        "power cut now costs all the work since.", minutes=f"{fields['minutes']:.0f}",
+        "power cut now costs all the work since.",
+        minutes=f"{fields['minutes']:.0f}",
         step=fields["step"],
-    )  # fmt: skip
+    )
     reason = fields["reason"] or _("a save is under way and does not end")
     return text + " " + _("The reason: {reason}", reason=reason)
