@@ -178,7 +178,7 @@ def test_a_checkpoint_from_the_future_is_no_time_ago() -> None:
 
 
 def failed(step: int, *, repeated: bool) -> dict[str, object]:
-    return {"step": step, "reason": "full", "attempts": 1, "repeated": repeated}
+    return {"step": step, "reason": "full", "attempts": 1, "repeated": repeated, "durable": 7}
 
 
 def test_a_failure_is_said_once_logged_always_and_seen_in_the_bar(tmp_path: Path) -> None:

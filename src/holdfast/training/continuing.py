@@ -124,9 +124,12 @@ def read_saved(path: Path) -> SavedRun:
             values = {name: codec.read(reader, only=name) for name in names}
         except CheckpointError as error:
             raise CheckpointError(
-                _("{path} holds no run of this trainer. Use --checkpoint to start from its "
-                  "weights.", path=path)
-            ) from error  # fmt: skip
+                _(
+                    "{path} holds no run of this trainer. Use --checkpoint to start from its "
+                    "weights.",
+                    path=path,
+                )
+            ) from error
         tensors = [t for t in reader.manifest["tensors"] if str(t["path"]).startswith("model/")]
         check_configuration(values["model_config"], [t["shape"] for t in tensors], path)
         identity = reader.manifest["identity"]
@@ -203,10 +206,13 @@ def differences(saved: SavedRun, config: Config) -> list[list[str]]:
     refused = fixed_differences(saved, config)
     if refused:
         raise StateMismatch(
-            _("This run cannot go on with another model: {refused}. Leave these options out to go "
-              "on; for a new run add --checkpoint-dir DIR, or --fresh, which moves this one to "
-              "archive/.", refused="; ".join(refused))
-        )  # fmt: skip
+            _(
+                "This run cannot go on with another model: {refused}. Leave these options out to go "
+                "on; for a new run add --checkpoint-dir DIR, or --fresh, which moves this one to "
+                "archive/.",
+                refused="; ".join(refused),
+            )
+        )
     return [
         [name, format_value(before), format_value(now), _(_FREE[name])]
         for name, before, now in _changed(saved, config)
@@ -217,11 +223,15 @@ def differences(saved: SavedRun, config: Config) -> list[list[str]]:
 def fixed_differences(saved: SavedRun, config: Config) -> list[str]:
     """Return, in words, what of the model is to be another now, and which option says so."""
     return [
-        _("{option} was {before} and is now {now}", option=_origin(name, config),
-          before=format_value(before), now=format_value(now))
+        _(
+            "{option} was {before} and is now {now}",
+            option=_origin(name, config),
+            before=format_value(before),
+            now=format_value(now),
+        )
         for name, before, now in _changed(saved, config)
         if name in _FIXED
-    ]  # fmt: skip
+    ]
 
 
 def _changed(saved: SavedRun, config: Config) -> Iterator[tuple[str, object, object]]:
@@ -254,6 +264,9 @@ def check_model(saved: SavedRun, model_config: Mapping[str, Any]) -> None:
     ]
     if other:
         raise StateMismatch(
-            _("{path} is of another model ({differences}). Nothing was changed.", path=saved.path,
-              differences="; ".join(other))
-        )  # fmt: skip
+            _(
+                "{path} is of another model ({differences}). Nothing was changed.",
+                path=saved.path,
+                differences="; ".join(other),
+            )
+        )

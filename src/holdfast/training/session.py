@@ -207,9 +207,15 @@ def prepare(
         continuing.check_model(origin, models.plain_config(model))
     context = models.context_of(model, config.model.context_length)
     trainer = Trainer(
-        config, model, data, device=device, precision=precision, context_length=context,
-        guard=guard, console=console,
-    )  # fmt: skip
+        config,
+        model,
+        data,
+        device=device,
+        precision=precision,
+        context_length=context,
+        guard=guard,
+        console=console,
+    )
     _introduce(trainer, console)
     return Workshop(config, data, trainer, _reserve(trainer))
 
@@ -355,9 +361,13 @@ def _data(
     }
     try:
         return prepare_data(
-            source, vocab_size=vocabulary, tokenizer=tokenizer,
-            strict=data.strict_text, progress=progress, **shared,
-        )  # fmt: skip
+            source,
+            vocab_size=vocabulary,
+            tokenizer=tokenizer,
+            strict=data.strict_text,
+            progress=progress,
+            **shared,
+        )
     except DataError:
         if origin is None or tokenizer is None or source.exists():
             raise
@@ -384,10 +394,14 @@ def _model(
         free += held
     if needed > free:
         raise ResourceError(
-            _("{model} needs at least {needed} of memory to train, and {free} is free. Choose a "
-              "smaller --model.", model=config.model.model, needed=format_bytes(needed),
-              free=format_bytes(free))
-        )  # fmt: skip
+            _(
+                "{model} needs at least {needed} of memory to train, and {free} is free. Choose a "
+                "smaller --model.",
+                model=config.model.model,
+                needed=format_bytes(needed),
+                free=format_bytes(free),
+            )
+        )
     return models.build_model(config.model, **sizes).to(device)
 
 
@@ -440,24 +454,44 @@ def _introduce(trainer: Trainer, console: Console) -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     precision = "bf16" if trainer.precision is torch.bfloat16 else "fp32"
     threads = _(", {count} threads", count=torch.get_num_threads()) if device.type == "cpu" else ""
-    console.say(_("🖥️  Device: {device}{threads}; precision {precision}", device=name,
-                  threads=threads, precision=precision))  # fmt: skip
-    console.say(_("🧠 Model: {model}, {parameters} parameters, context {context} tokens",
-                  model=config.model.model, parameters=f"{parameters:,}",
-                  context=trainer.context_length))  # fmt: skip
     console.say(
-        _("📚 Data: {file}: {documents} documents, {tokens} tokens ({train} to learn from, {val} "
-          "to validate), {ratio} characters per token", file=config.data.data_file,
-          documents=f"{data.documents:,}", tokens=f"{data.tokens:,}",
-          train=f"{len(data.train):,}", val=f"{len(data.val):,}",
-          ratio=f"{data.characters_per_token:.2f}")
-    )  # fmt: skip
+        _(
+            "🖥️  Device: {device}{threads}; precision {precision}",
+            device=name,
+            threads=threads,
+            precision=precision,
+        )
+    )
+    console.say(
+        _(
+            "🧠 Model: {model}, {parameters} parameters, context {context} tokens",
+            model=config.model.model,
+            parameters=f"{parameters:,}",
+            context=trainer.context_length,
+        )
+    )
+    console.say(
+        _(
+            "📚 Data: {file}: {documents} documents, {tokens} tokens ({train} to learn from, {val} "
+            "to validate), {ratio} characters per token",
+            file=config.data.data_file,
+            documents=f"{data.documents:,}",
+            tokens=f"{data.tokens:,}",
+            train=f"{len(data.train):,}",
+            val=f"{len(data.val):,}",
+            ratio=f"{data.characters_per_token:.2f}",
+        )
+    )
     plan = trainer.plan
     console.say(
-        _("🗓️  Plan: {steps} steps, {per_epoch} an epoch; batch {batch} × {accumulation}",
-          steps=f"{plan.total_steps:,}", per_epoch=f"{plan.steps_per_epoch:,}",
-          batch=config.training.batch_size, accumulation=plan.accumulation)
-    )  # fmt: skip
+        _(
+            "🗓️  Plan: {steps} steps, {per_epoch} an epoch; batch {batch} × {accumulation}",
+            steps=f"{plan.total_steps:,}",
+            per_epoch=f"{plan.steps_per_epoch:,}",
+            batch=config.training.batch_size,
+            accumulation=plan.accumulation,
+        )
+    )
 
 
 def _facts(trainer: Trainer) -> dict[str, Any]:
@@ -484,10 +518,12 @@ def _tell_found(contents: Any, start: Start, console: Console) -> None:
         return
     newest = contents.newest
     console.say(
-        _("📁 Checkpoints: {count} found, the newest of step {step}.",
-          count=len(contents.entries) + len(contents.damaged),
-          step=newest.step if newest else "?")
-    )  # fmt: skip
+        _(
+            "📁 Checkpoints: {count} found, the newest of step {step}.",
+            count=len(contents.entries) + len(contents.damaged),
+            step=newest.step if newest else "?",
+        )
+    )
     if start.anew:
         console.say(
             _("   A new run begins; these go to archive/ when its first checkpoint is verified.")
@@ -502,15 +538,19 @@ def _tell_finished(trainer: Trainer, console: Console, command: str, *, before: 
     progress, best = trainer.progress, trainer.state["best_loss"]
     say: Callable[..., None] = console.say
     what = (
-        _("✅ This run is finished: {step} steps, {epochs} epochs.", step=progress.step,
-          epochs=progress.epoch - 1)
+        _(
+            "✅ This run is finished: {step} steps, {epochs} epochs.",
+            step=progress.step,
+            epochs=progress.epoch - 1,
+        )
         if before
         else _finished_words(trainer)
-    )  # fmt: skip
+    )
     say(what, important=True)
     if best is not None:
-        say(_("   Best validation loss: {loss} (best_model.pt)", loss=f"{best:.4f}"),
-            important=True)  # fmt: skip
+        say(
+            _("   Best validation loss: {loss} (best_model.pt)", loss=f"{best:.4f}"), important=True
+        )
     more = (
         f"--epochs {2 * (trainer.plan.epochs or 1)}"
         if trainer.plan.epochs

@@ -73,8 +73,9 @@ class Entry:
 
     def candidate(self) -> Candidate:
         marks = self.verified, self.pinned
-        return Candidate(self.id, self.order, self.kind, self.loss, *marks, epoch=self.epoch,
-                         step=self.step)  # fmt: skip
+        return Candidate(
+            self.id, self.order, self.kind, self.loss, *marks, epoch=self.epoch, step=self.step
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,8 +364,14 @@ class Catalog:
             for name in entry.names:
                 with contextlib.suppress(FileNotFoundError):  # a damaged copy of it is gone already
                     filesystem.move(self.directory / name, place / name)
-            self._note("archived", id=entry.id, step=entry.step, generation=entry.generation,
-                       names=list(entry.names), to=label)  # fmt: skip
+            self._note(
+                "archived",
+                id=entry.id,
+                step=entry.step,
+                generation=entry.generation,
+                names=list(entry.names),
+                to=label,
+            )
         return self.directory / archive_of(entries[0], generation)
 
     # -------------------------------------------------------------------------------- the cache

@@ -84,15 +84,21 @@ def take_over(directory: Path) -> bool:
     if manager is not None:
         if found.thread is not threading.current_thread() and found.thread.is_alive():
             raise RunLocked(
-                _("Another thread of this process works in {directory}. Close its manager first, "
-                  "or choose another directory.", directory=directory)
-            )  # fmt: skip
+                _(
+                    "Another thread of this process works in {directory}. Close its manager first, "
+                    "or choose another directory.",
+                    directory=directory,
+                )
+            )
         manager.give_way()
     elif not found.over.wait(PATIENCE):  # garbage, which is given back in the background
         raise RunLocked(
-            _("An earlier manager of this process is still saving in {directory}. Try again when "
-              "it is done, or choose another directory.", directory=directory)
-        )  # fmt: skip
+            _(
+                "An earlier manager of this process is still saving in {directory}. Try again when "
+                "it is done, or choose another directory.",
+                directory=directory,
+            )
+        )
     return True
 
 

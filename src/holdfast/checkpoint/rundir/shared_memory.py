@@ -348,9 +348,13 @@ def _await_free(found: Remains) -> None:
     while owner := found.lock.owner():
         if time.monotonic() >= deadline:
             raise RunLocked(
-                _("Snapshots of this run in shared memory ({path}) are in use by another process "
-                  "({owner}). Stop it and start again.", path=found.directory, owner=owner)
-            )  # fmt: skip
+                _(
+                    "Snapshots of this run in shared memory ({path}) are in use by another process "
+                    "({owner}). Stop it and start again.",
+                    path=found.directory,
+                    owner=owner,
+                )
+            )
         time.sleep(0.02)
 
 
