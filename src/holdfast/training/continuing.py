@@ -208,8 +208,8 @@ def differences(saved: SavedRun, config: Config) -> list[list[str]]:
         raise StateMismatch(
             _(
                 "This run cannot go on with another model: {refused}. Leave these options out to "
-                "go on; for a new run add --checkpoint-dir DIR, or --fresh, which moves this one to "
-                "archive/.",
+                "go on; for a new run add --checkpoint-dir DIR, or --fresh, which moves this one "
+                "to archive/.",
                 refused="; ".join(refused),
             )
         )
