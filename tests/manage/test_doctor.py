@@ -1,11 +1,9 @@
-"""What `holdfast doctor` says of a run directory: who works there, damage, remains, the clock."""
+"""What `holdfast doctor` says of a run directory: who works there, damage, remains."""
 
 from __future__ import annotations
 
-import datetime
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +31,7 @@ def about(directory: Path) -> dict[str, Finding]:
 def test_a_healthy_run(run: Path) -> None:
     found = about(run)
     assert {name: f.state for name, f in found.items()} == {
-        "lock": OK, "checkpoints": OK, "clock": OK,
+        "lock": OK, "checkpoints": OK,
     }  # fmt: skip
     assert "none is damaged at first sight; the newest is step 400" in found["checkpoints"].found
     assert found["lock"].found == "nobody works in it"
@@ -128,7 +126,7 @@ def test_damage_of_earlier_days_is_remembered(run: Path) -> None:
     assert about(run)["quarantine"].state == WARN
 
 
-# ------------------------------------------------------------------------------- memory and clock
+# ------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.skipif(not shared_memory.usable(), reason="needs shared memory")
@@ -158,12 +156,3 @@ def test_a_step_that_is_only_in_memory_is_said(tmp_path: Path) -> None:
             if left.belongs_to(run):
                 left.remove()
     assert "remains" not in about(run)
-
-
-def test_a_clock_before_the_newest_checkpoint_is_said(run: Path) -> None:
-    newest = look(run).entries[0]
-    now = datetime.datetime.now().astimezone()
-    assert doctor.clock(newest, now).state == OK
-    found = doctor.clock(newest, now - datetime.timedelta(hours=3))
-    assert found.state == WARN and "2 h after now" in found.found
-    assert doctor.clock(replace(newest, created="nonsense"), now).state == OK

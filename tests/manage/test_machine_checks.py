@@ -1,4 +1,4 @@
-"""Memory, shared memory, limits, versions and GPU, each with its bounds."""
+"""Memory, shared memory, versions and GPU, each with its bounds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ GIB = 1 << 30
 
 def test_everything_is_looked_at() -> None:
     found = {finding.name: finding for finding in machine_checks.machine_checks(0)}
-    assert {"memory", "shared_memory", "python", "packages", "extras", "torch", "gpu"} <= set(found)
-    assert found["python"].state == found["packages"].state == found["torch"].state == OK
-    assert "numpy" in found["packages"].found
+    assert {"memory", "shared_memory", "python", "extras", "torch", "gpu"} <= set(found)
+    assert found["python"].state == found["torch"].state == OK
 
 
 @pytest.mark.parametrize(
@@ -71,19 +70,6 @@ def test_what_logind_does_at_logout(text: str, removes: bool) -> None:
     assert machine_checks.removes_ipc(text) is removes
 
 
-@pytest.mark.parametrize(("limit", "needed", "state"), [(100, 101, BAD), (100, 100, WARN)])
-def test_a_limit_of_file_sizes_is_said(
-    monkeypatch: pytest.MonkeyPatch, limit: int, needed: int, state: str
-) -> None:
-    monkeypatch.setattr("resource.getrlimit", lambda _which: (limit, limit))
-    assert [f.state for f in machine_checks.file_size_limit(needed)] == [state]
-
-
-def test_a_library_that_swallows_fsync_is_said() -> None:
-    assert [f.state for f in machine_checks.preloaded("/usr/lib/libeatmydata.so")] == [WARN]
-    assert list(machine_checks.preloaded("/usr/lib/libjemalloc.so")) == []
-
-
 @pytest.mark.parametrize(
     ("version", "state"),
     [("2.13.0+cpu", OK), ("2.10.0", OK), ("2.9.1", BAD), ("3.0.0a0", OK), ("1.13.1", BAD)],
@@ -92,16 +78,10 @@ def test_an_old_torch_is_not_safe(version: str, state: str) -> None:
     assert machine_checks.torch_version(version).state == state
 
 
-def test_an_old_python_is_bad() -> None:
-    assert machine_checks.python_version((3, 9)).state == BAD
-    assert machine_checks.python_version((3, 10)).state == OK
-
-
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"numpy": "2.0", "rich": "15", "transformers": "5.0"}
+    installed = {"transformers": "5.0"}
     monkeypatch.setattr(machine_checks, "_version", installed.get)
-    needed, extras = machine_checks.packages()
-    assert needed.state == BAD and needed.advice == "pip install isal xxhash"
+    extras = machine_checks.extras()
     assert extras.state == WARN and extras.advice == "pip install 'holdfast[train,tensorboard]'"
     assert "train: missing tokenizers, psutil" in extras.found
 

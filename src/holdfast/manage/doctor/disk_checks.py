@@ -7,7 +7,6 @@ speed is that of a save. No torch in this room.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import statistics
@@ -52,16 +51,19 @@ def disk_checks(place: Path, needed: int) -> Iterator[Finding]:
     """
     yield free_space(filesystem.free_bytes(place), needed)
     yield free_names(place)
-    mount = _mount(place)
+    mount = mounts.mount_of(place, mounts.mounted())
     yield file_system(mount)
     try:
         scratch = tempfile.TemporaryDirectory(
             prefix=".doctor-", dir=place, ignore_cleanup_errors=True
         )
     except OSError as error:
-        yield Finding("directory", BAD, _("{directory} cannot be written: {reason}",
-                      directory=place, reason=error.strerror),
-                      _("choose another directory, or change who may write there"))  # fmt: skip
+        yield Finding(
+            "directory",
+            BAD,
+            _("{directory} cannot be written: {reason}", directory=place, reason=error.strerror),
+            _("choose another directory, or change who may write there"),
+        )
         return
     with scratch as name:
         yield Finding("directory", OK, _("{directory} can be written", directory=place))
@@ -73,17 +75,17 @@ def _measured(scratch: Path, mount: mounts.Mount | None, needed: int) -> Iterato
         "write_speed": lambda: write_speed(scratch, needed),
         "fsync": lambda: fsync(fsync_seconds(scratch), mount),
         "hard_links": lambda: hard_links(scratch),
-        "reflinks": lambda: reflinks(scratch),
-        "direct_io": lambda: direct_io(scratch),
-        "preallocation": lambda: preallocation(scratch),
-        "directory_sync": lambda: directory_sync(scratch),
     }
     for name, check in checks.items():
         try:
             yield check()
         except OSError as error:
-            yield Finding(name, BAD, _("failed: {reason}", reason=error.strerror),
-                          _("look into the system's log, and at the disk"))  # fmt: skip
+            yield Finding(
+                name,
+                BAD,
+                _("failed: {reason}", reason=error.strerror),
+                _("look into the system's log, and at the disk"),
+            )
 
 
 # ------------------------------------------------------------------------------------------- room
@@ -113,30 +115,34 @@ def free_names(place: Path) -> Finding:
     advice = _("remove files that are not needed: each takes one, however small")
     if found.f_favail < 16:
         return Finding("free_names", BAD, text, advice)
-    return Finding("free_names", WARN if found.f_favail < _MANY_NAMES else OK, text,
-                   advice if found.f_favail < _MANY_NAMES else "")  # fmt: skip
+    return Finding(
+        "free_names",
+        WARN if found.f_favail < _MANY_NAMES else OK,
+        text,
+        advice if found.f_favail < _MANY_NAMES else "",
+    )
 
 
 # ------------------------------------------------------------------------------------ durability
-
-
-def _mount(place: Path) -> mounts.Mount | None:
-    try:
-        text = mounts.MOUNTINFO.read_text("utf-8", "surrogateescape")
-    except OSError:
-        return None
-    return mounts.mount_of(place, mounts.parse(text))
 
 
 def file_system(mount: mounts.Mount | None) -> Finding:
     """Which one it is, and every reason why "durable" is hollow there."""
     if mount is None:
         return unknown("file_system")
-    found = _("{kind} on {source}, mounted at {point}", kind=mount.kind, source=mount.source,
-              point=mount.point)  # fmt: skip
+    found = _(
+        "{kind} on {source}, mounted at {point}",
+        kind=mount.kind,
+        source=mount.source,
+        point=mount.point,
+    )
     if mount.read_only:
-        return Finding("file_system", BAD, found + _(", read-only"),
-                       _("mount it writable, or choose another directory"))  # fmt: skip
+        return Finding(
+            "file_system",
+            BAD,
+            found + _(", read-only"),
+            _("mount it writable, or choose another directory"),
+        )
     concerns = mounts.concerns(mount)
     reasons = "; ".join([found, *(concern.reason for concern in concerns)])
     advice = "; ".join(dict.fromkeys(concern.advice for concern in concerns))
@@ -158,17 +164,21 @@ def fsync_seconds(scratch: Path) -> float:
 
 def fsync(seconds: float, mount: mounts.Mount | None) -> Finding:
     """Whether a write and its fsync took as long as a device needs at least."""
-    found = _("{microseconds} µs for a small write and its fsync",
-              microseconds=f"{seconds * 1e6:.0f}")  # fmt: skip
+    found = _(
+        "{microseconds} µs for a small write and its fsync", microseconds=f"{seconds * 1e6:.0f}"
+    )
     if mount is not None and any(c.name == "memory" for c in mounts.concerns(mount)):
         return Finding("fsync", OK, found + _(", in memory"))
     if seconds < FASTEST_FSYNC:
         return Finding(
-            "fsync", WARN,
-            found + _(", faster than any device can: \"durable\" is hollow here"),
-            _("look for what swallows it: a virtual disk that caches on its host, libeatmydata, "
-              "sync=disabled"),
-        )  # fmt: skip
+            "fsync",
+            WARN,
+            found + _(', faster than any device can: "durable" is hollow here'),
+            _(
+                "look for what swallows it: a virtual disk that caches on its host, libeatmydata, "
+                "sync=disabled"
+            ),
+        )
     return Finding("fsync", OK, found)
 
 
@@ -184,12 +194,16 @@ def write_speed(scratch: Path, needed: int) -> Finding:
     size = int(_FIRST_PROBE / first * _PROBE_SECONDS)
     size = max(_FIRST_PROBE, min(size, _PROBE, room)) & -PAGE
     speeds = [size / _seconds(scratch, size, past_cache=past) for past in (True, False)]
-    found = _("{direct}/s past the page cache, {cached}/s through it ({size} written)",
-              direct=format_bytes(int(speeds[0])), cached=format_bytes(int(speeds[1])),
-              size=format_bytes(size))  # fmt: skip
+    found = _(
+        "{direct}/s past the page cache, {cached}/s through it ({size} written)",
+        direct=format_bytes(int(speeds[0])),
+        cached=format_bytes(int(speeds[1])),
+        size=format_bytes(size),
+    )
     if needed:
-        found += _("; a checkpoint of this run in about {time}",
-                   time=format_seconds(needed / max(speeds)))  # fmt: skip
+        found += _(
+            "; a checkpoint of this run in about {time}", time=format_seconds(needed / max(speeds))
+        )
     return Finding("write_speed", OK, found)
 
 
@@ -214,77 +228,13 @@ def _seconds(scratch: Path, size: int, *, past_cache: bool) -> float:
 
 def hard_links(scratch: Path) -> Finding:
     """The names of one checkpoint are links to it where that works."""
-    if _published(scratch, filesystem.link):
+    source, name = scratch / "first", scratch / "second"
+    filesystem.write_file(source, [(0, b"x" * PAGE)], PAGE)
+    if filesystem.link(source, name):
         return Finding("hard_links", OK, _("yes"))
     return Finding(
-        "hard_links", WARN,
+        "hard_links",
+        WARN,
         _("no: the names of one checkpoint are copies, which take room and time"),
         _("choose a file system that has them, such as ext4, XFS, Btrfs or NTFS"),
-    )  # fmt: skip
-
-
-def reflinks(scratch: Path) -> Finding:
-    """They take the place of hard links where there are none."""
-    works = _published(scratch, filesystem.reflink)
-    needless = _("no: they are needed only where there are no hard links")
-    return Finding("reflinks", OK, _("yes") if works else needless)
-
-
-def _published(scratch: Path, how: Callable[[Path, Path], str]) -> bool:
-    """Whether a file gets a second name in this way."""
-    source, name = scratch / "first", scratch / "second"
-    try:
-        filesystem.write_file(source, [(0, b"x" * PAGE)], PAGE)
-        return bool(how(source, name))
-    finally:
-        filesystem.remove(source)
-        filesystem.remove(name)
-
-
-def direct_io(scratch: Path) -> Finding:
-    """Whether writes go past the page cache, and leave it to the training."""
-    with tempfile.TemporaryFile(dir=scratch, buffering=0) as file, mmap.mmap(-1, PAGE) as page:
-        works = not filesystem.disabled("direct") and direct.switch_on(file.fileno())
-        if works:
-            try:
-                file.write(page)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                works = False
-    if works:
-        return Finding("direct_io", OK, _("yes"))
-    return Finding("direct_io", WARN, _("no: checkpoints pass through the page cache"))
-
-
-def preallocation(scratch: Path) -> Finding:
-    """Whether a full disk is known before the first byte."""
-    works = hasattr(os, "posix_fallocate") and not filesystem.disabled("fallocate")
-    if works:
-        with tempfile.TemporaryFile(dir=scratch) as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, PAGE)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-                works = False
-    if works:
-        return Finding("preallocation", OK, _("yes"))
-    return Finding("preallocation", WARN, _("no: a full disk shows only while a checkpoint is "
-                                            "written"))  # fmt: skip
-
-
-def directory_sync(scratch: Path) -> Finding:
-    """Whether names can be made durable, which every rename of a checkpoint needs."""
-    if os.name == "nt":
-        return Finding("directory_sync", OK, _("not needed: Windows keeps names with their files"))
-    fd = os.open(scratch, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError:
-        return Finding("directory_sync", WARN,
-                       _("no: after a power cut a new checkpoint may have its old name"),
-                       _("choose a file system that can, such as ext4, XFS or Btrfs"))  # fmt: skip
-    finally:
-        os.close(fd)
-    return Finding("directory_sync", OK, _("yes"))
+    )

@@ -6,7 +6,6 @@ written to measure is gone afterwards. torch is imported by the last checks only
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.rundir import QUARANTINE, Entry, shared_memory
+from holdfast.checkpoint.rundir import QUARANTINE, shared_memory
 from holdfast.checkpoint.system import run_lock
-from holdfast.formatting import format_age, format_bytes, format_time, parse_time
+from holdfast.formatting import format_bytes, format_time
 from holdfast.i18n import _
 from holdfast.manage.cleaning import leftovers
 from holdfast.manage.doctor.disk_checks import disk_checks, existing_parent
@@ -67,14 +66,11 @@ def _checkpoint_size(run: RunDirectory | None) -> int:
 
 
 def run_checks(run: RunDirectory) -> Iterator[Finding]:
-    """Who works there, what is damaged, what a killed training has left, and the clock."""
+    """Who works there, what is damaged and what a killed training has left."""
     yield lock(run.directory)
     yield checkpoints(run)
     yield from quarantine(run.directory)
     yield from remains(run)
-    newest = run.contents.newest
-    if newest is not None:
-        yield clock(newest, datetime.datetime.now().astimezone())
 
 
 def lock(directory: Path) -> Finding:
@@ -95,19 +91,29 @@ def checkpoints(run: RunDirectory) -> Finding:
     count, newest = len(run.entries), contents.newest
     found = _("{count}, none is damaged at first sight", count=count)
     if newest is not None:
-        found += _("; the newest is step {step} of {time}", step=newest.step,
-                   time=format_time(newest.created))  # fmt: skip
+        found += _(
+            "; the newest is step {step} of {time}",
+            step=newest.step,
+            time=format_time(newest.created),
+        )
     if damaged:
         intact = count > sum(entry.id in run.distrusted for entry in run.entries)
-        return Finding("checkpoints", WARN if intact else BAD,
-                       _("damaged: {names}", names=", ".join(damaged)),
-                       _("start the training: it sets them aside and goes on from the newest that "
-                         "is intact") if intact
-                       else _("restore a copy from elsewhere: none here is intact"))  # fmt: skip
+        return Finding(
+            "checkpoints",
+            WARN if intact else BAD,
+            _("damaged: {names}", names=", ".join(damaged)),
+            _("start the training: it sets them aside and goes on from the newest that is intact")
+            if intact
+            else _("restore a copy from elsewhere: none here is intact"),
+        )
     if contents.unreadable:
         name, reason = contents.unreadable[0]
-        return Finding("checkpoints", BAD, f"{name}: {reason}",
-                       _("make it readable: a training does not pass over it"))  # fmt: skip
+        return Finding(
+            "checkpoints",
+            BAD,
+            f"{name}: {reason}",
+            _("make it readable: a training does not pass over it"),
+        )
     return Finding("checkpoints", OK, found)
 
 
@@ -115,10 +121,12 @@ def quarantine(directory: Path) -> Iterator[Finding]:
     """Damaged files of earlier days: a disk that has damaged one may damage another."""
     files = [path for path in set_aside(directory, QUARANTINE) if path.suffix == ".pt"]
     if files:
-        yield Finding("quarantine", WARN, _("damaged files in quarantine/: {count}",
-                      count=len(files)),
-                      _("look at the disk's health (smartctl -a), then holdfast clean "
-                        "--quarantine"))  # fmt: skip
+        yield Finding(
+            "quarantine",
+            WARN,
+            _("damaged files in quarantine/: {count}", count=len(files)),
+            _("look at the disk's health (smartctl -a), then holdfast clean --quarantine"),
+        )
 
 
 def remains(run: RunDirectory) -> Iterator[Finding]:
@@ -131,21 +139,20 @@ def remains(run: RunDirectory) -> Iterator[Finding]:
         if ours and row.remains.belongs_to(run.directory) and row.reason != "in_use":
             size = format_bytes(row.remains.size)
             if row.reason == "unsaved":
-                yield Finding("remains", WARN, _("step {step} of a killed training, which is not "
-                              "on the disk ({size})", step=row.step, size=size),
-                              _("start the training before the machine goes off: it goes on from "
-                                "there"))  # fmt: skip
+                yield Finding(
+                    "remains",
+                    WARN,
+                    _(
+                        "step {step} of a killed training, which is not on the disk ({size})",
+                        step=row.step,
+                        size=size,
+                    ),
+                    _("start the training before the machine goes off: it goes on from there"),
+                )
             else:
-                yield Finding("remains", WARN, _("{size} of a killed training, nothing that is not "
-                              "on the disk", size=size), "holdfast clean --memory")  # fmt: skip
-
-
-def clock(newest: Entry, now: datetime.datetime) -> Finding:
-    """Recovery does not ask the clock; people who read ages and histories do."""
-    saved = parse_time(newest.created)
-    if saved is not None and saved > now:
-        ahead = format_age((saved - now).total_seconds())
-        return Finding("clock", WARN, _("the newest checkpoint was saved {ahead} after now",
-                       ahead=ahead),
-                       _("set the clock; what is newest does not depend on it"))  # fmt: skip
-    return Finding("clock", OK, _("after the newest checkpoint"))
+                yield Finding(
+                    "remains",
+                    WARN,
+                    _("{size} of a killed training, nothing that is not on the disk", size=size),
+                    "holdfast clean --memory",
+                )

@@ -22,9 +22,7 @@ from holdfast.manage.doctor.findings import BAD, OK, UNKNOWN, WARN, Finding, unk
 from holdfast.version import __version__
 
 _SLOTS = 3  # snapshots in shared memory (checkpoint/save/writer.py, which would import torch)
-_OLDEST_PYTHON = (3, 10)
 _OLDEST_TORCH = (2, 10)
-_NEEDED = ("numpy", "isal", "xxhash", "rich")
 _EXTRAS = {
     "train": ("transformers", "tokenizers", "psutil", "pyarrow", "zstandard"),
     "tensorboard": ("tensorboard",),
@@ -40,10 +38,8 @@ def machine_checks(needed: int) -> Iterator[Finding]:
     yield main_memory(available_memory(), needed)
     yield snapshots_in_memory(needed)
     yield from removal_at_logout()
-    yield from file_size_limit(needed)
-    yield from preloaded(os.environ.get("LD_PRELOAD", ""))
-    yield python_version(sys.version_info[:2])
-    yield from packages()
+    yield python()
+    yield extras()
     yield from torch_and_gpu()
 
 
@@ -60,17 +56,21 @@ def main_memory(free: int, needed: int) -> Finding:
         found += _("; a snapshot of this run takes {size}", size=format_bytes(needed))
     if free < needed:
         return Finding("memory", BAD, found, advice)
-    return Finding("memory", WARN, found, advice) if free < _LITTLE + needed else Finding(
-        "memory", OK, found
-    )  # fmt: skip
+    return (
+        Finding("memory", WARN, found, advice)
+        if free < _LITTLE + needed
+        else Finding("memory", OK, found)
+    )
 
 
 def snapshots_in_memory(needed: int) -> Finding:
     """Whether snapshots can lie where they outlive a killed training: three of them."""
     if not sys.platform.startswith("linux"):
         return unknown("shared_memory")
-    advice = _("give it more (docker run --shm-size, mount -o remount,size=…); without it a kill "
-               "costs the steps since the last save to the disk")  # fmt: skip
+    advice = _(
+        "give it more (docker run --shm-size, mount -o remount,size=…); without it a kill "
+        "costs the steps since the last save to the disk"
+    )
     if disabled("sharedmemory"):
         return Finding("shared_memory", WARN, _("switched off by HOLDFAST_DISABLE"))
     if not shared_memory.usable():
@@ -110,9 +110,12 @@ def removal_at_logout() -> Iterator[Finding]:
     if lingers or not removes_ipc(_read_configuration()):
         yield Finding("removal_at_logout", OK, _("stays"))
     else:
-        yield Finding("removal_at_logout", WARN,
-                      _("systemd removes it when you log out, and the snapshots in it"),
-                      f"loginctl enable-linger {name}")  # fmt: skip
+        yield Finding(
+            "removal_at_logout",
+            WARN,
+            _("systemd removes it when you log out, and the snapshots in it"),
+            f"loginctl enable-linger {name}",
+        )
 
 
 def removes_ipc(configuration: str) -> bool:
@@ -133,59 +136,32 @@ def _read_configuration() -> str:
     return "\n".join(texts)
 
 
-# ----------------------------------------------------------------------------------------- limits
-
-
-def file_size_limit(needed: int) -> Iterator[Finding]:
-    """ulimit -f: a write beyond it ends the process with SIGXFSZ or fails."""
-    if sys.platform == "win32":
-        return
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if limit != resource.RLIM_INFINITY:
-        yield Finding("file_size_limit", BAD if limit < needed else WARN,
-                      _("files may have {size} at most", size=format_bytes(limit)),
-                      "ulimit -f unlimited")  # fmt: skip
-
-
-def preloaded(libraries: str) -> Iterator[Finding]:
-    """libeatmydata takes the fsync out of every program."""
-    if "eatmydata" in libraries:
-        yield Finding("preloaded", WARN,
-                      _("libeatmydata is loaded: every fsync does nothing, nothing is durable"),
-                      _("start without it: unset LD_PRELOAD"))  # fmt: skip
-
-
 # --------------------------------------------------------------------------------------- versions
 
 
-def python_version(version: tuple[int, int]) -> Finding:
-    found = _("{version} on {system}; holdfast {holdfast}", version=platform.python_version(),
-              system=f"{platform.system()} {platform.release()} {platform.machine()}",
-              holdfast=__version__)  # fmt: skip
-    if version < _OLDEST_PYTHON:
-        return Finding("python", BAD, found, _("install Python 3.10 or newer"))
+def python() -> Finding:
+    found = _(
+        "{version} on {system}; holdfast {holdfast}",
+        version=platform.python_version(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        holdfast=__version__,
+    )
     return Finding("python", OK, found)
 
 
-def packages() -> Iterator[Finding]:
-    """What is installed of what holdfast needs, and of what it can use."""
-    found = {name: _version(name) for name in _NEEDED}
-    missing = [name for name, version in found.items() if version is None]
-    text = ", ".join(f"{name} {version or _('missing')}" for name, version in found.items())
-    advice = f"pip install {' '.join(missing)}" if missing else ""
-    yield Finding("packages", BAD if missing else OK, text, advice)
+def extras() -> Finding:
+    """Name the optional packages that are missing; a training loop of one's own needs none."""
     parts, absent = [], []
     for extra, names in _EXTRAS.items():
         lacking = [name for name in names if _version(name) is None]
-        absent += [extra] if lacking else []
-        parts.append(_("{extra}: missing {names}", extra=extra, names=", ".join(lacking))
-                     if lacking else _("{extra}: installed", extra=extra))  # fmt: skip
-    # The trainer needs the first; a stranger's loop needs neither.
+        if lacking:
+            absent.append(extra)
+            parts.append(_("{extra}: missing {names}", extra=extra, names=", ".join(lacking)))
+        else:
+            parts.append(_("{extra}: installed", extra=extra))
     state = WARN if "train" in absent else OK
     advice = f"pip install 'holdfast[{','.join(absent)}]'" if absent else ""
-    yield Finding("extras", state, "; ".join(parts), advice)
+    return Finding("extras", state, "; ".join(parts), advice)
 
 
 def _version(name: str) -> str | None:
@@ -213,9 +189,12 @@ def torch_version(version: str) -> Finding:
     """Older ones have a weights_only that runs code (CVE-2025-32434, CVE-2026-24747)."""
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if numbers < _OLDEST_TORCH:
-        return Finding("torch", BAD,
-                       _("{version}: its torch.load is not safe", version=version),
-                       "pip install 'torch>=2.10'")  # fmt: skip
+        return Finding(
+            "torch",
+            BAD,
+            _("{version}: its torch.load is not safe", version=version),
+            "pip install 'torch>=2.10'",
+        )
     return Finding("torch", OK, version)
 
 
@@ -225,19 +204,28 @@ def gpu(torch: Any, version: str) -> Finding:
         properties = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info(0)
         count = torch.cuda.device_count()
-        found = _("{name}, {free} free of {total}; driver {driver}, CUDA {cuda}",
-                  name=properties.name if count == 1 else f"{count} × {properties.name}",
-                  free=format_bytes(free), total=format_bytes(total), driver=driver or "?",
-                  cuda=torch.version.cuda or torch.version.hip or "?")  # fmt: skip
+        found = _(
+            "{name}, {free} free of {total}; driver {driver}, CUDA {cuda}",
+            name=properties.name if count == 1 else f"{count} × {properties.name}",
+            free=format_bytes(free),
+            total=format_bytes(total),
+            driver=driver or "?",
+            cuda=torch.version.cuda or torch.version.hip or "?",
+        )
         return Finding("gpu", OK, found)
     if torch.backends.mps.is_available():
         return Finding("gpu", OK, _("Apple's, through Metal"))
     if driver:
-        return Finding("gpu", WARN,
-                       _("an NVIDIA driver {driver} is here, and PyTorch {version} cannot use it",
-                         driver=driver, version=version),
-                       _("install the PyTorch build for this driver: "
-                         "https://pytorch.org/get-started"))  # fmt: skip
+        return Finding(
+            "gpu",
+            WARN,
+            _(
+                "an NVIDIA driver {driver} is here, and PyTorch {version} cannot use it",
+                driver=driver,
+                version=version,
+            ),
+            _("install the PyTorch build for this driver: https://pytorch.org/get-started"),
+        )
     return Finding("gpu", OK, _("none: trains on the CPU"))
 
 
