@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from holdfast.checkpoint import Catalog
-from holdfast.checkpoint.state import restore as engine_state
+from holdfast.checkpoint.state.randomness import RandomState
 from holdfast.checkpoint.state.transaction import LoadScheduler
 from holdfast.checkpoint.system.lock import run_lock
 from holdfast.manage import rollback
@@ -169,7 +169,7 @@ def test_a_moved_run_directory_goes_on_bit_identically(
 
 
 def rng_not_restored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine_state.RandomState, "load_state_dict", lambda self, state: None)
+    patch.setattr(RandomState, "load_state_dict", lambda self, state: None)
 
 
 def position_off_by_one(patch: pytest.MonkeyPatch) -> None:

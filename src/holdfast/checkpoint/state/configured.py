@@ -7,6 +7,7 @@ is known when an optimizer or a scheduler is made; a manager may be made later t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -22,9 +23,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LRScheduler
 
 from holdfast.checkpoint.state.names import steppers_of
+from holdfast.checkpoint.state.paths import MISSING
 from holdfast.i18n import _
 
-MISSING = object()
 UNSURE = "unsure"  # in a record: the settings of a group that training may have changed
 LAMBDAS = "lr_lambdas"
 
@@ -101,7 +102,8 @@ class Configured:
                 if late := epoch_of(value) > 0:
                     self.fresh.pop(path, None)
                 else:
-                    self.fresh[path] = Shadow(value)
+                    with contextlib.suppress(Exception):  # a user's function may refuse a copy
+                        self.fresh[path] = Shadow(value)
                 self.record[path] = [settings_of(value, late=late)]
         self.record = {path: [*self.record[path]] for path in here}  # not what a save still holds
         self._known = here
@@ -238,31 +240,27 @@ def _is_unknown(probes: Any) -> bool:
 
 
 class Shadow:
-    """A scheduler before its first step, over groups of its own: what a changed schedule would have
-    done is found by doing it, without touching the live one."""
+    """A copy of a scheduler before its first step, over settings of its own.
+
+    What a changed schedule would have done is found by doing it, without touching the live one.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         groups = [
-            {
-                k: v.clone() if isinstance(v, torch.Tensor) else v
-                for k, v in g.items()
-                if k != "params"
-            }
-            for g in scheduler.optimizer.param_groups
+            {key: value for key, value in group.items() if key != "params"}
+            for group in scheduler.optimizer.param_groups
         ]
-        self._optimizer = SimpleNamespace(param_groups=groups, step=None, defaults={})
-        self._scheduler = _copied(scheduler, self._optimizer)
+        self._optimizer = SimpleNamespace(
+            param_groups=copy.deepcopy(groups), step=None, defaults={}
+        )
+        self._scheduler = copy.deepcopy(scheduler, {id(scheduler.optimizer): self._optimizer})
 
     def after(self, saved: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]] | None:
         """Return the scheduler's state and the groups' settings after the steps that `saved` made.
 
         None for a kind that cannot be stepped without being told more. Raises what `step` raises.
         """
-        groups = [
-            {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in g.items()}
-            for g in self._optimizer.param_groups
-        ]
-        scheduler = _copied(self._scheduler, SimpleNamespace(param_groups=groups, step=None))
+        optimizer, scheduler = copy.deepcopy((self._optimizer, self._scheduler))
         if any(_needs_arguments(part) for part in _parts(scheduler)):
             return None
         with warnings.catch_warnings():
@@ -278,7 +276,9 @@ class Shadow:
                 for k, v in group.items()
                 if k == "lr" or setting_of(v) != setting_of(before.get(k))
             }
-            for group, before in zip(groups, self._optimizer.param_groups, strict=True)
+            for group, before in zip(
+                optimizer.param_groups, self._optimizer.param_groups, strict=True
+            )
         ]
         return copy.deepcopy(scheduler.state_dict()), changed
 
@@ -293,30 +293,6 @@ def _needs_arguments(scheduler: Any) -> bool:
     parameters = list(inspect.signature(type(scheduler).step).parameters.values())[1:]
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return any(p.default is p.empty and p.kind not in kinds for p in parameters)
-
-
-def _copied(scheduler: Any, optimizer: Any) -> Any:
-    """Copy a scheduler so that it shares nothing that steps change."""
-    result = copy.copy(scheduler)
-    for key, value in vars(scheduler).items():
-        if key == "optimizer":
-            result.optimizer = optimizer
-        elif key == _PARTS:
-            setattr(result, key, [_copied(part, optimizer) for part in value])
-        elif isinstance(value, list):
-            setattr(result, key, [_own(item) for item in value])
-        elif isinstance(value, dict | torch.Tensor):
-            setattr(result, key, copy.copy(value))
-    if callable(scale := getattr(result, "_init_scale_fn", None)):  # holds a method of the original
-        scale()
-    return result
-
-
-def _own(item: Any) -> Any:
-    """Copy what may keep state, a callable object too; share a plain function."""
-    if isinstance(item, torch.Tensor):
-        return item.clone()
-    return copy.copy(item) if isinstance(item, dict | list) or hasattr(item, "__dict__") else item
 
 
 # ------------------------------------------------------------------------------------- plain values

@@ -19,7 +19,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from holdfast.checkpoint.state.names import bare, plain_names
+from holdfast.checkpoint.state import names
+from holdfast.checkpoint.state.paths import walk
 from holdfast.errors import StateMismatch
 from holdfast.i18n import _
 
@@ -128,33 +129,15 @@ def _leaves(state: Any) -> dict[str, torch.Tensor]:
     Their names are those of their module's parameters, or of their place in the state or in an
     optimizer.
     """
+    candidates = list(names.tensors_of(state))
+    for path, value in walk(state):
+        if isinstance(value, Optimizer):
+            candidates += [(f"{path}/{n}", p) for n, p in enumerate(_parameters(value))]
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
-    later: list[tuple[str, Optimizer]] = []
-
-    def take(name: str, tensor: torch.Tensor) -> None:
+    for name, tensor in candidates:
         if tensor.requires_grad and tensor.is_leaf and id(tensor) not in seen:
             seen.add(id(tensor))
-            plain = bare(name)
+            plain = names.bare(name)
             found[name if plain in found else plain] = tensor
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, torch.nn.Module):
-            parameters = dict(value.named_parameters())
-            plain = plain_names(value, list(parameters))
-            for name, parameter in parameters.items():
-                take(f"{path}/{plain[name]}", parameter)
-        elif isinstance(value, Optimizer):
-            later.append((path, value))
-        elif isinstance(value, torch.Tensor):
-            take(path, value)
-        elif isinstance(value, Mapping | list | tuple):
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            for key, item in items:
-                walk(item, f"{path}/{key}" if path else str(key))
-
-    walk(state, "")
-    for path, optimizer in later:
-        for number, parameter in enumerate(_parameters(optimizer)):
-            take(f"{path}/{number}", parameter)
     return found

@@ -7,15 +7,15 @@ theirs into every name. A checkpoint is written without them, and read with or w
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from holdfast.checkpoint.state.paths import walk
 from holdfast.i18n import _
 
 # These words are never a user's. `module` may be: it is dropped on the word of the wrapper's type,
@@ -27,6 +27,7 @@ _has_words = re.compile(rf"(?:{_CERTAIN}|module)\.").search  # one search over m
 _MODULE_PART = re.compile(r"(?:(?<=^)|(?<=[./]))module\.")
 _SEARCHED = 1000  # entries of a container that is searched for optimizers and schedulers
 _ATOMS = {type(None), bool, int, float, str, torch.Tensor, torch.nn.Parameter}
+Slots = list[list[str | None]]  # the names of the parameters of each group, None: not known
 _OF_MODULE = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
 
 
@@ -164,40 +165,35 @@ def memory_of(tensor: torch.Tensor) -> Hashable:
     return (address, tensor.shape, tensor.stride()) if address else id(tensor)
 
 
-def parameter_names(state: Any, path: str = "") -> dict[Hashable, list[str]]:
-    """Return all names of every tensor in a state, by its memory: `model/0.weight`."""
-    found: dict[Hashable, list[str]] = {}
-    for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
-        here = f"{path}/{key}" if path else str(key)
+def tensors_of(state: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every parameter and tensor in a state under each of its names: `model/0.weight`."""
+    for path, value in walk(state):
         if isinstance(value, torch.nn.Module):
             tensors = dict(value.named_parameters(remove_duplicate=False))
             plain = plain_names(value, list(tensors))
-            for name, tensor in tensors.items():
-                found.setdefault(memory_of(tensor), []).append(f"{here}/{plain[name]}")
+            yield from ((f"{path}/{plain[name]}", tensor) for name, tensor in tensors.items())
         elif isinstance(value, torch.Tensor):
-            found.setdefault(memory_of(value), []).append(here)
-        elif isinstance(value, Mapping | list | tuple):
-            for memory, names in parameter_names(value, here).items():
-                found.setdefault(memory, []).extend(names)
+            yield path, value
+
+
+def parameter_names(state: Any) -> dict[Hashable, list[str]]:
+    """Return all names of every tensor in a state, by its memory."""
+    found: dict[Hashable, list[str]] = {}
+    for name, tensor in tensors_of(state):
+        found.setdefault(memory_of(tensor), []).append(name)
     return found
 
 
-def steppers_of(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def steppers_of(state: Any) -> Iterator[tuple[str, Any]]:
     """Yield the optimizers and schedulers in a state with their paths, without their wrappers.
 
     Called at each save: containers of very many values are not searched.
     """
-    if len(state) > _SEARCHED:
-        return
-    for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
-        if type(value) in _ATOMS:
-            continue
-        here = f"{path}/{key}" if path else str(key)
-        inner = unwrapped(value)
-        if isinstance(inner, Optimizer | LRScheduler):
-            yield here, inner
-        elif isinstance(value, Mapping | list | tuple):
-            yield from steppers_of(value, here)
+    for path, value in walk(state, most=_SEARCHED):
+        if type(value) not in _ATOMS:
+            inner = unwrapped(value)
+            if isinstance(inner, Optimizer | LRScheduler):
+                yield path, inner
 
 
 class SlotNames:
@@ -208,52 +204,33 @@ class SlotNames:
 
     def __init__(self) -> None:
         self._ids: Any = None
-        self._names: dict[str, list[list[str | None]]] = {}
+        self._names: dict[str, Slots] = {}
 
-    def __call__(self, state: Any) -> dict[str, list[list[str | None]]]:
-        optimizers = {p: value for p, value in steppers_of(state) if isinstance(value, Optimizer)}
-        ids = {
-            path: [[id(p) for p in group["params"]] for group in value.param_groups]
-            for path, value in optimizers.items()
+    def __call__(self, state: Any) -> dict[str, Slots]:
+        groups = {
+            path: [group["params"] for group in value.param_groups]
+            for path, value in steppers_of(state)
+            if isinstance(value, Optimizer)
         }
+        ids = {path: [[id(p) for p in group] for group in rows] for path, rows in groups.items()}
         if ids != self._ids:
             known = parameter_names(state)
             self._names = {
-                path: [
-                    [known.get(memory_of(p), [None])[0] for p in group["params"]]
-                    for group in value.param_groups
-                ]
-                for path, value in optimizers.items()
+                path: [[known.get(memory_of(p), [None])[0] for p in group] for group in rows]
+                for path, rows in groups.items()
             }
             self._ids = ids
         return self._names
 
 
-@dataclass(slots=True)
-class Slots:
-    """The parameter groups of an optimizer, live or saved, by name; None where none is known."""
-
-    names: list[list[str | None]]
-    recorded: bool  # in a manifest; else they are those that torch keeps in the groups
-
-    def flat(self) -> list[str]:
-        return [name for group in self.names for name in group if name is not None]
-
-    def unnamed(self) -> Slots:
-        return Slots([[None] * len(group) for group in self.names], False)
-
-    def __str__(self) -> str:
-        return " + ".join(str(len(group)) for group in self.names) or "0"
-
-
 def saved_slots(groups: Sequence[Mapping[str, Any]], recorded: Any) -> Slots:
-    """Return the slots of saved `groups`, as the manifest has `recorded` them."""
+    """Return the slots of saved `groups`, named as the manifest has `recorded` them."""
     sizes = [len(group["params"]) for group in groups]
-    if isinstance(recorded, list) and [len(_list(group)) for group in recorded] == sizes:
-        known = Slots([[n if isinstance(n, str) else None for n in g] for g in recorded], True)
-        if known.flat():
-            return known
-    return Slots([_param_names(group) for group in groups], False)
+    if isinstance(recorded, list) and all(isinstance(group, list) for group in recorded):
+        names = [[n if isinstance(n, str) else None for n in group] for group in recorded]
+        if _sizes(names) == sizes:
+            return names
+    return [[None] * size for size in sizes]
 
 
 def live_slots(
@@ -263,44 +240,54 @@ def live_slots(
 
     Tied weights have several names: the one that is in the checkpoint counts.
     """
-    if not saved.recorded:
-        return Slots([_param_names(group) for group in optimizer.param_groups], False)
-    there = set(saved.flat())
-    rows = [[known.get(memory_of(p), ()) for p in g["params"]] for g in optimizer.param_groups]
-    return Slots(
-        [
-            [next((n for n in names if n in there), next(iter(names), None)) for names in row]
-            for row in rows
-        ],
-        True,
-    )
+    there = set(flat(saved))
+
+    def name_of(parameter: torch.Tensor) -> str | None:
+        names = known.get(memory_of(parameter), ())
+        return next((name for name in names if name in there), next(iter(names), None))
+
+    return [[name_of(p) for p in group["params"]] for group in optimizer.param_groups]
+
+
+def unnamed(slots: Slots) -> Slots:
+    """Return the slots without their names: only their positions count."""
+    return [[None] * len(group) for group in slots]
+
+
+def flat(slots: Slots) -> list[str]:
+    """Return the names that are known."""
+    return [name for group in slots for name in group if name is not None]
+
+
+def _sizes(slots: Slots) -> list[int]:
+    return [len(group) for group in slots]
 
 
 def aligned(live: Slots, saved: Slots) -> list[tuple[int, list[int]]] | None:
-    """Find for each live group the saved one, and the places of its parameters there.
+    """Find for each live group the saved one, and the positions of its parameters there.
 
     By name where both have names, else by position. None where that cannot be told.
     """
-    if not live.flat() or not saved.flat():
-        if str(live) != str(saved):
+    if not flat(live) or not flat(saved):
+        if _sizes(live) != _sizes(saved):
             return None
-        return [(i, list(range(len(group)))) for i, group in enumerate(saved.names)]
-    pairs = matched(live.flat(), saved.flat()) or _matched_inside(live.flat(), saved.flat())
-    if pairs is None:
+        return [(number, list(range(len(group)))) for number, group in enumerate(saved)]
+    pairs = matched(flat(live), flat(saved)) or _matched_inside(flat(live), flat(saved))
+    if pairs is None or len(live) != len(saved):
         return None
-    where = {n: (i, k) for i, g in enumerate(saved.names) for k, n in enumerate(g) if n is not None}
+    left = dict(enumerate(saved))
     result: list[tuple[int, list[int]]] = []
-    for number, group in enumerate(live.names):
-        homes = {where[pairs[name]][0] for name in group if name is not None} or {number}
-        home = homes.pop()
-        if homes or home >= len(saved.names) or home in (known for known, _places in result):
+    for number, group in enumerate(live):
+        wanted = [None if name is None else pairs[name] for name in group]
+        homes = [home for home, names in left.items() if Counter(names) == Counter(wanted)]
+        if not homes:
             return None
-        unknown = [k for k, name in enumerate(saved.names[home]) if name is None]
-        if len(saved.names[home]) != len(group) or len(unknown) != group.count(None):
-            return None
-        places = iter(unknown)
-        result.append((home, [next(places) if n is None else where[pairs[n]][1] for n in group]))
-    return result if len(result) == len(saved.names) else None
+        home = number if number in homes else homes[0]
+        names = left.pop(home)
+        # Those without a name keep the order among themselves.
+        found = {name: iter([k for k, n in enumerate(names) if n == name]) for name in wanted}
+        result.append((home, [next(found[name]) for name in wanted]))
+    return result
 
 
 def _matched_inside(here: Sequence[str], there: Sequence[str]) -> dict[str, str] | None:
@@ -314,8 +301,15 @@ def _matched_inside(here: Sequence[str], there: Sequence[str]) -> dict[str, str]
 
 def difference(live: Slots, saved: Slots) -> str:
     """Say how two optimizers' groups differ, as the end of a sentence."""
-    said = [_("of {saved} parameters in the checkpoint, of {live} here", saved=saved, live=live)]
-    here, there = live.flat(), saved.flat()
+    counts = [" + ".join(map(str, _sizes(slots))) or "0" for slots in (saved, live)]
+    said = [
+        _(
+            "of {saved} parameters in the checkpoint, of {live} here",
+            saved=counts[0],
+            live=counts[1],
+        )
+    ]
+    here, there = flat(live), flat(saved)
     if here and there:
         only_there = [name for name in there if name not in here]
         only_here = [name for name in here if name not in there]
@@ -324,23 +318,12 @@ def difference(live: Slots, saved: Slots) -> str:
         if only_here:
             said.append(_("only here {names}", names=_some(only_here)))
         if not only_there and not only_here:
-            homes = {name: i for i, group in enumerate(saved.names) for name in group}
-            moved = [n for i, group in enumerate(live.names) for n in group if homes.get(n) != i]
-            said.append(_("in another group {names}", names=_some([n for n in moved if n])))
+            homes = {name: i for i, group in enumerate(saved) for name in group}
+            moved = [n for i, group in enumerate(live) for n in group if n and homes[n] != i]
+            said.append(_("in another group {names}", names=_some(moved)))
     return ", ".join(said)
 
 
 def _some(names: Sequence[str]) -> str:
     more = f" … (+{len(names) - 3})" if len(names) > 3 else ""
     return " ".join(names[:3]) + more
-
-
-def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _param_names(group: Mapping[str, Any]) -> list[str | None]:
-    names, size = group.get("param_names"), len(group["params"])
-    if isinstance(names, list | tuple) and len(names) == size:
-        return [name if isinstance(name, str) else None for name in names]
-    return [None] * size

@@ -17,12 +17,12 @@ import torch
 from torch.optim import Optimizer
 
 from holdfast.checkpoint.state.configured import Decision
+from holdfast.checkpoint.state.paths import MISSING
 from holdfast.errors import StateMismatch
 from holdfast.i18n import _
 
 log = logging.getLogger("holdfast")
 
-_MISSING = object()
 EXCHANGE_ELEMENTS = 1 << 20  # bounds the scratch memory of an exchange
 
 
@@ -33,6 +33,30 @@ class Transaction:
     acts: list[Act] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)  # settings that are the user's now
+
+    def act(self, act: Act) -> None:
+        """Plan one more change."""
+        self.acts.append(act)
+
+    def problem(self, text: str) -> None:
+        """Record a difference: with one of them nothing is restored."""
+        self.problems.append(text)
+
+    def differs(self, path: str, saved: torch.Tensor, live: torch.Tensor) -> None:
+        """Record that a tensor has another shape or dtype in the checkpoint than here."""
+        self.problem(
+            _(
+                "{path} is {saved} in the checkpoint and {live} here",
+                path=path,
+                saved=_form(saved),
+                live=_form(live),
+            )
+        )
+
+    def decide(self, decision: Decision) -> None:
+        """Record a setting that is the user's now, once."""
+        if decision not in self.decisions:
+            self.decisions.append(decision)
 
     def commit(self) -> None:
         """Do all acts. Raises `StateMismatch` where an object refuses its state; then, and after
@@ -53,6 +77,10 @@ class Transaction:
         for act in reversed(self.acts):
             if isinstance(act, LoadOptimizer):
                 act.undo()
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def _undo(act: Act) -> BaseException | None:
@@ -135,14 +163,14 @@ class Assign:
     container: Any
     key: Any
     value: Any
-    before: Any = _MISSING
+    before: Any = MISSING
 
     def commit(self) -> None:
         self.before = self.container[self.key]
         self.container[self.key] = self.value
 
     def undo(self) -> None:
-        if self.before is not _MISSING:
+        if self.before is not MISSING:
             self.container[self.key] = self.before
 
 
@@ -153,7 +181,7 @@ class Refill:
 
     container: Any
     content: Any
-    before: Any = _MISSING
+    before: Any = MISSING
 
     def commit(self) -> None:
         is_mapping = isinstance(self.container, Mapping)
@@ -161,7 +189,7 @@ class Refill:
         self._fill(self.content)
 
     def undo(self) -> None:
-        if self.before is not _MISSING:
+        if self.before is not MISSING:
             self._fill(self.before)
 
     def _fill(self, content: Any) -> None:
@@ -179,7 +207,7 @@ class LoadObject:
     target: Any
     state: Any
     path: str
-    before: Any = _MISSING
+    before: Any = MISSING
 
     def commit(self) -> None:
         self.before = copy.deepcopy(self.target.state_dict())
@@ -189,7 +217,7 @@ class LoadObject:
             raise StateMismatch(_refused(self.path, error)) from error
 
     def undo(self) -> None:
-        if self.before is not _MISSING:
+        if self.before is not MISSING:
             self.target.load_state_dict(self.before)
 
 
