@@ -31,34 +31,24 @@ def repository(directory: Path) -> str:
     return git(directory, "rev-parse", "HEAD").strip()
 
 
-def answer(directory: Path) -> dict[str, object] | None:
-    question = project.Question(directory)
-    for _attempt in range(100):
-        found = question.answer()
-        if found is not None or question._helper is None:
-            return found
-        time.sleep(0.05)
-    return None
-
-
 @needs_git
 def test_commit_branch_and_changes_are_told(tmp_path: Path) -> None:
     commit = repository(tmp_path / "project")
     below = tmp_path / "project" / "runs"
     below.mkdir()
-    assert answer(below) == {"commit": commit, "branch": "main", "dirty": False}
+    assert project.state_of(below) == {"commit": commit, "branch": "main", "dirty": False}
     (below / "not known to git.txt").touch()
-    assert answer(below) == {"commit": commit, "branch": "main", "dirty": False}
+    assert project.state_of(below) == {"commit": commit, "branch": "main", "dirty": False}
     (tmp_path / "project" / "train.py").write_text("print(2)\n")
-    assert answer(below) == {"commit": commit, "branch": "main", "dirty": True}
+    assert project.state_of(below) == {"commit": commit, "branch": "main", "dirty": True}
     git(tmp_path / "project", "checkout", "-q", "--detach")
-    assert answer(below) == {"commit": commit, "branch": None, "dirty": True}
+    assert project.state_of(below) == {"commit": commit, "branch": None, "dirty": True}
 
 
 @needs_git
 def test_a_project_without_a_commit_has_none(tmp_path: Path) -> None:
     git(tmp_path, "init", "-q", "-b", "main")
-    assert answer(tmp_path) == {"commit": None, "branch": "main", "dirty": False}
+    assert project.state_of(tmp_path) == {"commit": None, "branch": "main", "dirty": False}
 
 
 def test_where_there_is_no_work_tree_git_is_not_run(
@@ -66,11 +56,10 @@ def test_where_there_is_no_work_tree_git_is_not_run(
 ) -> None:
     monkeypatch.setattr(project.shutil, "which", lambda _name: pytest.fail("git was looked for"))
     assert not any((place / ".git").exists() for place in (tmp_path, *tmp_path.parents))
-    question = project.Question(tmp_path)
-    assert question.answer() is None and question._helper is None
+    assert project.state_of(tmp_path) is None
 
 
-def test_a_git_that_hangs_or_lies_costs_a_save_a_moment(
+def test_a_git_that_hangs_or_lies_costs_a_process_a_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".git").mkdir()
@@ -79,13 +68,11 @@ def test_a_git_that_hangs_or_lies_costs_a_save_a_moment(
     slow.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(project, "LIMIT", 0.3)
-    question = project.Question(tmp_path)
     began = time.monotonic()
-    assert [question.answer() for _save in range(10)] == [None] * 10
-    assert time.monotonic() - began < 1, "measured: 0.1 s, once"
-    assert question._helper is not None and question._helper.wait(5)
+    assert project.state_of(tmp_path) is None
+    assert time.monotonic() - began < 2
     slow.write_text("#!/bin/sh\nexit 128\n")
-    assert answer(tmp_path) is None
+    assert project.state_of(tmp_path) is None
 
 
 @needs_git
@@ -94,14 +81,12 @@ def test_a_checkpoint_says_from_which_source_it_was_trained(
 ) -> None:
     commit = repository(tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
-    monkeypatch.setattr(project, "_question", None)
-    project.ask()
-    assert project._question is not None and project._question._helper is not None
-    assert project._question._helper.wait(10)
+    project.state.cache_clear()
     run = make_run(tmp_path / "run", (1.0,))
     environment = read_manifest(run / "latest.pt")["environment"]
     assert environment["git"] == {"commit": commit, "branch": "main", "dirty": False}
-    monkeypatch.setattr(project, "_question", None)
+    project.state.cache_clear()
     monkeypatch.chdir(tmp_path)
     other = make_run(tmp_path / "other", (1.0,))
+    project.state.cache_clear()
     assert "git" not in read_manifest(other / "latest.pt")["environment"]

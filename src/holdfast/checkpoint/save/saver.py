@@ -126,7 +126,7 @@ class Saver:
         self._reserve = reserve
         self.configured = Configured(state)
         self._slot_names = SlotNames()
-        project.ask()  # the first save is far away, as a rule: the answer is there by then
+        project.state()  # git is asked here, where no training step waits for it
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
         self._looked = self.at
         self._looking: Helper | None = None  # the look that was begun last

@@ -1,74 +1,55 @@
 """Ask git for the state of the directory that the process was started in: the code that trains.
 
-Asked once a process, in the background, and never waited for longer than a moment: what a save does
-not know yet it leaves out. Where there is no git work tree nothing is run. No torch here.
+One rule of patience: git is asked once a process and has `LIMIT` seconds. Where there is no git
+work tree nothing is run. No torch here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.system.threads import Helper
-
-LIMIT = 2.0  # seconds that git may take
-_PATIENCE = 0.1  # seconds that one save of a process waits for the answer, all others none
+LIMIT = 1.0  # seconds; an answer takes some 10 ms as a rule
 
 
-class Question:
-    """A question to git about `directory`, and its answer as soon as it is there."""
+@functools.cache
+def state() -> dict[str, Any] | None:
+    """Return `state_of` the working directory as it was at the first call in this process."""
+    try:
+        return state_of(Path.cwd())
+    except OSError:  # the working directory has been deleted
+        return None
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._answer: dict[str, Any] | None = None
-        self._patience = _PATIENCE
-        self._helper: Helper | None = None
-        if _is_work_tree(directory):
-            with contextlib.suppress(RuntimeError, MemoryError):  # no thread: no answer
-                self._helper = Helper(self._ask)
 
-    def answer(self) -> dict[str, Any] | None:
-        """{"commit", "branch", "dirty"}, or None where there is no work tree, or no answer yet.
+def state_of(directory: Path) -> dict[str, Any] | None:
+    """Return {"commit", "branch", "dirty"}, or None where git has no answer.
 
-        `branch` is None where no branch is checked out, `commit` where there is none yet; `dirty`
-        is whether a file that git knows has been changed since.
-        """
-        if self._helper is not None and self._answer is None:
-            patience, self._patience = self._patience, 0.0
-            self._helper.wait(patience)
-        return self._answer
-
-    def _ask(self) -> None:
-        git = shutil.which("git")
-        if git is None:
-            return
-        # Nothing is written; of what the repository's configuration names only content filters
-        # (git-lfs and the like) may be started, for files that were changed: git has no switch.
-        words = [
-            git,
-            "--no-optional-locks",
-            "-c",
-            "core.fsmonitor=false",
-            "status",
-            "--branch",
-            "--porcelain=v2",
-            "--untracked-files=no",
-            "--ignore-submodules=all",
-        ]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(
-                words,
-                cwd=self._directory,
-                stdin=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                timeout=LIMIT,
-                check=True,
-            )
-            self._answer = _parse(done.stdout.decode("utf-8", "replace"))
+    `branch` is None where no branch is checked out, `commit` where there is none yet; `dirty` is
+    True where a file that git knows has been changed since.
+    """
+    git = shutil.which("git") if _is_work_tree(directory) else None
+    if git is None:
+        return None
+    # Nothing is written; of what the repository's configuration names only content filters
+    # (git-lfs and the like) may be started, for files that were changed: git has no switch.
+    words = [git, "--no-optional-locks", "-c", "core.fsmonitor=false", "status", "--branch"]
+    words += ["--porcelain=v2", "--untracked-files=no", "--ignore-submodules=all"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            words,
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            timeout=LIMIT,
+            check=True,
+        )
+        return _parse(done.stdout.decode("utf-8", "replace"))
+    return None
 
 
 def _is_work_tree(directory: Path) -> bool:
@@ -90,19 +71,3 @@ def _parse(text: str) -> dict[str, Any]:
         elif not line.startswith("#"):
             found["dirty"] = True
     return found
-
-
-_question: Question | None = None
-
-
-def ask() -> None:
-    """Begin to ask, where that has not been done in this process."""
-    global _question
-    if _question is None:
-        with contextlib.suppress(OSError):  # the working directory has been deleted
-            _question = Question(Path.cwd())
-
-
-def state() -> dict[str, Any] | None:
-    """The git state of the project in which this process was started, as `Question.answer`."""
-    return None if _question is None else _question.answer()
