@@ -68,7 +68,7 @@ def test_no_command_imports_torch_and_all_end_with_zero(run: Path, tmp_path: Pat
         ["history", run, other, "--plot", "--events"],
         ["compare", run, other],
         ["verify", run],
-        ["verify", run, "--all", "--jobs", "1"],
+        ["verify", run, "--all"],
         ["pin", "model_epoch_1.pt", run],
         ["rollback", "300", run, "--yes"],
         ["clean", run, "--keep", "2", "--temp", "--quarantine", "--yes"],
@@ -271,12 +271,6 @@ def test_what_lies_in_quarantine_is_told_and_is_no_failure(run: Path) -> None:
     found = desk_json("verify", run, "--all")
     assert (found["damaged"], found["quarantined"]) == (0, 1)
     assert [f["place"] for f in found["files"]] == ["run"] * 3 + ["quarantine"]
-
-
-def test_as_many_files_at_once_as_is_said_and_at_least_one(run: Path) -> None:
-    assert desk("verify", run, "--jobs", "3").returncode == 0
-    done = desk("verify", run, "--jobs", "0")
-    assert done.returncode == 2 and "--jobs 0" in done.stderr
 
 
 def test_a_foreign_file_beside_the_checkpoints_is_named_and_no_error(run: Path) -> None:

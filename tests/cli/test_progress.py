@@ -8,7 +8,7 @@ import pytest
 from rich.cells import cell_len
 
 from holdfast.cli.progress import ProgressLine, line
-from holdfast.manage.verify import Progress
+from holdfast.manage.progress import Progress
 
 HALF = Progress(2, 5, Path("runs/a/model_epoch_3.pt"), done=3 << 29, total=3 << 30, seconds=1.5)
 

@@ -26,7 +26,7 @@ from holdfast.errors import ConfigError, DamagedCheckpoint, HoldfastError, RunLo
 from holdfast.manage import locking
 from holdfast.manage.packing.archive import MANIFEST, SUMS
 from holdfast.manage.packing.pack import Packed, pack, target_of
-from holdfast.manage.verify import Progress
+from holdfast.manage.progress import Progress
 from tests.manage.runs import Training, copy_without_links, cut, flip, make_run
 
 

@@ -30,8 +30,8 @@ from holdfast.manage.listing import listing_of
 from holdfast.manage.packing.archive import MANIFEST, SUMS, Contents, Item
 from holdfast.manage.packing.pack import Writer, encode, encode_sums, pack
 from holdfast.manage.packing.unpack import checked, contents_of, unpack
+from holdfast.manage.progress import Progress
 from holdfast.manage.rundir import disk_use, look
-from holdfast.manage.verify import Progress
 from holdfast.table import Screen
 from tests.manage.runs import Training, make_run
 from tests.support import die, in_child

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from holdfast.checkpoint.format import container
 from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.errors import HoldfastError
+from holdfast.manage.progress import Progress
 from holdfast.manage.rundir import look
-from holdfast.manage.verify import Progress, targets_of, verify
+from holdfast.manage.verify import targets_of, verify
 from tests.manage.runs import (
     Training,
     copy_without_links,
@@ -128,40 +124,6 @@ def test_a_file_that_goes_while_others_are_checked_is_left_out(tmp_path: Path) -
     assert seen == ["model_epoch_4.pt", "model_epoch_3.pt", "model_epoch_2.pt"]
 
 
-def test_more_files_at_once_come_to_the_same_verdicts_in_the_same_order(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", (6.0, 5.0, 4.0, 3.0, 2.0, 1.0))
-    flip(run / "model_epoch_4.pt")
-    cut(run / "model_epoch_2.pt")
-    one, *others = [
-        [(v.target.paths[0].name, v.state, v.step) for v in verify(targets_of([run]), jobs=jobs)]
-        for jobs in (1, 2, 7)
-    ]
-    assert all(other == one for other in others)
-    assert [state for _name, state, _step in one].count("damaged") == 2
-
-
-def test_no_more_files_are_read_at_once_than_was_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = make_run(tmp_path / "run", (6.0, 5.0, 4.0, 3.0, 2.0, 1.0))
-    reading, most, gate = 0, 0, threading.Barrier(3, timeout=20)
-    real = container.Reader.verify
-
-    def slow(reader: container.Reader, **options: Any) -> None:
-        nonlocal reading, most
-        reading += 1
-        gate.wait()  # all three are in here
-        most = max(most, reading)
-        gate.wait()
-        reading -= 1
-        gate.wait()
-        real(reader, **options)
-
-    monkeypatch.setattr(container.Reader, "verify", slow)
-    assert [v.state for v in verify(targets_of([run]), jobs=3)] == ["intact"] * 6
-    assert most == 3
-
-
 def test_how_far_it_has_come_is_told_in_bytes(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     flip(run / "model_epoch_2.pt")  # what is behind the damage counts as done
@@ -177,44 +139,17 @@ def test_how_far_it_has_come_is_told_in_bytes(tmp_path: Path) -> None:
     assert Progress(1, 2, run, 0, 150, 0.0).left is None
 
 
-def test_whoever_wants_no_more_waits_for_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C in the middle of large files: the next bytes that are read end it."""
-    run = make_run(tmp_path / "run")
-    begun, ended = threading.Semaphore(0), []
+def test_an_interrupt_in_the_middle_of_a_file_ends_the_reading(tmp_path: Path) -> None:
+    told: list[Progress] = []
 
-    def endless(reader: container.Reader, *, progress: Callable[[int], None]) -> None:
-        begun.release()
-        try:
-            while True:
-                progress(1)
-                time.sleep(0.001)
-        finally:
-            ended.append(reader.path)
-
-    monkeypatch.setattr(container.Reader, "verify", endless)
-
-    def interrupt(_progress: Progress) -> None:
-        begun.acquire(timeout=20)
-        begun.acquire(timeout=20)
-        raise KeyboardInterrupt
+    def interrupt(progress: Progress) -> None:
+        told.append(progress)
+        if progress.done:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(verify(targets_of([run]), interrupt, jobs=2))
-    assert len(ended) == 2
-    assert not [t for t in threading.enumerate() if t.name == "holdfast-verify"]
-
-
-def test_what_goes_wrong_in_a_thread_is_raised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(_reader: container.Reader, **_options: Any) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(container.Reader, "verify", broken)
-    with pytest.raises(MemoryError):
-        list(verify(targets_of([make_run(tmp_path / "run")])))
+        list(verify(targets_of([make_run(tmp_path / "run")]), interrupt))
+    assert told[-1].done < told[-1].total
 
 
 def test_everything_means_the_archive_and_the_quarantine_too(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from holdfast.errors import ConfigError
 from holdfast.formatting import NOTHING, format_bytes, format_loss, format_seconds, wrap_cells
 from holdfast.i18n import N_, _
 from holdfast.manage.compare import manifests as compare
-from holdfast.manage.verify import Progress
+from holdfast.manage.progress import Progress
 from holdfast.table import Column, Screen, printable, render
 
 if TYPE_CHECKING:

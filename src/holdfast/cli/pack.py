@@ -22,7 +22,7 @@ from holdfast.cli.progress import ProgressLine
 from holdfast.errors import CheckpointError, ConfigError, Interrupted
 from holdfast.formatting import format_bytes
 from holdfast.i18n import N_, _
-from holdfast.manage.verify import Progress
+from holdfast.manage.progress import Progress
 from holdfast.table import Screen, printable, wrapped
 
 if TYPE_CHECKING:

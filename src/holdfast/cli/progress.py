@@ -11,7 +11,7 @@ from rich.cells import cell_len, set_cell_size
 
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import _
-from holdfast.manage.verify import Progress
+from holdfast.manage.progress import Progress
 from holdfast.table import printable
 
 _EVERY = 0.1  # seconds between two paintings of one file

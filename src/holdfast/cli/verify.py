@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 
 from holdfast.cli import common
 from holdfast.cli.progress import ProgressLine
-from holdfast.errors import CheckpointError, ConfigError
+from holdfast.errors import CheckpointError
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import N_, _
 from holdfast.manage import verify
@@ -31,25 +30,18 @@ def run_verify(argv: Sequence[str], prog: str) -> int:
                                value=common.DIRECTORY))  # fmt: skip
     parser.add_argument("--all", action="store_true", dest="everything",
                         help=_("also check what lies in archive/ and quarantine/"))  # fmt: skip
-    jobs_help = _("files read at once (default: {value}; 1 for a disk that turns)",
-                  value=verify.JOBS)  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=verify.JOBS, metavar="N", help=jobs_help)
     given = parser.parse_args(argv)
-    if given.jobs < 1:
-        raise ConfigError(_("--jobs {value}: expected a positive number; see {prog} --help",
-                            value=given.jobs, prog=prog))  # fmt: skip
     targets = verify.targets_of(given.sources, everything=given.everything)
     screen = Screen.of(sys.stdout)
     began, verdicts = time.monotonic(), []
     bar = ProgressLine()
     try:
-        with closing(verify.verify(targets, bar.show, jobs=given.jobs)) as found:
-            for verdict in found:
-                verdicts.append(verdict)
-                if not given.json:
-                    bar.clear()
-                    mark, told = _verdict_line(verdict)
-                    common.show(wrapped(told, screen, mark))
+        for verdict in verify.verify(targets, bar.show):
+            verdicts.append(verdict)
+            if not given.json:
+                bar.clear()
+                mark, told = _verdict_line(verdict)
+                common.show(wrapped(told, screen, mark))
     finally:
         bar.clear()
     failed = any(verdict.failed for verdict in verdicts)

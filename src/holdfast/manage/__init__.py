@@ -14,6 +14,7 @@ __all__ = [
     "output",
     "packing",
     "pin",
+    "progress",
     "rollback",
     "rundir",
     "showing",

@@ -1,16 +1,14 @@
 """`holdfast verify`: every byte of every checkpoint against its checksums, and nothing is moved.
 
 What was checked goes into the history, so that retention knows which states it may count on. The
-catalogue is locked for the moment of writing that line only: training goes on. Several files are
-read at once, each in bounded memory. No torch here.
+catalogue is locked for the moment of writing that line only: training goes on. Memory is
+bounded. No torch here.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,40 +17,12 @@ from holdfast.checkpoint.format import NewerFormat, Reader
 from holdfast.checkpoint.rundir import ARCHIVE, EVENTS, QUARANTINE, ROLES, TEMP, Catalog
 from holdfast.errors import CheckpointError, DamagedCheckpoint, HoldfastError, RunLocked
 from holdfast.i18n import _
+from holdfast.manage.progress import Meter, Show
 from holdfast.manage.rundir import DAMAGED, checkpoint_files, look, set_aside
 
 INTACT, FOREIGN, UNREADABLE = "intact", "foreign", "unreadable"  # and DAMAGED
 
-# Files at once, two threads each: measured, small files were twice as fast as one by one; large
-# ones, which wait for the disk alone, as fast; and more at once were no gain for either.
-JOBS = 2
 RUN = "run"  # the place of what recovery looks at; the others are `archive` and `quarantine`
-_TICK = 0.1  # seconds between two looks at how far it has come
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a long reading of files has come."""
-
-    number: int  # of the file that is waited for, from 1
-    of: int
-    path: Path
-    done: int  # bytes, of all files
-    total: int
-    seconds: float
-
-    @property
-    def speed(self) -> float:
-        """Bytes a second until now."""
-        return self.done / self.seconds if self.seconds > 0 else 0.0
-
-    @property
-    def left(self) -> float | None:
-        """Seconds that it will still take; None where nobody can tell yet."""
-        return (self.total - self.done) / self.speed if self.speed else None
-
-
-Show = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,126 +106,31 @@ def targets_of(
     return found
 
 
-def verify(
-    targets: Iterable[Target], show: Show | None = None, *, jobs: int = JOBS
-) -> Generator[Verdict, None, None]:
-    """Check `jobs` targets at once and tell of them in their order; a file that a running training
-    has removed is left out.
+def verify(targets: Iterable[Target], show: Show | None = None) -> Iterator[Verdict]:
+    """Check the targets one after the other; leave out a file that a running training has removed.
 
-    `show` is called here every tenth of a second. Closing the iterator, or an interrupt, ends the
-    reading at once.
+    `show` is called from any of the threads that read. What it raises ends the reading.
     """
     every = list(targets)
+    sizes = {target: 0 if target.known else _size(target.paths[0]) for target in every}
     damaged: set[str] = set()  # ids: a copy that is intact does not make up for one that is not
-    crew = _Crew(every, jobs)
-    try:
-        for i, target in enumerate(every):
-            check = crew.result(i, show)
-            if check is None:
-                continue
-            id_ = str(check.identity.get("id"))
-            step = check.identity.get("step")
-            verdict = Verdict(target, check.state, check.reason, check.size, step)
-            if target.known is not None:
-                yield verdict
-                continue
-            if check.state == DAMAGED:
-                damaged.add(id_)
-            trusted = check.state == DAMAGED or (check.state == INTACT and id_ not in damaged)
-            yield _record(verdict, check) if trusted else verdict
-    finally:
-        crew.stop()
-
-
-class _Stopped(Exception):
-    """Nobody wants to know any more."""
-
-
-class _Crew:
-    """Threads that check files in order, few ahead of the one that is waited for."""
-
-    def __init__(self, targets: Sequence[Target], jobs: int) -> None:
-        self._targets, self._jobs = targets, max(1, jobs)
-        self._sizes = [0 if target.known else _size(target.paths[0]) for target in targets]
-        self._began = time.monotonic()
-        self._turn = threading.Condition()
-        self._next = self._taken = 0  # the next file to check; how many were asked for
-        self._found: dict[int, _Check | BaseException | None] = {}
-        self._done = 0  # bytes
-        self._stopped = False
-        self._threads = [
-            threading.Thread(target=self._work, name="holdfast-verify", daemon=True)
-            for _thread in range(min(self._jobs, len(targets)))
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def result(self, index: int, show: Show | None) -> _Check | None:
-        """What was found about the file `index`; None where it has gone. Call it in order."""
-        with self._turn:
-            self._taken = index
-            self._turn.notify_all()
-        while True:
-            if show is not None:
-                show(self._progress(index))
-            with self._turn:
-                if self._turn.wait_for(lambda: index in self._found, _TICK):
-                    found = self._found.pop(index)
-                    break
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    def stop(self) -> None:
-        """Return when nobody reads any more."""
-        with self._turn:
-            self._stopped = True
-            self._turn.notify_all()
-        for thread in self._threads:
-            thread.join()
-
-    def _progress(self, index: int) -> Progress:
-        seconds = time.monotonic() - self._began
-        path = self._targets[index].paths[0]
-        return Progress(index + 1, len(self._targets), path, self._done, sum(self._sizes), seconds)
-
-    def _work(self) -> None:
-        while True:
-            with self._turn:
-                # Not further ahead: what is removed before its turn comes is not to be judged.
-                self._turn.wait_for(lambda: self._stopped or self._next < self._taken + self._jobs)
-                if self._stopped or self._next >= len(self._targets):
-                    return
-                index = self._next
-                self._next += 1
-            try:
-                found = self._check(index)
-            except _Stopped:
-                return
-            except BaseException as error:  # noqa: BLE001 - raised again by `result`
-                found = error
-            with self._turn:
-                self._found[index] = found
-                self._turn.notify_all()
-
-    def _check(self, index: int) -> _Check | BaseException | None:
-        target, counted = self._targets[index], 0
+    meter = Meter(len(every), sum(sizes.values()), show)
+    for target in every:
+        meter.file(target.paths[0])
         if target.known is not None:
-            state, reason = target.known
-            return _Check(state, reason, _size(target.paths[0]))
-
-        def count(more: int) -> None:
-            nonlocal counted
-            if self._stopped:
-                raise _Stopped
-            with self._turn:
-                counted += more
-                self._done += more
-
-        check = _read(target.paths[0], count)
-        with self._turn:  # headers, and what was left unread behind damage
-            self._done += self._sizes[index] - counted
-        return check
+            yield Verdict(target, *target.known, _size(target.paths[0]))
+            continue
+        before = meter.done
+        check = _read(target.paths[0], meter.count)
+        meter.count(before + sizes[target] - meter.done)  # headers, and what lies behind damage
+        if check is None:
+            continue
+        id_, step = str(check.identity.get("id")), check.identity.get("step")
+        verdict = Verdict(target, check.state, check.reason, check.size, step)
+        if check.state == DAMAGED:
+            damaged.add(id_)
+        trusted = check.state == DAMAGED or (check.state == INTACT and id_ not in damaged)
+        yield _record(verdict, check) if trusted else verdict
 
 
 def _targets_in(directory: Path) -> list[Target]:
@@ -322,7 +197,7 @@ def _read(path: Path, count: Callable[[int], None]) -> _Check | None:
         with Reader(path) as reader:
             check.size, check.identity = reader.size, reader.manifest.get("identity") or {}
             reader.forget_cached()
-            reader.verify(progress=count)
+            reader.verify(threads=4, progress=count)
     except FileNotFoundError:
         return None
     except DamagedCheckpoint as error:

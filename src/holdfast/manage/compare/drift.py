@@ -20,8 +20,8 @@ from holdfast.checkpoint.state import OneByOne
 from holdfast.errors import HoldfastError
 from holdfast.i18n import _
 from holdfast.manage.compare.sums import Sums, is_numeric
+from holdfast.manage.progress import Progress
 from holdfast.manage.tensors import Tensor, tensors_of
-from holdfast.manage.verify import Progress
 
 MODEL, ALL = "model", "all"
 _UNASKED = ("rng",)  # the state of random generators is no numbers that drift

@@ -39,7 +39,7 @@ from holdfast.errors import (
 from holdfast.i18n import _
 from holdfast.manage.locking import catalogue_lock
 from holdfast.manage.packing.archive import MANIFEST, SUMS, Contents, Item, is_sane
-from holdfast.manage.packing.meter import Meter
+from holdfast.manage.progress import Meter
 from holdfast.manage.rundir import RunDirectory, look
 from holdfast.version import __version__
 

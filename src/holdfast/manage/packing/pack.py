@@ -20,12 +20,12 @@ from typing import Any, BinaryIO, cast
 import xxhash
 
 from holdfast.checkpoint.system import drafts, filesystem
-from holdfast.errors import ConfigError, DamagedCheckpoint, HoldfastError
+from holdfast.errors import ConfigError, DamagedCheckpoint, HoldfastError, ResourceError
 from holdfast.formatting import NOTHING, format_bytes, format_time
 from holdfast.i18n import _
 from holdfast.manage.packing.archive import CHUNK, MANIFEST, SUMS, Contents, Item, check, zstandard
 from holdfast.manage.packing.contents import Taken, run_of, taken
-from holdfast.manage.packing.meter import Meter, Show, check_room
+from holdfast.manage.progress import Meter, Show
 from holdfast.table import Column, Screen, printable, render
 
 COMPRESSED = (".tar.zst", ".tzst")
@@ -210,6 +210,20 @@ def _compressing(file: BinaryIO, target: Path) -> Iterator[BinaryIO]:
     compressor = zstandard().ZstdCompressor(level=_LEVEL, threads=_ALL_CORES, write_checksum=True)
     with compressor.stream_writer(file, closefd=False) as stream:
         yield stream
+
+
+def check_room(target: Path, needed: int) -> None:
+    """Raise `ResourceError` unless there are `needed` bytes for `target`."""
+    free = filesystem.free_bytes(target.absolute().parent)
+    if free < needed:
+        raise ResourceError(
+            _(
+                "The disk of {path} has {free} free, and {needed} are needed.",
+                path=target,
+                free=format_bytes(free),
+                needed=format_bytes(needed),
+            )
+        )
 
 
 # -------------------------------------------------------------------------------------- members

@@ -18,8 +18,8 @@ from holdfast.errors import HoldfastError
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
 from holdfast.manage.packing.archive import Chunks, Contents, Item, PackedRun, check
-from holdfast.manage.packing.meter import Meter, Show, check_room
-from holdfast.manage.packing.pack import Packed
+from holdfast.manage.packing.pack import Packed, check_room
+from holdfast.manage.progress import Meter, Show
 
 # How much smaller than its run an archive may be: weights shrink by a sixth, texts twentyfold, and
 # moments that are still zero vanish.
