@@ -23,8 +23,12 @@ OTHERS = [
         "training/text",
         "manage",
         "monitor",
+        "monitor/terminal",
+        "monitor/web",
         "exchange",
         "serving",
+        "serving/engine",
+        "serving/api",
         "cli",
     )
 ]

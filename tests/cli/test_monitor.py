@@ -122,7 +122,7 @@ def test_a_screen_that_fails_is_no_success(tmp_path: Path, monkeypatch: pytest.M
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, Tty())
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("holdfast.monitor.terminal.Monitor", Broken)
+    monkeypatch.setattr("holdfast.monitor.terminal.screen.Monitor", Broken)
     assert run_monitor([str(tmp_path)], "holdfast monitor") == 1
 
 

@@ -120,7 +120,7 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_named(
 
 @pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl"])
 def test_the_dashboard_shows_its_other_runs(name: str, tmp_path: Path, original: Path) -> None:
-    from holdfast.monitor.web_hub import Hub
+    from holdfast.monitor.web.hub import Hub
 
     for each in ("good", "odd"):
         shutil.copytree(original, tmp_path / each)

@@ -24,7 +24,7 @@ from holdfast.errors import (
 from holdfast.exchange import importing
 from holdfast.exchange.export import export
 from holdfast.exchange.importing import Imported, import_model
-from holdfast.serving.engine import end_ids_of
+from holdfast.serving.engine.engine import end_ids_of
 from holdfast.training import models
 from holdfast.training.inference import load_for_inference
 from holdfast.training.options.config import ModelConfig

@@ -19,7 +19,7 @@ from holdfast.guarding import (
     same_origin,
     same_secret,
 )
-from holdfast.monitor.web_app import refusal
+from holdfast.monitor.web.app import refusal
 
 TOKEN = "secret"
 

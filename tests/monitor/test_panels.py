@@ -17,14 +17,14 @@ from rich.text import Text
 
 from holdfast.checkpoint.system.lock import FileLock
 from holdfast.i18n import set_language
-from holdfast.monitor import panels, words
 from holdfast.monitor.curves import curves_of
 from holdfast.monitor.forecast import Disk
 from holdfast.monitor.machine import Gpu, Machine, Probe
 from holdfast.monitor.measured import Safety
 from holdfast.monitor.run_view import RunView
-from holdfast.monitor.snapshot import CANNOT_SAVE, UNFINISHED, Snapshot, take
-from holdfast.monitor.watcher import Look
+from holdfast.monitor.terminal import panels, words
+from holdfast.monitor.terminal.snapshot import CANNOT_SAVE, UNFINISHED, Snapshot, take
+from holdfast.monitor.terminal.watcher import Look
 from tests.manage.runs import Training, make_run
 from tests.monitor.recorded import Recorded, ago, stamp
 

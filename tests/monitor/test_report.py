@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import HoldfastError
-from holdfast.monitor.report import report_data, report_html, write_report
-from holdfast.monitor.web_files import plotting_script
+from holdfast.monitor.web.files import plotting_script
+from holdfast.monitor.web.report import report_data, report_html, write_report
 from tests.monitor.web_runs import LiveRun, finished_run
 
 EVIL = "</script><script>alert(1)</script><!-- \u2028 ]]>"

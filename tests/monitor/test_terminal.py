@@ -17,8 +17,7 @@ from textual.pilot import Pilot
 
 from holdfast.checkpoint.system.lock import FileLock
 from holdfast.i18n import language, set_language
-from holdfast.monitor import watcher
-from holdfast.monitor.terminal import Help, Monitor, Panel
+from holdfast.monitor.terminal.screen import Help, Monitor, Panel, watcher
 from tests.manage.runs import Training, make_run
 from tests.monitor.recorded import Recorded, ago
 

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 
 from holdfast import i18n
 from holdfast.monitor.curves import CHECKPOINT, INTERRUPTED, KINDS, Curves, Series
-from holdfast.monitor.terminal_plot import (
+from holdfast.monitor.terminal.plot import (
     SMOOTHED,
     TRAINING,
     VALIDATION,

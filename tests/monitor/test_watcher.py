@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from holdfast.checkpoint.system.lock import FileLock
-from holdfast.monitor import run_view, watcher
+from holdfast.monitor import run_view
 from holdfast.monitor.curves import Series
 from holdfast.monitor.run_view import FINISHED, STOPPED, RunView
-from holdfast.monitor.watcher import Look, Watcher, runs_in
+from holdfast.monitor.terminal import watcher
+from holdfast.monitor.terminal.watcher import Look, Watcher, runs_in
 from tests.manage.runs import make_run
 from tests.monitor.recorded import Recorded
 

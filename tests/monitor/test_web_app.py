@@ -14,12 +14,12 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from holdfast.monitor import web_hub
 from holdfast.monitor.run_view import RunView
-from holdfast.monitor.web_app import create_app, guarded
-from holdfast.monitor.web_data import run_id
-from holdfast.monitor.web_files import plotting_script
-from holdfast.monitor.web_hub import Hub
+from holdfast.monitor.web import hub as web_hub
+from holdfast.monitor.web.app import create_app, guarded
+from holdfast.monitor.web.data import run_id
+from holdfast.monitor.web.files import plotting_script
+from holdfast.monitor.web.hub import Hub
 from tests.monitor.web_runs import TOKEN, LiveRun, Server, finished_run, serving
 
 LOCAL = "http://127.0.0.1:8765"
@@ -71,7 +71,7 @@ def test_nothing_outside_the_directories_is_read(runs: Path, tmp_path: Path) -> 
             assert client.get(f"/api/runs/{path}").status_code == 404, path
             assert client.get(f"/api/runs/{path}/log").status_code == 404, path
         assert client.get("/api/compare", params={"run": [str(outside)]}).json()["runs"] == []
-        for name in ("..%2fweb_app.py", "index.html", "../web_app.py", "x.js"):
+        for name in ("..%2fapp.py", "index.html", "../app.py", "x.js"):
             assert client.get(f"/static/{name}").status_code == 404, name
 
 

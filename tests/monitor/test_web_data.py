@@ -9,10 +9,10 @@ from pathlib import Path
 
 from holdfast.checkpoint.rundir.history import now
 from holdfast.manage.cleaning import clean
-from holdfast.monitor import web_data
 from holdfast.monitor.run_view import Point, RunView
-from holdfast.monitor.web_checkpoints import checkpoint_rows
-from holdfast.monitor.web_files import SCRIPTS, WEB
+from holdfast.monitor.web import data as web_data
+from holdfast.monitor.web.checkpoints import checkpoint_rows
+from holdfast.monitor.web.files import SCRIPTS, WEB
 from tests.manage.runs import flip
 from tests.monitor.web_runs import LiveRun, finished_run
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from holdfast.monitor.report import write_report
 from holdfast.monitor.run_view import RunView
+from holdfast.monitor.web.report import write_report
 from tests.browser import browser  # noqa: F401 - a fixture
 from tests.monitor.web_runs import HOST, LiveRun, Server, finished_run, serving
 

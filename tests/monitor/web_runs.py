@@ -15,8 +15,8 @@ from pathlib import Path
 import uvicorn
 
 from holdfast.guarding import Guard
-from holdfast.monitor.web_app import create_app, guarded
-from holdfast.monitor.web_hub import Hub
+from holdfast.monitor.web.app import create_app, guarded
+from holdfast.monitor.web.hub import Hub
 from holdfast.training.records import Records
 from tests.manage.runs import Training
 from tests.support import end_epoch

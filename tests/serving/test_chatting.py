@@ -13,9 +13,9 @@ import httpx
 import psutil
 import pytest
 
-from holdfast.serving import rendering
-from holdfast.serving.chatting import ChatTemplate
-from holdfast.serving.protocol import ApiError
+from holdfast.serving.api import rendering
+from holdfast.serving.api.chatting import ChatTemplate
+from holdfast.serving.api.protocol import ApiError
 from holdfast.training.text.tokenizer import TextTokenizer
 from tests.serving.models import Training, poet, serving
 

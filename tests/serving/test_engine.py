@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from holdfast.serving.engine import _PREFILL, Engine, Inbox, QueueFull, Text
-from holdfast.serving.sampling import Sampling
+from holdfast.serving.engine.engine import _PREFILL, Engine, Inbox, QueueFull, Text
+from holdfast.serving.engine.sampling import Sampling
 
 
 class Counting:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from holdfast.i18n import set_language
-from holdfast.serving.protocol import ApiError, parse_completion
+from holdfast.serving.api.protocol import ApiError, parse_completion
 from holdfast.training.text.tokenizer import TextTokenizer
 from tests.serving.models import CONTEXT, POEM, Training, poet, serving
 

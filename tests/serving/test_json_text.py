@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.serving.json_text import START, JsonText, State, after
+from holdfast.serving.engine.json_text import START, JsonText, State, after
 from tests.serving.models import POEM
 
 BYTES = [bytes([byte]) for byte in range(256)]

@@ -16,7 +16,7 @@ import pytest
 from holdfast import listening
 from holdfast.errors import ConfigError
 from holdfast.guarding import Receive, is_loopback
-from holdfast.serving.limits import Gate, Limits
+from holdfast.serving.api.limits import Gate, Limits
 from tests.serving.models import serving
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.serving.rows import Batch, Rows, Single, batch_for
+from holdfast.serving.engine.rows import Batch, Rows, Single, batch_for
 from holdfast.training.text.tokenizer import TextTokenizer
 from tests.serving.models import POEM, poet
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from holdfast.serving.json_text import JsonText
-from holdfast.serving.sampling import LogProb, Sampler, Sampling, _limit
+from holdfast.serving.engine.json_text import JsonText
+from holdfast.serving.engine.sampling import LogProb, Sampler, Sampling, _limit
 
 SIZE = 3000  # more than are sorted at first
 

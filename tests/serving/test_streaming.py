@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers import models as bpe
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from holdfast.serving.streaming import BROKEN, StopFilter, TextStream, Vocabulary
+from holdfast.serving.engine.streaming import BROKEN, StopFilter, TextStream, Vocabulary
 from holdfast.training.text.tokenizer import TextTokenizer, train_tokenizer
 from tests.serving.models import POEM
 

@@ -103,7 +103,7 @@ def _plot(views: Sequence[RunView], given: argparse.Namespace) -> None:
 
 
 def _draw(runs: Sequence[Curves], screen: Screen, *, asked: bool) -> None:
-    from holdfast.monitor.terminal_plot import lines
+    from holdfast.monitor.terminal.plot import lines
 
     height = shutil.get_terminal_size().lines if screen.terminal else None
     try:

@@ -51,11 +51,11 @@ def run_monitor(argv: Sequence[str], prog: str) -> int:
 
 
 def _once(given: argparse.Namespace) -> int:
-    from holdfast.monitor import words
     from holdfast.monitor.machine import Probe
     from holdfast.monitor.run_view import EMPTY, RunView
-    from holdfast.monitor.snapshot import take
-    from holdfast.monitor.watcher import runs_in
+    from holdfast.monitor.terminal import words
+    from holdfast.monitor.terminal.snapshot import take
+    from holdfast.monitor.terminal.watcher import runs_in
 
     root = Path(given.directory)
     views = [RunView(run) for run in runs_in(root)]
@@ -95,7 +95,7 @@ def _watch(given: argparse.Namespace, prog: str) -> int:
     try:
         import plotext  # noqa: F401 - here, where a missing package can be named
 
-        from holdfast.monitor.terminal import Monitor
+        from holdfast.monitor.terminal.screen import Monitor
     except ModuleNotFoundError as error:
         if (error.name or "holdfast").startswith("holdfast"):
             raise

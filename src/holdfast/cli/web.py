@@ -32,8 +32,8 @@ def run_dashboard(argv: Sequence[str], prog: str) -> int:
     _check_roots(roots)
     from holdfast.guarding import is_loopback, new_token
     from holdfast.listening import listen, shown_host
-    from holdfast.monitor.web_app import create_app, guarded
-    from holdfast.monitor.web_hub import Hub
+    from holdfast.monitor.web.app import create_app, guarded
+    from holdfast.monitor.web.hub import Hub
 
     listener = listen(given.host, [given.port] if given.port is not None else _PORTS)
     port, token = int(listener.getsockname()[1]), new_token()
@@ -96,7 +96,7 @@ def run_report(argv: Sequence[str], prog: str) -> int:
     given = parser.parse_args(argv)
     directory = Path(given.directory)
     look(directory, cached=True)  # says what is wrong with it
-    from holdfast.monitor.report import write_report
+    from holdfast.monitor.web.report import write_report
 
     out = given.out or Path(f"report-{_file_name(directory)}.html")
     if out.is_dir():

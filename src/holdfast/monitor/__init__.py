@@ -1,18 +1,6 @@
 """Show a run while it trains: on a terminal, as a page, as a report. It only reads.
 
-`__all__` names the modules that other rooms may import.
+`run_view` is what all of them look at. `__all__` names the modules that other rooms may import.
 """
 
-__all__ = [
-    "curves",
-    "machine",
-    "report",
-    "run_view",
-    "snapshot",
-    "terminal",
-    "terminal_plot",
-    "watcher",
-    "web_app",
-    "web_hub",
-    "words",
-]
+__all__ = ["curves", "machine", "run_view", "terminal", "web"]

@@ -1,7 +1,7 @@
 """The server: routes of the OpenAI API, health, metrics, and the files of the page.
 
-What a request means is protocol.py's business, what is refused before that limits.py's, and where
-the tokens come from the library's.
+What a request means is decided in api/protocol.py, what is refused before that in api/limits.py.
+The tokens come from the models of the library.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from holdfast.guarding import App
 from holdfast.i18n import _
-from holdfast.serving import answers, protocol
-from holdfast.serving.answers import ChatForm, CompletionForm, Form, Generation, Prompt
-from holdfast.serving.engine import QueueFull
+from holdfast.serving.api import answers, protocol
+from holdfast.serving.api.answers import ChatForm, CompletionForm, Form, Generation, Prompt
+from holdfast.serving.api.limits import Gate, Limits
+from holdfast.serving.api.protocol import ApiError, invalid, server_error, too_many
+from holdfast.serving.engine.engine import QueueFull
 from holdfast.serving.library import Library, Served
-from holdfast.serving.limits import Gate, Limits
 from holdfast.serving.metrics import Metrics
-from holdfast.serving.protocol import ApiError, invalid, server_error, too_many
 from holdfast.version import __version__
 
 log = logging.getLogger("holdfast")

@@ -23,13 +23,13 @@ from holdfast.checkpoint.format import read_manifest
 from holdfast.checkpoint.rundir import ROLES, TEMP, Catalog, Entry, summary
 from holdfast.errors import CheckpointError, HoldfastError
 from holdfast.i18n import _
-from holdfast.serving.chatting import ChatTemplate
-from holdfast.serving.engine import Engine, end_ids_of
+from holdfast.serving.api.chatting import ChatTemplate
+from holdfast.serving.api.protocol import ApiError, server_error, too_many
+from holdfast.serving.engine.engine import Engine, end_ids_of
+from holdfast.serving.engine.rows import batch_for
+from holdfast.serving.engine.streaming import Vocabulary
 from holdfast.serving.metrics import Metrics
 from holdfast.serving.names import Card, labels_of
-from holdfast.serving.protocol import ApiError, server_error, too_many
-from holdfast.serving.rows import batch_for
-from holdfast.serving.streaming import Vocabulary
 from holdfast.training.inference import Loaded, load_for_inference
 
 log = logging.getLogger("holdfast")

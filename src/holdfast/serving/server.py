@@ -20,9 +20,9 @@ from holdfast.errors import ConfigError
 from holdfast.guarding import App, Guard, Hosts, Origins, is_loopback
 from holdfast.i18n import _
 from holdfast.listening import Connection, listen, shown_host
+from holdfast.serving.api.limits import GUESSES, Limits, open_to_all, refusal
 from holdfast.serving.app import counted, create_app
 from holdfast.serving.library import Library, Options
-from holdfast.serving.limits import GUESSES, Limits, open_to_all, refusal
 from holdfast.serving.metrics import Metrics
 from holdfast.serving.names import Card
 from holdfast.serving.reload import Watcher

@@ -20,7 +20,7 @@ from holdfast.i18n import _
 from holdfast.monitor.curves import Curves, curves_of
 from holdfast.monitor.machine import Probe
 from holdfast.monitor.run_view import METRICS, RunView, find_runs
-from holdfast.monitor.snapshot import Snapshot, take
+from holdfast.monitor.terminal.snapshot import Snapshot, take
 
 SEARCH_EVERY = 5.0  # seconds between two searches for runs that have begun
 _SHARE = 100  # searching takes at most this part of the time, and so does thinning the curves

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import PydanticCustomError
 
 from holdfast.i18n import _
-from holdfast.serving.sampling import Sampling
+from holdfast.serving.engine.sampling import Sampling
 
 log = logging.getLogger("holdfast")
 

@@ -29,9 +29,9 @@ from holdfast.guarding import (
     Origins,
     Refused,
 )
-from holdfast.monitor import web_data
-from holdfast.monitor.web_files import SCRIPTS, TYPES, WEB, plotting_script
-from holdfast.monitor.web_hub import Feed, Hub
+from holdfast.monitor.web import data as web_data
+from holdfast.monitor.web.files import SCRIPTS, TYPES, WEB, plotting_script
+from holdfast.monitor.web.hub import Feed, Hub
 
 COMPARED = 8  # runs at once: as many as there are colours
 _SAID = {  # in both languages: a request that is refused has shown nothing yet by which to tell

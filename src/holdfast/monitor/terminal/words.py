@@ -21,7 +21,7 @@ from holdfast.manage.rundir import kind_in_words, number
 from holdfast.manage.story import describe, story
 from holdfast.monitor.machine import Gpu, Machine
 from holdfast.monitor.run_view import EMPTY, FINISHED, STOPPED, TRAINING
-from holdfast.monitor.snapshot import Row, Snapshot
+from holdfast.monitor.terminal.snapshot import Row, Snapshot
 from holdfast.table import Column, Screen, printable, render
 
 Pair = tuple[str, str]  # a label and its value

@@ -23,8 +23,8 @@ from holdfast.manage.compare.manifests import compare
 from holdfast.manage.output import json_ready
 from holdfast.manage.rundir import number, set_aside
 from holdfast.monitor.run_view import TRAINING, Mark, Point, RunView, Safety
-from holdfast.monitor.web_checkpoints import checkpoint_rows
-from holdfast.monitor.web_commands import commands
+from holdfast.monitor.web.checkpoints import checkpoint_rows
+from holdfast.monitor.web.commands import commands
 
 CURVE_POINTS = 2000  # of a curve that is sent whole: more than a screen has columns
 LOG_BYTES = 64 * 1024  # of the end of the log

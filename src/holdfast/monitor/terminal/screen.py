@@ -23,8 +23,8 @@ from textual.screen import ModalScreen, Screen
 from textual.widgets import Static
 
 from holdfast.i18n import _, language, set_language
-from holdfast.monitor import panels
-from holdfast.monitor.watcher import Look, Watcher
+from holdfast.monitor.terminal import panels
+from holdfast.monitor.terminal.watcher import Look, Watcher
 
 _SIDE, _WIDE_SIDE = 36, 48  # cells of the column beside the curve
 _LOSS = 24  # cells without which a curve says nothing

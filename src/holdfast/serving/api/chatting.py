@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.i18n import _
-from holdfast.serving.protocol import invalid, server_error
-from holdfast.serving.rendering import Failed, Refused, Renderer
+from holdfast.serving.api.protocol import invalid, server_error
+from holdfast.serving.api.rendering import Failed, Refused, Renderer
 from holdfast.training.text.tokenizer import TextTokenizer
 
 log = logging.getLogger("holdfast")

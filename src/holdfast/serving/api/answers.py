@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from holdfast.i18n import _
-from holdfast.serving.engine import Engine, Inbox, Step, Text
-from holdfast.serving.json_text import JsonText
-from holdfast.serving.protocol import server_error, tokenizer_failed
-from holdfast.serving.sampling import LogProb, Sampling
-from holdfast.serving.streaming import BROKEN, StopFilter, TextStream, Vocabulary
+from holdfast.serving.api.protocol import server_error, tokenizer_failed
+from holdfast.serving.engine.engine import Engine, Inbox, Step, Text
+from holdfast.serving.engine.json_text import JsonText
+from holdfast.serving.engine.sampling import LogProb, Sampling
+from holdfast.serving.engine.streaming import BROKEN, StopFilter, TextStream, Vocabulary
 
 DONE = "data: [DONE]\n\n"
 # Made once: `json.dumps` with options makes one a call, and a stream has a call a token.

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from holdfast.serving.json_text import JsonText, first_bytes
+from holdfast.serving.engine.json_text import JsonText, first_bytes
 
 _NARROW = 1024  # tokens that are sorted for top-p; where their mass does not reach it, all are
 

@@ -18,9 +18,9 @@ from holdfast.checkpoint.system import filesystem
 from holdfast.errors import HoldfastError
 from holdfast.guarding import EMPTY_STYLE
 from holdfast.i18n import _
-from holdfast.monitor import web_data
 from holdfast.monitor.run_view import EMPTY, RunView
-from holdfast.monitor.web_files import SCRIPTS, WEB, plotting_script
+from holdfast.monitor.web import data as web_data
+from holdfast.monitor.web.files import SCRIPTS, WEB, plotting_script
 from holdfast.version import __version__
 
 _PRIVATE = ("path", "commands")  # of the machine that made it: not for the reader

@@ -14,11 +14,11 @@ from rich.text import Text
 
 from holdfast.formatting import wrap_cells
 from holdfast.i18n import _, language
-from holdfast.monitor import terminal_plot, words
 from holdfast.monitor.run_view import FINISHED, STOPPED, TRAINING
-from holdfast.monitor.snapshot import is_warning
-from holdfast.monitor.watcher import Look
-from holdfast.monitor.words import Pair
+from holdfast.monitor.terminal import plot, words
+from holdfast.monitor.terminal.snapshot import is_warning
+from holdfast.monitor.terminal.watcher import Look
+from holdfast.monitor.terminal.words import Pair
 from holdfast.table import printable
 
 _GAP = "  "
@@ -81,9 +81,9 @@ def loss(look: Look, width: int, height: int) -> list[Text]:
     """Return the legend with the newest values, and the curve under it."""
     if look.snapshot is None or width < 20 or height < 2:
         return []
-    colours = (terminal_plot.TRAINING, terminal_plot.SMOOTHED, terminal_plot.VALIDATION)
+    colours = (plot.TRAINING, plot.SMOOTHED, plot.VALIDATION)
     parts = [
-        Text(f"{terminal_plot.SYMBOLS[colour]} {label} {value}", f"color({colour})")
+        Text(f"{plot.SYMBOLS[colour]} {label} {value}", f"color({colour})")
         for (label, value), colour in zip(words.losses(look.snapshot), colours, strict=True)
     ]
     legend = [Text()]
@@ -95,7 +95,7 @@ def loss(look: Look, width: int, height: int) -> list[Text]:
     if best and legend[-1].cell_len + cell_len(_GAP + best) <= width:
         legend[-1].append(_GAP + best, LABEL)
     curves, room = look.curves, height - len(legend)
-    drawn = [] if curves is None else terminal_plot.losses(curves, width, room)
+    drawn = [] if curves is None else plot.losses(curves, width, room)
     if not drawn:
         empty = words.no_number(look.snapshot) or _("no curve yet")
         drawn = [Text(_beginning_of(empty, width), LABEL)]

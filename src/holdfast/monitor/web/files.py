@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-WEB = Path(__file__).parent / "web"
+WEB = Path(__file__).parent / "static"
 # In the order in which they must run; theme.js stands before them all, in the head.
 SCRIPTS = ("strings.js", "base.js", "charts.js", "overview.js", "sections.js", "app.js")
 _SCRIPT = "text/javascript; charset=utf-8"

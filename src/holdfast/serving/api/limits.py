@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from holdfast import guarding
 from holdfast.guarding import Answer, App, Headers, Message, Receive, Refused, Scope, Send
 from holdfast.i18n import _
-from holdfast.serving.protocol import ApiError, too_many
+from holdfast.serving.api.protocol import ApiError, too_many
 
 GUESSES = 30.0  # wrong keys a minute and client
 

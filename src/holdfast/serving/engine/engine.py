@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import torch
 
 from holdfast.i18n import _
-from holdfast.serving.json_text import JsonText
-from holdfast.serving.rows import Batch
-from holdfast.serving.sampling import LogProb, Sampler, Sampling, describe
+from holdfast.serving.engine.json_text import JsonText
+from holdfast.serving.engine.rows import Batch
+from holdfast.serving.engine.sampling import LogProb, Sampler, Sampling, describe
 
 log = logging.getLogger("holdfast")
 

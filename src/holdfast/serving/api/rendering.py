@@ -79,7 +79,7 @@ class Renderer:
             return process
         self._forget()
         code = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-        code += "from holdfast.serving.rendering import serve; serve()"
+        code += "from holdfast.serving.api.rendering import serve; serve()"
         quiet = {
             "TRANSFORMERS_VERBOSITY": "error",
             "OMP_NUM_THREADS": "1",
