@@ -385,7 +385,7 @@ def test_a_kill_stays_told_when_training_has_gone_on(run: Recorded) -> None:
     run.step(30, ago(40))
     run.metric("finished", 30, ago(39))
     view = seen(run)
-    assert [(one["event"], one["step"]) for one in view.ends] == [("finished", 30), (BROKE_OFF, 20)]
+    assert [(one["event"], one["step"]) for one in view.ends] == [(BROKE_OFF, 20), ("finished", 30)]
     assert [mark.step for mark in view.marks if mark.kind == BROKE_OFF] == [20]
     assert [event["event"] for event in view.notices] == [BROKE_OFF, "finished"]
 

@@ -17,7 +17,8 @@ from textual.pilot import Pilot
 
 from holdfast.checkpoint.system.lock import FileLock
 from holdfast.i18n import language, set_language
-from holdfast.monitor.terminal.screen import Help, Monitor, Panel, watcher
+from holdfast.monitor.terminal import watcher
+from holdfast.monitor.terminal.screen import Help, Monitor, Panel
 from tests.manage.runs import Training, make_run
 from tests.monitor.recorded import Recorded, ago
 
@@ -27,7 +28,7 @@ SMALL, LARGE = (80, 24), (120, 40)
 @pytest.fixture(autouse=True)
 def search_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watcher, "SEARCH_EVERY", 0.0)
-    monkeypatch.setattr(watcher, "_SEARCH_SHARE", 0)
+    monkeypatch.setattr(watcher, "_SHARE", 0)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from holdfast.checkpoint.rundir.history import now
 from holdfast.manage.cleaning import clean
-from holdfast.monitor.run_view import Point, RunView
+from holdfast.monitor.measured import Point
+from holdfast.monitor.run_view import RunView
 from holdfast.monitor.web import data as web_data
 from holdfast.monitor.web.checkpoints import checkpoint_rows
 from holdfast.monitor.web.files import SCRIPTS, WEB

@@ -25,41 +25,16 @@ from holdfast.manage.story import is_story
 from holdfast.monitor.forecast import Disk, Plan, forecast
 from holdfast.monitor.measured import Evaluation, Mark, Point, Safety, Sample
 
-__all__ = [
-    "BROKE_OFF",
-    "EMPTY",
-    "FINISHED",
-    "METRICS",
-    "SILENCE",
-    "STOPPED",
-    "TRAINING",
-    "Disk",
-    "Evaluation",
-    "Mark",
-    "Point",
-    "RunView",
-    "Safety",
-    "Sample",
-    "find_runs",
-]
-
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 SILENCE = 120.0  # seconds without a line after which a training elsewhere is taken to have ended
 
 TRAINING, FINISHED, STOPPED, EMPTY = "training", "finished", "stopped", "empty"
 
-# Events of the history, and lines of the metrics, that are worth a mark beside a curve.
-_MARKS = (
-    "resumed",
-    "rolled_back",
-    "quarantined",
-    "damaged",
-    "failed",
-    "diverged",
-    "rescued",
-    "finished",
-)
-BROKE_OFF = "broke_off"  # a mark of ours: a killed process writes no event
+INTERRUPTED = "interrupted"  # a mark of ours: a checkpoint that a signal or an error asked for
+BROKE_OFF = "broke_off"  # an event of ours: a killed process writes none
+# Events that are worth a mark beside a curve.
+_MARKS = {"resumed", "rolled_back", "quarantined", "damaged", "failed", "diverged", "rescued"}
+_MARKS |= {"finished", INTERRUPTED, BROKE_OFF}
 _ENDS = ("signal", "error")  # reasons for which a checkpoint is an interruption
 _STARTS = ("began", "resumed")  # events with which a process begins to train
 _RECENT = 20  # logging intervals from which the speed is taken
@@ -91,16 +66,12 @@ class RunView:
         self.samples: list[Sample] = []
         self.wild: list[Point] = []  # of `points`, those whose loss is NaN or infinite
         self.started: dict[str, Any] = {}  # the line of the last start: plan, device, model
-        self._own_marks: list[Mark] = []
-        self._own_notices: list[dict[str, Any]] = []
-        self._breaks: list[dict[str, Any]] = []  # ends of earlier processes that wrote nothing
+        self._ends: list[dict[str, Any]] = []  # of earlier processes, as events: see `ends`
         self._ended = self._said = False  # finished; or ended in another way, and said so
         self._last_line = ""
 
     def _forget_events(self) -> None:
         self.events: list[dict[str, Any]] = []
-        self._event_marks: list[Mark] = []
-        self._event_notices: list[dict[str, Any]] = []
         self._settled = False  # whether something lasting has had to go
         self._happened = True  # since the last look at the directory
 
@@ -172,15 +143,14 @@ class RunView:
         elif kind == "started":
             if self.points and self.points[-1].step > step and not spoken:
                 broken = {"time": last, "event": BROKE_OFF, "step": self.points[-1].step}
-                self._breaks.append(broken)
+                self._ends.append(broken)
             self._undo_after(step)
             self.started = dict(line)
         elif kind in ("resumed", "diverged"):
             back_to = _integer(line.get("back_to"))
             self._undo_after(step if back_to is None else back_to)
         elif kind == "finished":
-            self._own_marks.append(Mark(kind, step, time, dict(line)))
-            self._own_notices.append(dict(line))
+            self._ends.append(dict(line))
 
     def _undo_after(self, step: int, until: float = math.inf) -> None:
         """Forget what was measured after `step` and before the time `until`: training goes on from
@@ -194,47 +164,34 @@ class RunView:
     def _take_event(self, event: dict[str, Any]) -> None:
         self.events.append(event)
         self._happened = True
-        kind, step = str(event.get("event")), _integer(event.get("step"))
-        time = str(event.get("time") or "")
+        kind, step = event.get("event"), _integer(event.get("step"))
         if kind == "rolled_back" and step is not None:
             # Training goes on from there with its next start; what it writes then is younger.
-            self._undo_after(step, until=seconds_of(time))
-            self._ended = self._ended and seconds_of(self._last_line) > seconds_of(time)
+            time = seconds_of(event.get("time"))
+            self._undo_after(step, until=time)
+            self._ended = self._ended and seconds_of(self._last_line) > time
         if kind == "removed" and event.get("reason") == "retention" and _lasting(event):
             self._settled = True
-        if kind == "durable" and event.get("reason") in _ENDS:
-            kind = "interrupted"
-        if kind in _MARKS or kind == "interrupted":
-            self._event_marks.append(Mark(kind, step, time, event))
-        if is_story(event):
-            self._event_notices.append(event)
 
     # --------------------------------------------------------------------------------------- asking
 
     @property
     def marks(self) -> list[Mark]:
         """The marks on the way, in the order of time."""
-        found = self._event_marks + self._own_marks
-        found = found + [Mark(BROKE_OFF, one["step"], one["time"], one) for one in self._all_breaks]
-        return sorted(found, key=lambda mark: seconds_of(mark.time))
+        marks = map(_mark_of, _in_time([*self.events, *self.ends]))
+        return [mark for mark in marks if mark.kind in _MARKS]
 
     @property
     def notices(self) -> list[dict[str, Any]]:
         """The events that a person wants to know of, in the order of time; `manage.story.describe`
         has the words for each."""
-        return sorted(
-            self._event_notices + self.ends, key=lambda event: seconds_of(event.get("time"))
-        )
+        return _in_time([*filter(is_story, self.events), *self.ends])
 
     @property
     def ends(self) -> list[dict[str, Any]]:
         """Events that the metrics alone tell of: a finish, and a training that broke off."""
-        return self._own_notices + self._all_breaks
-
-    @property
-    def _all_breaks(self) -> list[dict[str, Any]]:
         now = self.broke_off
-        return self._breaks + ([now] if now is not None else [])
+        return self._ends + ([now] if now is not None else [])
 
     @property
     def broke_off(self) -> dict[str, Any] | None:
@@ -411,6 +368,17 @@ class RunView:
             plan = Plan.of(self.config, per_epoch, left, self.pace)
         free = filesystem.free_bytes(self.directory)
         return forecast(self.entries, free, plan, settled=self._settled or not growing)
+
+
+def _in_time(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(events, key=lambda event: seconds_of(event.get("time")))
+
+
+def _mark_of(event: dict[str, Any]) -> Mark:
+    kind = str(event.get("event"))
+    if kind == "durable" and event.get("reason") in _ENDS:
+        kind = INTERRUPTED
+    return Mark(kind, _integer(event.get("step")), str(event.get("time") or ""), event)
 
 
 def _forget_step(step: int, measured: list[Evaluation] | list[Sample]) -> None:

@@ -1,6 +1,6 @@
 """`holdfast monitor`: a run on one screen, with Textual. Draws what a Watcher has seen.
 
-What the panels say is in monitor/panels.py. Only what has changed is drawn again.
+What the panels say is in panels.py. Only what has changed is drawn again.
 """
 
 from __future__ import annotations

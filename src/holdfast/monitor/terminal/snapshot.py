@@ -1,6 +1,6 @@
 """One moment of a run, ready to be shown: what the terminal monitor draws, and `--once` prints.
 
-Plain values and `to_json`, the documented form. The words are in monitor/words.py.
+Plain values and `to_json`, the documented form. The words are in words.py.
 """
 
 from __future__ import annotations

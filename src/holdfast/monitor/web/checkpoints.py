@@ -24,7 +24,7 @@ def checkpoint_rows(view: RunView) -> tuple[list[dict[str, Any]], int]:
     newest = view.entries[0] if view.entries else None
     for entry in view.entries:
         row = rows.pop(entry.id, {})  # moves to the end: the catalogue's order is the truth
-        rows[entry.id] = {**row, **_of_entry(entry, best, newest), "fate": KEPT, "why": None}
+        rows[entry.id] = {**row, **_of_entry(entry, best, newest)}
     if view.run is not None:
         damaged = {name for name, _why in view.run.contents.damaged}
         for row in rows.values():
@@ -66,47 +66,49 @@ def _from_history(view: RunView) -> dict[str, dict[str, Any]]:
     return rows
 
 
+_UNKNOWN: dict[str, Any] = {  # a checkpoint of which only the history tells
+    "epoch": None,
+    "generation": None,
+    "size": None,
+    "seconds": None,
+    "stall": None,
+    "verified": False,
+    "damaged": False,
+    "pinned": False,
+    "best": False,
+    "newest": False,
+    "val_loss": None,
+    "fate": KEPT,
+    "why": None,
+}
+
+
 def _of_event(event: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     return {
+        **_UNKNOWN,
         "id": str(event.get("id")),
         "step": event["step"],
-        "epoch": _integer(event.get("epoch")),
-        "generation": _integer(event.get("generation")),
         "kind": str(event.get("kind") or ""),
         "reason": str(event.get("reason") or ""),
-        "size": _integer(event.get("size")),
         "time": _milliseconds(event.get("time")),
-        "seconds": number(event.get("seconds")),
-        "stall": number(event.get("stall")),
         "names": names,
-        "verified": False,
-        "damaged": False,
-        "pinned": False,
-        "best": False,
-        "newest": False,
-        "val_loss": None,
-        "fate": KEPT,
-        "why": None,
+        **{name: _integer(event.get(name)) for name in ("epoch", "generation", "size")},
+        **{name: number(event.get(name)) for name in ("seconds", "stall")},
     }
 
 
 def _of_entry(entry: Entry, best: Entry | None, newest: Entry | None) -> dict[str, Any]:
+    same = ("id", "step", "epoch", "generation", "kind", "reason", "size", "verified", "pinned")
     return {
-        "id": entry.id,
-        "step": entry.step,
-        "epoch": entry.epoch,
-        "generation": entry.generation,
-        "kind": entry.kind,
-        "reason": entry.reason,
-        "size": entry.size,
+        **{name: getattr(entry, name) for name in same},
         "time": _milliseconds(entry.created),
         "names": list(entry.names),
-        "verified": entry.verified,
         "damaged": False,
-        "pinned": entry.pinned,
         "best": best is not None and best.id == entry.id,
         "newest": newest is not None and newest.id == entry.id,
         "val_loss": number(entry.metrics.get("val_loss")),
+        "fate": KEPT,
+        "why": None,
     }
 
 

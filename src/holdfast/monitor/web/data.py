@@ -22,7 +22,8 @@ from holdfast.formatting import parse_time
 from holdfast.manage.compare.manifests import compare
 from holdfast.manage.output import json_ready
 from holdfast.manage.rundir import number, set_aside
-from holdfast.monitor.run_view import TRAINING, Mark, Point, RunView, Safety
+from holdfast.monitor.measured import Mark, Point, Safety
+from holdfast.monitor.run_view import TRAINING, RunView
 from holdfast.monitor.web.checkpoints import checkpoint_rows
 from holdfast.monitor.web.commands import commands
 

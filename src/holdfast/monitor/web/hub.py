@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.monitor.run_view import Point, RunView, find_runs
+from holdfast.monitor.measured import Point
+from holdfast.monitor.run_view import RunView, find_runs
 from holdfast.monitor.web import data as web_data
 
 LOOK_EVERY = 0.9  # seconds: a little less than a page waits between two questions
