@@ -48,7 +48,7 @@ def test_help_has_an_example_and_needs_no_torch(name: str) -> None:
         ["--no-such", "--", "true"],
         ["--backoff", "-1", "--", "true"],
         ["--backoff", "nan", "--", "true"],
-        ["--max-restarts", "-1", "--", "true"],
+        ["--give-up-after", "0", "--", "true"],
         ["--give-up-after", "0", "--", "true"],
         ["--", "no-such-program"],
     ],
@@ -92,10 +92,10 @@ def test_the_run_directory_is_that_of_the_command(
 
 
 def test_options_of_the_command_are_its_own(began: dict[str, object]) -> None:
-    words = ["true", "--max-restarts", "7", "--", "--help"]
-    assert main(["run", "--max-restarts", "3", "--", *words]) == 0
+    words = ["true", "--give-up-after", "7", "--", "--help"]
+    assert main(["run", "--give-up-after", "3", "--", *words]) == 0
     assert began["command"] == words
-    assert began["limits"].max_restarts == 3  # type: ignore[attr-defined]
+    assert began["limits"].give_up_after == 3  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -124,22 +124,17 @@ def test_a_service_has_absolute_programs_and_the_limits_that_were_given(
     script = tmp_path / "go.sh"
     script.write_text("#!/bin/sh\n")
     script.chmod(0o755)
-    limits = ["--backoff", "0.5", "--max-restarts", "1000000", "--checkpoint-dir", "runs/a"]
+    limits = ["--backoff", "0.5", "--give-up-after", "1000000", "--checkpoint-dir", "runs/a"]
     words = ["--name", "night", *limits, "--", "./go.sh", "50%"]
-    made = {}
-    for more in (["--json"], ["--json", "--cron"]):
-        assert main(["service", *more, *words]) == 0
-        made |= json.loads(capsys.readouterr().out)
+    assert main(["service", "--json", *words]) == 0
+    made = json.loads(capsys.readouterr().out)
     assert made["name"] == "night.service"
-    line = f"{sys.executable} -m holdfast run --max-restarts 1000000 --backoff 0.5"
+    line = f"{sys.executable} -m holdfast run --give-up-after 1000000 --backoff 0.5"
     assert f"ExecStart={line} --checkpoint-dir runs/a -- {script} " in made["unit"]
     assert f"WorkingDirectory={tmp_path}\n" in made["unit"]
-    assert f"cd {tmp_path} && " in made["crontab"]
     assert "loginctl enable-linger" in made["install"]
     assert main(["service", *words]) == 0
     assert capsys.readouterr().out == made["unit"]
-    assert main(["service", "--cron", *words]) == 0
-    assert capsys.readouterr().out == made["crontab"]
 
 
 @pytest.mark.parametrize("flags", [["--fresh"], ["--checkpoint", "x.pt"], ["--resume", "x.pt"]])

@@ -106,28 +106,6 @@ def test_systemd_itself_accepts_the_unit(tmp_path: Path) -> None:
     assert "run me" in complaints(good), "verify would have noticed"
 
 
-def test_cron_runs_it_as_it_is(tmp_path: Path) -> None:
-    """What cron passes to sh: the line, with an escaped percent sign as one."""
-    place = tmp_path / "my run"
-    place.mkdir()
-    show = "import os, sys; print(sys.argv[1:], os.environ['X'], os.getcwd())"
-    words = ["100% $HOME 'a' 书", ";"]
-    made = service(place, command=(sys.executable, "-c", show, *words), environment={"X": "50 %"})
-    comment, line = made.crontab().splitlines()
-    assert comment.startswith("# ")
-    assert line.startswith("@reboot ")
-    assert not re.search(r"(?<!\\)%", line)
-    command = line.removeprefix("@reboot ").replace("\\%", "%")
-    subprocess.run(["sh", "-c", command], check=True, env={"PATH": "/usr/bin:/bin"}, timeout=60)
-    assert (place / "holdfast.log").read_text("utf-8").strip() == f"{words} 50 % {place}"
-
-
-@pytest.mark.parametrize("word", ["a\\b", "a\nb"])
-def test_what_cron_cannot_hold_is_refused(word: str) -> None:
-    with pytest.raises(ConfigError, match="script"):
-        service(command=("/bin/true", word)).crontab()
-
-
 @pytest.mark.parametrize(
     "changes",
     [

@@ -118,12 +118,6 @@ def test_without_a_run_of_ours_the_time_counts() -> None:
     assert ends_after(Restarts(Limits()), [crashed(0, HEALTHY * 10)] * 3).gave_up
 
 
-@pytest.mark.parametrize("most", [0, 1, 4])
-def test_the_number_of_restarts_is_limited(most: int) -> None:
-    ends = [crashed(step) for step in range(1, most + 2)]
-    assert ends_after(Restarts(Limits(max_restarts=most)), ends).gave_up
-
-
 @pytest.mark.parametrize("status", [0, *sorted(FINAL)])
 def test_what_would_end_the_same_way_is_not_started_again(status: int) -> None:
     decision = Restarts(Limits()).after(End(status, 1.0))

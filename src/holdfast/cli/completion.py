@@ -15,12 +15,12 @@ from holdfast.cli.parsing import parser_of
 from holdfast.i18n import N_, _
 
 PROGRAM = "holdfast"
-SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
 _PLACES = {  # where the shell looks for it by itself; it is written there once
     "bash": "~/.local/share/bash-completion/completions/holdfast",
     "zsh": "~/.zfunc/_holdfast",
     "fish": "~/.config/fish/completions/holdfast.fish",
 }
+SHELLS = tuple(_PLACES)
 
 
 def run_completion(argv: Sequence[str], prog: str) -> int:

@@ -31,7 +31,7 @@ def run_run(argv: Sequence[str], prog: str) -> int:
     """`holdfast run`: the exit status of the command, or 7 where it crashed too often."""
     given, command = _parse(_run_parser(prog), argv)
     directory = _directory_of(given, command)
-    limits = supervisor.Limits(given.max_restarts, given.give_up_after, given.backoff)
+    limits = supervisor.Limits(given.give_up_after, given.backoff)
     return supervisor.Supervisor(
         _found(command).words, directory or Path(common.DIRECTORY), limits, _say,
         create=directory is not None,
@@ -53,17 +53,15 @@ def run_service(argv: Sequence[str], prog: str) -> int:
         environment={name: os.environ[name] for name in service.KEPT if name in os.environ},
     )
     if given.json:
-        text = {"crontab": made.crontab()} if given.cron else {"unit": made.unit()}
-        common.show_json({"name": made.file, **text, "install": made.install()})
+        common.show_json({"name": made.file, "unit": made.unit(), "install": made.install()})
     else:
-        common.show((made.crontab() if given.cron else made.unit()).splitlines())
+        common.show(made.unit().splitlines())
     return 0
 
 
 COMMANDS: dict[str, tuple[str, _Work]] = {
     "run": (N_("run a training and start it again when it crashes"), run_run),
-    "service": (N_("go on training after every boot: a systemd unit or a crontab line"),
-                run_service),
+    "service": (N_("go on training after every boot: a systemd unit"), run_service),
 }  # fmt: skip
 
 
@@ -77,7 +75,7 @@ def _run_parser(prog: str) -> Parser:
           "crash to crash. Ctrl-C and other signals are passed on, and end it for good. Exit "
           "status: that of the command, or 7 where it crashed too often."),
         _("Examples:\n  {prog} -- holdfast train --preset quick\n"
-          "  {prog} --max-restarts 20 --checkpoint-dir runs/a -- python my_training.py", prog=prog),
+          "  {prog} --give-up-after 5 --checkpoint-dir runs/a -- python my_training.py", prog=prog),
         scripts=False,
     )  # fmt: skip
     _add_limits(parser)
@@ -90,13 +88,10 @@ def _service_parser(prog: str) -> Parser:
         _("Print a systemd user unit that runs a command in this directory at every boot, and "
           "starts it again when it crashes. How to install it stands in its first lines."),
         _("Examples:\n  {prog} -- holdfast train --preset quick > "
-          "~/.config/systemd/user/holdfast.service\n"
-          "  {prog} --cron -- holdfast train --config run.json", prog=prog),
+          "~/.config/systemd/user/holdfast.service", prog=prog),
     )  # fmt: skip
     name_help = _("name of the service (default: {value})", value=_NAME)
     parser.add_argument("--name", default=_NAME, metavar="NAME", help=name_help)
-    cron_help = _("print a line for crontab instead, where there is no systemd")
-    parser.add_argument("--cron", action="store_true", help=cron_help)
     _add_limits(parser)
     return parser
 
@@ -109,8 +104,6 @@ def _add_limits(parser: Parser) -> None:
         help=_("run directory, whose newest step tells progress (default: that of the command, "
                "else {value})", value=common.DIRECTORY),
     )  # fmt: skip
-    parser.add_argument("--max-restarts", type=int, metavar="N",
-                        help=_("start it again at most N times (default: no limit)"))  # fmt: skip
     parser.add_argument(
         "--give-up-after", type=int, default=supervisor.GIVE_UP_AFTER, metavar="N",
         help=_("crashes in a row without a new durable step that end it (default: {value})",
@@ -138,10 +131,10 @@ def _parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, lis
             _("{problem}; write it as {prog} [options] -- COMMAND ...", problem=problem,
               prog=parser.prog)
         )  # fmt: skip
-    smallest = {"max_restarts": 0, "give_up_after": 1, "backoff": 0}
+    smallest = {"give_up_after": 1, "backoff": 0}
     for name, least in smallest.items():
         value = getattr(given, name)
-        if value is not None and not least <= value < 1e9:
+        if not least <= value < 1e9:
             raise ConfigError(
                 _("--{option} {value}: expected a number from {least}",
                   option=name.replace("_", "-"), value=value, least=least)
@@ -154,7 +147,7 @@ def _limits_of(given: argparse.Namespace) -> list[str]:
     defaults = supervisor.Limits()
     return [
         word
-        for name in ("max_restarts", "give_up_after", "backoff")
+        for name in ("give_up_after", "backoff")
         if getattr(given, name) != getattr(defaults, name)
         for word in ("--" + name.replace("_", "-"), format(getattr(given, name), ".15g"))
     ]

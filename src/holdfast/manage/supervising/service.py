@@ -1,4 +1,4 @@
-"""A machine that boots again goes on training: the text of a systemd user unit, or of a crontab.
+"""A machine that boots again goes on training: the text of a systemd user unit.
 
 What runs there is `holdfast run`, so that crashes are handled as they are by hand; systemd itself
 starts it at boot and looks after the supervisor. Only text is made here.
@@ -7,7 +7,6 @@ starts it at boot and looks after the supervisor. Only text is made here.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,20 +110,6 @@ class Service:
             _("A machine that shuts down gives it 2 minutes to save. If that is too short, raise "
               "TimeoutStopSec of user@.service: sudo systemctl edit user@.service"),
         ]  # fmt: skip
-
-    def crontab(self) -> str:
-        """A comment and the `@reboot` line of crontab(5), where % would end the command."""
-        words = ["env", *(f"{name}={value}" for name, value in self.environment.items())]
-        command = shlex.join([*words, *self.command])
-        line = f"cd {shlex.quote(str(self.directory))} && {command} >>{self.name}.log 2>&1"
-        if "\\" in line or "\n" in line:  # each cron has its own idea of a backslash
-            raise ConfigError(
-                _("A crontab cannot hold a backslash or a line break: put the command into a "
-                  "script and name the script.")
-            )  # fmt: skip
-        how = _("Add this line with crontab -e; what it says goes to {file}.",
-                file=self.directory / f"{self.name}.log")  # fmt: skip
-        return f"# {how}\n@reboot " + line.replace("%", "\\%") + "\n"
 
 
 def exec_line(command: Sequence[str]) -> str:

@@ -53,9 +53,8 @@ _CAUSES = ("failed", "interrupted", "quarantined", "damaged")  # events that may
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How often and how soon: `max_restarts` in all (None: no limit), `backoff` in seconds."""
+    """How many crashes in a row without progress end it, and the first pause in seconds."""
 
-    max_restarts: int | None = None
     give_up_after: int = GIVE_UP_AFTER
     backoff: float = BACKOFF
 
@@ -113,8 +112,6 @@ class Restarts:
                 _("crashes in a row without getting further: {count}", count=self._repeats),
                 gave_up=True,
             )
-        if self._limits.max_restarts is not None and self._restarts >= self._limits.max_restarts:
-            return Decision(_("restarts so far: {count}", count=self._restarts), gave_up=True)
         self._restarts += 1
         why = _("restart {number}; crashes without getting further: {count} of {limit}",
                 number=self._restarts, count=self._repeats,
