@@ -14,7 +14,6 @@ import torch
 
 from holdfast.checkpoint.state import transaction
 from holdfast.checkpoint.state.transaction import (
-    Assign,
     Exchange,
     LoadObject,
     LoadOptimizer,
@@ -54,14 +53,14 @@ class Fragile:
 
 def test_all_acts_happen() -> None:
     a, d = torch.zeros(3), {"k": 1}
-    Transaction([Exchange([(a, torch.ones(3))]), Assign(d, "k", 2)]).commit()
+    Transaction([Exchange([(a, torch.ones(3))]), Refill(d, {"k": 2})]).commit()
     assert (a.tolist(), d) == ([1, 1, 1], {"k": 2})
 
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), SystemExit()])
 def test_or_none(error: BaseException) -> None:
     a, d, numbers = torch.zeros(3), {"k": 1}, [1, 2]
-    acts = [Exchange([(a, torch.ones(3))]), Assign(d, "k", 2), Refill(numbers, [3])]
+    acts = [Exchange([(a, torch.ones(3))]), Refill(d, {"k": 2}), Refill(numbers, [3])]
     with pytest.raises(type(error)):
         Transaction([*acts, Boom(error)]).commit()
     assert (a.tolist(), d, numbers) == ([0, 0, 0], {"k": 1}, [1, 2])
@@ -237,7 +236,7 @@ def test_a_container_is_refilled_and_stays_the_object_it_is(container: Any, cont
 
 
 def test_acts_that_never_began_are_undone_without_harm() -> None:
-    for act in (Assign({}, "k", 1), Refill([1], [2]), LoadObject(Fragile(), {}, "x")):
+    for act in (Refill([1], [2]), LoadObject(Fragile(), {}, "x")):
         act.undo()
     assert Exchange([]).undo() is None
 

@@ -14,7 +14,7 @@ KINDS = ("epoch", "step", "best", "temp")
 
 
 def checked_directory(directory: Any) -> Path:
-    """The run directory, `~` understood. Raises `ConfigError` where `directory` names none."""
+    """Return the run directory, `~` expanded. Raises `ConfigError` where `directory` names none."""
     if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
         raise ConfigError(
             _(

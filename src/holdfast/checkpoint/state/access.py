@@ -14,7 +14,7 @@ from holdfast.errors import CheckpointError
 
 
 def load(path: str | os.PathLike[str], *, only: str | None = None) -> Any:
-    """The state in a checkpoint, verified, nothing unpickled; `only` reads one top-level key.
+    """Return the state in a checkpoint, verified and never unpickled; `only` reads one key of it.
 
     Raises `DamagedCheckpoint`, `ForeignCheckpoint`, `OSError`.
     """
@@ -23,7 +23,7 @@ def load(path: str | os.PathLike[str], *, only: str | None = None) -> Any:
 
 
 def verify(path: str | os.PathLike[str]) -> str | None:
-    """Check every byte of a checkpoint: None, or what is wrong with it."""
+    """Check every byte of a checkpoint; return what is wrong with it, or None."""
     try:
         with container.Reader(path) as reader:
             reader.verify()
@@ -33,10 +33,10 @@ def verify(path: str | os.PathLike[str]) -> str | None:
 
 
 def checkpoint_size(state: Mapping[str, Any], *, rng: bool = True, reserve: int) -> int:
-    """The exact size in bytes of every checkpoint of `state`, known without writing one.
+    """Return the exact size in bytes of every checkpoint of `state`, without writing one.
 
-    `reserve` as the manager will have it; it must be enough for the values, as it is for all files
-    of one run to have one size.
+    `reserve` is that of the manager. It must be enough for the values: then all files of one run
+    have one size.
     """
     payload = {**state, "rng": RandomState()} if rng else dict(state)
     tree = normalise(payload)

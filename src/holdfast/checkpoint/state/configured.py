@@ -73,7 +73,7 @@ def _shown(value: Any) -> Any:
 
 
 class Configured:
-    """The settings of all optimizers and schedulers in a state as the user has made them."""
+    """The settings of all optimizers and schedulers in a state as the user has configured them."""
 
     def __init__(self, state: Any) -> None:
         self.record: Record = {}
@@ -179,8 +179,10 @@ def epoch_of(scheduler: Any) -> int:
 
 
 def settings_of(scheduler: Any, *, late: bool = False, prefix: str = "") -> dict[str, Any]:
-    """The settings of a scheduler or of its state, as JSON holds them; `_schedulers.0.T_max` of its
-    parts, `lr_lambdas.0.total` of functions that are objects.
+    """Return the settings of a scheduler or of its state, as JSON holds them.
+
+    Those of its parts are named `_schedulers.0.T_max`, those of functions that are objects
+    `lr_lambdas.0.total`.
 
     Of a strange kind that has begun only what its constructor names is taken for a setting.
     """
@@ -204,8 +206,10 @@ def settings_of(scheduler: Any, *, late: bool = False, prefix: str = "") -> dict
 
 
 def _probed(function: Callable[[int], Any]) -> str | None:
-    """Return a digest of what a function of the step gives at some steps: two that differ are
-    others. None if it gives a number at none of them."""
+    """Return a digest of what a function of the step gives at some steps.
+
+    Functions whose digests differ are different. None if it gives a number at none of the steps.
+    """
     values: list[str] = []
     for step in _PROBES:
         try:

@@ -68,7 +68,7 @@ class _PythonStream:
 
     def state_dict(self) -> dict[str, Any]:
         version, words, gauss = self.generator.getstate()
-        # As a tensor, because 625 integers as plain values change the size of the file.
+        # As a tensor: as plain values the 625 integers would change the size of the file.
         return {"python": {"version": version, "words": torch.tensor(words), "gauss": gauss}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ class RandomState:
     """The random streams of this process: Python, NumPy (global), torch on every device."""
 
     def __init__(self, streams: tuple[Any, ...] | None = None) -> None:
-        """With `streams`, as they were then."""
+        """`streams` are what `frozen` kept; None for those of the moment of the save."""
         self._streams = streams
 
     def frozen(self) -> RandomState:
@@ -125,7 +125,7 @@ class RandomState:
 
 
 def _streams() -> tuple[Any, ...]:
-    """Python's, NumPy's, torch's, those of each GPU, that of MPS."""
+    """Return the streams of Python, NumPy, torch, each GPU and MPS as they are now."""
     python = random.Random()
     python.setstate(random.getstate())
     return (

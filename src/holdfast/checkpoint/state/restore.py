@@ -24,7 +24,6 @@ from holdfast.checkpoint.state.randomness import stream_of
 from holdfast.checkpoint.state.steppers import Steppers
 from holdfast.checkpoint.state.transaction import (
     Act,
-    Assign,
     Derived,
     Exchange,
     LoadModule,
@@ -80,7 +79,10 @@ def plan_restore(
 
 
 class _Planner:
-    """Walks the live state beside the saved one. `_one` returns what will stand there."""
+    """Walks the live state beside the saved one and plans the acts that make it the same.
+
+    `container`, `_one` and `_plain` return what will stand in the place of `live`.
+    """
 
     def __init__(
         self, live: Any, manifest: Mapping[str, Any], configured: Configured, strict: bool
@@ -96,24 +98,26 @@ class _Planner:
         if not isinstance(saved, Mapping | list | tuple):
             self._problem(_("{path} is no group of values in the checkpoint", path=path))
             return live
-        changed: dict[Any, Any] = {}
-        for key, value in list(paths.items_of(live)):
+        content = dict(paths.items_of(live))
+        changed = False
+        for key, value in [*content.items()]:
             here = paths.join(path, key)
             found = paths.at(saved, key)
             if found is not paths.MISSING:
-                new = self._one(value, found, here)
-                if new is not value:
-                    changed[key] = new
+                content[key] = self._one(value, found, here)
+                changed = changed or content[key] is not value
             elif self._strict and not _is_plain(value):
                 self._problem(_("{path} is not in the checkpoint", path=here))
             # a plain value that is new keeps what it is
         for key, value in paths.items_of(saved) if path and self._strict else ():
             if paths.at(live, key) is paths.MISSING and not _is_plain(value):
                 self._problem(_("{path} is only in the checkpoint", path=paths.join(path, key)))
-        if changed and isinstance(live, tuple):
-            return _like(live, [changed.get(i, value) for i, value in enumerate(live)])
-        for key, value in changed.items():
-            self.transaction.act(Assign(live, key, value))
+        if not changed:
+            return live
+        values = content if isinstance(live, Mapping) else list(content.values())
+        if isinstance(live, tuple):
+            return _like(live, values)
+        self.transaction.act(Refill(live, values))
         return live
 
     def _one(self, live: Any, saved: Any, path: str) -> Any:
@@ -139,7 +143,7 @@ class _Planner:
         return live
 
     def _plain(self, live: Any, saved: Any, path: str) -> Any:
-        """A saved value in the type of the live one; live containers stay the objects they are."""
+        """Return a saved value in the type of the live one; live containers stay themselves."""
         if isinstance(live, MutableMapping) and isinstance(saved, Mapping):
             content = {
                 key: self._plain(live[key], value, paths.join(path, key)) if key in live else value
@@ -158,7 +162,7 @@ class _Planner:
         return _like(live, saved)
 
     def _array(self, live: np.ndarray[Any, Any], saved: torch.Tensor) -> np.ndarray[Any, Any]:
-        """A NumPy array was saved as a tensor: its bytes go into the live one where they fit."""
+        """Put the bytes of a NumPy array, saved as a tensor, into the live one where they fit."""
         array: np.ndarray[Any, Any] = saved.numpy()
         fits = array.shape == live.shape and array.dtype == live.dtype
         if fits and live.flags.writeable and live.flags.c_contiguous and live.size:
@@ -208,7 +212,7 @@ class _Planner:
         _keep_metadata(found, mine, saved)
         extra = {name for name in mine if str(name).rpartition(".")[2] == _EXTRA_STATE}
         if not _is_memory_of(live, [v for name, v in mine.items() if name not in extra]):
-            # What state_dict() gives is made for the occasion: bytes put there would go nowhere.
+            # state_dict() gives copies here: bytes exchanged with those would change nothing.
             self.transaction.act(LoadObject(live, found, path))
             return
         for name in found.keys() - extra if extra else found:
@@ -225,7 +229,7 @@ class _Planner:
         for scheduler, state, path in self._schedulers:  # last: they read their optimizer's groups
             self._steppers.scheduler(scheduler, state, path)
         pairs = [(live, staged) for live, staged, _path in self._exchanges.values()]
-        # What is undone last is that which modules derive from their tensors.
+        # `Derived` comes first, so that it is undone last: over the tensors as they were.
         acts = self.transaction.acts
         acts[:0] = [*self._derived, Exchange(_apart(pairs, acts))]
 
@@ -253,7 +257,7 @@ def _keep_metadata(found: Any, mine: Any, saved: Any) -> None:
 
 
 def _listens(module: torch.nn.Module) -> bool:
-    """Return True if anything but torch's plain loading happens when the module is loaded."""
+    """Return True if loading the module does more than copy tensors: hooks, methods of its own."""
     return type(module).load_state_dict is not torch.nn.Module.load_state_dict or any(
         part._load_state_dict_pre_hooks
         or part._load_state_dict_post_hooks
@@ -263,7 +267,7 @@ def _listens(module: torch.nn.Module) -> bool:
 
 
 def _converts(module: torch.nn.Module) -> bool:
-    """Return True if the module may make something else of a state before it takes it."""
+    """Return True if the module may convert a state of another form while it loads it."""
     return type(module).load_state_dict is not torch.nn.Module.load_state_dict or any(
         part._load_state_dict_pre_hooks
         or not type(part)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
@@ -272,7 +276,7 @@ def _converts(module: torch.nn.Module) -> bool:
 
 
 def _like(live: Any, saved: Any) -> Any:
-    """A plain value in the type that stands there now; saving had made it a plain one."""
+    """Return a saved plain value in the type of the live one, which saving had made plain."""
     if isinstance(live, tuple) and hasattr(live, "_fields") and isinstance(saved, Sequence):
         return type(live)(*saved) if len(saved) == len(live._fields) else tuple(saved)
     if isinstance(live, tuple) and isinstance(saved, list):
@@ -337,7 +341,7 @@ def _apart(
 
 
 def _addresses(acts: Sequence[Act]) -> set[int]:
-    """The storages of all tensors in what `acts` will hand to live objects."""
+    """Return the addresses of all tensors in what `acts` will hand to live objects."""
     found: set[int] = set()
     visited: set[int] = set()
     names = ("state", "value", "content")

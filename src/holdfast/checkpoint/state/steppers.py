@@ -112,7 +112,7 @@ class Steppers:
         """Return the groups of `given`, each with its slots, in the order of the live optimizer's.
 
         `given` is what its hooks have made of `saved`: one that has given the slots to other
-        parameters has done so by their places.
+        parameters goes by their positions.
         """
         groups = given["param_groups"]
         there = names.saved_slots(groups, self._parameters.get(path))
@@ -146,7 +146,7 @@ class Steppers:
     def _placed(
         self, name: str, value: Any, param: torch.Tensor, group: Mapping[str, Any], path: str
     ) -> Any:
-        """A state value on its parameter's device, in its own dtype (fp32 moments stay fp32)."""
+        """Return a state value on its parameter's device, in its own dtype: fp32 stays fp32."""
         if isinstance(value, list | tuple):
             return type(value)([self._placed(name, v, param, group, path) for v in value])
         if isinstance(value, Mapping):

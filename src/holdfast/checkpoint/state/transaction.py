@@ -59,8 +59,10 @@ class Transaction:
             self.decisions.append(decision)
 
     def commit(self) -> None:
-        """Do all acts. Raises `StateMismatch` where an object refuses its state; then, and after
-        any other exception (Ctrl-C too), what was done has been undone."""
+        """Do all acts; after any exception, Ctrl-C too, what was done has been undone.
+
+        Raises `StateMismatch` where an object refuses its state.
+        """
         done: list[Act] = []
         try:
             for act in self.acts:
@@ -84,8 +86,10 @@ def _form(tensor: torch.Tensor) -> str:
 
 
 def _undo(act: Act) -> BaseException | None:
-    """Undo one act. One that cannot go back must not keep the others from going back; a Ctrl-C
-    that comes now is returned, to be raised when everything is back."""
+    """Undo one act, and log an exception: the other acts must still be undone.
+
+    A Ctrl-C that comes now is returned, to be raised when all acts are undone.
+    """
     interrupt: BaseException | None = None
     for _attempt in range(3):
         try:
@@ -108,7 +112,7 @@ class Act(Protocol):
 
 
 class Exchange:
-    """Live and staged tensors change bytes; doing it again undoes it, from where it stopped.
+    """Exchange the bytes of live and staged tensors; the same exchange back undoes it.
 
     An interrupt may come between any two instructions: `_open` is the part that is being exchanged
     and its live bytes, so that at every moment everything can be put back.
@@ -141,7 +145,7 @@ class Exchange:
 
 
 def _parts(live: torch.Tensor, staged: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pieces of bounded size; no element of an expanded tensor twice."""
+    """Yield both in pieces of bounded size; no element of an expanded tensor twice."""
     live, staged = live.detach(), staged.detach()
     for dim, stride in enumerate(live.stride()):
         if stride == 0 and live.shape[dim] > 1:
@@ -157,27 +161,11 @@ def _parts(live: torch.Tensor, staged: torch.Tensor) -> Iterator[tuple[torch.Ten
 
 
 @dataclass(slots=True)
-class Assign:
-    """One entry of a live mapping or list is replaced by another value."""
-
-    container: Any
-    key: Any
-    value: Any
-    before: Any = MISSING
-
-    def commit(self) -> None:
-        self.before = self.container[self.key]
-        self.container[self.key] = self.value
-
-    def undo(self) -> None:
-        if self.before is not MISSING:
-            self.container[self.key] = self.before
-
-
-@dataclass(slots=True)
 class Refill:
-    """A live list, set or dictionary gets other content and stays the object that it is: the
-    training loop holds it under a name of its own."""
+    """Replace the content of a live list, set or dictionary.
+
+    It stays the object that it is: the training loop holds it under a name of its own.
+    """
 
     container: Any
     content: Any
@@ -202,7 +190,7 @@ class Refill:
 
 @dataclass(slots=True)
 class LoadObject:
-    """Any object with `load_state_dict`; its own `state_dict`, copied, is the undo log."""
+    """Load any object with `load_state_dict`; a copy of its `state_dict` is the undo log."""
 
     target: Any
     state: Any
@@ -223,8 +211,11 @@ class LoadObject:
 
 @dataclass(slots=True)
 class LoadScheduler(LoadObject):
-    """A learning-rate schedule; `groups` are the settings of its optimizer's groups where the user
-    has changed the schedule, None where they are as they were saved."""
+    """Load a learning-rate schedule.
+
+    `groups` are the settings of its optimizer's groups where the user has changed the schedule;
+    None where they are as they were saved.
+    """
 
     groups: list[dict[str, Any]] | None = None
     groups_before: list[dict[str, Any]] | None = None
@@ -262,11 +253,11 @@ def _put_back(groups: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]
 
 
 class LoadOptimizer:
-    """State and groups of an optimizer, without what `Optimizer.load_state_dict` does to them.
+    """Set state and groups of an optimizer, in the place of `Optimizer.load_state_dict`.
 
-    That casts fp32 moments of bf16 parameters to bf16 and brings back the old learning rate. What
-    it calls is called: `__setstate__`, and the hooks after it. Made before anything else of the
-    optimizer is touched: what it is then is the undo log.
+    torch's own casts fp32 moments of bf16 parameters to bf16 and brings back the old learning rate.
+    What it calls is called here too: `__setstate__`, and the hooks after it. To be made before
+    anything of the optimizer is touched: what it is then is the undo log.
     """
 
     def __init__(self, target: Optimizer, path: str) -> None:
@@ -305,10 +296,10 @@ class LoadOptimizer:
 
 
 class Derived:
-    """Undo log of what a module's own loading may change beside the exchanged tensors.
+    """Keep what a module's own loading may change beside the exchanged tensors, to undo it.
 
-    Attributes, buffers that are not saved, extra state. `whole` keeps the parameters as well, for a
-    module that puts them in place itself.
+    These are attributes, buffers that are not saved, and extra state. `whole` keeps the parameters
+    as well, for a module that puts them in place itself.
     """
 
     def __init__(self, module: torch.nn.Module, *, whole: bool) -> None:
@@ -359,7 +350,7 @@ class Derived:
 
 @dataclass(slots=True)
 class LoadModule(LoadObject):
-    """A module through its own `load_state_dict`, with all its hooks; `Derived` is the undo log.
+    """Load a module through its own `load_state_dict`, with all its hooks; `Derived` undoes it.
 
     Where the tensors are in place already, they are given as they stand there.
     """

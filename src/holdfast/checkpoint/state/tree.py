@@ -50,7 +50,7 @@ _LONGEST_INT = 8 * 255 - 1  # bits: longer ones are pickled by LONG4, which weig
 
 
 def _dtypes() -> dict[str, torch.dtype]:
-    """The dtypes of plain tensors by name; not the quantised ones, nor those of 1 to 7 bits."""
+    """Return the dtypes of plain tensors by name: not quantised, not of 1 to 7 bits."""
     found = (getattr(torch, name) for name in dir(torch))
     names = {str(d).removeprefix("torch."): d for d in found if isinstance(d, torch.dtype)}
     strange = re.compile(r"qu?int\d.*|u?int[1-7]").fullmatch
@@ -92,12 +92,12 @@ class StorageSlice:
         return self.stop - self.start
 
     def tensor(self) -> torch.Tensor:
-        """The bytes, where they are."""
+        """Return the bytes as a tensor on their own device."""
         whole = torch.empty(0, dtype=torch.uint8, device=self.source.device)
         return whole.set_(self.source, self.start, (self.nbytes,), (1,))
 
     def payload(self) -> memoryview:
-        """The bytes in host memory: no copy where they are there already."""
+        """Return the bytes in host memory, not copied if they are there already."""
         if self.nbytes == 0:
             return memoryview(b"")
         return self.tensor().cpu().numpy().data
@@ -144,7 +144,7 @@ class TensorLeaf:
 
 
 class EmptyBytes:
-    """`b""`, which protocol 2 pickles by a call that `weights_only` refuses; this one it takes."""
+    """Stands for `b""`: protocol 2 pickles that by a call that `weights_only` refuses."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return codecs.encode, ("", "latin1")
@@ -167,11 +167,11 @@ class Tree:
         return buffer.getvalue()
 
     def payloads(self) -> list[tuple[str, Buffer]]:
-        """All records but the manifest, in the order of the file."""
+        """Return all records but the manifest, in the order of the file."""
         return [*((s.record, s.payload()) for s in self.storages), *self.companions()]
 
     def companions(self) -> list[tuple[str, bytes]]:
-        """The records behind the tensors: what `torch.load` needs to know what they are."""
+        """Return the records behind the tensors, which tell `torch.load` what those are."""
         return [
             (PICKLE, self.pickled()),
             (f"{ARCHIVE}/byteorder", b"little"),
@@ -256,7 +256,7 @@ class _Normaliser:
 
     @staticmethod
     def _scalar(value: Any, path: str) -> Any:  # noqa: PLR0911 - one line a type
-        """A number, text or bytes as its plain type, or None where it is none of these.
+        """Return a number, text or bytes as its plain type; None where it is none of these.
 
         Subclasses are asked through the base type: their own `__str__` or `__int__` may lie.
         """
@@ -427,7 +427,7 @@ def _hashable(value: Any) -> bool:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """The bytes of its storage that `tensor` can reach: a view must not drag the rest along."""
+    """Return the bytes of its storage that `tensor` can reach: only those of a view are saved."""
     size = tensor.element_size()
     start = int(tensor.storage_offset())
     if tensor.numel() == 0 or tensor.is_contiguous():

@@ -259,7 +259,7 @@ def move(source: Path, target: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Unlink; a name that is gone already is no error (clean-up is repeated after a crash)."""
+    """Unlink `path`; a name that is gone already is no error: a crash repeats the clean-up."""
     with contextlib.suppress(FileNotFoundError):
         if os.name == "nt":
             path.chmod(0o600)  # Windows refuses to delete read-only files
@@ -285,7 +285,7 @@ def try_writing(directory: Path) -> None:
 
 
 def free_bytes(directory: Path) -> int:
-    """Bytes an unprivileged process may still write on the file system of `directory`."""
+    """Return the bytes that an unprivileged process may still write on the disk of `directory`."""
     return shutil.disk_usage(directory).free
 
 
@@ -297,7 +297,7 @@ _EXTRA_FLAGS = (
 
 
 def temporary_name(target: Path, prefix: str = ".holdfast-") -> Path:
-    """A name of our own beside the target: another directory might be another device.
+    """Return a name of our own beside the target: another directory might be another device.
 
     The target's name is not part of it: that may already be as long as a name can be.
     """

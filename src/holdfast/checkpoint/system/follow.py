@@ -47,7 +47,7 @@ class Follower:
         return [value for value in objects(self.lines()) if is_sane(value)]
 
     def lines(self) -> list[bytes]:
-        """The lines that have come, as they are: what they hold may be of any depth and size."""
+        """Return the lines that have come, unparsed: their values may be of any depth and size."""
         known = self._position
         try:
             with os.fdopen(filesystem.open_regular(self._path), "rb", buffering=0) as file:

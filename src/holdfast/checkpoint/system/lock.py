@@ -67,7 +67,7 @@ class FileLock:
 
     @property
     def in_place(self) -> bool:
-        """Return True if the locked file is still the one at the path. Nothing is opened."""
+        """True if the locked file is still the one at the path. Nothing is opened."""
         return _key_of(self.path) == self._key
 
     @property
@@ -78,9 +78,11 @@ class FileLock:
 
     @property
     def taken(self) -> bool:
-        """True if the lock is held now. Asked without taking it, which would turn away a training
-        that begins at that moment. Only Linux can be asked: elsewhere the locks of other processes
-        are not seen."""
+        """True if the lock is held now.
+
+        It is not taken to find out: that would turn away a training that begins at that moment.
+        Only Linux can be asked: elsewhere the locks of other processes are not seen.
+        """
         return self.in_this_process or _held_elsewhere(self.path)
 
     def acquire(self) -> None:
@@ -92,8 +94,11 @@ class FileLock:
             time.sleep(0.02)
 
     def renew(self) -> None:
-        """Re-create and lock the lock file if it was deleted; release the old lock only after the
-        new one is held. Raises `RunLocked` where another process was faster."""
+        """Re-create and lock the lock file if it was deleted.
+
+        The old lock is released only after the new one is held. Raises `RunLocked` where another
+        process was faster.
+        """
         fd = self._fd
         self.acquire()
         _close(fd)
@@ -203,7 +208,7 @@ def _close(fd: int) -> None:
 
 
 def _whole(kind: int) -> bytes:
-    """The struct flock of 64-bit Linux for all of a file: type, whence, start, length, pid."""
+    """Return 64-bit Linux's struct flock for a whole file: type, whence, start, length, pid."""
     return struct.pack("hhqqi", kind, os.SEEK_SET, 0, 0, 0)
 
 

@@ -19,7 +19,7 @@ _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class SignalGuard:
-    """While active, a signal that asks to stop becomes the flag `requested`.
+    """Turns a signal that asks to stop into the flag `requested` while it is active.
 
     A second SIGINT raises KeyboardInterrupt at once: published files are intact at any moment.
     In a forked child (a data-loader worker) the handlers step aside. For a loop of your own:

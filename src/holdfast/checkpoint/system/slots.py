@@ -1,6 +1,6 @@
-"""A host buffer that holds the image of one snapshot, and how much memory there is for such.
+"""Hold the image of one snapshot in memory, and say how much memory there is for more.
 
-Bytes and pages only; torch is asked where a GPU or a tensor is wanted, and not imported before.
+torch is imported only where a GPU or a tensor is asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Slot:
     """A page-aligned buffer of this process that holds the image of one snapshot at a time."""
 
     def __init__(self, capacity: int) -> None:
-        """Raises `OSError` (or MemoryError) where there is no room for `capacity` bytes."""
+        """Take `capacity` bytes. Raises `OSError` or MemoryError where there is no room."""
         self.capacity = capacity
         self._map = self._allocate()
         self.buffer = memoryview(self._map)
@@ -67,7 +67,7 @@ class Slot:
             self._pinned = int(error) == 0  # where it fails, copies are slower, nothing else
 
     def tensor(self, offset: int, size: int) -> torch.Tensor:
-        """A window of bytes as a tensor."""
+        """Return a window of `size` bytes as a tensor."""
         import torch
 
         return torch.frombuffer(self.buffer, dtype=torch.uint8, count=size, offset=offset)
@@ -83,26 +83,25 @@ class Slot:
             self.buffer.release()
             self._map.close()
 
-    # What only a slot in shared memory has anything to do for (memory.py).
+    # Only a slot in shared memory has to do something here.
 
     def begin(self) -> None:
-        """The content is about to change: it is no snapshot any more."""
+        """Say that the content is about to change: it is no snapshot any more."""
 
     def fit(self, size: int) -> None:
-        """The next image has `size` bytes. Raises `OSError` where there is no room."""
+        """Make room for an image of `size` bytes. Raises `OSError` where there is none."""
 
     def complete(self, manifest: Mapping[str, Any]) -> None:
-        """The content is the whole snapshot that `manifest` describes, checksums included."""
+        """Say that the content is the whole snapshot of `manifest`, checksums included."""
 
     def discard(self) -> None:
         """Give the content up: it is not needed any more, not even after a crash."""
 
 
 def available_memory() -> int:
-    """Bytes that can still be taken without swapping: of the machine, and of a container's limit.
+    """Return the bytes that the machine, and a container's limit, still give without swapping.
 
-    Linux tells; elsewhere half of the physical memory is assumed, or plenty where even that is
-    unknown (Windows).
+    Elsewhere than on Linux half of the physical memory is assumed; on Windows, no limit.
     """
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -115,7 +114,7 @@ def available_memory() -> int:
 
 
 def _cgroup_room() -> int:
-    """Bytes left under the memory limit of our control group (Docker, Kubernetes, systemd)."""
+    """Return the bytes left under the limit of our control group (Docker, Kubernetes, systemd)."""
     room = 1 << 62
     for place, limit, usage in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),

@@ -55,11 +55,11 @@ class Helper:
 
     @property
     def busy(self) -> bool:
-        """True if it has begun and is not done."""
+        """True if the work has begun and is not done."""
         return self._begun and not self._over
 
     def begins(self, patience: float) -> bool:
-        """Return True if it has begun; what has not within `patience` seconds never does."""
+        """Return True if the work has begun; if not within `patience` seconds, it never will."""
         with self._change:
             self._change.wait_for(lambda: self._begun or self._over, patience)
             if not self._begun:
@@ -67,13 +67,13 @@ class Helper:
             return self._begun
 
     def finish(self, patience: float = 0.0) -> None:
-        """Return when it is done; what has not begun within `patience` seconds never does."""
+        """Return when the work is done; if not begun within `patience` seconds, it never will."""
         self.begins(patience)
         with self._change:
             self._change.wait_for(lambda: self._over)
 
     def wait(self, seconds: float) -> bool:
-        """Wait up to `seconds`; return True if it is done."""
+        """Wait up to `seconds`; return True if the work is done."""
         with self._change:
             return self._change.wait_for(lambda: self._over, seconds)
 
