@@ -489,7 +489,7 @@ class CheckpointManager:
         The state is whole now: a full disk costs links and cache here, never the resume.
         """
         entry, contents, run = found.entry, found.contents, self._saver.run
-        steps, minutes = (0, 0.0) if found.named else recovery.lost(contents.known, entry)
+        steps, minutes = (0, 0.0) if found.choice.named else recovery.lost(contents.known, entry)
         run.parent = {
             "id": entry.id,
             "run_id": entry.run_id,
@@ -502,7 +502,9 @@ class CheckpointManager:
         if found.newer:
             place = self.catalog.directory / archive_of(entry, known)
             self._reporter.tell("archived", count=len(found.newer), to=str(place))
-        branches = branch or found.newer or found.skipped or found.unread or steps or not found.here
+        branches = (
+            branch or found.newer or found.skipped or found.choice.unread or steps or not found.here
+        )
         run.generation = known + 1 if branches else max(known, 1)
         if found.here:
             run.run_id = entry.run_id

@@ -21,9 +21,7 @@ class Resumed:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # damaged, set aside, and why
     steps_lost: int = 0
     minutes_lost: float = 0.0
-    contents: Contents = field(
-        default_factory=lambda: Contents([], [], []), repr=False
-    )  # here, now
+    contents: Contents = field(default_factory=Contents, repr=False)  # here, now
 
     @property
     def step(self) -> int:

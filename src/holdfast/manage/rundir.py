@@ -1,7 +1,7 @@
-"""A run directory as the desk sees it: its checkpoints, its history, its true size on the disk.
+"""Look into a run directory for the desk: its checkpoints, its history, its true size on the disk.
 
-Only looks, without a lock, so it works while training goes on and where nothing may be written.
-No torch in this room.
+Nothing is written or locked, so this works while training goes on and on read-only disks. No torch
+in this room.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _KINDS = {"epoch": N_("epoch"), "step": N_("step"), "best": N_("best"), "temp": 
 
 
 def kind_in_words(kind: str) -> str:
-    """The kind of a checkpoint for a person; kinds of a newer version stay as they are."""
+    """Return the kind of a checkpoint for a person; kinds of a newer version stay as they are."""
     return _(_KINDS[kind]) if kind in _KINDS else kind
 
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """What a look into a run directory found."""
+    """Result of a look into a run directory."""
 
     directory: Path
     catalog: Catalog
@@ -40,12 +40,12 @@ class RunDirectory:
 
     @property
     def entries(self) -> list[Entry]:
-        """The checkpoints, newest first."""
+        """Checkpoints, newest first."""
         return self.contents.entries
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """The history as it is now, oldest first: all of it is read."""
+        """History as it is now, oldest first. Reads all of the file."""
         return list(self.catalog.events())
 
 
@@ -75,7 +75,7 @@ def look(
 
 
 def number(value: object) -> float | None:
-    """A metric as a number: manifests hold NaN and the infinities by name."""
+    """Return a metric as a number: manifests hold NaN and the infinities by name."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -88,19 +88,21 @@ def number(value: object) -> float | None:
 
 
 def checkpoint_files(directory: Path) -> Iterator[Path]:
-    """Every name of a checkpoint, also of a damaged or a foreign one, that recovery looks at."""
+    """Yield every name of a checkpoint that recovery looks at, damaged and foreign ones
+    included."""
     for place in (directory, directory / TEMP):
         yield from _files_in(place)
 
 
 def names_of(event: Mapping[str, Any]) -> list[str]:
-    """The files that an event names; none where anybody has written something else there."""
+    """Return the files that an event names; none where the line holds something else."""
     names = event.get("names")
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def set_aside(directory: Path, place: str) -> list[Path]:
-    """Every file under `quarantine/` or `archive/` (`place`), in the order of their names."""
+    """Return every file under `quarantine/` or `archive/` (`place`), in the order of their
+    names."""
     assert place in (QUARANTINE, ARCHIVE), place
     found = []
     for folder, _folders, names in os.walk(directory / place):
@@ -109,7 +111,7 @@ def set_aside(directory: Path, place: str) -> list[Path]:
 
 
 def disk_use(paths: Iterable[Path]) -> int:
-    """Bytes that `paths` occupy as `du` counts them, links to the same data counted once."""
+    """Return the bytes that `paths` occupy as `du` counts them, links to the same data once."""
     sizes: dict[tuple[int, int], int] = {}
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
@@ -119,7 +121,7 @@ def disk_use(paths: Iterable[Path]) -> int:
 
 
 def reclaimable(paths: Iterable[Path]) -> int:
-    """Bytes that come back when `paths` are removed: none while another link holds the data."""
+    """Return the bytes that removing `paths` frees: none while another link holds the data."""
     sizes: dict[tuple[int, int], int] = {}
     links: dict[tuple[int, int], int] = {}
     for path in paths:
@@ -132,7 +134,7 @@ def reclaimable(paths: Iterable[Path]) -> int:
 
 
 def occupied(stat: os.stat_result) -> int:
-    """Bytes on the disk: whole blocks, or less than the file has where the file system compresses.
+    """Return the bytes of a file on the disk: whole blocks, fewer where the file system compresses.
     Its length where the system does not tell."""
     return getattr(stat, "st_blocks", 0) * 512 or stat.st_size
 

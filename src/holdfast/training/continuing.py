@@ -1,4 +1,4 @@
-"""What this start goes on from, and whether that fits what was asked for.
+"""Decide how a start begins, and check that the saved run fits the options.
 
 Which checkpoint that is, `recovery.choose` decides. Only manifests are read here. A run's own
 configuration is the layer under everything that the user gives: `holdfast train --resume` needs no
@@ -26,7 +26,7 @@ from holdfast.training.plausible import check_configuration
 
 @dataclass(frozen=True, slots=True)
 class SavedRun:
-    """What a checkpoint says of its run, read from the manifest alone."""
+    """The run of a checkpoint, read from the manifest alone."""
 
     path: Path
     id: str
@@ -40,16 +40,16 @@ class SavedRun:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How to begin: anew, from a saved run, or from the weights of a file."""
+    """A decision: begin anew, from a saved run, or from the weights of a file."""
 
     choice: Choice | None = None  # go on from the first of these that is intact, if there is any
-    saved: SavedRun | None = None  # what that one says
+    saved: SavedRun | None = None  # the run of that one
     weights: Path | None = None  # a new run with these weights
     anew: bool = False  # a new run begins: what lies here goes to the archive at its first save
 
     @property
     def named(self) -> bool:
-        """Whether the user has named what to go on from."""
+        """True if the user has named the checkpoint to go on from."""
         return self.choice is not None and self.choice.named
 
 
@@ -75,8 +75,8 @@ def decide(config: Config, contents: Contents, ask: Callable[..., bool] | None) 
 
 
 def _begins_anew(config: Config, contents: Contents, ask: Callable[..., bool]) -> bool:
-    """Ask whether to go on, if a run lies here. Where that could only end in a refusal, ask whether
-    to begin another one."""
+    """Ask a person whether to go on, if a run lies here; return True to begin a new one. Where
+    going on could only end in a refusal, ask whether to begin a new one."""
     if not (contents.entries or contents.damaged or contents.unreadable):
         return False
     directory, newest = Path(config.checkpoint.checkpoint_dir), contents.newest
@@ -100,7 +100,7 @@ def _begins_anew(config: Config, contents: Contents, ask: Callable[..., bool]) -
 
 
 def first_readable(paths: Sequence[Path], *, named: bool = False) -> SavedRun | None:
-    """Return what the first of `paths` says that holds a run of this trainer, if one does. Raises
+    """Return the run of the first of `paths` that holds one of this trainer, if any. Raises
     `CheckpointError` where none does though it was `named`."""
     for path in paths:
         try:
@@ -114,7 +114,7 @@ def first_readable(paths: Sequence[Path], *, named: bool = False) -> SavedRun | 
 
 
 def read_saved(path: Path) -> SavedRun:
-    """What the checkpoint at `path` says of its run.
+    """Return the run of the checkpoint at `path`.
 
     Raises `CheckpointError` where it is damaged or holds no run of this trainer.
     """
@@ -167,7 +167,7 @@ def merged(config: Config, saved: SavedRun, *, start: Start) -> Config:
 
 
 def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a saved configuration that this version still has."""
+    """Return the options of a saved configuration that this version still has."""
     return {
         section: {name: value for name, value in values.items() if name in OPTIONS}
         for section, values in config.items()

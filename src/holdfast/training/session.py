@@ -1,4 +1,4 @@
-"""One start of `holdfast train`, from its options to the exit status: everything but the loop.
+"""Run one start of `holdfast train`, from its options to its end: everything but the loop.
 
 The order matters: the lock first, then what to go on from, then the data in the tokens of that
 run, then the model, then the state, and only then training.
@@ -66,7 +66,7 @@ BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, all of the
 
 @dataclass(slots=True)
 class Workshop:
-    """All that is needed to train, made once for a start or a dry run."""
+    """All that training needs, made once for a start or a dry run."""
 
     config: Config
     data: PreparedData
@@ -77,7 +77,7 @@ class Workshop:
 
 
 def run(config: Config, console: Console, *, log: bool, yes: bool, command: str) -> None:
-    """Train as `config` says, until it is done or somebody asks to stop.
+    """Train as `config` says, until it is done or a signal asks to stop.
 
     `log`: write a log file. `yes`: answer yes to questions. `command`: how the user called us, to
     say how to go on. Raises `HoldfastError`s; `Interrupted` after a signal, with the state safe.
@@ -223,7 +223,7 @@ def prepare(
 def make_manager(
     workshop: Workshop, console: Console, catalog: Catalog, notifier: Notifier
 ) -> CheckpointManager:
-    """The checkpoint manager over the trainer's state."""
+    """Return the checkpoint manager of the trainer's state."""
     options = workshop.config.checkpoint
     return CheckpointManager(
         options.checkpoint_dir,
@@ -241,7 +241,7 @@ def make_manager(
 
 
 def _listener(workshop: Workshop, console: Console, notifier: Notifier) -> EventHandler:
-    """Who is told what the manager does: the person at the console, and who asked for a call."""
+    """Return the handler of the manager's events: console, `--notify`, and held records."""
 
     def on_event(event: str, fields: dict[str, Any]) -> None:
         console.on_event(event, fields)
@@ -254,7 +254,7 @@ def _listener(workshop: Workshop, console: Console, notifier: Notifier) -> Event
 
 
 def _heed(guard: guards.SignalGuard) -> None:
-    """Between two stages before the first step: a signal ends it here. Raises Interrupted."""
+    """Raise `Interrupted` if a signal has come; called between two stages before the first step."""
     if guard.requested is not None:
         raise Interrupted(
             _("Stopped before the first step; what was saved before is as it was."), guard.requested
@@ -330,7 +330,7 @@ def _seed(seed: int) -> None:
 def _data(
     config: Config, origin: SavedRun | None, console: Console, guard: guards.SignalGuard
 ) -> PreparedData:
-    """The data in the tokens of the run, or of the model, that it goes on from."""
+    """Return the data in the tokens of the run, or of the model, that training goes on from."""
     data = config.data
     source = Path(data.data_file)
     # A configuration that --save-config wrote names the default too, and is used anywhere.
@@ -406,7 +406,8 @@ def _model(
 
 
 def _model_of(weights: Path | None) -> SavedRun | None:
-    """The run that a file of weights comes from, if it is one of ours: it knows its tokenizer."""
+    """Return the run that a file of weights comes from, if it is one of ours: its tokenizer is
+    needed."""
     if weights is None:
         return None
     try:
@@ -418,7 +419,8 @@ def _model_of(weights: Path | None) -> SavedRun | None:
 
 
 def _reserve(trainer: Trainer) -> int:
-    """Bytes for everything behind the tensors: an upper bound, so that all files have one size.
+    """Return the bytes to reserve behind the tensors: an upper bound, so that all files have one
+    size.
 
     Text twice (pickle and manifest, where it is escaped), some hundred bytes a tensor in each, and
     an epoch's three entries in the history.
@@ -433,8 +435,8 @@ def _reserve(trainer: Trainer) -> int:
 
 
 def _moments_to_come(trainer: Trainer) -> int:
-    """Bytes of the two moments that AdamW makes for each parameter in its first step: two thirds
-    of a checkpoint, and none of it is there before."""
+    """Return the bytes of the two moments that AdamW makes for each parameter in its first step:
+    two thirds of a checkpoint, and none of it is there before."""
     groups, state = trainer.optimizer.param_groups, trainer.optimizer.state
     new = [p for group in groups for p in group["params"] if p.requires_grad and not state.get(p)]
     return sum(2 * (p.nbytes + PAGE) for p in new)
@@ -495,7 +497,7 @@ def _introduce(trainer: Trainer, console: Console) -> None:
 
 
 def _facts(trainer: Trainer) -> dict[str, Any]:
-    """What somebody who watches the run wants to know of it from its start on."""
+    """Return the facts of a run that its watchers show from the start on."""
     plan = trainer.plan
     return {
         "total_steps": plan.total_steps,

@@ -1,9 +1,9 @@
-"""What lies in a run directory: which file is which checkpoint, the newest, the best, the history.
+"""List the checkpoints of a run directory, give them their names, move and remove them.
 
-Reads manifests only (no torch): identity is the manifest's, never the inode's or the clock's, so a
-directory copied without its links is understood as well. `events.jsonl` is the history and only
-grows; `metadata.json` is a cache that can be thrown away: what only shows may look into it, and
-nothing that decides does. Whatever changes the catalogue holds `lock()`.
+Only manifests are read (no torch). A checkpoint is known by its manifest, never by inode or clock,
+so a directory that was copied without its links is understood as well. `metadata.json` is a cache
+that can be thrown away: code that only shows may read it, code that decides must not. Code that
+changes the directory holds `lock()`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NONSENSE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Recu
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One checkpoint under all of its names; `names` are relative, the telling one first."""
+    """One checkpoint under all of its names; `names` are relative, its own name first."""
 
     id: str
     run_id: str
@@ -63,8 +63,11 @@ class Entry:
 
     @property
     def order(self) -> Order:
-        """Newer is greater. What was saved last in a generation is its newest: the step is a label,
-        which many loops count anew in each epoch. Clocks and mtimes decide nothing."""
+        """Place among the checkpoints: newer is greater.
+
+        The last save of a generation is its newest, whatever its step: many loops count their steps
+        anew in each epoch. Clocks and mtimes decide nothing.
+        """
         return (self.generation, self.sequence)
 
     def precedes(self, event: Mapping[str, Any]) -> bool:
@@ -80,16 +83,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a scan found; `entries` newest first."""
+    """Result of one scan; `entries` newest first."""
 
-    entries: list[Entry]
-    damaged: list[tuple[str, str]]  # name and reason
-    foreign: list[str]
-    unreadable: list[tuple[str, str]] = field(default_factory=list)  # perhaps intact: hands off
-    temporaries: list[str] = field(default_factory=list)  # of writers, living or dead
-    known: Known = field(
-        default_factory=Known
-    )  # what the history says; it goes on with later looks
+    entries: list[Entry] = field(default_factory=list)
+    damaged: list[tuple[str, str]] = field(default_factory=list)  # name and reason
+    foreign: list[str] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)  # may be intact: never touched
+    temporaries: list[str] = field(default_factory=list)  # of writers
+    known: Known = field(default_factory=Known)  # from the history; later reads update it
 
     @property
     def newest(self) -> Entry | None:
@@ -113,7 +114,7 @@ class Contents:
 
     @property
     def generation(self) -> int:
-        """The highest generation that was ever begun here; 0 where there is no run yet."""
+        """Highest generation that was ever begun here; 0 where there is no run yet."""
         return max([self.known.generation, *(entry.generation for entry in self.entries)])
 
     def abandoned(self, back: Rollback) -> list[Entry]:
@@ -132,7 +133,7 @@ class Contents:
 
 
 def in_words(error: BaseException) -> str:
-    """Return what the system has said, or the kind of an error without words."""
+    """Return the message of `error`, or its class where it has none."""
     return str(error) or type(error).__name__
 
 
@@ -146,7 +147,7 @@ class Catalog:
         self._read: dict[tuple[str, str], Entry] = {}  # what this object has read of the manifests
 
     def lock(self, wait: float = 30.0) -> FileLock:
-        """The short lock of whoever changes the catalogue; not the lock of the run."""
+        """Return the short lock to hold while the directory is changed; not the lock of the run."""
         return FileLock(self.directory / CATALOG_LOCK, wait=wait)
 
     def path(self, entry: Entry) -> Path:
@@ -155,10 +156,11 @@ class Catalog:
     # -------------------------------------------------------------------------------- looking
 
     def scan(self, *, cached: bool = False) -> Contents:
-        """All checkpoints here, from their manifests; what cannot be read is named, not raised.
+        """Return all checkpoints here, from their manifests; a file that cannot be read is named in
+        the result and raises nothing.
 
-        `cached` believes metadata.json as well: for a thousand checkpoints on a screen, not for
-        what is removed, moved or gone on from.
+        `cached` also believes metadata.json: to show a thousand checkpoints, never to decide what
+        is removed, moved or gone on from.
         """
         read = {**self._read_cache(), **self._read} if cached else self._read
         seen: dict[tuple[str, str], Entry] = {}
@@ -179,7 +181,7 @@ class Catalog:
                 stamp = (name, _stamp(status))
                 entry = by_inode.get(key) or read.get(stamp)
                 if entry is None:
-                    # After one that cannot be read the others are not waited for.
+                    # A disk that has failed once is not waited for again.
                     path, patient = self.directory / name, not unreadable
                     entry = summary(read_manifest(path, patient=patient), status.st_size)
             except DamagedCheckpoint as error:
@@ -187,7 +189,7 @@ class Catalog:
             except NewerFormat as error:
                 unreadable.append((name, str(error)))
             except ForeignCheckpoint:
-                if name in known.names:  # what was once ours and no longer looks like it
+                if name in known.names:  # it was ours, and no longer looks like it
                     damaged.append((name, _("something else has been written over it")))
                 else:
                     foreign.append(name)
@@ -235,12 +237,12 @@ class Catalog:
         self.history.record(event, **fields)
 
     def events(self, *kinds: str) -> Iterator[Event]:
-        """The whole history, or its events of some kinds, oldest first."""
+        """Yield the whole history, or its events of some kinds, oldest first."""
         return self.history.events(*kinds)
 
     def _note(self, event: str, **fields: Any) -> bool:
-        """Record what has been done where a full disk must not stop it from being done; returns
-        whether there was room for the line."""
+        """Record an act that a full disk must not prevent. Return False if there was no room for
+        the line."""
         try:
             self.record(event, **fields)
         except OSError as error:
@@ -251,8 +253,8 @@ class Catalog:
     # -------------------------------------------------------------------------------- changing
 
     def assign_roles(self, contents: Contents) -> Contents:
-        """Point latest, main and best at what they should mean; repairs what a crash left. Return
-        what lies here then."""
+        """Point latest, main and best at the checkpoints they stand for, also after a crash in the
+        middle of this. Return what lies here then."""
         changed = self.clear_roles(contents)
         newest = contents.newest
         if newest is not None:
@@ -269,8 +271,8 @@ class Catalog:
         return self.scan() if changed else contents
 
     def give_name(self, source: Path, entry: Entry) -> Path:
-        """Let `entry`, which lies at `source`, have a name of its own here; nothing makes way for
-        it. Returns the name."""
+        """Give `entry`, which lies at `source`, a name of its own here, without replacing anything.
+        Return the path."""
         own = self.directory / name_of(entry)
         free = own.with_name(f"{own.stem}-{entry.id[:8]}.pt") if own.exists() else own
         filesystem.make_directory(free.parent)
@@ -279,7 +281,7 @@ class Catalog:
         return free
 
     def publish(self, entry: Entry, names: Sequence[str]) -> dict[str, str]:
-        """Let `names` stand for `entry`; returns how ("link", "reflink", "copy") for each.
+        """Let `names` stand for `entry`; return how ("link", "reflink", "copy") for each.
 
         Without hard links a temporary checkpoint is published as latest.pt only: copies of the
         whole state every few minutes would cost more than the name is worth.
@@ -301,18 +303,19 @@ class Catalog:
         return how
 
     def delete(self, entry: Entry, why: str) -> None:
-        """Remove a checkpoint under all names. Whether it may go was decided by retention."""
+        """Remove a checkpoint under all names. The caller has decided that it may go."""
         fields = {"id": entry.id, "step": entry.step, "names": list(entry.names), "reason": why}
         noted = self._note("removed", **fields)
         for name in entry.names:
             filesystem.remove(self.directory / name)
         for parent in {(self.directory / name).parent for name in entry.names}:
             filesystem.sync_directory(parent)
-        if not noted:  # the disk was full to the last byte, and now it is not
+        if not noted:  # the disk was full: now there is room for the line
             self._note("removed", **fields)
 
     def quarantine(self, names: Iterable[str], reason: str) -> list[str]:
-        """Set damaged files aside, with every name of the same inode and the reason beside them."""
+        """Move damaged files to `quarantine/` with every name of the same inode, and write the
+        reason beside them. Return the names."""
         wanted = [self.directory / name for name in names if (self.directory / name).exists()]
         every = [name for name, _stat in self._files() if name.endswith(".pt")]
         same = [
@@ -350,14 +353,14 @@ class Catalog:
         return moved
 
     def replace(self, name: str) -> Path:
-        """Move what is called `name` to `archive/replaced/`; returns where it lies now."""
+        """Move the file called `name` to `archive/replaced/`; return its new path."""
         place = filesystem.move(self.directory / name, self.directory / ARCHIVE / REPLACED / name)
         self._note("archived", names=[name], to=f"{ARCHIVE}/{REPLACED}")
         return place
 
     def archive(self, entries: Sequence[Entry], generation: int) -> Path:
-        """Move checkpoints out of the way of recovery; they are kept in `archive/`, in a folder of
-        their run and of `generation`, the one that ends with them. Returns that of the newest."""
+        """Move checkpoints to `archive/`, where recovery does not look, into a folder of their run
+        and of `generation`, the one that ends with them. Return the folder of the newest."""
         for entry in entries:
             label = archive_of(entry, generation)
             place = self.directory / label
@@ -377,7 +380,7 @@ class Catalog:
     # -------------------------------------------------------------------------------- the cache
 
     def write_cache(self, contents: Contents | None = None) -> None:
-        """Write metadata.json anew; reading it spares `holdfast list` a thousand manifests."""
+        """Write metadata.json anew, which spares `holdfast list` reading a thousand manifests."""
         contents = contents or self.scan()
         files = {}
         for entry in contents.entries:
@@ -395,7 +398,7 @@ class Catalog:
             log.warning("%s: %s", METADATA, error)
 
     def _read_cache(self) -> Mapping[tuple[str, str], Entry]:
-        """What metadata.json says; nothing where a byte of it has changed."""
+        """Return the entries in metadata.json; none where a byte of it has changed."""
         try:
             data = filesystem.read_small(self.directory / METADATA)
             head, found, rest = data.partition(b",\n" + _CACHE_FILES)
@@ -411,13 +414,13 @@ class Catalog:
 
 
 def archive_of(entry: Entry, generation: int) -> str:
-    """Where `entry` goes that is archived when `generation` ends, relative to the run directory:
-    the folder is its run's, so that files of two runs are never taken for one another."""
+    """Return the folder for `entry` when it is archived at the end of `generation`, relative to the
+    run directory. Each run has its own, so that files of two runs are never mixed up."""
     return f"{ARCHIVE}/{entry.run_id[:8]}/generation_{generation}"
 
 
 def name_of(entry: Entry) -> str:
-    """What a checkpoint is called when it is written, relative to the run directory."""
+    """Return the name that a checkpoint is written under, relative to the run directory."""
     if entry.kind == "epoch":
         return f"model_epoch_{entry.epoch}.pt"
     if entry.kind == "temp":
@@ -427,7 +430,8 @@ def name_of(entry: Entry) -> str:
 
 
 def summary(manifest: Mapping[str, Any], size: int) -> Entry:
-    """The entry that a manifest describes. Raises `ForeignCheckpoint` where it says too little."""
+    """Return the entry that a manifest describes. Raises `ForeignCheckpoint` if it says too
+    little."""
     try:
         identity, score = manifest["identity"], manifest.get("score") or {}
         value = score.get("value")
@@ -455,7 +459,7 @@ def summary(manifest: Mapping[str, Any], size: int) -> Entry:
 
 
 def _sane(entry: Entry) -> Entry:
-    """`entry` if its fields are what they are declared to be; anybody may have written them."""
+    """Return `entry` if its fields have their declared types: the file may come from a stranger."""
     texts = (entry.kind, entry.reason, entry.created)
     numbers = [entry.generation, entry.step, entry.sequence, entry.size]
     numbers += [] if entry.epoch is None else [entry.epoch]
@@ -477,7 +481,7 @@ def _sane(entry: Entry) -> Entry:
 def _rejoin(source: Path, target: Path) -> str:
     """Make `target`, a copy of the checkpoint `source`, a link to it again, where links work.
 
-    Of two copies one may be damaged, and it must not take the other's place.
+    Only an intact `source` may replace the copy: one of the two may be damaged.
     """
     try:
         with Reader(source) as reader:

@@ -1,9 +1,8 @@
-"""The history of a run directory: `events.jsonl`, appended to, and read once.
+"""Append to `events.jsonl`, the history of a run directory, and read each line of it once.
 
-Several processes append to it (the trainer, clean, pin), so what it says is read from the file and
-never remembered from what was written. A save asks for a handful of facts; parsing all events for
-each would slow every save down with the age of the run. Each line is read once and folded into
-`Known`, which grows with the checkpoints that exist and not with those that ever did. No torch.
+Several processes append to it (the trainer, clean, pin), so facts come from the file and never from
+memory of what this process wrote. Parsing the whole file for each save would slow an old run down:
+each line is folded into `Known`, whose size follows the checkpoints that exist now. No torch.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def is_later(event: Mapping[str, Any], order: Order, step: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """A line of the history: to which state the run went back."""
+    """A roll-back, as a line of the history tells it."""
 
     id: str
     run_id: str | None  # of the state; lines of nonsense may not tell
@@ -76,7 +75,7 @@ class Rollback:
 
 
 def now() -> str:
-    """The local time with its zone, ISO 8601."""
+    """Return the local time with its zone, ISO 8601."""
     return datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
 
 
@@ -93,13 +92,13 @@ def _is_name(value: object) -> TypeGuard[str]:
 
 @dataclass(slots=True)
 class Known:
-    """What the events until now amount to. Checkpoints that were removed are forgotten."""
+    """Sum of all events until now. Checkpoints that were removed are forgotten."""
 
     verified: set[str] = field(default_factory=set)  # ids: read back and right when last checked
     damaged: set[str] = field(default_factory=set)  # ids: `holdfast verify` has found damage since
     pinned: set[str] = field(default_factory=set)  # ids, whether they lie here or in the archive
     announced: dict[str, Event] = field(default_factory=dict)  # "durable" by first name, in order
-    names: set[str] = field(default_factory=set)  # every name that a checkpoint was announced under
+    names: set[str] = field(default_factory=set)  # all names of announced checkpoints
     run: tuple[str, int] | None = None  # run id and generation that were begun last
     generation: int = 0  # the highest that was begun
     sequence: int = 0  # the highest number of a save that was announced
@@ -171,10 +170,10 @@ class Known:
 
 
 def _lasting(lines: list[bytes]) -> list[bytes]:
-    """Leave out the lines of checkpoints that were saved and removed again within `lines`: most of
-    a long history, and parsing them costs a start, or a save, ten times as much as this look.
+    """Leave out the lines of checkpoints that were saved and removed again within `lines`.
 
-    What they say of numbers is said by others too: the newest of a generation is never removed.
+    They are most of a long history, and parsing them costs ten times as much as this look. No
+    number is lost: the newest checkpoint of a generation, which has the highest, is never removed.
     """
     marks = [_mark(line) for line in lines]
     last = {mark[2]: mark[1] for mark in marks if mark}
@@ -191,7 +190,7 @@ def _names(event: Event) -> list[str]:
 
 
 class History:
-    """The history at `path`. May be asked by any thread."""
+    """The history at `path`. For any thread."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -214,7 +213,7 @@ class History:
 
     @property
     def known(self) -> Known:
-        """What `read` returns now."""
+        """Result of `read` now."""
         return self.read()
 
     def read(self) -> Known:
@@ -254,8 +253,8 @@ class History:
         self._forget()
 
     def events(self, *kinds: str) -> Iterator[Event]:
-        """Every event, or those of some kinds, oldest first: all of the file, for the desk. A line
-        that a crash has torn is passed over."""
+        """Yield every event, or those of some kinds, oldest first: reads all of the file. A line
+        that a crash has torn is left out."""
         follower = Follower(self.path)
         while True:
             for event in follower.new():

@@ -1,4 +1,4 @@
-"""Which manager of this process works in which run directory, until it has given it back.
+"""Record which manager of this process works in which run directory.
 
 A manager that cannot be closed any more (a notebook cell that was interrupted and is run again, an
 exception, garbage) must not keep its directory until the process ends: the next one in the same
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from holdfast.checkpoint.system import end_workers
+from holdfast.checkpoint.system import end_workers, filesystem
 from holdfast.errors import RunLocked
 from holdfast.i18n import _
 
@@ -37,7 +37,7 @@ class Manager(Protocol):
 
 
 class Tenure:
-    """The time in which a manager holds `directory`. It does not keep the manager alive."""
+    """A manager's hold on `directory`. It does not keep the manager alive."""
 
     def __init__(self, directory: Path, manager: Manager) -> None:
         self.directory = directory.absolute()
@@ -60,8 +60,8 @@ _tenures: list[Tenure] = []
 
 
 def give_back(held: list[Callable[[], None]]) -> None:
-    """Call what gives something back, the last first. What an interrupt comes upon is called again
-    the next time, and nothing that has been given back is."""
+    """Call the functions in `held`, the last first, each of which gives something back. After an
+    interrupt, call this again: it goes on where it was."""
     while held:
         try:
             held[-1]()
@@ -71,13 +71,13 @@ def give_back(held: list[Callable[[], None]]) -> None:
 
 
 def take_over(directory: Path) -> bool:
-    """Have the manager of this thread that works in `directory`, if any, finish what it has under
-    way and give the directory back; returns whether there was one.
+    """Have the manager of this thread that works in `directory`, if any, finish its saves and give
+    the directory back. Return True if there was one.
 
     Raises `RunLocked` where it is the manager of another thread that is alive, or has become
     garbage and is still saving after a minute.
     """
-    found = next((t for t in list(_tenures) if _same(t.directory, directory)), None)
+    found = next((t for t in list(_tenures) if filesystem.same_data(t.directory, directory)), None)
     if found is None:
         return False
     manager = found.manager()
@@ -102,14 +102,8 @@ def take_over(directory: Path) -> bool:
     return True
 
 
-def _same(one: Path, other: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return one.samefile(other)
-    return False
-
-
 def _finish() -> None:
-    """Finish what is under way at the end of the process, while there are threads to do it."""
+    """Finish all saves at the end of the process, while there are threads to do it."""
     for tenure in list(_tenures):
         manager = tenure.manager()
         try:

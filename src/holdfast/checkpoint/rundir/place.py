@@ -1,4 +1,4 @@
-"""The run directory of this process: whether it may be written, and is still at its path."""
+"""Check that the run directory may be written, and is still the one that this process locked."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class Place:
 
 
 def check_rights(directory: Path) -> None:
-    """Raise `ResourceError` where a run directory is there and this user could save nothing in it:
-    another one, perhaps root, has trained there before. `OSError` where nobody can write it now."""
+    """Raise `ResourceError` if this user could save nothing in a run directory because another one,
+    perhaps root, has trained there before. `OSError` where no user can write it now."""
     if not directory.is_dir():
         filesystem.check_links(directory)
         return
@@ -108,7 +108,7 @@ def check_rights(directory: Path) -> None:
 
 
 def _in_the_way(directory: Path) -> Iterator[Path]:
-    """What a save must write or replace and this user cannot."""
+    """Yield the files that a save must write or replace and this user cannot."""
     for name in (*LOCKS, EVENTS):
         path = directory / name
         if path.exists() and not os.access(path, os.W_OK):
@@ -127,7 +127,7 @@ def _user() -> int:
 
 
 def _not_yours(path: Path, directory: Path) -> Exception:
-    if path.stat().st_uid == _user():  # it has only to allow it
+    if path.stat().st_uid == _user():  # only the permission is missing
         return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     return ResourceError(
         _(

@@ -1,4 +1,4 @@
-"""What to go on from: the newest intact checkpoint, or the one that was asked for.
+"""Find the checkpoint to go on from: the newest intact one, or the one that was asked for.
 
 `choose` decides from manifests alone, and `find` reads. Damaged files are set aside on the way,
 with their reason. Nothing live is touched here.
@@ -27,31 +27,33 @@ Tell = Callable[..., None]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The checkpoints that may be gone on from, the best first: the next takes the place of one
-    that turns out to be damaged."""
+    """Checkpoints that training may go on from, the best first: where one turns out to be damaged,
+    the next takes its place."""
 
     contents: Contents
     paths: Sequence[Path]
-    entries: Sequence[
-        Entry
-    ] = ()  # those at `paths`; none where they belong to no run of this place
+    entries: Sequence[Entry] = ()  # those at `paths`; none where `paths` lie elsewhere
     named: bool = False  # asked for; else the newest here
+
+    @property
+    def unread(self) -> bool:
+        """True if something here that cannot be read now may be newer than what was named."""
+        return self.named and bool(self.contents.unreadable)
 
 
 @dataclass(slots=True)
 class Found:
-    """A checkpoint that has been read whole and verified, not yet restored."""
+    """A checkpoint that was read whole and verified, and is not restored yet."""
 
     entry: Entry
     path: Path
     manifest: Mapping[str, Any]
     payload: Mapping[str, Any]
-    here: bool  # whether it belongs to this run directory
-    contents: Contents = field(default_factory=lambda: Contents([], [], []))  # what lies here now
-    named: bool = False
+    choice: Choice
+    contents: Contents  # of the run directory now
+    here: bool = False  # whether it belongs to this run directory
     newer: list[Entry] = field(default_factory=list)  # intact ones here that it goes back behind
     skipped: list[tuple[str, str]] = field(default_factory=list)  # damaged and set aside, and why
-    unread: bool = False  # whether something here that cannot be read now may be newer
 
 
 def choose(
@@ -76,19 +78,15 @@ def choose(
 
 
 def find(catalog: Catalog, choice: Choice, tell: Tell) -> Found | None:
-    """Read the best of `choice` that is intact; None where this directory holds nothing and nothing
-    was named.
+    """Read the first of `choice` that is intact; None where this directory holds nothing and
+    nothing was named. Damaged files are moved to `quarantine/`.
 
-    Raises `DamagedCheckpoint` where what was named is damaged or where everything is: nothing is
-    ever started over in silence. Where another checkpoint was named, what cannot be read now stays
-    where it is, behind the generation that begins.
+    Raises `DamagedCheckpoint` where the named checkpoint is damaged, or where all are: no run is
+    started over in silence. A file that cannot be read now stays where it is.
     """
     contents = choice.contents
-    unread = choice.named and bool(contents.unreadable)
     if choice.named and not choice.entries:
-        found = _first_intact(choice.paths)
-        found.contents, found.named, found.unread = contents, True, unread
-        return found
+        return _first_intact(choice)
     with catalog.lock():
         if not choice.named:
             for name, reason in contents.unreadable:
@@ -97,12 +95,11 @@ def find(catalog: Catalog, choice: Choice, tell: Tell) -> Found | None:
         for name, reason in contents.damaged:
             aside.put(name, reason)
         for entry in choice.entries:
-            here = _read_entry(catalog, entry, aside)
-            if here is not None:
-                here.contents = contents.without(aside.names)
-                here.newer = [e for e in here.contents.entries if e.order > entry.order]
-                here.named, here.skipped, here.unread = choice.named, aside.skipped, unread
-                return here
+            found = _read_entry(catalog, choice, entry, aside)
+            if found is not None:
+                found.contents = contents.without(aside.names)
+                found.newer = [e for e in found.contents.entries if e.order > entry.order]
+                return found
     if choice.named:
         name, why = aside.skipped[-1]
         path = catalog.directory / name
@@ -112,7 +109,7 @@ def find(catalog: Catalog, choice: Choice, tell: Tell) -> Found | None:
 
 
 def cannot_read(path: Path, reason: object) -> CheckpointError:
-    """Return the error of a checkpoint that the system does not let us read now."""
+    """Return the error to raise for a checkpoint that the system cannot read now."""
     return CheckpointError(
         _(
             "{path} cannot be read now ({reason}). It may be intact, so nothing older is taken in "
@@ -146,10 +143,10 @@ def _perhaps_newest(directory: Path, contents: Contents) -> list[tuple[str, str]
 
 
 def lost(known: Known, entry: Entry) -> tuple[int, float]:
-    """Steps and minutes between `entry` and the newest that was announced and is gone.
+    """Return steps and minutes between `entry` and the newest announced checkpoint that is gone.
 
-    What went to the archive when the user went back is not lost, nor what he went back behind. In a
-    loop that counts its steps anew, the steps of each count are added up.
+    Checkpoints that a roll-back left behind do not count as lost. In a loop that counts its steps
+    anew, the steps of each count are added up.
     """
     back = known.back
     gone: list[dict[str, Any]] = []
@@ -173,8 +170,8 @@ def lost(known: Known, entry: Entry) -> tuple[int, float]:
 
 
 def _refuse_to_start_over(catalog: Catalog, damaged: Collection[str]) -> None:
-    """Raise where there was a run and all of it is damaged, now or when last looked at: a job that
-    is started again and again must not end with an empty run in place of the lost one."""
+    """Raise if all checkpoints of a run are damaged, now or at an earlier start: a job that is
+    started again and again must not end with an empty run in place of the lost one."""
     place = catalog.directory / QUARANTINE
     names = sorted(damaged) or sorted(path.name for path in place.rglob("*.pt"))
     if names:
@@ -191,7 +188,7 @@ def _refuse_to_start_over(catalog: Catalog, damaged: Collection[str]) -> None:
 
 @dataclass(slots=True)
 class _Aside:
-    """Damaged files that have been set aside on the way."""
+    """Damaged files that were moved to quarantine while looking."""
 
     catalog: Catalog
     tell: Tell
@@ -204,22 +201,22 @@ class _Aside:
     def put(self, name: str, reason: str, step: int | None = None) -> None:
         names = self.catalog.quarantine([name], reason)
         self.skipped.extend((each, reason) for each in names)
-        if names:  # else it went with another name of its inode
+        if names:  # else another name of its inode has taken it along
             self.tell("quarantined", names=names, reason=reason, step=step)
 
 
-def _read(path: Path) -> Found:
-    from holdfast.checkpoint.state import codec  # needs torch, which who only lists does without
+def _read(path: Path, choice: Choice) -> Found:
+    from holdfast.checkpoint.state import codec  # needs torch: listing does without
 
     with container.Reader(path) as reader:
         payload = codec.read(reader, arrays=True)
         entry = summary(reader.manifest, reader.size)
         if not isinstance(payload, Mapping):
             raise ForeignCheckpoint(_("{path} holds no state of a training.", path=path))
-        return Found(entry, path, reader.manifest, payload, here=False)
+        return Found(entry, path, reader.manifest, payload, choice, choice.contents)
 
 
-def _read_entry(catalog: Catalog, entry: Entry, aside: _Aside) -> Found | None:
+def _read_entry(catalog: Catalog, choice: Choice, entry: Entry, aside: _Aside) -> Found | None:
     """Read an entry by the first of its names that is intact: without links they are copies.
 
     Raises `CheckpointError` where none is, and one of them cannot be read now.
@@ -233,8 +230,8 @@ def _read_entry(catalog: Catalog, entry: Entry, aside: _Aside) -> Found | None:
             if (stat.st_dev, stat.st_ino) in seen:
                 continue
             seen.add((stat.st_dev, stat.st_ino))
-            found = _read(path)
-        except FileNotFoundError:  # went into quarantine with another name of its inode
+            found = _read(path, choice)
+        except FileNotFoundError:  # quarantined with another name of its inode
             continue
         except (DamagedCheckpoint, ForeignCheckpoint) as error:
             aside.put(name, error.why, entry.step)
@@ -242,7 +239,7 @@ def _read_entry(catalog: Catalog, entry: Entry, aside: _Aside) -> Found | None:
             unread = unread or cannot_read(path, error)
         else:
             found.entry = replace(found.entry, names=entry.names, verified=entry.verified)
-            found.here = True
+            found.here, found.skipped = True, aside.skipped
             return found
     if unread is not None:
         raise unread
@@ -294,14 +291,14 @@ def _is_one_of(directory: Path, entry: Entry, files: Sequence[Path]) -> bool:
     )
 
 
-def _first_intact(files: Sequence[Path]) -> Found:
-    """Read the newest of `files` that is intact. Raises what the last one has to say."""
-    for file in files:
+def _first_intact(choice: Choice) -> Found:
+    """Read the first of the files elsewhere that is intact. Raises the error of the last one."""
+    for path in choice.paths:
         try:
-            return _read(file)
+            return _read(path, choice)
         except (DamagedCheckpoint, ForeignCheckpoint):
-            if file is files[-1]:
+            if path is choice.paths[-1]:
                 raise
         except OSError as error:
-            raise cannot_read(file, error) from error
+            raise cannot_read(path, error) from error
     raise AssertionError("the last one returns or raises")

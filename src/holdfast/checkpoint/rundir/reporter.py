@@ -1,7 +1,7 @@
-"""What has happened: into events.jsonl at once, and to the caller in the thread he made us in.
+"""Record events in events.jsonl at once; deliver callbacks in the thread that made the manager.
 
-Saving goes on in threads of its own. What they have to tell waits here until the training thread
-comes by, so that nobody's console or callback has to bear being called from elsewhere.
+Saves run in threads of their own. Their events wait here until the training thread calls
+`deliver`: consoles and callbacks are not made to be called from other threads.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ EventHandler = Callable[[str, dict[str, Any]], None]
 
 
 class Reporter:
-    """Records events and tells them to `on_event(event, fields)`; without one to the log, in words
-    where they are warnings."""
+    """Records events and tells them to `on_event(event, fields)`. Without one they go to the log,
+    as a sentence where they are a warning."""
 
     def __init__(self, catalog: Catalog, on_event: EventHandler | None = None) -> None:
         self._catalog, self._on_event = catalog, on_event
-        self.recording = True  # not while the directory is another process's: its history is too
+        self.recording = True  # False while the directory is not ours
         self._owner = threading.get_ident()
         self._waiting: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
 
@@ -41,11 +41,11 @@ class Reporter:
             return
         try:
             self._catalog.record(event, **fields)
-        except OSError as error:  # a full disk: the checkpoint counts, its line in the log does not
+        except OSError as error:  # a full disk: the checkpoint matters more than its line
             self.warn(error)
 
     def warn(self, error: Exception) -> None:
-        """Something that costs no state could not be done."""
+        """Log an error that costs no state."""
         log.warning("%s: %s", self._catalog.directory, error)
 
     def tell(self, event: str, **fields: Any) -> None:
@@ -61,7 +61,7 @@ class Reporter:
             self.deliver()
 
     def deliver(self) -> None:
-        """Tell what has been waiting; called in the training thread."""
+        """Tell all events that wait; to be called in the training thread."""
         while self._on_event is not None:
             try:
                 event, fields = self._waiting.get_nowait()

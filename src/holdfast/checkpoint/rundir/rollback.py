@@ -1,8 +1,8 @@
-"""Going back to an earlier state: what is newer goes to the archive.
+"""Go back to an earlier state: checkpoints that are newer go to the archive.
 
-A line in the history is what does it. It is durable before the first file moves, so a crash leaves
-a run that has gone back or one that has not: what is left to move then is moved by the next start,
-or by asking once more. No torch here.
+One line in the history decides it. It is durable before the first file moves, so after a crash the
+run has gone back or it has not. The next start, or the same command again, moves the rest. No torch
+here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger("holdfast")
 
 
 def intact(catalog: Catalog, entry: Entry) -> None:
-    """Check every byte of `entry`, which becomes known as verified.
+    """Check every byte of `entry` and record it as verified.
 
     Where its names are copies, the damaged ones are set aside as long as one is intact. Raises
     `DamagedCheckpoint` where none is; nothing has changed then.
@@ -47,7 +47,7 @@ def intact(catalog: Catalog, entry: Entry) -> None:
 
 
 def damage_of(path: Path) -> CheckpointError | None:
-    """Read every byte of `path` from the device; return what is wrong, or None."""
+    """Read every byte of `path` from the device; return the error, or None if it is intact."""
     try:
         with Reader(path) as reader:
             reader.verify()
@@ -58,7 +58,7 @@ def damage_of(path: Path) -> CheckpointError | None:
 
 def damage_of_all(catalog: Catalog, entry: Entry) -> str | None:
     """Return None if `entry` is intact under one of its names (without links they are copies), else
-    what is wrong with the last of them."""
+    the damage of the last one."""
     error = None
     for name in entry.names:
         error = damage_of(catalog.directory / name)
@@ -83,7 +83,7 @@ def roll_back(catalog: Catalog, entry: Entry, source: str | None = None) -> None
 
 @dataclass(slots=True)
 class GoBack:
-    """The last act of a restore from an older state: what is newer makes way, or the restore does
+    """Last act of a restore from an older state: newer checkpoints make way, or the restore does
     not happen. The caller holds the locks of the run and of the catalogue."""
 
     catalog: Catalog
@@ -94,12 +94,12 @@ class GoBack:
         self.found.contents = _carry_out(self.catalog, self.found.contents)
 
     def undo(self) -> None:
-        """Change nothing: once its line is written the run has gone back."""
+        """Change nothing: once the line is written, the run has gone back."""
 
 
 def finish(catalog: Catalog, contents: Contents) -> Contents:
-    """Do what a crash has left undone; return what lies here then. The caller holds the run's
-    lock."""
+    """Finish a roll-back that a crash interrupted; return what lies here then. The caller holds the
+    run's lock."""
     if contents.known.pending is None:
         return contents
     with catalog.lock():
@@ -120,15 +120,15 @@ def _decide(catalog: Catalog, contents: Contents, entry: Entry, source: str | No
 
 
 def _carry_out(catalog: Catalog, contents: Contents) -> Contents:
-    """Move what the line abandons; return what lies here then. The caller holds the catalogue's
-    lock."""
+    """Archive the checkpoints that the line abandons; return what lies here then. The caller holds
+    the catalogue's lock."""
     back = catalog.history.known.pending
     if back is None:
         return contents
     source = None
     if back.source is not None and all(entry.id != back.id for entry in contents.entries):
         source = _source(catalog, back, back.source)
-        if source is None:  # gone since: what is here has to do
+        if source is None:  # removed since: stay with the checkpoints here
             return contents
     abandoned = contents.abandoned(back)
     if abandoned:
@@ -139,7 +139,7 @@ def _carry_out(catalog: Catalog, contents: Contents) -> Contents:
 
 
 def _source(catalog: Catalog, back: Rollback, name: str) -> Entry | None:
-    """Return the state in the archive that is to be one of those here, too."""
+    """Return the entry of the archived state to go back to; None if it is gone."""
     path = catalog.directory / name
     try:
         entry = summary(read_manifest(path), path.stat().st_size)

@@ -1,4 +1,4 @@
-"""The memory tier: snapshots in shared memory that outlive the process, and finding them again.
+"""Keep snapshots in shared memory, where they outlive the process, and find them again.
 
 A run has a directory of its own in /dev/shm, 0700, named after the run directory's device and
 inode, so that a copied run never meets the snapshots of its original. In it each slot is a file
@@ -9,9 +9,9 @@ that is a complete `.pt`, and beside it a head that says what it is:
         run                     the path of the run directory
         slot-0.pt  slot-0.head  the image; and one line of JSON with its checksum
 
-A head is valid only while the slot beside it holds a whole snapshot, checksums included: what has
-none is not believed. Other processes of this user make and remove such directories at any moment,
-so every look at one that is not ours must take it that something has just gone. No torch here.
+A head is valid only while the slot beside it holds a whole snapshot, checksums included; a slot
+without a valid head is not believed. Other processes of this user make and remove such directories
+at any moment: code that looks at one must expect any file in it to be gone. No torch here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ NONSENSE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def usable() -> bool:
-    """Whether this platform has shared memory that outlives a process."""
+    """Return True if this platform has shared memory that outlives a process."""
     return (
         sys.platform.startswith("linux")
         and not filesystem.disabled("sharedmemory")
@@ -60,7 +60,7 @@ def usable() -> bool:
 
 
 def free_bytes() -> int:
-    """Bytes that shared memory still takes; Docker's default is 64 MB in all."""
+    """Return the bytes that shared memory still takes; Docker's default is 64 MB in all."""
     return filesystem.free_bytes(PLACE)
 
 
@@ -72,7 +72,7 @@ def _order(identity: Mapping[str, Any]) -> Order:
 
 
 class MemoryTier:
-    """The directory in shared memory of one run, as its owner sees it."""
+    """Directory in shared memory of one run, for its owner."""
 
     def __init__(self, run_directory: Path, run_id: str, generation: int) -> None:
         """Claim the directory of this run. Raises `OSError` or `RunLocked`."""
@@ -84,36 +84,33 @@ class MemoryTier:
             self.directory.chmod(0o700)  # the lock makes it anew where it has just been swept
             # For people who look at what is left; nothing that resuming does depends on it.
             (self.directory / _RUN).write_bytes(os.fsencode(run_directory.absolute()))
-        except BaseException:  # no room, an interrupt: nobody will have a tier to close
+        except BaseException:  # no room, an interrupt: the caller gets no tier to close
             self.close(abandon=True)
             raise
 
     def in_memory(self, order: Order) -> None:
-        """A snapshot of this order is whole here."""
+        """Note that a snapshot of this order is whole here."""
         self._newest = max(self._newest, order)
 
     def on_disk(self, order: Order) -> None:
-        """A checkpoint of this order is durable and verified."""
+        """Note that a checkpoint of this order is durable and verified."""
         self._durable = max(self._durable, order)
 
     def slot(self, capacity: int) -> Slot:
-        """One more slot. Raises `OSError` where shared memory has no room for it."""
+        """Make one more slot. Raises `OSError` where shared memory has no room for it."""
         path = self.directory / f"slot-{self._slots}.pt"
         slot = SharedSlot(self, path, capacity)
         self._slots += 1
         return slot
 
     def close(self, *, abandon: bool = False) -> None:
-        """Everything goes, unless a snapshot here is newer than what is on the disk: that stays for
-        whoever goes on with the run. With `abandon` nobody will."""
+        """Remove everything, unless a snapshot here is newer than the disk: the next start goes on
+        from it. With `abandon` no start will, and it goes too."""
         if self._lock.held:  # a forked child holds nothing
             try:
                 if abandon or self._newest <= self._durable:
                     _remove(self._lock)
-            except (
-                OSError,
-                RunLocked,
-            ) as error:  # a later sweep removes it
+            except (OSError, RunLocked) as error:  # a later sweep removes it
                 log.warning("%s: %s", self.directory, error)
             finally:
                 self._lock.release()
@@ -178,7 +175,7 @@ class SharedSlot(Slot):
 
 
 def _claim(name: str) -> FileLock:
-    """Make a directory in shared memory that is this process's alone; returns its lock, held.
+    """Make a directory in shared memory that belongs to this process alone; return its lock, held.
     Raises `OSError` or `RunLocked`."""
     directory = PLACE / name
     while True:
@@ -202,8 +199,8 @@ def _name(run_directory: Path, run_id: str, generation: int) -> str:
 def _remove(lock: FileLock) -> None:
     """Remove a directory of shared memory whose `lock` is held, with all that is in it.
 
-    The lock goes last. Another process may make it anew at that moment, to ask or to use what is
-    there: nothing more goes before it is ours again. Raises `OSError`, or `RunLocked`.
+    The lock file goes last. If another process makes it anew at that moment, it is locked again
+    before anything more is removed. Raises `OSError`, or `RunLocked`.
     """
     directory = lock.path.parent
     while True:
@@ -222,7 +219,7 @@ def _remove(lock: FileLock) -> None:
 
 
 def _listing(directory: Path) -> list[Path]:
-    """Return what is in `directory`; nothing where it is gone."""
+    """Return the paths in `directory`; none if it is gone."""
     try:
         return sorted(directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -234,7 +231,7 @@ def _listing(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True, slots=True)
 class Remains:
-    """What a process has left in shared memory, or is using there."""
+    """A directory of snapshots that a process has left in shared memory, or uses there."""
 
     directory: Path
     size: int  # bytes
@@ -250,7 +247,7 @@ class Remains:
 
     @property
     def run(self) -> Path | None:
-        """The path that the run directory had."""
+        """Path that the run directory had."""
         try:
             return Path(os.fsdecode((self.directory / _RUN).read_bytes()))
         except OSError:
@@ -258,7 +255,7 @@ class Remains:
 
     @property
     def lock(self) -> FileLock:
-        """The lock that a living owner holds."""
+        """Lock that a living owner holds."""
         return FileLock(self.directory / _LOCK)
 
     def remove(self) -> bool:
@@ -299,7 +296,8 @@ class Left:
 
 
 def remains() -> list[Remains]:
-    """Everything of ours in shared memory: of this user, not a link, not somebody's trap."""
+    """Return all directories of this user's runs in shared memory. A link, or a directory of
+    another user, may be a trap and is left out."""
     if not sys.platform.startswith("linux"):
         return []
     found = []
@@ -370,19 +368,19 @@ def _snapshots(found: Remains) -> Iterator[Left]:
 
 
 def sweep(run_directory: Path) -> None:
-    """Remove what processes that were killed before their first snapshot have left of this run."""
+    """Remove directories of this run whose processes were killed before their first snapshot."""
     for each in remains():
         if each.belongs_to(run_directory) and newest_in(each) is None and not each.lock.taken:
             each.remove()
 
 
 def newest_in(found: Remains) -> Left | None:
-    """The newest whole snapshot in `found`."""
+    """Return the newest whole snapshot in `found`, if there is one."""
     return max(_snapshots(found), key=lambda left: left.order, default=None)
 
 
 def _read_line(head: Path) -> dict[str, Any] | None:
-    """Return what a head says of its slot; None where there is no whole snapshot in it.
+    """Return the line in a head; None if its slot holds no whole snapshot.
 
     Where the head itself is rotten, the manifest in the slot says the same. `OSError` as it comes:
     it says nothing about the slot.
@@ -405,7 +403,7 @@ def _read_line(head: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def opened(left: Left) -> Iterator[tuple[Mapping[str, Any], memoryview]]:
-    """The manifest and the bytes of a snapshot, after every byte has been verified.
+    """Open a snapshot: its manifest and its bytes, after every byte was verified.
 
     Raises `DamagedCheckpoint` where they are not what was written, or gone; `OSError` as it comes.
     """

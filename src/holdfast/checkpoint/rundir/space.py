@@ -1,4 +1,4 @@
-"""Room for the next checkpoint: known before its first byte, and made where policies keep much.
+"""Check the room for the next checkpoint before its first byte, and make it if policies keep much.
 
 What a policy keeps beyond the floor is a wish; the next state is a need. So the oldest of it goes
 first, no more than is needed, and never anything of the floor.
@@ -48,9 +48,8 @@ def make_room(catalog: Catalog, needed: int, run_id: str, *, refused: bool = Fal
     fit. Another run's checkpoints are not ours to give up.
 
     Nothing goes where all of it would not be enough. `refused`: the disk would not take so many
-    bytes, whatever it says is free (a quota, inodes, somebody who was faster): so many must come
-    free. Returns what is gone; each has its line in the history.
-    """
+    bytes, whatever it says is free (a quota, inodes, another process that was faster): so many must
+    come free. Returns what is gone; each has its line in the history."""
     missing = needed
     if not refused:
         missing += filesystem.RESERVE - filesystem.free_bytes(catalog.directory)
@@ -63,19 +62,20 @@ def make_room(catalog: Catalog, needed: int, run_id: str, *, refused: bool = Fal
             catalog.delete(entry, "space")
         if going:
             kept = [entry for entry in contents.entries if entry not in going]
-            catalog.write_cache(Contents(kept, [], []))
+            catalog.write_cache(Contents(kept))
     return going
 
 
 def _beyond_floor(contents: Contents) -> list[Entry]:
-    """What the floor does not need, oldest first."""
+    """Return the entries that the floor does not need, oldest first."""
     floor = select([entry.candidate() for entry in contents.entries], ())
     spare = [entry for entry, needed in zip(contents.entries, floor, strict=True) if not needed]
     return sorted(spare, key=lambda entry: entry.order)
 
 
 def _enough(catalog: Catalog, spare: Iterable[Entry], missing: int) -> list[Entry]:
-    """The first of `spare` that free `missing` bytes together; none where all of them do not."""
+    """Return the first of `spare` that free `missing` bytes together; none if all are not
+    enough."""
     chosen = []
     for entry in spare:
         freed = _frees(catalog, entry)
@@ -88,7 +88,7 @@ def _enough(catalog: Catalog, spare: Iterable[Entry], missing: int) -> list[Entr
 
 
 def _frees(catalog: Catalog, entry: Entry) -> int:
-    """Bytes that come free with `entry`: nothing for data that has names elsewhere as well."""
+    """Return the bytes that removing `entry` frees: none for data that has names elsewhere too."""
     found: dict[tuple[int, int], list[os.stat_result]] = {}
     for name in entry.names:
         with contextlib.suppress(FileNotFoundError):

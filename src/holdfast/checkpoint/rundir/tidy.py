@@ -1,4 +1,4 @@
-"""What is done to a run directory around a save: making way, reading back, letting go, sweeping.
+"""Change a run directory around a save: make way, read back, let go, sweep.
 
 Each function leaves the directory, at every moment, with all states that had been announced; a
 crash in the middle of any of them is repaired by doing it again.
@@ -19,9 +19,9 @@ from holdfast.i18n import _
 
 
 def keep_old(catalog: Catalog, target: Path, name: str, before: Contents) -> Path | None:
-    """Give what already bears the name `target` a second one, which is returned: nothing is ever
-    silently overwritten. A checkpoint stays where retention sees it, and so does what cannot be
-    read now; what is no checkpoint of ours goes to `archive/replaced/`."""
+    """Give the file that already has the name `target` a second name and return it: nothing is
+    silently overwritten. A checkpoint, or a file that cannot be read now, stays where retention
+    sees it; a file that is no checkpoint of ours goes to `archive/replaced/`."""
     if not target.exists():
         return None
     stays = any(name in entry.names for entry in before.entries) or name in dict(before.unreadable)
@@ -35,7 +35,7 @@ def keep_old(catalog: Catalog, target: Path, name: str, before: Contents) -> Pat
 
 
 def verify_back(entry: Entry, target: Path) -> None:
-    """Read the file that was written back past the page cache; only then may anything old go.
+    """Read the new file back past the page cache; only after this may anything old go.
 
     Raises `CheckpointError` where what was read is wrong, or there is nothing to read. `OSError`
     and `MemoryError` say nothing about the file: it is as durable as it was, and not verified.
@@ -56,8 +56,8 @@ def verify_back(entry: Entry, target: Path) -> None:
 def take_back(
     catalog: Catalog, entry: Entry, target: Path, kept: Path | None, why: str
 ) -> list[str]:
-    """Set a file aside that was not found right; the names mean again what they meant before it was
-    written. `kept` as `keep_old` gave it. Return the names that were set aside."""
+    """Quarantine a file that reading back has found damaged, and give the names back to what they
+    stood for before. `kept` as `keep_old` gave it. Return the quarantined names."""
     with catalog.lock():
         names = catalog.quarantine(entry.names, why)
         if kept is not None:
@@ -67,9 +67,12 @@ def take_back(
 
 
 def settle_old(catalog: Catalog, entry: Entry, before: Contents, kept: Path) -> None:
-    """Decide what becomes of a verified save's predecessor of the same name: the same moment of the
-    same run, saved once more, goes. Another moment, as where steps are counted anew in each epoch,
-    keeps the name that `keep_old` gave it, and is retention's to judge; so is what is pinned."""
+    """Remove the predecessor of the same name if it is the same moment of the same run, saved
+    again.
+
+    Another moment, as where steps are counted anew in each epoch, keeps the name that `keep_old`
+    gave it, and retention decides; so does a pinned one.
+    """
     name, last = entry.names[0], before.newest
     if kept.parent.name == REPLACED:
         catalog.record("archived", names=[name], to=f"{ARCHIVE}/{REPLACED}/{kept.name}")
@@ -80,8 +83,8 @@ def settle_old(catalog: Catalog, entry: Entry, before: Contents, kept: Path) -> 
 
 
 def archive_others(catalog: Catalog, run_id: str) -> tuple[int, Path] | None:
-    """Move what is of other runs to the archive, now that this one has a verified state here: it
-    must neither win the next recovery nor be pruned. Returns how many, and where they lie."""
+    """Move checkpoints of other runs to the archive, now that this run has a verified state here:
+    they must neither win the next recovery nor be pruned. Return how many, and where they lie."""
     with catalog.lock():
         others = [entry for entry in catalog.scan().entries if entry.run_id != run_id]
         if not others:
@@ -90,7 +93,7 @@ def archive_others(catalog: Catalog, run_id: str) -> tuple[int, Path] | None:
 
 
 def prune(catalog: Catalog, policies: Sequence[Policy]) -> None:
-    """Remove what neither a policy nor the floor keeps."""
+    """Remove the checkpoints that neither a policy nor the floor keeps."""
     with catalog.lock():
         contents = catalog.scan()
         mask = select([entry.candidate() for entry in contents.entries], policies)
@@ -98,7 +101,7 @@ def prune(catalog: Catalog, policies: Sequence[Policy]) -> None:
             if not keep:
                 catalog.delete(entry, "retention")
         kept = [entry for entry, keep in zip(contents.entries, mask, strict=True) if keep]
-        catalog.write_cache(Contents(kept, [], []))
+        catalog.write_cache(Contents(kept))
 
 
 def sweep(catalog: Catalog, contents: Contents) -> None:

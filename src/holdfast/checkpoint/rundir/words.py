@@ -1,4 +1,4 @@
-"""Say what happened in words: what a person is told, in the log and at a console, when saving does
+"""Put events into words: all that a person is told, in the log and at a console, when saving does
 not go as it should."""
 
 from __future__ import annotations

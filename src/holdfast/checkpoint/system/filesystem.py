@@ -240,7 +240,7 @@ def same_data(a: Path, b: Path) -> bool:
     """Return True if two names are links to one inode."""
     try:
         return a.samefile(b)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
