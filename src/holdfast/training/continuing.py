@@ -14,7 +14,6 @@ from typing import Any
 
 from holdfast.checkpoint.format import container
 from holdfast.checkpoint.rundir import Contents, cannot_read, recovery
-from holdfast.checkpoint.rundir.recovery import Choice
 from holdfast.checkpoint.state import codec
 from holdfast.errors import CheckpointError, StateMismatch
 from holdfast.i18n import N_, _
@@ -42,7 +41,7 @@ class SavedRun:
 class Start:
     """A decision: begin anew, from a saved run, or from the weights of a file."""
 
-    choice: Choice | None = None  # go on from the first of these that is intact, if there is any
+    choice: recovery.Choice | None = None  # go on from the first of these that is intact
     saved: SavedRun | None = None  # the run of that one
     weights: Path | None = None  # a new run with these weights
     anew: bool = False  # a new run begins: what lies here goes to the archive at its first save

@@ -34,7 +34,6 @@ from holdfast.checkpoint.rundir import (
     space,
     words,
 )
-from holdfast.checkpoint.rundir.recovery import Found
 from holdfast.checkpoint.save import rescue
 from holdfast.checkpoint.state import load_weights, plan_restore
 from holdfast.checkpoint.system import PAGE
@@ -124,7 +123,7 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
             manager.close(save=False)  # the loop has saved its end
 
 
-def _find(catalog: Catalog, start: Start, reporter: Reporter) -> Found | None:
+def _find(catalog: Catalog, start: Start, reporter: Reporter) -> recovery.Found | None:
     """Read the state to go on from before anything is set up: settings, data and model are those of
     the checkpoint that is found intact, which need not be the newest."""
     if start.choice is None:
@@ -143,7 +142,7 @@ def _restore(
     workshop: Workshop,
     manager: CheckpointManager,
     start: Start,
-    found: Found | None,
+    found: recovery.Found | None,
     console: Console,
 ) -> Resumed | None:
     trainer = workshop.trainer
