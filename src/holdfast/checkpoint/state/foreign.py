@@ -1,8 +1,4 @@
-"""Read `.pt` files that others wrote, with `weights_only`: nothing of them is executed.
-
-NumPy's functions are never called with what a file says, since a dtype of a file's making can turn
-bytes into pointers. A NumPy number in a file becomes Python's; an array is passed over.
-"""
+"""Weights from `.pt` files that others wrote: read with `weights_only`, never executed."""
 
 from __future__ import annotations
 
@@ -10,15 +6,14 @@ import os
 import pickle
 import re
 import struct
-import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from holdfast.checkpoint.state import numpy_pickles
 from holdfast.checkpoint.state.access import load
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
@@ -58,7 +53,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def load_foreign(source: str | os.PathLike[str]) -> Any:
-    """Return what `torch.load` reads with `weights_only`, its many ways to fail turned into ours.
+    """`torch.load` with `weights_only`, its many ways to fail turned into ours.
 
     Raises `ForeignCheckpoint` that names what a file wanted to call, `DamagedCheckpoint`, `OSError`
     as it comes.
@@ -76,8 +71,7 @@ def load_foreign(source: str | os.PathLike[str]) -> Any:
             raise ForeignCheckpoint(
                 _("{path} claims more bytes than it has; it was not loaded.", path=path)
             )
-        with _lock, torch.serialization.safe_globals(_OURS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return numpy_pickles.load(path)
     except pickle.UnpicklingError as error:
         refused = _GLOBAL.search(str(error))
         if refused is None:
@@ -112,59 +106,3 @@ _FAILURES = (
 def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
     why = str(error).strip().split("\n", maxsplit=1)[0] or type(error).__name__
     return DamagedCheckpoint(_("{path} is damaged: {why}.", path=path, why=why), why)
-
-
-# ------------------------------------------------------------------------------------------- NumPy
-
-_NUMBERS = "biufc"  # kinds of dtypes: booleans, integers, floats, complex numbers
-_lock = threading.Lock()  # torch keeps one list of safe names for all threads
-
-
-class _DType:
-    """A dtype as a file describes it."""
-
-    def __init__(self, name: Any, *_align_and_copy: Any) -> None:
-        self._name, self._order = name, "<"
-        self._parts: list[Any] = [None, None, None]
-
-    def __setstate__(self, state: Any) -> None:
-        _version, self._order, *self._parts = state
-
-    def number(self, raw: bytes) -> Any:
-        dtype = np.dtype(self._name if isinstance(self._name, str) else "O")
-        has_parts = self._parts[:3] != [None, None, None]
-        if dtype.kind not in _NUMBERS or dtype.subdtype is not None or has_parts:
-            raise pickle.UnpicklingError(f"GLOBAL numpy.{dtype.name}")
-        (value,) = np.frombuffer(raw, dtype.newbyteorder(">" if self._order == ">" else "<"))
-        return value.item()
-
-
-class PassedOver:
-    """Stands where a file has an array of NumPy's: its content is not looked at."""
-
-    def __setstate__(self, _state: Any) -> None:
-        pass
-
-
-def _scalar(dtype: Any, raw: Any) -> Any:
-    if type(dtype) is not _DType or type(raw) is not bytes:
-        raise pickle.UnpicklingError("GLOBAL numpy.generic")
-    return dtype.number(raw)
-
-
-def _reconstruct(*_arguments: Any) -> PassedOver:
-    return PassedOver()
-
-
-def _no_bytes() -> bytes:
-    """Return `b""`, which pickle writes as a call of `bytes` without arguments."""
-    return b""
-
-
-_OURS: list[Any] = [
-    (_DType, "numpy.dtype"),
-    (PassedOver, "numpy.ndarray"),
-    *((_no_bytes, f"{module}.bytes") for module in ("builtins", "__builtin__")),
-    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
-    *((_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("_core", "core")),
-]

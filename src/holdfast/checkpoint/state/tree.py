@@ -199,7 +199,13 @@ class _Pickler(pickle.Pickler):
         kind = _STORAGE_TYPES.get(obj.dtype)
         if kind is None:
             return "storage", torch.UntypedStorage, obj.label, "cpu", obj.nbytes
-        return ("storage", getattr(torch, kind), obj.label, "cpu", obj.nbytes // obj.dtype.itemsize)
+        return (
+            "storage",
+            getattr(torch, kind),
+            obj.label,
+            "cpu",
+            obj.nbytes // obj.dtype.itemsize,
+        )
 
 
 # ------------------------------------------------------------------------------------- normalise
