@@ -1,4 +1,4 @@
-"""NumPy's numbers and arrays in other people's `.pt` files: plain data, built by functions of ours.
+"""Build the NumPy numbers and arrays of other `.pt` files as plain data, by functions of ours.
 
 NumPy's own functions are never called with what a file says: a dtype of a file's making can turn
 bytes into pointers. Here a name in the file stands for one of the few functions below.
