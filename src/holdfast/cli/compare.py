@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len, chop_cells
+from rich.cells import chop_cells
 
 from holdfast.cli import common
 from holdfast.cli.parsing import Parser
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from holdfast.training.inference import Continuation, Evaluation
 
 TOKENS, SEED, TEMPERATURE = 64, 0, 0.8
-_NARROWEST = 36  # cells that a text needs beside another one
-_GAP = 3
 
 _ENDS = {
     "context": N_("the model can see no more"),
@@ -234,30 +232,11 @@ def _texts(
     continued: Mapping[str, Continuation],
     screen: Screen,
 ) -> list[str]:
-    """The texts beside each other where the screen is wide enough, else one below the other."""
-    title = screen.bold(printable(_("Continuations of “{prompt}”", prompt=prompt)))
-    width = _column(screen, len(continued))
-    blocks = [
-        [screen.bold(subject.label) if width is None else subject.label,
-         *_told(continued[subject.label], width or screen.width)]
-        for subject in subjects
-    ]  # fmt: skip
-    if width is None:
-        return [title, *(line for block in blocks for line in block)]
-    rows = []
-    for i in range(max(map(len, blocks))):
-        cells = [block[i] if i < len(block) else "" for block in blocks]
-        padded = (cell + " " * (width - cell_len(cell)) for cell in cells)
-        rows.append((" " * _GAP).join(padded).rstrip())
-    return [title, screen.bold(rows[0]), *rows[1:]]
-
-
-def _column(screen: Screen, count: int) -> int | None:
-    """The cells of one of `count` columns; None where they do not fit, and in a pipe."""
-    if screen.width is None:
-        return None
-    width = (screen.width - _GAP * (count - 1)) // count
-    return width if width >= _NARROWEST else None
+    """The texts one below the other."""
+    lines = [screen.bold(printable(_("Continuations of “{prompt}”", prompt=prompt)))]
+    for subject in subjects:
+        lines += [screen.bold(subject.label), *_told(continued[subject.label], screen.width)]
+    return lines
 
 
 def _told(continuation: Continuation, width: int | None) -> list[str]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING
 from holdfast.cli import common
 from holdfast.cli.options import parse_train
 from holdfast.cli.parsing import Parser
+from holdfast.cli.progress import ProgressLine
 from holdfast.errors import CheckpointError, ConfigError, ResourceError
 from holdfast.formatting import format_seconds
 from holdfast.i18n import N_, _
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 _STEPS, _MORE = 10, 10
 _PROVE = "--prove-resume"
-_PLAIN_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
 
 
 def run_doctor(argv: Sequence[str], prog: str) -> int:
@@ -128,9 +126,15 @@ def _prove(argv: Sequence[str], prog: str) -> int:
 
     from holdfast.training.proving import prove
 
-    shown = _Progress(given.steps, given.more)
+    shown = ProgressLine()
     try:
-        proof = prove(config, steps=given.steps, more=given.more, place=place, progress=shown)
+        proof = prove(
+            config,
+            steps=given.steps,
+            more=given.more,
+            place=place,
+            progress=lambda stage: shown.note(_stage_line(stage)),
+        )
     finally:
         shown.clear()
     if given.json:
@@ -186,31 +190,11 @@ _STAGES = {
 }
 
 
-class _Progress:
-    """Which run is at which step, and how long it will take: in place, or a line now and then."""
-
-    def __init__(self, steps: int, more: int) -> None:
-        self._terminal, self._plan = sys.stderr.isatty(), (steps, more)
-        self._stage, self._last = "", 0.0
-
-    def __call__(self, stage: Stage) -> None:
-        text = f"{_(_STAGES[stage.name])}: " + (
-            stage.preparing or _("step {step}/{last}", step=stage.step, last=stage.last)
-        )
-        if stage.left is not None:
-            text += _(", about {time} left", time=format_seconds(stage.left))
-        if self._terminal:
-            self._write(f"\r\x1b[K{text}")
-        elif stage.name != self._stage or time.monotonic() - self._last >= _PLAIN_EVERY:
-            self._stage, self._last = stage.name, time.monotonic()
-            self._write(f"{text}\n")
-
-    def clear(self) -> None:
-        if self._terminal:
-            self._write("\r\x1b[K")
-
-    @staticmethod
-    def _write(text: str) -> None:
-        with contextlib.suppress(OSError):  # nobody looks any more; the answer is on stdout
-            sys.stderr.write(text)
-            sys.stderr.flush()
+def _stage_line(stage: Stage) -> str:
+    """Which run is at which step, and how long it will take."""
+    text = f"{_(_STAGES[stage.name])}: " + (
+        stage.preparing or _("step {step}/{last}", step=stage.step, last=stage.last)
+    )
+    if stage.left is not None:
+        text += _(", about {time} left", time=format_seconds(stage.left))
+    return text
