@@ -30,8 +30,12 @@ def parser(prog: str, description: str, examples: str, *, scripts: bool = True) 
     """A parser with the options that every command has; `--json` where it is for `scripts`."""
     width = min(shutil.get_terminal_size().columns, 100) - 2
     description = "\n".join(wrap_cells(description, width))  # argparse leaves it as it is
-    made = Parser(prog=prog, description=description.replace("%", "%%"),
-                  epilog=examples.replace("%", "%%"), add_help=False)  # fmt: skip
+    made = Parser(
+        prog=prog,
+        description=description.replace("%", "%%"),
+        epilog=examples.replace("%", "%%"),
+        add_help=False,
+    )
     made.add_argument("-h", "--help", action="help", help=_("show this help and exit"))
     if scripts:
         made.add_argument("--json", action="store_true", help=_("print JSON for scripts"))
@@ -61,25 +65,49 @@ def before_torch() -> None:
 
 def add_directory(made: Parser) -> None:
     """The one run directory that a command looks at, the trainer's own where none is named."""
-    made.add_argument("directory", nargs="?", default=DIRECTORY, metavar="DIR",
-                      help=_("run directory (default: {value})", value=DIRECTORY))  # fmt: skip
+    made.add_argument(
+        "directory",
+        nargs="?",
+        default=DIRECTORY,
+        metavar="DIR",
+        help=_("run directory (default: {value})", value=DIRECTORY),
+    )
 
 
 def add_directories(made: Parser) -> None:
     """The run directories that a command looks at."""
-    made.add_argument("directories", nargs="*", default=[DIRECTORY], metavar="DIR",
-                      help=_("run directories (default: {value})", value=DIRECTORY))  # fmt: skip
+    made.add_argument(
+        "directories",
+        nargs="*",
+        default=[DIRECTORY],
+        metavar="DIR",
+        help=_("run directories (default: {value})", value=DIRECTORY),
+    )
 
 
 def add_ways_in(made: Parser) -> None:
     """What a server is told of proxies, containers and pages through which it is reached."""
-    made.add_argument("--allowed-host", action="append", type=_host, default=[], metavar="NAME",
-                      help=_("another name that it answers to: a proxy's, or host.docker.internal "
-                             "(may be repeated)"))  # fmt: skip
-    made.add_argument("--allowed-origin", action="append", type=_origin, default=[],
-                      metavar="https://NAME",
-                      help=_("a web page from elsewhere that may ask, or the address at which a "
-                             "proxy shows this one (may be repeated)"))  # fmt: skip
+    made.add_argument(
+        "--allowed-host",
+        action="append",
+        type=_host,
+        default=[],
+        metavar="NAME",
+        help=_(
+            "another name that it answers to: a proxy's, or host.docker.internal (may be repeated)"
+        ),
+    )
+    made.add_argument(
+        "--allowed-origin",
+        action="append",
+        type=_origin,
+        default=[],
+        metavar="https://NAME",
+        help=_(
+            "a web page from elsewhere that may ask, or the address at which a "
+            "proxy shows this one (may be repeated)"
+        ),
+    )
 
 
 def _host(text: str) -> str:
@@ -96,9 +124,11 @@ def _origin(text: str) -> str:
     scheme, slashes, place = text.rstrip("/").partition("://")
     if not (scheme and slashes and place) or any(mark in place for mark in "/*?# "):
         raise argparse.ArgumentTypeError(
-            _("{value} is not the address of a site, as in https://llm.example.com",
-              value=repr(text))
-        )  # fmt: skip
+            _(
+                "{value} is not the address of a site, as in https://llm.example.com",
+                value=repr(text),
+            )
+        )
     return text
 
 

@@ -59,40 +59,63 @@ def run_compare(argv: Sequence[str], prog: str) -> int:
 def _compare_parser(prog: str) -> Parser:
     parser = common.parser(
         prog,
-        _("Compare checkpoints: metrics and which is better, configuration, environment; with "
-          "--tensors how far the weights have moved, with --prompt how each continues a text, "
-          "with --eval how well each predicts one."),
-        _("Examples:\n  {prog} runs/a runs/b\n"
-          "  {prog} runs/a/model_epoch_1.pt runs/a --tensors\n"
-          '  {prog} runs/a runs/b --prompt "今天" --tokens 40\n'
-          "  {prog} runs/a runs/b --eval held_out.txt", prog=prog),
-    )  # fmt: skip
-    parser.add_argument("sources", nargs="+", metavar="FILE|DIR",
-                        help=_("checkpoints; a directory stands for its best one"))  # fmt: skip
-    parser.add_argument("--tensors", action="store_true",
-                        help=_("how far each layer is from that of the first"))  # fmt: skip
+        _(
+            "Compare checkpoints: metrics and which is better, configuration, environment; with "
+            "--tensors how far the weights have moved, with --prompt how each continues a text, "
+            "with --eval how well each predicts one."
+        ),
+        _(
+            "Examples:\n  {prog} runs/a runs/b\n"
+            "  {prog} runs/a/model_epoch_1.pt runs/a --tensors\n"
+            '  {prog} runs/a runs/b --prompt "今天" --tokens 40\n'
+            "  {prog} runs/a runs/b --eval held_out.txt",
+            prog=prog,
+        ),
+    )
     parser.add_argument(
-        "--sections", metavar="NAME,…",
+        "sources",
+        nargs="+",
+        metavar="FILE|DIR",
+        help=_("checkpoints; a directory stands for its best one"),
+    )
+    parser.add_argument(
+        "--tensors", action="store_true", help=_("how far each layer is from that of the first")
+    )
+    parser.add_argument(
+        "--sections",
+        metavar="NAME,…",
         help=_("whose tensors: parts of the state, as in model,optimizer, or all (default: model)"),
-    )  # fmt: skip
+    )
     parser.add_argument("--prompt", metavar="TEXT", help=_("let each model continue this text"))
     for flag, kind, default, text in (
         ("--tokens", int, TOKENS, _("tokens to continue with (default: {value})", value=TOKENS)),
-        ("--seed", int, SEED, _("seed of the draw, the same for all (default: {value})",
-                                value=SEED)),
-        ("--temperature", float, TEMPERATURE,
-         _("0 for the likeliest token always (default: {value})", value=TEMPERATURE)),
-    ):  # fmt: skip
+        (
+            "--seed",
+            int,
+            SEED,
+            _("seed of the draw, the same for all (default: {value})", value=SEED),
+        ),
+        (
+            "--temperature",
+            float,
+            TEMPERATURE,
+            _("0 for the likeliest token always (default: {value})", value=TEMPERATURE),
+        ),
+    ):
         metavar = "N" if kind is int else "T"
         parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=text)
     parser.add_argument(
-        "--eval", dest="evaluate", metavar="FILE",
+        "--eval",
+        dest="evaluate",
+        metavar="FILE",
         help=_("measure each model on this text (.txt, .jsonl, .parquet)"),
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--max-tokens", type=int, metavar="N",
+        "--max-tokens",
+        type=int,
+        metavar="N",
         help=_("use the beginning of the text only: N tokens of the first model's tokenizer"),
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -108,8 +131,15 @@ def _check(given: argparse.Namespace, prog: str) -> None:
         ("--temperature", given.temperature, 0),
     ):
         if value is not None and not least <= value < float("inf"):
-            raise ConfigError(_("{flag} {value}: expected at least {least}; see {prog} --help",
-                                flag=flag, value=value, least=least, prog=prog))  # fmt: skip
+            raise ConfigError(
+                _(
+                    "{flag} {value}: expected at least {least}; see {prog} --help",
+                    flag=flag,
+                    value=value,
+                    least=least,
+                    prog=prog,
+                )
+            )
 
 
 # --------------------------------------------------------------------------------------- weights
@@ -130,8 +160,9 @@ def _drifts(
     for number, other in enumerate(others, 1):
         bar = ProgressLine(_comparing)
         try:
-            one = drift.drift(first, other, wanted=wanted, show=bar.show,
-                              file=(number, len(others)))  # fmt: skip
+            one = drift.drift(
+                first, other, wanted=wanted, show=bar.show, file=(number, len(others))
+            )
         finally:
             bar.clear()
         found.append(one)
@@ -155,16 +186,20 @@ def _ask_models(
     document: dict[str, Any] = {}
     if continued:
         document["continuations"] = {
-            "prompt": given.prompt, "tokens": given.tokens, "seed": given.seed,
+            "prompt": given.prompt,
+            "tokens": given.tokens,
+            "seed": given.seed,
             "temperature": given.temperature,
             "texts": {label: one.to_json() for label, one in continued.items()},
-        }  # fmt: skip
+        }
     if measured:
         comparable = _comparable(measured)
         document["evaluation"] = {
-            "file": given.evaluate, "same_tokenizer": comparable, "better": _best(measured),
+            "file": given.evaluate,
+            "same_tokenizer": comparable,
+            "better": _best(measured),
             "measured": {label: one.to_json() for label, one in measured.items()},
-        }  # fmt: skip
+        }
     if not given.json:
         if continued:
             common.show(["", *_texts(subjects, given.prompt, continued, screen)])
@@ -196,9 +231,12 @@ def _ask_each(
         if given.prompt is not None:
             bar.note(_("continuing the prompt with {label}: {name}", label=label, name=name))
             continued[label] = inference.continue_text(
-                loaded, given.prompt, tokens=given.tokens, seed=given.seed,
+                loaded,
+                given.prompt,
+                tokens=given.tokens,
+                seed=given.seed,
                 temperature=given.temperature,
-            )  # fmt: skip
+            )
         if given.evaluate:
             if number == 1 and given.max_tokens is not None:
                 documents = inference.shorten(documents, loaded.tokenizer, given.max_tokens)
@@ -273,24 +311,37 @@ def _evaluations(source: str, measured: Mapping[str, Evaluation], screen: Screen
     size = format_bytes(one.text_bytes)
     best, per_token = _best(measured), _comparable(measured)
     rows = [
-        [_("bits per byte"), *(format_loss(m.bits_per_byte) for m in measured.values()),
-         best or NOTHING],
-        [_("loss (nats per token)"), *(format_loss(m.loss) for m in measured.values()),
-         best if best and per_token else NOTHING],
-        [_("perplexity"), *(format_loss(m.perplexity) for m in measured.values()),
-         best if best and per_token else NOTHING],
+        [
+            _("bits per byte"),
+            *(format_loss(m.bits_per_byte) for m in measured.values()),
+            best or NOTHING,
+        ],
+        [
+            _("loss (nats per token)"),
+            *(format_loss(m.loss) for m in measured.values()),
+            best if best and per_token else NOTHING,
+        ],
+        [
+            _("perplexity"),
+            *(format_loss(m.perplexity) for m in measured.values()),
+            best if best and per_token else NOTHING,
+        ],
         [_("tokens"), *(f"{m.tokens:,}" for m in measured.values()), ""],
         [_("context"), *(f"{m.context_length:,}" for m in measured.values()), ""],
         [_("precision"), *(m.precision for m in measured.values()), ""],
         [_("speed"), *(f"{format_bytes(round(m.speed))}/s" for m in measured.values()), ""],
         [_("time"), *(format_seconds(m.seconds) for m in measured.values()), ""],
-    ]  # fmt: skip
+    ]
     columns = [Column(""), *(Column(label, right=True) for label in measured), Column(_("better"))]
     title = screen.bold(printable(_("Measured on {file} ({size} of text)", file=source, size=size)))
     lines = [title, *render(columns, rows, screen)]
     if not per_token:
-        lines.append(_("The tokenizers differ: only bits per byte can be compared, what counts "
-                       "tokens cannot."))  # fmt: skip
+        lines.append(
+            _(
+                "The tokenizers differ: only bits per byte can be compared, what counts "
+                "tokens cannot."
+            )
+        )
     return lines
 
 

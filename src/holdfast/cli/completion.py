@@ -28,15 +28,20 @@ def run_completion(argv: Sequence[str], prog: str) -> int:
     made = parser(
         prog,
         _("Print a script with which the shell completes commands, options and files of holdfast."),
-        _("Examples:\n"
-          "  source <({prog} bash)                 # now, in this shell\n"
-          "  {prog} bash > {bash}\n"
-          "  {prog} zsh > {zsh}   # with fpath+=~/.zfunc before compinit\n"
-          "  {prog} fish > {fish}", prog=prog, **_PLACES),
+        _(
+            "Examples:\n"
+            "  source <({prog} bash)                 # now, in this shell\n"
+            "  {prog} bash > {bash}\n"
+            "  {prog} zsh > {zsh}   # with fpath+=~/.zfunc before compinit\n"
+            "  {prog} fish > {fish}",
+            prog=prog,
+            **_PLACES,
+        ),
         scripts=False,
-    )  # fmt: skip
-    made.add_argument("shell", choices=SHELLS, metavar="|".join(SHELLS),
-                      help=_("the shell that is to complete"))  # fmt: skip
+    )
+    made.add_argument(
+        "shell", choices=SHELLS, metavar="|".join(SHELLS), help=_("the shell that is to complete")
+    )
     given = made.parse_args(argv)
     import shtab
 
@@ -64,8 +69,9 @@ def _whole(shell: str) -> argparse.ArgumentParser:
     below = whole.add_subparsers()
     for name, (summary, command) in commands().items():
         own = parser_of(command, f"{PROGRAM} {name}")
-        made = below.add_parser(name, parents=[own] if own else [], add_help=False,
-                                help=_(summary).replace("%", "%%"))  # fmt: skip
+        made = below.add_parser(
+            name, parents=[own] if own else [], add_help=False, help=_(summary).replace("%", "%%")
+        )
         for action in made._actions:  # argparse has no other list of them
             _say_what_follows(action, shell)
     return whole

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,25 +59,41 @@ def _examine(argv: Sequence[str], prog: str) -> int:
         common.show_json(report.to_json())
     else:
         count = {state: sum(f.state == state for f in findings) for state in (BAD, WARN)}
-        common.show([_("Checks: {count}. Bad: {bad}. Warnings: {warnings}.", count=len(findings),
-                  bad=count[BAD], warnings=count[WARN])])  # fmt: skip
+        common.show(
+            [
+                _(
+                    "Checks: {count}. Bad: {bad}. Warnings: {warnings}.",
+                    count=len(findings),
+                    bad=count[BAD],
+                    warnings=count[WARN],
+                )
+            ]
+        )
     return ResourceError.exit_code if report.state == BAD else 0
 
 
 def _doctor_parser(prog: str) -> Parser:
     parser = common.parser(
         prog,
-        _("Check what a run depends on: its disk (room, speed, whether durable means durable), "
-          "memory, GPU, versions, the run directory itself. Nothing is changed. The exit status is "
-          "6 where something is bad."),
-        _("Examples:\n  {prog}\n  {prog} runs/a --json\n"
-          "  {prog} --prove-resume --preset quick\n"
-          "  {prog} --prove-resume --config run.json --steps 50 --more 20", prog=prog),
-    )  # fmt: skip
+        _(
+            "Check what a run depends on: its disk (room, speed, whether durable means durable), "
+            "memory, GPU, versions, the run directory itself. Nothing is changed. The exit status "
+            "is 6 where something is bad."
+        ),
+        _(
+            "Examples:\n  {prog}\n  {prog} runs/a --json\n"
+            "  {prog} --prove-resume --preset quick\n"
+            "  {prog} --prove-resume --config run.json --steps 50 --more 20",
+            prog=prog,
+        ),
+    )
     parser.add_argument(
-        "directory", nargs="?", default=common.DIRECTORY, metavar="DIR",
+        "directory",
+        nargs="?",
+        default=common.DIRECTORY,
+        metavar="DIR",
         help=_("run directory, or where one is to be (default: {value})", value=common.DIRECTORY),
-    )  # fmt: skip
+    )
     _add_proof_options(parser)
     return parser
 
@@ -84,10 +101,13 @@ def _doctor_parser(prog: str) -> Parser:
 def _add_proof_options(parser: Parser) -> None:
     group = parser.add_argument_group(_("The proof"))
     group.add_argument(
-        _PROVE, action="store_true",
-        help=_("train as configured, straight and killed, and compare to the last bit; takes all "
-               "options of holdfast train, or those of the run directory"),
-    )  # fmt: skip
+        _PROVE,
+        action="store_true",
+        help=_(
+            "train as configured, straight and killed, and compare to the last bit; takes all "
+            "options of holdfast train, or those of the run directory"
+        ),
+    )
     for flag, metavar, default, text in (
         ("--steps", "N", _STEPS, _("steps before the kill (default: {value})", value=_STEPS)),
         ("--more", "K", _MORE, _("steps after it (default: {value})", value=_MORE)),
@@ -117,8 +137,14 @@ def _prove(argv: Sequence[str], prog: str) -> int:
     given, words = parser.parse_known_args(argv)
     for option, value in (("--steps", given.steps), ("--more", given.more)):
         if value < 1:
-            raise ConfigError(_("{option} {value}: expected a positive number; see {prog} --help",
-                                option=option, value=value, prog=prog))  # fmt: skip
+            raise ConfigError(
+                _(
+                    "{option} {value}: expected a positive number; see {prog} --help",
+                    option=option,
+                    value=value,
+                    prog=prog,
+                )
+            )
     config = _configuration(words, prog)
     place = given.dir or _beside(Path(config.checkpoint.checkpoint_dir))
     if not place.is_dir():
@@ -133,7 +159,7 @@ def _prove(argv: Sequence[str], prog: str) -> int:
             steps=given.steps,
             more=given.more,
             place=place,
-            progress=lambda stage: shown.note(_stage_line(stage)),
+            progress=_telling(shown),
         )
     finally:
         shown.clear()
@@ -165,17 +191,35 @@ def _lines(proof: TrainingProof) -> list[str]:
     plan = _("{steps} steps, SIGKILL, resume, {more} steps", steps=proof.steps, more=proof.more)
     if proof.equal:
         return [
-            _("✓ Equal to the last bit: {plan}, and {all} steps straight.", plan=plan,
-              all=proof.steps + proof.more),
-            _("  Compared: {tensors} tensors, {values} values, the random streams, and every "
-              "step's batch and loss.", tensors=proof.proof.tensors, values=proof.proof.values),
-        ]  # fmt: skip
-    lines = [_("✗ Different: {plan}, against {all} steps straight.", plan=plan,
-               all=proof.steps + proof.more)]  # fmt: skip
+            _(
+                "✓ Equal to the last bit: {plan}, and {all} steps straight.",
+                plan=plan,
+                all=proof.steps + proof.more,
+            ),
+            _(
+                "  Compared: {tensors} tensors, {values} values, the random streams, and every "
+                "step's batch and loss.",
+                tensors=proof.proof.tensors,
+                values=proof.proof.values,
+            ),
+        ]
+    lines = [
+        _(
+            "✗ Different: {plan}, against {all} steps straight.",
+            plan=plan,
+            all=proof.steps + proof.more,
+        )
+    ]
     if proof.at is not None:
-        lines.append(_("  First in step {step}, its {what}: {a} straight, {b} interrupted",
-                       step=proof.at, what=_(_WHAT.get(str(proof.what), str(proof.what))),
-                       a=proof.values[0], b=proof.values[1]))  # fmt: skip
+        lines.append(
+            _(
+                "  First in step {step}, its {what}: {a} straight, {b} interrupted",
+                step=proof.at,
+                what=_(_WHAT.get(str(proof.what), str(proof.what))),
+                a=proof.values[0],
+                b=proof.values[1],
+            )
+        )
     if proof.proof.difference is not None:
         lines.append(_("  At the end {difference}", difference=proof.proof.difference))
     return lines
@@ -188,6 +232,21 @@ _STAGES = {
     "resumed": N_("resumed"),
     "again": N_("straight again"),
 }
+
+
+def _telling(bar: ProgressLine) -> Callable[[Stage], None]:
+    """Show each step on a terminal, and elsewhere one line a run."""
+    told = ""
+
+    def tell(stage: Stage) -> None:
+        nonlocal told
+        if not sys.stderr.isatty() and stage.name != told:
+            with contextlib.suppress(OSError):  # the answer is on stdout
+                print(_stage_line(stage), file=sys.stderr, flush=True)
+        told = stage.name
+        bar.note(_stage_line(stage))
+
+    return tell
 
 
 def _stage_line(stage: Stage) -> str:

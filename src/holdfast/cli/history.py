@@ -63,12 +63,16 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
 def _history_parser(prog: str) -> Parser:
     made = parser(
         prog,
-        _("Show the epochs of runs and what happened to them: interruptions, resumes, damage; and "
-          "the curves of the losses."),
-        _("Examples:\n  {prog}\n  {prog} runs/a runs/b\n"
-          "  {prog} runs/a --events --no-plot\n  {prog} --csv losses.csv",
-          prog=prog),
-    )  # fmt: skip
+        _(
+            "Show the epochs of runs and what happened to them: interruptions, resumes, damage; "
+            "and the curves of the losses."
+        ),
+        _(
+            "Examples:\n  {prog}\n  {prog} runs/a runs/b\n"
+            "  {prog} runs/a --events --no-plot\n  {prog} --csv losses.csv",
+            prog=prog,
+        ),
+    )
     add_directories(made)
     csv_help = _("also write the table of epochs to this file")
     made.add_argument("--csv", type=Path, metavar="FILE", help=csv_help)
@@ -111,5 +115,6 @@ def _draw(runs: Sequence[Curves], screen: Screen, *, asked: bool) -> None:
     except ModuleNotFoundError as error:
         if asked or error.name != "plotext":
             raise
-        show(["", _("With the package plotext the curves stand here: pip install "
-                    "'holdfast[desk]'")])  # fmt: skip
+        show(
+            ["", _("With the package plotext the curves stand here: pip install 'holdfast[desk]'")]
+        )

@@ -25,8 +25,12 @@ def run_list(argv: Sequence[str], prog: str) -> int:
         _("Examples:\n  {prog}\n  {prog} runs/a runs/b --sort loss\n  {prog} --json", prog=prog),
     )
     add_directories(made)
-    made.add_argument("--sort", choices=list(listing.SORTS), metavar="|".join(listing.SORTS),
-                      help=_("order of the rows (default: newest first)"))  # fmt: skip
+    made.add_argument(
+        "--sort",
+        choices=list(listing.SORTS),
+        metavar="|".join(listing.SORTS),
+        help=_("order of the rows (default: newest first)"),
+    )
     given = made.parse_args(argv)
     found, problems = [], []
     for directory in given.directories:

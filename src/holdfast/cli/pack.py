@@ -35,22 +35,38 @@ def run_pack(argv: Sequence[str], prog: str) -> int:
 
     parser = common.parser(
         prog,
-        _("Write a run into one file, links kept and every file with its checksum. Works while the "
-          "training goes on: what is packed is the run at one moment. Any tar can unpack it."),
-        _("Examples:\n  {prog} runs/a\n  {prog} runs/a a.tar.zst\n"
-          "  {prog} runs/a /mnt/backup --slim --force", prog=prog),
-    )  # fmt: skip
-    parser.add_argument("directory", nargs="?", default=common.DIRECTORY, metavar="DIR",
-                        help=_("run directory (default: {value})",
-                             value=common.DIRECTORY))  # fmt: skip
-    file_help = _("where to: FILE.tar, FILE.tar.zst (compressed: checkpoints hardly get smaller), "
-                  "or a directory (default: the run's name with .tar, here)")  # fmt: skip
+        _(
+            "Write a run into one file, links kept and every file with its checksum. Works while "
+            "the training goes on: what is packed is the run at one moment. Any tar can unpack it."
+        ),
+        _(
+            "Examples:\n  {prog} runs/a\n  {prog} runs/a a.tar.zst\n"
+            "  {prog} runs/a /mnt/backup --slim --force",
+            prog=prog,
+        ),
+    )
+    parser.add_argument(
+        "directory",
+        nargs="?",
+        default=common.DIRECTORY,
+        metavar="DIR",
+        help=_("run directory (default: {value})", value=common.DIRECTORY),
+    )
+    file_help = _(
+        "where to: FILE.tar, FILE.tar.zst (compressed: checkpoints hardly get smaller), "
+        "or a directory (default: the run's name with .tar, here)"
+    )
     parser.add_argument("file", nargs="?", metavar="FILE", help=file_help)
     for flag, text in (
-        ("--slim", _("of the checkpoints only the newest and the best, and no archive: enough to "
-                     "go on and to use the model")),
+        (
+            "--slim",
+            _(
+                "of the checkpoints only the newest and the best, and no archive: enough to "
+                "go on and to use the model"
+            ),
+        ),
         ("--force", _("replace FILE if it exists, when the new one is complete")),
-    ):  # fmt: skip
+    ):
         parser.add_argument(flag, action="store_true", help=text)
     given = _pack_arguments(parser.parse_args(argv))
     target = pack.target_of(given.directory, given.file)
@@ -77,14 +93,21 @@ def _pack_arguments(given: argparse.Namespace) -> argparse.Namespace:
 
 
 def _told(packed: Packed, directory: str) -> Iterator[str]:
-    yield _("✓ {path} ({size}): {summary}. Every checksum was read back.",
-            path=packed.path, size=format_bytes(packed.size), summary=packed.summary())  # fmt: skip
+    yield _(
+        "✓ {path} ({size}): {summary}. Every checksum was read back.",
+        path=packed.path,
+        size=format_bytes(packed.size),
+        summary=packed.summary(),
+    )
     for name, why in packed.left_out:
         yield _("Left out: {name}: {reason}", name=name, reason=why)
     if packed.unsaved is not None:
-        yield _("Not in it: step {step}, which a killed training has left in memory only. Start "
-                "the training in {directory} again to save it, then pack.", step=packed.unsaved,
-                directory=directory)  # fmt: skip
+        yield _(
+            "Not in it: step {step}, which a killed training has left in memory only. Start "
+            "the training in {directory} again to save it, then pack.",
+            step=packed.unsaved,
+            directory=directory,
+        )
 
 
 def run_unpack(argv: Sequence[str], prog: str) -> int:
@@ -93,23 +116,35 @@ def run_unpack(argv: Sequence[str], prog: str) -> int:
 
     parser = common.parser(
         prog,
-        _("Make a run directory of a packed run. Every checksum is compared and every checkpoint "
-          "read back before the directory has its name; the training goes on there."),
-        _("Examples:\n  {prog} a.tar\n  {prog} a.tar.zst runs/b\n  {prog} --list a.tar\n"
-          "  {prog} --check a.tar", prog=prog),
-    )  # fmt: skip
+        _(
+            "Make a run directory of a packed run. Every checksum is compared and every checkpoint "
+            "read back before the directory has its name; the training goes on there."
+        ),
+        _(
+            "Examples:\n  {prog} a.tar\n  {prog} a.tar.zst runs/b\n  {prog} --list a.tar\n"
+            "  {prog} --check a.tar",
+            prog=prog,
+        ),
+    )
     parser.add_argument("file", metavar="FILE", help=_("a packed run"))
     where_help = _("the new run directory (default: the run's name, here)")
     parser.add_argument("directory", nargs="?", metavar="DIR", help=where_help)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--list", action="store_true",
-                       help=_("show what is in it, and unpack nothing"))  # fmt: skip
-    which.add_argument("--check", action="store_true",
-                       help=_("compare every checksum, and unpack nothing"))  # fmt: skip
+    which.add_argument(
+        "--list", action="store_true", help=_("show what is in it, and unpack nothing")
+    )
+    which.add_argument(
+        "--check", action="store_true", help=_("compare every checksum, and unpack nothing")
+    )
     given = parser.parse_args(argv)
     if given.directory is not None and (given.list or given.check):
-        raise ConfigError(_("{prog} --list and --check unpack nothing: leave {directory} out",
-                            prog=prog, directory=given.directory))  # fmt: skip
+        raise ConfigError(
+            _(
+                "{prog} --list and --check unpack nothing: leave {directory} out",
+                prog=prog,
+                directory=given.directory,
+            )
+        )
     if given.list:
         found = unpack.contents_of(given.file)
         if given.json:
@@ -129,8 +164,15 @@ def _check(given: argparse.Namespace) -> int:
     if given.json:
         common.show_json(found.to_json())
     else:
-        _show([_("✓ {path}: {summary}. Every checksum is right.", path=found.path,
-                 summary=found.summary())])  # fmt: skip
+        _show(
+            [
+                _(
+                    "✓ {path}: {summary}. Every checksum is right.",
+                    path=found.path,
+                    summary=found.summary(),
+                )
+            ]
+        )
     return 0
 
 
@@ -143,8 +185,14 @@ def _unpack(given: argparse.Namespace) -> int:
     if given.json:
         common.show_json({**found.to_json(), "directory": str(target)})
         return 0
-    lines = [_("✓ {directory}: {summary}. Every checksum was right, and every checkpoint was read "
-               "back.", directory=target, summary=found.summary())]  # fmt: skip
+    lines = [
+        _(
+            "✓ {directory}: {summary}. Every checksum was right, and every checkpoint was read "
+            "back.",
+            directory=target,
+            summary=found.summary(),
+        )
+    ]
     commands = []
     if (target / "config.json").is_file():  # our own trainer's; a stranger's loop has its own way
         command = f"holdfast train --checkpoint-dir {shlex.quote(str(target))}"
@@ -187,13 +235,21 @@ def _ending(bar: ProgressLine, stopped: str) -> Iterator[None]:
 def _packing(progress: Progress) -> str:
     if progress.number == progress.of:
         return _reading(progress)
-    return _("packing {number}/{of}: {name}", number=progress.number, of=progress.of - 1,
-             name=progress.path.name)  # fmt: skip
+    return _(
+        "packing {number}/{of}: {name}",
+        number=progress.number,
+        of=progress.of - 1,
+        name=progress.path.name,
+    )
 
 
 def _unpacking(progress: Progress) -> str:
-    return _("unpacking {number}/{of}: {name}", number=progress.number, of=progress.of,
-             name=progress.path.name)  # fmt: skip
+    return _(
+        "unpacking {number}/{of}: {name}",
+        number=progress.number,
+        of=progress.of,
+        name=progress.path.name,
+    )
 
 
 def _reading(progress: Progress) -> str:

@@ -53,8 +53,12 @@ class ProgressLine:
 
 
 def _checking(progress: Progress) -> str:
-    return _("checking {number}/{of}: {name}", number=progress.number, of=progress.of,
-             name=progress.path.name)  # fmt: skip
+    return _(
+        "checking {number}/{of}: {name}",
+        number=progress.number,
+        of=progress.of,
+        name=progress.path.name,
+    )
 
 
 def line(progress: Progress, width: int, what: str = "") -> str:

@@ -33,9 +33,12 @@ def run_run(argv: Sequence[str], prog: str) -> int:
     directory = _directory_of(given, command)
     limits = supervisor.Limits(given.give_up_after, given.backoff)
     return supervisor.Supervisor(
-        _found(command).words, directory or Path(common.DIRECTORY), limits, _say,
+        _found(command).words,
+        directory or Path(common.DIRECTORY),
+        limits,
+        _say,
         create=directory is not None,
-    ).run()  # fmt: skip
+    ).run()
 
 
 def run_service(argv: Sequence[str], prog: str) -> int:
@@ -62,7 +65,7 @@ def run_service(argv: Sequence[str], prog: str) -> int:
 COMMANDS: dict[str, tuple[str, _Work]] = {
     "run": (N_("run a training and start it again when it crashes"), run_run),
     "service": (N_("go on training after every boot: a systemd unit"), run_service),
-}  # fmt: skip
+}
 
 
 # --------------------------------------------------------------------------------- the arguments
@@ -71,13 +74,18 @@ COMMANDS: dict[str, tuple[str, _Work]] = {
 def _run_parser(prog: str) -> Parser:
     parser = common.parser(
         prog,
-        _("Run a command, and start it again when it crashes, after a pause that doubles from "
-          "crash to crash. Ctrl-C and other signals are passed on, and end it for good. Exit "
-          "status: that of the command, or 7 where it crashed too often."),
-        _("Examples:\n  {prog} -- holdfast train --preset quick\n"
-          "  {prog} --give-up-after 5 --checkpoint-dir runs/a -- python my_training.py", prog=prog),
+        _(
+            "Run a command, and start it again when it crashes, after a pause that doubles from "
+            "crash to crash. Ctrl-C and other signals are passed on, and end it for good. Exit "
+            "status: that of the command, or 7 where it crashed too often."
+        ),
+        _(
+            "Examples:\n  {prog} -- holdfast train --preset quick\n"
+            "  {prog} --give-up-after 5 --checkpoint-dir runs/a -- python my_training.py",
+            prog=prog,
+        ),
         scripts=False,
-    )  # fmt: skip
+    )
     _add_limits(parser)
     return parser
 
@@ -85,11 +93,16 @@ def _run_parser(prog: str) -> Parser:
 def _service_parser(prog: str) -> Parser:
     parser = common.parser(
         prog,
-        _("Print a systemd user unit that runs a command in this directory at every boot, and "
-          "starts it again when it crashes. How to install it stands in its first lines."),
-        _("Examples:\n  {prog} -- holdfast train --preset quick > "
-          "~/.config/systemd/user/holdfast.service", prog=prog),
-    )  # fmt: skip
+        _(
+            "Print a systemd user unit that runs a command in this directory at every boot, and "
+            "starts it again when it crashes. How to install it stands in its first lines."
+        ),
+        _(
+            "Examples:\n  {prog} -- holdfast train --preset quick > "
+            "~/.config/systemd/user/holdfast.service",
+            prog=prog,
+        ),
+    )
     name_help = _("name of the service (default: {value})", value=_NAME)
     parser.add_argument("--name", default=_NAME, metavar="NAME", help=name_help)
     _add_limits(parser)
@@ -100,21 +113,36 @@ def _add_limits(parser: Parser) -> None:
     parser.usage = "%(prog)s " + _("[options] -- COMMAND ...").replace("%", "%%")
     longest = format_seconds(supervisor.LONGEST_BACKOFF)
     parser.add_argument(
-        "--checkpoint-dir", metavar="DIR",
-        help=_("run directory, whose newest step tells progress (default: that of the command, "
-               "else {value})", value=common.DIRECTORY),
-    )  # fmt: skip
+        "--checkpoint-dir",
+        metavar="DIR",
+        help=_(
+            "run directory, whose newest step tells progress (default: that of the command, "
+            "else {value})",
+            value=common.DIRECTORY,
+        ),
+    )
     parser.add_argument(
-        "--give-up-after", type=int, default=supervisor.GIVE_UP_AFTER, metavar="N",
-        help=_("crashes in a row without a new durable step that end it (default: {value})",
-               value=supervisor.GIVE_UP_AFTER),
-    )  # fmt: skip
+        "--give-up-after",
+        type=int,
+        default=supervisor.GIVE_UP_AFTER,
+        metavar="N",
+        help=_(
+            "crashes in a row without a new durable step that end it (default: {value})",
+            value=supervisor.GIVE_UP_AFTER,
+        ),
+    )
     parser.add_argument(
-        "--backoff", type=float, default=supervisor.BACKOFF, metavar="SECONDS",
-        help=_("pause before the first restart; doubles up to {longest}, each shortened by chance "
-               "to no less than half (default: {value})", longest=longest,
-               value=f"{supervisor.BACKOFF:g}"),
-    )  # fmt: skip
+        "--backoff",
+        type=float,
+        default=supervisor.BACKOFF,
+        metavar="SECONDS",
+        help=_(
+            "pause before the first restart; doubles up to {longest}, each shortened by chance "
+            "to no less than half (default: {value})",
+            longest=longest,
+            value=f"{supervisor.BACKOFF:g}",
+        ),
+    )
 
 
 def _parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -128,17 +156,24 @@ def _parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, lis
             _("unknown: {words}", words=" ".join(rest)) if rest else _("there is no command to run")
         )
         raise ConfigError(
-            _("{problem}; write it as {prog} [options] -- COMMAND ...", problem=problem,
-              prog=parser.prog)
-        )  # fmt: skip
+            _(
+                "{problem}; write it as {prog} [options] -- COMMAND ...",
+                problem=problem,
+                prog=parser.prog,
+            )
+        )
     smallest = {"give_up_after": 1, "backoff": 0}
     for name, least in smallest.items():
         value = getattr(given, name)
         if not least <= value < 1e9:
             raise ConfigError(
-                _("--{option} {value}: expected a number from {least}",
-                  option=name.replace("_", "-"), value=value, least=least)
-            )  # fmt: skip
+                _(
+                    "--{option} {value}: expected a number from {least}",
+                    option=name.replace("_", "-"),
+                    value=value,
+                    least=least,
+                )
+            )
     return given, command
 
 
@@ -169,8 +204,9 @@ def _found(command: Sequence[str]) -> _Found:
         words[:1] = [sys.executable, "-m", "holdfast"]
     program = shutil.which(words[0])
     if program is None:
-        raise ConfigError(_("There is no program {name}. Check the command after --.",
-                            name=words[0]))  # fmt: skip
+        raise ConfigError(
+            _("There is no program {name}. Check the command after --.", name=words[0])
+        )
     return _Found(words, program)
 
 
@@ -225,9 +261,12 @@ def _refuse_beginning_anew(command: Sequence[str]) -> None:
     wrong = [flag for flag, said in flags.items() if said]
     if wrong:
         raise ConfigError(
-            _("With {flags} every boot would begin anew. Leave it out: the first start goes on "
-              "from what lies in the run directory.", flags=", ".join(wrong))
-        )  # fmt: skip
+            _(
+                "With {flags} every boot would begin anew. Leave it out: the first start goes on "
+                "from what lies in the run directory.",
+                flags=", ".join(wrong),
+            )
+        )
 
 
 def _say(line: str) -> None:

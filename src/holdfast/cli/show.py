@@ -18,16 +18,29 @@ def run_show(argv: Sequence[str], prog: str) -> int:
     """`holdfast show`: 0, also for a file that is not ours; 4 where it is damaged or not there."""
     made = parser(
         prog,
-        _("Show one checkpoint in full: where it stands, metrics, configuration, environment, the "
-          "parameters by layer, and what can be done with it. Nothing is unpickled."),
-        _("Examples:\n  {prog}\n  {prog} runs/a/best_model.pt\n  {prog} runs/a --tensors\n"
-          "  {prog} model.pt --json", prog=prog),
-    )  # fmt: skip
-    made.add_argument("source", nargs="?", default=DIRECTORY, metavar="FILE|DIR",
-                      help=_("a checkpoint; a directory stands for its newest one (default: "
-                             "{value})", value=DIRECTORY))  # fmt: skip
-    made.add_argument("--tensors", action="store_true",
-                      help=_("every tensor, those of the optimizer too"))  # fmt: skip
+        _(
+            "Show one checkpoint in full: where it stands, metrics, configuration, environment, "
+            "the parameters by layer, and what can be done with it. Nothing is unpickled."
+        ),
+        _(
+            "Examples:\n  {prog}\n  {prog} runs/a/best_model.pt\n  {prog} runs/a --tensors\n"
+            "  {prog} model.pt --json",
+            prog=prog,
+        ),
+    )
+    made.add_argument(
+        "source",
+        nargs="?",
+        default=DIRECTORY,
+        metavar="FILE|DIR",
+        help=_(
+            "a checkpoint; a directory stands for its newest one (default: {value})",
+            value=DIRECTORY,
+        ),
+    )
+    made.add_argument(
+        "--tensors", action="store_true", help=_("every tensor, those of the optimizer too")
+    )
     given = made.parse_args(argv)
     found = look_at(given.source)
     if given.json:

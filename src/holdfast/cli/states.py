@@ -26,15 +26,21 @@ def run_rollback(argv: Sequence[str], prog: str) -> int:
     """`holdfast rollback`: 0; 1 where the user said no; an error without a terminal or --yes."""
     parser = common.parser(
         prog,
-        _("Go back to an earlier checkpoint: it becomes the newest, and the next start of the "
-          "training goes on from it in a new generation. What is newer goes to archive/; nothing "
-          "is removed."),
-        _("Examples:\n  {prog} 1500\n  {prog} best_model.pt runs/a --dry-run\n"
-          "  {prog} runs/a/archive/5d2c91f0/generation_1/latest.pt", prog=prog),
-    )  # fmt: skip
+        _(
+            "Go back to an earlier checkpoint: it becomes the newest, and the next start of the "
+            "training goes on from it in a new generation. What is newer goes to archive/; nothing "
+            "is removed."
+        ),
+        _(
+            "Examples:\n  {prog} 1500\n  {prog} best_model.pt runs/a --dry-run\n"
+            "  {prog} runs/a/archive/5d2c91f0/generation_1/latest.pt",
+            prog=prog,
+        ),
+    )
     _add_wanted(parser)
-    parser.add_argument("--dry-run", action="store_true",
-                        help=_("show what would happen, and change nothing"))  # fmt: skip
+    parser.add_argument(
+        "--dry-run", action="store_true", help=_("show what would happen, and change nothing")
+    )
     parser.add_argument("-y", "--yes", action="store_true", help=_("do not ask"))
     given = parser.parse_args(argv)
     if given.json and not (given.yes or given.dry_run):
@@ -48,8 +54,10 @@ def run_rollback(argv: Sequence[str], prog: str) -> int:
 def _roll_back(given: argparse.Namespace, shown: rollback.Plan, prog: str) -> int:
     if not given.json:
         common.show(shown.lines(Screen.of(sys.stdout)))
-    without = _("{prog} changes nothing without being told: add --yes, there is no terminal to "
-                "ask on", prog=prog)  # fmt: skip
+    without = _(
+        "{prog} changes nothing without being told: add --yes, there is no terminal to ask on",
+        prog=prog,
+    )
     if shown.changes and not given.dry_run:
         if not given.yes and not common.agreed(_("Go back? [y/N] "), without):
             common.show([_("Nothing was changed.")])
@@ -64,9 +72,11 @@ def _roll_back(given: argparse.Namespace, shown: rollback.Plan, prog: str) -> in
 
 def _outcome(shown: rollback.Plan, prog: str) -> list[str]:
     lines = [
-        _("Done: step {step} is the newest now; the next start of the training goes on from it.",
-          step=shown.chosen.step)
-    ]  # fmt: skip
+        _(
+            "Done: step {step} is the newest now; the next start of the training goes on from it.",
+            step=shown.chosen.step,
+        )
+    ]
     path = rollback.undo(shown)
     if path is not None:
         lines.append(_("To undo it: {command}", command=f"{prog} {shlex.quote(str(path))}"))
@@ -77,11 +87,16 @@ def run_pin(argv: Sequence[str], prog: str) -> int:
     """`holdfast pin`: 0, or 4 where there is no such checkpoint."""
     parser = common.parser(
         prog,
-        _("Keep a checkpoint for good: neither the training's own retention nor clean takes it, "
-          "a temporary one included."),
-        _("Examples:\n  {prog} model_epoch_3.pt\n  {prog} 1500 runs/a\n"
-          "  {prog} --remove 1500 runs/a", prog=prog),
-    )  # fmt: skip
+        _(
+            "Keep a checkpoint for good: neither the training's own retention nor clean takes it, "
+            "a temporary one included."
+        ),
+        _(
+            "Examples:\n  {prog} model_epoch_3.pt\n  {prog} 1500 runs/a\n"
+            "  {prog} --remove 1500 runs/a",
+            prog=prog,
+        ),
+    )
     _add_wanted(parser)
     parser.add_argument("--remove", action="store_true", help=_("let it go again"))
     given = parser.parse_args(argv)
@@ -100,11 +115,15 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
 
 
 def _add_wanted(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("wanted", metavar="STEP|FILE",
-                        help=_("a step, or the name of a checkpoint"))  # fmt: skip
-    parser.add_argument("directory", nargs="?", metavar="DIR",
-                        help=_("run directory (default: that of FILE, else {value})",
-                               value=common.DIRECTORY))  # fmt: skip
+    parser.add_argument(
+        "wanted", metavar="STEP|FILE", help=_("a step, or the name of a checkpoint")
+    )
+    parser.add_argument(
+        "directory",
+        nargs="?",
+        metavar="DIR",
+        help=_("run directory (default: that of FILE, else {value})", value=common.DIRECTORY),
+    )
 
 
 def _directory(given: argparse.Namespace) -> Path:

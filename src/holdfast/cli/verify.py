@@ -20,16 +20,28 @@ def run_verify(argv: Sequence[str], prog: str) -> int:
     """`holdfast verify`: 0, or 4 where something is damaged that is not in quarantine already."""
     parser = common.parser(
         prog,
-        _("Check every byte of checkpoints against their checksums. Nothing is moved; what was "
-          "found goes into the history."),
-        _("Examples:\n  {prog}\n  {prog} --all\n  {prog} runs/a backup/model_epoch_3.pt",
-          prog=prog),
-    )  # fmt: skip
-    parser.add_argument("sources", nargs="*", default=[common.DIRECTORY], metavar="DIR|FILE",
-                        help=_("what to check (default: {value})",
-                               value=common.DIRECTORY))  # fmt: skip
-    parser.add_argument("--all", action="store_true", dest="everything",
-                        help=_("also check what lies in archive/ and quarantine/"))  # fmt: skip
+        _(
+            "Check every byte of checkpoints against their checksums. Nothing is moved; what was "
+            "found goes into the history."
+        ),
+        _(
+            "Examples:\n  {prog}\n  {prog} --all\n  {prog} runs/a backup/model_epoch_3.pt",
+            prog=prog,
+        ),
+    )
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        default=[common.DIRECTORY],
+        metavar="DIR|FILE",
+        help=_("what to check (default: {value})", value=common.DIRECTORY),
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        dest="everything",
+        help=_("also check what lies in archive/ and quarantine/"),
+    )
     given = parser.parse_args(argv)
     targets = verify.targets_of(given.sources, everything=given.everything)
     screen = Screen.of(sys.stdout)
@@ -48,8 +60,9 @@ def run_verify(argv: Sequence[str], prog: str) -> int:
     known = sum(v.state == DAMAGED and v.target.quarantined for v in verdicts)
     damaged = sum(verdict.state == DAMAGED for verdict in verdicts) - known
     if given.json:
-        common.show_json({"files": [v.to_json() for v in verdicts], "damaged": damaged,
-                     "quarantined": known})  # fmt: skip
+        common.show_json(
+            {"files": [v.to_json() for v in verdicts], "damaged": damaged, "quarantined": known}
+        )
         return CheckpointError.exit_code if failed else 0
     if not verdicts:
         common.show([_("There is nothing to check.")])
@@ -57,13 +70,19 @@ def run_verify(argv: Sequence[str], prog: str) -> int:
     for note in dict.fromkeys(verdict.note for verdict in verdicts if verdict.note):
         common.show(wrapped(printable(note), screen))
     checked = [v.size for v in verdicts if v.state in (verify.INTACT, DAMAGED)]
-    told = _("Files checked: {count}, {size} in {time}. Damaged: {damaged}.", count=len(checked),
-             size=format_bytes(sum(checked)), time=format_seconds(time.monotonic() - began),
-             damaged=damaged)  # fmt: skip
+    told = _(
+        "Files checked: {count}, {size} in {time}. Damaged: {damaged}.",
+        count=len(checked),
+        size=format_bytes(sum(checked)),
+        time=format_seconds(time.monotonic() - began),
+        damaged=damaged,
+    )
     common.show(wrapped(told, screen))
     if any(v.state == DAMAGED and v.target.place == verify.RUN for v in verdicts):
-        told = _("Nothing was moved: the next start of the training sets damaged files aside and "
-                 "goes on from the newest that is intact.")  # fmt: skip
+        told = _(
+            "Nothing was moved: the next start of the training sets damaged files aside and "
+            "goes on from the newest that is intact."
+        )
         common.show(wrapped(told, screen))
     return CheckpointError.exit_code if failed else 0
 
@@ -74,11 +93,14 @@ def _verdict_line(verdict: verify.Verdict) -> tuple[str, str]:
     names = ", ".join(other.name for other in others)
     what = f"{path} ({names})" if names else str(path)
     if verdict.state == verify.INTACT:
-        line = _("✓ {path}: intact, step {step}, {size}", path=what, step=verdict.step,
-                 size=format_bytes(verdict.size))  # fmt: skip
+        line = _(
+            "✓ {path}: intact, step {step}, {size}",
+            path=what,
+            step=verdict.step,
+            size=format_bytes(verdict.size),
+        )
     elif verdict.state == DAMAGED and verdict.target.quarantined:
-        line = _("- {path}: damaged, set aside already: {reason}", path=what,
-                 reason=verdict.reason)  # fmt: skip
+        line = _("- {path}: damaged, set aside already: {reason}", path=what, reason=verdict.reason)
     elif verdict.state == DAMAGED:
         line = _("✗ {path}: DAMAGED: {reason}", path=what, reason=verdict.reason)
     else:

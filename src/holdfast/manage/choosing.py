@@ -51,9 +51,12 @@ def choose(run: RunDirectory, wanted: str) -> Choice:
         if any(filesystem.same_data(path, file) for file in files):
             raise DamagedCheckpoint(_("{path} is damaged: {why}.", path=path, why=why), why)
     raise CheckpointError(
-        _("{path} is no checkpoint of {directory}; `holdfast list` shows what is there.",
-          path=files[0], directory=run.directory)
-    )  # fmt: skip
+        _(
+            "{path} is no checkpoint of {directory}; `holdfast list` shows what is there.",
+            path=files[0],
+            directory=run.directory,
+        )
+    )
 
 
 def directory_of(wanted: str) -> Path | None:
@@ -71,17 +74,22 @@ def _of_step(run: RunDirectory, step: int) -> Entry:
         if entry.step == step:
             return entry
     if not run.entries:
-        raise CheckpointError(_("There are no checkpoints in {directory}.",
-                                directory=run.directory))  # fmt: skip
+        raise CheckpointError(
+            _("There are no checkpoints in {directory}.", directory=run.directory)
+        )
     near = sorted({entry.step for entry in run.entries}, key=lambda other: abs(other - step))
-    message = _("There is no checkpoint of step {step} in {directory}; the nearest are of step "
-                "{steps}.", step=step, directory=run.directory,
-                steps=", ".join(map(str, sorted(near[:_NEAREST]))))  # fmt: skip
+    message = _(
+        "There is no checkpoint of step {step} in {directory}; the nearest are of step {steps}.",
+        step=step,
+        directory=run.directory,
+        steps=", ".join(map(str, sorted(near[:_NEAREST]))),
+    )
     for path in set_aside(run.directory, ARCHIVE):
         archived = entry_at(path)
         if archived is not None and archived.step == step:
-            message += _(" Step {step} lies in the archive: name the file {path}.", step=step,
-                         path=path)  # fmt: skip
+            message += _(
+                " Step {step} lies in the archive: name the file {path}.", step=step, path=path
+            )
             break
     raise CheckpointError(message)
 

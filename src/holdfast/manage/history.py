@@ -92,8 +92,9 @@ class History:
         """What a person sees: the table, then the story, or every event."""
         told = story(_in_time(self.events, self.ends), everything=everything, screen=screen)
         if not self.epochs and not told:
-            nothing = _("There is no history of a training in {directory}.",
-                        directory=self.run.directory)  # fmt: skip
+            nothing = _(
+                "There is no history of a training in {directory}.", directory=self.run.directory
+            )
             return [printable(nothing)]
         lines = [_("No epoch has been finished yet.")]
         if self.epochs:
@@ -154,8 +155,17 @@ def write_csv(histories: Sequence[History], path: Path) -> None:
     A line an epoch under a header, empty where a value is not known; of several runs each line
     begins with its directory.
     """
-    names = ["epoch", "step", "train_loss", "val_loss", "perplexity", "time", "checkpoint", "fate",
-             "best"]  # fmt: skip
+    names = [
+        "epoch",
+        "step",
+        "train_loss",
+        "val_loss",
+        "perplexity",
+        "time",
+        "checkpoint",
+        "fate",
+        "best",
+    ]
     several = len(histories) > 1
     text = io.StringIO()
     writer = csv.DictWriter(text, ["directory", *names] if several else names, lineterminator="\n")

@@ -67,8 +67,12 @@ class Listing:
         }
 
     def _record(self, entry: Entry) -> dict[str, Any]:
-        return record_of(entry, damaged=entry.id in self.run.distrusted,
-                         best=entry.id == self.best, latest=entry.id == self.latest)  # fmt: skip
+        return record_of(
+            entry,
+            damaged=entry.id in self.run.distrusted,
+            best=entry.id == self.best,
+            latest=entry.id == self.latest,
+        )
 
     def lines(self, screen: Screen, now: datetime.datetime | None = None) -> list[str]:
         """What a person sees; `now` is for the ages."""
@@ -103,17 +107,19 @@ class Listing:
     def _footer(self, screen: Screen) -> list[str]:
         names = sum(len(entry.names) for entry in self.entries)
         lines = [
-            _("checkpoints: {count} under {names} names, {size} on disk (links counted once)",
-              count=len(self.entries), names=names, size=format_bytes(self.disk_bytes))
-        ]  # fmt: skip
+            _(
+                "checkpoints: {count} under {names} names, {size} on disk (links counted once)",
+                count=len(self.entries),
+                names=names,
+                size=format_bytes(self.disk_bytes),
+            )
+        ]
         if screen.terminal and self.entries:
             marks = {"best": _best(screen), "latest": _latest(screen)}
             if self.latest in self.run.distrusted:  # recovery passes it over
                 lines.append(_("{best} best · {latest} newest, but damaged", **marks))
             else:
-                lines.append(
-                    _("{best} best · {latest} newest, training goes on from it", **marks)
-                )  # fmt: skip
+                lines.append(_("{best} best · {latest} newest, training goes on from it", **marks))
             if any(entry.pinned for entry in self.entries):
                 lines[-1] += _(" · {pinned} pinned: no clean-up takes it", pinned=_pinned(screen))
         return lines
@@ -121,14 +127,16 @@ class Listing:
     def _remarks(self, screen: Screen) -> list[str]:
         """What lies here besides the checkpoints, by name."""
         contents, lines = self.run.contents, []
-        for place, (count, size) in (
-            (QUARANTINE, self.quarantine), (ARCHIVE, self.archive)
-        ):  # fmt: skip
+        for place, (count, size) in ((QUARANTINE, self.quarantine), (ARCHIVE, self.archive)):
             if count:
                 lines.append(
-                    _("{place}/: checkpoint files: {count}, {size} in all", place=place,
-                      count=count, size=format_bytes(size))
-                )  # fmt: skip
+                    _(
+                        "{place}/: checkpoint files: {count}, {size} in all",
+                        place=place,
+                        count=count,
+                        size=format_bytes(size),
+                    )
+                )
         lines += [
             _("damaged: {name}: {reason}", name=name, reason=reason)
             for name, reason in contents.damaged
@@ -138,9 +146,7 @@ class Listing:
             for name, reason in contents.unreadable
         ]
         if contents.foreign:
-            lines.append(
-                _("not written by holdfast: {names}", names=", ".join(contents.foreign))
-            )  # fmt: skip
+            lines.append(_("not written by holdfast: {names}", names=", ".join(contents.foreign)))
         return [part for line in lines for part in wrapped(printable(line), screen)]
 
 

@@ -21,15 +21,22 @@ def catalogue_lock(catalog: Catalog) -> Iterator[None]:
         lock.acquire()
     except RunLocked:
         raise RunLocked(
-            _("Another process is changing {directory} ({owner}) and has not ended within "
-              "{seconds} s. Try again.", directory=catalog.directory,
-              owner=lock.owner() or _("unknown process"), seconds=round(WAIT))
-        ) from None  # fmt: skip
+            _(
+                "Another process is changing {directory} ({owner}) and has not ended within "
+                "{seconds} s. Try again.",
+                directory=catalog.directory,
+                owner=lock.owner() or _("unknown process"),
+                seconds=round(WAIT),
+            )
+        ) from None
     except OSError as error:
         raise ResourceError(
-            _("{directory} cannot be written: {error}.", directory=catalog.directory,
-              error=error.strerror or error)
-        ) from error  # fmt: skip
+            _(
+                "{directory} cannot be written: {error}.",
+                directory=catalog.directory,
+                error=error.strerror or error,
+            )
+        ) from error
     try:
         yield
     finally:

@@ -46,8 +46,9 @@ class Pinned:
         elif self.pinned:
             text = _("Step {step} ({name}) was pinned already.", **what)
         elif self.changed:
-            text = _("Step {step} ({name}) is no longer pinned: it goes when its time comes.",
-                     **what)  # fmt: skip
+            text = _(
+                "Step {step} ({name}) is no longer pinned: it goes when its time comes.", **what
+            )
         else:
             text = _("Step {step} ({name}) was not pinned.", **what)
         return printable(text)

@@ -66,49 +66,72 @@ class Plan:
             "generation": self.generation,
             "to": self.place,
             "archived": [
-                {"id": entry.id, "step": entry.step, "names": list(entry.names),
-                 "size": entry.size}
+                {"id": entry.id, "step": entry.step, "names": list(entry.names), "size": entry.size}
                 for entry in self.newer
             ],
             "archived_from_memory": self.in_memory,
             "other_run": self.other_run,
-        }  # fmt: skip
+        }
 
     def lines(self, screen: Screen) -> list[str]:
         """What becomes the newest, and what goes to the archive for it."""
         name, step = self.chosen.names[0], self.chosen.step
         if not self.changes:
-            text = _("Step {step} ({name}) is the newest already: there is nothing to go back "
-                     "behind.", step=step, name=name)  # fmt: skip
+            text = _(
+                "Step {step} ({name}) is the newest already: there is nothing to go back behind.",
+                step=step,
+                name=name,
+            )
             return [printable(text)]
         loss = number(self.chosen.metrics.get("val_loss"))
         told = "" if loss is None else _(", val loss {loss}", loss=format_loss(loss))
-        text = _("Back to step {step} ({name}{loss}); generation {generation} begins.", step=step,
-                 name=name, loss=told, generation=self.generation)  # fmt: skip
+        text = _(
+            "Back to step {step} ({name}{loss}); generation {generation} begins.",
+            step=step,
+            name=name,
+            loss=told,
+            generation=self.generation,
+        )
         lines = [printable(text)]
         if self.other_run is not None:
-            text = _("⚠️  It is a state of another run ({its}) than the one here ({here}), all of "
-                     "which makes way for it.", its=self.chosen.run_id[:8],
-                     here=self.other_run[:8])  # fmt: skip
+            text = _(
+                "⚠️  It is a state of another run ({its}) than the one here ({here}), all of "
+                "which makes way for it.",
+                its=self.chosen.run_id[:8],
+                here=self.other_run[:8],
+            )
             lines.append(printable(text))
         if self.newer:
             title = _("These go to {place}/; nothing is removed:", place=self.place)
             lines += [title, "", *self._table(screen)]
         if self.in_memory is not None:
-            lines.append(_("A killed training has left step {step} in memory: it goes to "
-                           "{place}/, too.", step=self.in_memory, place=self.place))  # fmt: skip
+            lines.append(
+                _(
+                    "A killed training has left step {step} in memory: it goes to {place}/, too.",
+                    step=self.in_memory,
+                    place=self.place,
+                )
+            )
         return lines
 
     def _table(self, screen: Screen) -> list[str]:
         columns = [
-            Column(_("file")), Column(_("kind"), hide=3), Column(_("step"), right=True),
-            Column(_("val loss"), right=True, hide=2), Column(_("size"), right=True, hide=1),
-        ]  # fmt: skip
+            Column(_("file")),
+            Column(_("kind"), hide=3),
+            Column(_("step"), right=True),
+            Column(_("val loss"), right=True, hide=2),
+            Column(_("size"), right=True, hide=1),
+        ]
         rows = [
-            [entry.names[0], kind_in_words(entry.kind), str(entry.step),
-             format_loss(number(entry.metrics.get("val_loss"))), format_bytes(entry.size)]
+            [
+                entry.names[0],
+                kind_in_words(entry.kind),
+                str(entry.step),
+                format_loss(number(entry.metrics.get("val_loss"))),
+                format_bytes(entry.size),
+            ]
             for entry in self.newer
-        ]  # fmt: skip
+        ]
         return [*render(columns, rows, screen), ""]
 
 

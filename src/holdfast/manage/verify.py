@@ -151,8 +151,9 @@ def _targets_in(directory: Path) -> list[Target]:
             continue
         name = path.relative_to(directory).as_posix()
         by_inode.setdefault((stat.st_dev, stat.st_ino), []).append(name)
-    groups = sorted((sorted(names, key=rank) for names in by_inode.values()),
-                    key=lambda names: rank(names[0]))  # fmt: skip
+    groups = sorted(
+        (sorted(names, key=rank) for names in by_inode.values()), key=lambda names: rank(names[0])
+    )
     return [
         Target(tuple(directory / name for name in names), directory, known.get(names[0]))
         for names in groups
@@ -226,8 +227,10 @@ def _record(verdict: Verdict, check: _Check) -> Verdict:
                 names = [path.name for path in verdict.target.paths]
                 catalog.record(DAMAGED, **fields, names=names, reason=check.reason)
     except (OSError, RunLocked) as error:
-        note = _("The history could not be written ({error}): retention does not know of this "
-                 "check.", error=error)  # fmt: skip
+        note = _(
+            "The history could not be written ({error}): retention does not know of this check.",
+            error=error,
+        )
         return replace(verdict, note=note)
     return replace(verdict, recorded=True)
 

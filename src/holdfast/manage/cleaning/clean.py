@@ -90,12 +90,19 @@ class Plan:
             for row in sorted(self.rows, key=lambda row: row.stays)
         ]
         columns = [
-            Column(""), Column(_("file")), Column(_("step"), right=True, hide=2),
-            Column(_("size"), right=True, hide=1), Column(_("why")),
-        ]  # fmt: skip
+            Column(""),
+            Column(_("file")),
+            Column(_("step"), right=True, hide=2),
+            Column(_("size"), right=True, hide=1),
+            Column(_("why")),
+        ]
         going = len(self.going)
-        footer = _("goes: {going} of {all}, {size} come back", going=going, all=len(self.rows),
-                   size=format_bytes(self.freed))  # fmt: skip
+        footer = _(
+            "goes: {going} of {all}, {size} come back",
+            going=going,
+            all=len(self.rows),
+            size=format_bytes(self.freed),
+        )
         return [*render(columns, table, screen), "", footer if going else _("Nothing goes.")]
 
 
@@ -139,9 +146,14 @@ def execute(shown: Plan) -> Plan:
             time.sleep(_PAUSE)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                _("Stopped: {count} of {all} removed, {size} came back; the others are as they "
-                  "were.", count=len(gone), all=len(agreed), size=format_bytes(freed))
-            ) from None  # fmt: skip
+                _(
+                    "Stopped: {count} of {all} removed, {size} came back; the others are as they "
+                    "were.",
+                    count=len(gone),
+                    all=len(agreed),
+                    size=format_bytes(freed),
+                )
+            ) from None
 
 
 def _agreed(row: Row, agreed: Collection[str], dead: bool) -> Row:

@@ -83,12 +83,19 @@ class Plan:
             for row in sorted(self.rows, key=lambda row: row.stays)
         ]
         columns = [
-            Column(""), Column(_("run directory")), Column(_("step"), right=True, hide=2),
-            Column(_("size"), right=True, hide=1), Column(_("why")),
-        ]  # fmt: skip
+            Column(""),
+            Column(_("run directory")),
+            Column(_("step"), right=True, hide=2),
+            Column(_("size"), right=True, hide=1),
+            Column(_("why")),
+        ]
         going = len(self.going)
-        footer = _("goes: {going} of {all}, {size} come back", going=going, all=len(self.rows),
-                   size=format_bytes(self.freed))  # fmt: skip
+        footer = _(
+            "goes: {going} of {all}, {size} come back",
+            going=going,
+            all=len(self.rows),
+            size=format_bytes(self.freed),
+        )
         return [*render(columns, table, screen), "", footer if going else _("Nothing goes.")]
 
 

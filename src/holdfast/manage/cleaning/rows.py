@@ -247,11 +247,14 @@ def _archived(run: RunDirectory) -> list[Row]:
         row = _file_row(run, telling, stays=False, reason="archived")
         id_, step = _identity(telling[0])
         reason = (
-            "pinned" if id_ in known.pinned
-            else "rolled_back_to" if needed in row.names
-            else "archived" if verified
+            "pinned"
+            if id_ in known.pinned
+            else "rolled_back_to"
+            if needed in row.names
+            else "archived"
+            if verified
             else "only_archived"
-        )  # fmt: skip
+        )
         rows.append(replace(row, step=step, stays=reason != "archived", reason=reason))
     return sorted(rows, key=lambda row: (-(row.step or 0), row.names))
 

@@ -162,13 +162,17 @@ class Drift:
             "unlike": [unlike.to_json(self.labels) for unlike in self.unlike],
             "only_in": {
                 label: [
-                    {"section": t.section, "name": t.dotted, "shape": list(t.shape),
-                     "dtype": t.dtype}
+                    {
+                        "section": t.section,
+                        "name": t.dotted,
+                        "shape": list(t.shape),
+                        "dtype": t.dtype,
+                    }
                     for t in tensors
                 ]
                 for label, tensors in self.only.items()
             },
-        }  # fmt: skip
+        }
 
 
 def _numbers(sums: Sums, labels: Sequence[str]) -> dict[str, Any]:
@@ -265,9 +269,12 @@ def _sections(states: Iterable[Mapping[str, Any]], wanted: Sequence[str]) -> lis
     strange = [name for name in wanted if name not in known and name != ALL]
     if strange:
         raise HoldfastError(
-            _("There are no tensors in a section {name}; these have some: {known}.",
-              name=", ".join(strange), known=", ".join(known) or "-")
-        )  # fmt: skip
+            _(
+                "There are no tensors in a section {name}; these have some: {known}.",
+                name=", ".join(strange),
+                known=", ".join(known) or "-",
+            )
+        )
     return usual if ALL in wanted else [section for section in known if section in wanted]
 
 

@@ -49,10 +49,14 @@ def _layers(drift: Drift, screen: Screen) -> list[str]:
     total = drift.total
     rows.append([_("all"), *_cells(total), ""])
     columns = [
-        Column(_("layer")), Column(_("relative"), right=True), Column(_("cosine"), right=True),
-        Column(_("changed"), right=True, hide=1), Column(_("largest"), right=True),
-        Column("NaN/Inf", right=True, hide=2), Column(_("where the largest is"), hide=3),
-    ]  # fmt: skip
+        Column(_("layer")),
+        Column(_("relative"), right=True),
+        Column(_("cosine"), right=True),
+        Column(_("changed"), right=True, hide=1),
+        Column(_("largest"), right=True),
+        Column("NaN/Inf", right=True, hide=2),
+        Column(_("where the largest is"), hide=3),
+    ]
     if not any((*total.nan, *total.inf)):
         rows = [[*row[:5], *row[6:]] for row in rows]
         del columns[5]

@@ -111,8 +111,14 @@ class Comparison:
 
     def _identity(self, screen: Screen) -> list[str]:
         titles = [
-            _("run"), _("generation"), _("epoch"), _("step"), _("kind"), _("size"), _("saved at")
-        ]  # fmt: skip
+            _("run"),
+            _("generation"),
+            _("epoch"),
+            _("step"),
+            _("kind"),
+            _("size"),
+            _("saved at"),
+        ]
         columns = [
             [
                 entry.run_id[:8],
@@ -155,8 +161,18 @@ class Comparison:
         return [Column(subject.label, right=right) for subject in self.subjects]
 
 
-_IDENTITY = ("id", "run_id", "generation", "step", "epoch", "kind", "reason", "created", "size",
-             "parent")  # fmt: skip
+_IDENTITY = (
+    "id",
+    "run_id",
+    "generation",
+    "step",
+    "epoch",
+    "kind",
+    "reason",
+    "created",
+    "size",
+    "parent",
+)
 
 
 def compare(sources: Sequence[str]) -> Comparison:
@@ -193,11 +209,15 @@ def _subject(label: str, source: Path) -> Subject:
         metrics["perplexity"] = math.inf if loss >= 700 else math.exp(loss)  # NaN stays NaN
     score = manifest.get("score") or {}
     return Subject(
-        label, path, chosen, entry, metrics,
+        label,
+        path,
+        chosen,
+        entry,
+        metrics,
         (score["name"], score["lower_is_better"]) if entry.loss is not None else None,
         _configuration(manifest, path),
         flatten(manifest.get("environment") or {}),
-    )  # fmt: skip
+    )
 
 
 def _configuration(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -245,11 +265,19 @@ def _differing(flat: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 def _subject_line(subject: Subject) -> str:
     directory = subject.path.parent
     if subject.chosen == "best":
-        return _("{label}  {path} (the best of {directory})", label=subject.label,
-                 path=subject.path, directory=directory)  # fmt: skip
+        return _(
+            "{label}  {path} (the best of {directory})",
+            label=subject.label,
+            path=subject.path,
+            directory=directory,
+        )
     if subject.chosen == "newest":
-        return _("{label}  {path} (the newest of {directory}, where none has a score)",
-                 label=subject.label, path=subject.path, directory=directory)  # fmt: skip
+        return _(
+            "{label}  {path} (the newest of {directory}, where none has a score)",
+            label=subject.label,
+            path=subject.path,
+            directory=directory,
+        )
     return f"{subject.label}  {subject.path}"
 
 

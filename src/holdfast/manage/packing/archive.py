@@ -100,9 +100,11 @@ def zstandard() -> Any:
         import zstandard as package
     except ModuleNotFoundError:
         raise ConfigError(
-            _("A .tar.zst needs the package zstandard: pip install 'holdfast[desk]'. A plain .tar "
-              "needs nothing.")
-        ) from None  # fmt: skip
+            _(
+                "A .tar.zst needs the package zstandard: pip install 'holdfast[desk]'. A plain "
+                ".tar needs nothing."
+            )
+        ) from None
     return package
 
 
@@ -202,8 +204,9 @@ class PackedRun:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise self._damaged(MANIFEST) from None
         if contents is None:
-            raise CheckpointError(_("{path} was packed by a newer holdfast: update it.",
-                                    path=self.path))  # fmt: skip
+            raise CheckpointError(
+                _("{path} was packed by a newer holdfast: update it.", path=self.path)
+            )
         if contents.top != member.name.partition("/")[0]:
             raise self._damaged(MANIFEST)
         return contents
@@ -328,8 +331,15 @@ def _contents(found: Mapping[str, Any]) -> Contents | None:
     if not all(step is None or type(step) is int for step in steps):
         raise TypeError("step")
     run_id = found["run_id"]
-    return Contents(top, created, version, None if run_id is None else str(run_id),
-                    found["step"], found["epoch"], items)  # fmt: skip
+    return Contents(
+        top,
+        created,
+        version,
+        None if run_id is None else str(run_id),
+        found["step"],
+        found["epoch"],
+        items,
+    )
 
 
 def _whole(value: object) -> int:

@@ -87,26 +87,36 @@ class Packed:
             if item.link is None
         ]
         columns = [
-            Column(_("file")), Column(_("step"), right=True), Column(_("size"), right=True),
+            Column(_("file")),
+            Column(_("step"), right=True),
+            Column(_("size"), right=True),
             Column(_("also called"), hide=1),
-        ]  # fmt: skip
-        title = _("{run}, packed {time} by holdfast {version}", run=self.contents.top,
-                  time=format_time(self.contents.created),
-                  version=self.contents.holdfast)  # fmt: skip
+        ]
+        title = _(
+            "{run}, packed {time} by holdfast {version}",
+            run=self.contents.top,
+            time=format_time(self.contents.created),
+            version=self.contents.holdfast,
+        )
         lines = [screen.bold(printable(title)), "", *render(columns, table, screen)]
         return [*lines, "", self.summary()]
 
     def summary(self) -> str:
         """How much is in it, and which step is the newest."""
         contents = self.contents
-        text = _("{files} files ({size}), {checkpoints} of them checkpoints", files=contents.files,
-                 checkpoints=contents.checkpoints, size=format_bytes(contents.size))  # fmt: skip
+        text = _(
+            "{files} files ({size}), {checkpoints} of them checkpoints",
+            files=contents.files,
+            checkpoints=contents.checkpoints,
+            size=format_bytes(contents.size),
+        )
         if contents.step is None:
             return text
         if contents.epoch is None:
             return text + _("; the newest is step {step}", step=contents.step)
-        return text + _("; the newest is step {step} (epoch {epoch})", step=contents.step,
-                        epoch=contents.epoch)  # fmt: skip
+        return text + _(
+            "; the newest is step {step} (epoch {epoch})", step=contents.step, epoch=contents.epoch
+        )
 
 
 # -------------------------------------------------------------------------------------- packing
@@ -122,14 +132,20 @@ def target_of(directory: str | os.PathLike[str], given: str | None) -> Path:
         target = target / name
     if not target.name.endswith(SUFFIXES):
         raise ConfigError(
-            _("{path}: an archive is called something.tar, or something.tar.zst to be compressed.",
-              path=target)
-        )  # fmt: skip
+            _(
+                "{path}: an archive is called something.tar, or something.tar.zst to be "
+                "compressed.",
+                path=target,
+            )
+        )
     if run in target.resolve().parents:
         raise ConfigError(
-            _("{path} lies in the run directory, which it would have to hold: name a place "
-              "outside.", path=target)
-        )  # fmt: skip
+            _(
+                "{path} lies in the run directory, which it would have to hold: name a place "
+                "outside.",
+                path=target,
+            )
+        )
     return target
 
 

@@ -58,8 +58,13 @@ class Section:
 
     def to_json(self) -> dict[str, Any]:
         """The documented form."""
-        return {"name": self.name, "kind": self.kind, "tensors": self.tensors,
-                "elements": self.numel, "bytes": self.nbytes}  # fmt: skip
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "tensors": self.tensors,
+            "elements": self.numel,
+            "bytes": self.nbytes,
+        }
 
 
 def sections_of(tensors: Iterable[Tensor], state: Mapping[Any, Any]) -> list[Section]:
@@ -68,10 +73,15 @@ def sections_of(tensors: Iterable[Tensor], state: Mapping[Any, Any]) -> list[Sec
     for tensor in tensors:
         by_name.setdefault(tensor.section, []).append(tensor)
     return [
-        Section(name, _kind(name, state.get(name)), len(own),
-                sum(t.numel for t in own if t.same_as is None), sum(t.nbytes for t in own))
+        Section(
+            name,
+            _kind(name, state.get(name)),
+            len(own),
+            sum(t.numel for t in own if t.same_as is None),
+            sum(t.nbytes for t in own),
+        )
         for name, own in by_name.items()
-    ]  # fmt: skip
+    ]
 
 
 def _kind(name: str, value: object) -> str:

@@ -95,13 +95,17 @@ class Shown:
             "run": str(self.run.directory) if self.run is not None else None,
         }
         if self.inside is None:
-            told |= {"form": self.form, "records": [r.to_json() for r in self.records],
-                     "imports": self.imports}  # fmt: skip
+            told |= {
+                "form": self.form,
+                "records": [r.to_json() for r in self.records],
+                "imports": self.imports,
+            }
             return told
         found = self.inside
         told |= {
-            "checkpoint": record_of(found.entry, damaged=self.state == DAMAGED, best=self.is_best,
-                                    latest=self.is_newest),
+            "checkpoint": record_of(
+                found.entry, damaged=self.state == DAMAGED, best=self.is_best, latest=self.is_newest
+            ),
             "format_version": found.format_version,
             "score": found.score,
             "config": found.config,
@@ -110,7 +114,7 @@ class Shown:
             "progress": found.progress,
             "sections": [section.to_json() for section in found.sections],
             "layers": [row.to_json() for row in found.rows],
-        }  # fmt: skip
+        }
         if tensors:
             told["tensors"] = [tensor.to_json() for tensor in found.tensors]
         told["commands"] = [{"purpose": p, "command": c} for p, c in commands_for(self)]
@@ -131,9 +135,11 @@ def show(source: str | os.PathLike[str]) -> Shown:
         path = run.catalog.path(run.contents.newest)
     elif not path.is_file():  # a pipe would be waited for
         raise CheckpointError(
-            _("There is no checkpoint at {source}; `holdfast list` shows what is there.",
-              source=path)
-        )  # fmt: skip
+            _(
+                "There is no checkpoint at {source}; `holdfast list` shows what is there.",
+                source=path,
+            )
+        )
     else:
         place = directory_of(str(path))
         run = look(place) if place is not None else None
@@ -143,15 +149,17 @@ def show(source: str | os.PathLike[str]) -> Shown:
             inside = _inside(reader.manifest, path, size, run)
             state, reason = _health(reader, inside, run)
     except DamagedCheckpoint as error:
-        return Shown(path, size, DAMAGED, error.why, run=run, form=OURS,
-                     records=zip_look.salvage(path))  # fmt: skip
+        return Shown(
+            path, size, DAMAGED, error.why, run=run, form=OURS, records=zip_look.salvage(path)
+        )
     except NewerFormat as error:
         return _foreign(path, size, run, error.why)
     except ForeignCheckpoint as error:
         announced = run is not None and _was_ours(run, path)
         if announced:
-            return Shown(path, size, DAMAGED, error.why, run=run, form=OURS,
-                         records=zip_look.salvage(path))  # fmt: skip
+            return Shown(
+                path, size, DAMAGED, error.why, run=run, form=OURS, records=zip_look.salvage(path)
+            )
         return _foreign(path, size, run, error.why)
     return Shown(path, size, state, reason, inside, run)
 

@@ -28,9 +28,21 @@ from holdfast.table import PIPE, Column, Screen, printable, render, wrapped
 
 _RECORDS = 12  # of a file that is not ours, the largest first
 _LONG = 60  # characters of a value; a longer one is cut on a terminal
-_MODEL_FACTS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "n_embd",
-                "n_layer", "n_head", "n_positions", "tie_word_embeddings")  # fmt: skip
+_MODEL_FACTS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "n_positions",
+    "tie_word_embeddings",
+)
 _KINDS = {MODEL: N_("model"), OPTIMIZER: N_("optimizer"), OTHER: N_("other")}
 _REASONS = {
     "scheduled": N_("on schedule"),
@@ -84,23 +96,38 @@ def _facts(shown: Shown, inside: Inside, screen: Screen) -> list[str]:
     parent = entry.parent or {}
     before = _("none: the run began here")
     if parent:
-        before = _("step {step} of generation {generation} ({id})", step=parent.get("step"),
-                   generation=parent.get("generation"), id=parent.get("id"))  # fmt: skip
+        before = _(
+            "step {step} of generation {generation} ({id})",
+            step=parent.get("step"),
+            generation=parent.get("generation"),
+            id=parent.get("id"),
+        )
     facts = [
         (_("state"), _health(shown, inside)),
         (_("where"), where),
-        (_("saved"), f"{format_time(entry.created)} " + _("({age} ago)", age=age)
-                     + f" · {_reason(entry.kind, entry.reason)}"),
+        (
+            _("saved"),
+            f"{format_time(entry.created)} "
+            + _("({age} ago)", age=age)
+            + f" · {_reason(entry.kind, entry.reason)}",
+        ),
         (_("names"), ", ".join(entry.names) or shown.path.name),
         (_("marks"), _marks(shown, inside)),
         (_("size"), _size(shown.size)),
-        (_("run"), _("{run}, generation {generation}", run=entry.run_id,
-                     generation=entry.generation)),
+        (
+            _("run"),
+            _("{run}, generation {generation}", run=entry.run_id, generation=entry.generation),
+        ),
         (_("id"), entry.id),
         (_("parent"), before),
-        (_("format"), _("version {version}, every byte under xxh3-128 and CRC-32",
-                        version=inside.format_version)),
-    ]  # fmt: skip
+        (
+            _("format"),
+            _(
+                "version {version}, every byte under xxh3-128 and CRC-32",
+                version=inside.format_version,
+            ),
+        ),
+    ]
     return _pairs(facts, screen)
 
 
@@ -146,8 +173,9 @@ def _values(inside: Inside, screen: Screen) -> Iterator[list[str]]:
         (_("Environment"), flatten(inside.environment)),
     ]
     for title, values in sections:
-        known = [f"{key}={_short(value, screen)}" for key, value in values.items()
-                 if value is not None]  # fmt: skip
+        known = [
+            f"{key}={_short(value, screen)}" for key, value in values.items() if value is not None
+        ]
         if known:
             yield [screen.bold(title), *_flow(known, screen)]
 
@@ -185,18 +213,27 @@ def _pairs(pairs: Sequence[tuple[str, str]], screen: Screen = PIPE) -> list[str]
 
 def _layers(inside: Inside, screen: Screen) -> list[str]:
     columns = [
-        Column(_("layer")), Column(_("tensors"), right=True, hide=3), Column(_("shape"), hide=2),
-        Column(_("dtype"), hide=4), Column(_("parameters"), right=True),
-        Column(_("size"), right=True, hide=1), Column(_("share"), right=True, hide=5),
-    ]  # fmt: skip
+        Column(_("layer")),
+        Column(_("tensors"), right=True, hide=3),
+        Column(_("shape"), hide=2),
+        Column(_("dtype"), hide=4),
+        Column(_("parameters"), right=True),
+        Column(_("size"), right=True, hide=1),
+        Column(_("share"), right=True, hide=5),
+    ]
     whole = inside.model_bytes or 1
     rows = [
-        [row.name, str(row.tensors),
-         _shape(next(iter(row.shapes))) if len(row.shapes) == 1 else _("several"),
-         ", ".join(sorted(row.dtypes)), _count(row.numel),
-         format_bytes(row.nbytes) if row.numel else _("shared"), f"{row.nbytes / whole:.1%}"]
+        [
+            row.name,
+            str(row.tensors),
+            _shape(next(iter(row.shapes))) if len(row.shapes) == 1 else _("several"),
+            ", ".join(sorted(row.dtypes)),
+            _count(row.numel),
+            format_bytes(row.nbytes) if row.numel else _("shared"),
+            f"{row.nbytes / whole:.1%}",
+        ]
         for row in inside.rows
-    ]  # fmt: skip
+    ]
     count, tensors = sum(r.numel for r in inside.rows), sum(r.tensors for r in inside.rows)
     total = _("Parameters: {count} in {tensors} tensors", count=_count(count), tensors=tensors)
     return [screen.bold(total), *(render(columns, rows, screen) if rows else [])]
@@ -204,16 +241,24 @@ def _layers(inside: Inside, screen: Screen) -> list[str]:
 
 def _every_tensor(inside: Inside, screen: Screen) -> list[str]:
     columns = [
-        Column(_("tensor")), Column(_("shape")), Column(_("dtype")),
-        Column(_("elements"), right=True, hide=2), Column(_("size"), right=True, hide=1),
-    ]  # fmt: skip
+        Column(_("tensor")),
+        Column(_("shape")),
+        Column(_("dtype")),
+        Column(_("elements"), right=True, hide=2),
+        Column(_("size"), right=True, hide=1),
+    ]
 
     def row(tensor: Tensor) -> list[str]:
         size = format_bytes(tensor.nbytes)
         if tensor.same_as is not None:
             size = f"= {tensor.same_as}"
-        return [f"{tensor.section}/{tensor.name}", _shape(tensor.shape), tensor.dtype,
-                _count(tensor.numel), size]  # fmt: skip
+        return [
+            f"{tensor.section}/{tensor.name}",
+            _shape(tensor.shape),
+            tensor.dtype,
+            _count(tensor.numel),
+            size,
+        ]
 
     title = _("Tensors: {count}", count=len(inside.tensors))
     rows = [row(tensor) for tensor in inside.tensors]
@@ -222,18 +267,35 @@ def _every_tensor(inside: Inside, screen: Screen) -> list[str]:
 
 def _sections(shown: Shown, inside: Inside, screen: Screen) -> list[str]:
     columns = [
-        Column(_("section")), Column(_("kind"), hide=3), Column(_("tensors"), right=True, hide=2),
-        Column(_("elements"), right=True), Column(_("size"), right=True),
+        Column(_("section")),
+        Column(_("kind"), hide=3),
+        Column(_("tensors"), right=True, hide=2),
+        Column(_("elements"), right=True),
+        Column(_("size"), right=True),
         Column(_("share"), right=True, hide=1),
-    ]  # fmt: skip
+    ]
     rows = [
-        [section.name, _(_KINDS[section.kind]), str(section.tensors), _count(section.numel),
-         format_bytes(section.nbytes), f"{section.nbytes / max(1, shown.size):.1%}"]
+        [
+            section.name,
+            _(_KINDS[section.kind]),
+            str(section.tensors),
+            _count(section.numel),
+            format_bytes(section.nbytes),
+            f"{section.nbytes / max(1, shown.size):.1%}",
+        ]
         for section in inside.sections
-    ]  # fmt: skip
+    ]
     rest = shown.size - sum(section.nbytes for section in inside.sections)
-    rows.append([_("values, manifest, padding"), "", "", "", format_bytes(rest),
-                 f"{rest / max(1, shown.size):.1%}"])  # fmt: skip
+    rows.append(
+        [
+            _("values, manifest, padding"),
+            "",
+            "",
+            "",
+            format_bytes(rest),
+            f"{rest / max(1, shown.size):.1%}",
+        ]
+    )
     return [screen.bold(_("The file by section")), *render(columns, rows, screen)]
 
 
@@ -257,20 +319,34 @@ def _without_manifest(shown: Shown, screen: Screen) -> list[str]:
     size = _size(shown.size)
     if shown.state == DAMAGED:
         whole = [record for record in shown.records if record.whole]
-        told = _("its manifest cannot be read; of the records in front {whole} of {count} are "
-                 "whole, {size}", whole=len(whole), count=len(shown.records),
-                 size=format_bytes(sum(record.size for record in whole)))  # fmt: skip
-        return _pairs([
-            (_("state"), _("DAMAGED: {reason}", reason=shown.reason)),
-            (_("readable"), told),
-            (_("size"), size),
-        ], screen)  # fmt: skip
-    facts = [(_("state"), _("not a checkpoint of ours: {reason}", reason=shown.reason)),
-             (_("what it is"), _(_FORMS[shown.form])), (_("size"), size)]  # fmt: skip
+        told = _(
+            "its manifest cannot be read; of the records in front {whole} of {count} are "
+            "whole, {size}",
+            whole=len(whole),
+            count=len(shown.records),
+            size=format_bytes(sum(record.size for record in whole)),
+        )
+        return _pairs(
+            [
+                (_("state"), _("DAMAGED: {reason}", reason=shown.reason)),
+                (_("readable"), told),
+                (_("size"), size),
+            ],
+            screen,
+        )
+    facts = [
+        (_("state"), _("not a checkpoint of ours: {reason}", reason=shown.reason)),
+        (_("what it is"), _(_FORMS[shown.form])),
+        (_("size"), size),
+    ]
     if shown.records:
         inside = sum(record.size for record in shown.records)
-        facts.append((_("records"), _("{count}, {size} in all", count=len(shown.records),
-                                      size=format_bytes(inside))))  # fmt: skip
+        facts.append(
+            (
+                _("records"),
+                _("{count}, {size} in all", count=len(shown.records), size=format_bytes(inside)),
+            )
+        )
     if shown.imports:
         names = _("{names} (nothing was unpickled)", names=", ".join(shown.imports))
         facts.append((_("its pickle names"), names))

@@ -21,9 +21,17 @@ RESTART_DELAY = 30  # seconds before systemd starts a supervisor again that was 
 
 # What a training needs of the environment it was tried in. Not all of it: it may hold secrets.
 KEPT = (
-    "PATH", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "HF_HOME",
-    "OMP_NUM_THREADS", "LANGUAGE", "HOLDFAST_CACHE", "HOLDFAST_DISABLE",
-)  # fmt: skip
+    "PATH",
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HOME",
+    "OMP_NUM_THREADS",
+    "LANGUAGE",
+    "HOLDFAST_CACHE",
+    "HOLDFAST_DISABLE",
+)
 
 _NAME = re.compile(r"[A-Za-z0-9:_.@-]+")
 _PLAIN = re.compile(r"[A-Za-z0-9_./:=,+@-]+")
@@ -41,16 +49,20 @@ class Service:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ConfigError(
-                _("--name {name}: expected letters, digits and the characters : _ . @ -",
-                  name=printable(self.name))
-            )  # fmt: skip
+                _(
+                    "--name {name}: expected letters, digits and the characters : _ . @ -",
+                    name=printable(self.name),
+                )
+            )
         for text in (str(self.directory), *self.command, *self.environment.values()):
             _check(text)
         if "\n" in str(self.directory) or str(self.directory).endswith(("\\", " ")):
             raise ConfigError(
-                _("systemd cannot work in a directory with such a name: {directory}",
-                  directory=printable(str(self.directory)))
-            )  # fmt: skip
+                _(
+                    "systemd cannot work in a directory with such a name: {directory}",
+                    directory=printable(str(self.directory)),
+                )
+            )
 
     @property
     def file(self) -> str:
@@ -81,8 +93,10 @@ class Service:
             "[Service]",
             "Type=exec",
             f"WorkingDirectory={str(self.directory).replace('%', '%%')}",
-            *(f"Environment={quote(f'{name}={value}', dollar='$')}"
-              for name, value in self.environment.items()),
+            *(
+                f"Environment={quote(f'{name}={value}', dollar='$')}"
+                for name, value in self.environment.items()
+            ),
             "ExecStart=" + exec_line(self.command),
             "Restart=on-failure",
             f"RestartSec={RESTART_DELAY}",
@@ -95,7 +109,7 @@ class Service:
             "",
             "[Install]",
             "WantedBy=default.target",
-        ]  # fmt: skip
+        ]
         return "\n".join(lines) + "\n"
 
     def _how_to(self) -> list[str]:
@@ -107,9 +121,11 @@ class Service:
             f"  {linger}",
             _("To watch it: journalctl --user -f -u {name}", name=self.name),
             _("To stop it: systemctl --user stop {name} (it saves first)", name=self.name),
-            _("A machine that shuts down gives it 2 minutes to save. If that is too short, raise "
-              "TimeoutStopSec of user@.service: sudo systemctl edit user@.service"),
-        ]  # fmt: skip
+            _(
+                "A machine that shuts down gives it 2 minutes to save. If that is too short, raise "
+                "TimeoutStopSec of user@.service: sudo systemctl edit user@.service"
+            ),
+        ]
 
 
 def exec_line(command: Sequence[str]) -> str:

@@ -113,9 +113,12 @@ class Restarts:
                 gave_up=True,
             )
         self._restarts += 1
-        why = _("restart {number}; crashes without getting further: {count} of {limit}",
-                number=self._restarts, count=self._repeats,
-                limit=self._limits.give_up_after)  # fmt: skip
+        why = _(
+            "restart {number}; crashes without getting further: {count} of {limit}",
+            number=self._restarts,
+            count=self._repeats,
+            limit=self._limits.give_up_after,
+        )
         return Decision(why, delay=self._delay())
 
     def _progressed(self, end: End) -> bool:
@@ -186,8 +189,13 @@ def await_free(directory: Path, tell: Callable[[str], None], patience: float = P
         try:
             lock.acquire()
         except RunLocked:
-            tell(_("another process works in {directory}; waiting for it, at most {time}",
-                   directory=directory, time=format_seconds(patience)))  # fmt: skip
+            tell(
+                _(
+                    "another process works in {directory}; waiting for it, at most {time}",
+                    directory=directory,
+                    time=format_seconds(patience),
+                )
+            )
             lock = FileLock(lock.path, wait=patience)
             lock.acquire()
         lock.release()
@@ -262,8 +270,13 @@ class Supervisor:
                 decision = restarts.after(end)
                 if decision.delay is None:
                     return self._over(end, decision)
-                self._log(_("starting it again in {time} ({why})", why=decision.why,
-                            time=format_seconds(decision.delay)))  # fmt: skip
+                self._log(
+                    _(
+                        "starting it again in {time} ({why})",
+                        why=decision.why,
+                        time=format_seconds(decision.delay),
+                    )
+                )
                 self._pause(decision.delay)
                 environment[RESTART] = "" if before is None else before.id
 
@@ -272,17 +285,27 @@ class Supervisor:
         began, wall = time.monotonic(), time.time()
         try:
             self._child = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, env=environment,
+                self._command,
+                stdin=subprocess.DEVNULL,
+                env=environment,
                 preexec_fn=_before_exec(),  # noqa: PLW1509 - we have no thread
-            )  # fmt: skip
+            )
         except OSError as error:
             raise ConfigError(
-                _("{command} cannot be started: {reason}. Check the command after --.",
-                  command=printable(self._command[0]), reason=error.strerror or error)
-            ) from error  # fmt: skip
+                _(
+                    "{command} cannot be started: {reason}. Check the command after --.",
+                    command=printable(self._command[0]),
+                    reason=error.strerror or error,
+                )
+            ) from error
         self._deliver()
-        self._log(_("started process {pid}: {command}", pid=self._child.pid,
-                    command=shlex.join(self._command)))  # fmt: skip
+        self._log(
+            _(
+                "started process {pid}: {command}",
+                pid=self._child.pid,
+                command=shlex.join(self._command),
+            )
+        )
         status = self._child.wait()
         child, self._child = self._child, None
         if status != 0 or self._asked is not None:
@@ -292,8 +315,9 @@ class Supervisor:
         return end
 
     def _tell(self, end: End, began: float) -> None:
-        parts = [_("ended after {time}: {how}", time=format_seconds(end.lived),
-                   how=ending(end.status))]  # fmt: skip
+        parts = [
+            _("ended after {time}: {how}", time=format_seconds(end.lived), how=ending(end.status))
+        ]
         if end.step is not None:
             parts.append(_("newest durable step {step}", step=end.step))
         cause = self._cause(began) if end.status else None
@@ -314,10 +338,14 @@ class Supervisor:
         if decision.gave_up:
             self._log.keep(_("gave up: {why}", why=decision.why))
             raise GaveUp(
-                _("Gave up ({why}); it ended last with: {how}. Its messages above, or "
-                  "{log}, say why; when that is mended, run the same command again.",
-                  why=decision.why, how=ending(end.status), log=self._directory / "logs")
-            )  # fmt: skip
+                _(
+                    "Gave up ({why}); it ended last with: {how}. Its messages above, or "
+                    "{log}, say why; when that is mended, run the same command again.",
+                    why=decision.why,
+                    how=ending(end.status),
+                    log=self._directory / "logs",
+                )
+            )
         if end.status:
             self._log(_("not started again: {why}", why=decision.why))
         return shell_status(end.status)
@@ -328,8 +356,9 @@ class Supervisor:
             time.sleep(min(rest, 0.1))
         if self._asked is not None:
             self._log.keep(_("stopped while waiting to start it again"))
-            raise Interrupted(_("Stopped between two starts; the same command goes on."),
-                              self._asked)  # fmt: skip
+            raise Interrupted(
+                _("Stopped between two starts; the same command goes on."), self._asked
+            )
 
     # -------------------------------------------------------------------------------- signals
 
