@@ -53,7 +53,7 @@ def run_holdfast(data: Path, scratch: Path, steps: int, dtype: str) -> list[floa
     """Our own session, as `holdfast train` runs it, console and all."""
     import io
 
-    from holdfast.training import models, session
+    from holdfast.training import loop, models, session
     from holdfast.training.console import Console
     from holdfast.training.options.presets import resolve
     from holdfast.training.trainer import Trainer
@@ -67,15 +67,15 @@ def run_holdfast(data: Path, scratch: Path, steps: int, dtype: str) -> list[floa
         "checkpoint_dir": str(scratch / f"run-{os.getpid()}"), "sample_tokens": "0",
     }  # fmt: skip
     ends: list[float] = []
-    after_step = Trainer.after_step
+    after_step = loop.after_step
 
-    def watched(self: Trainer) -> None:
-        after_step(self)
+    def watched(trainer: Trainer) -> None:
+        after_step(trainer)
         ends.append(time.perf_counter())
         if len(ends) == WARM_UP + steps:
             raise SystemExit  # the evaluation and the save at the end are not what is measured
 
-    Trainer.after_step = watched  # type: ignore[method-assign]
+    loop.after_step = watched
     try:
         with Console(stream=io.StringIO(), terminal=False) as console:
             session.run(resolve(flags=flags), console, log=False, yes=True, command="")

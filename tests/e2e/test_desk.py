@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import Interrupted
+from holdfast.training import loop
 from holdfast.training.options.config_files import save_config
 from holdfast.training.trainer import Trainer
 from tests import processes
@@ -72,7 +73,7 @@ def holdfast(
 
 
 def _interrupted_after(step: int, config_path: Path, corpus: Path) -> None:
-    original = Trainer.after_step
+    original = loop.after_step
 
     def after_step(self: Trainer) -> None:
         if self.progress.step == step:
@@ -80,7 +81,7 @@ def _interrupted_after(step: int, config_path: Path, corpus: Path) -> None:
         original(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "after_step", after_step)
+        patch.setattr(loop, "after_step", after_step)
         with pytest.raises(Interrupted):
             train(config_for(config_path, corpus, epochs=3, temp_every_steps=5))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.checkpoint import Catalog
+from holdfast.training import loop
 from holdfast.training.trainer import Trainer
 from tests.manage.runs import desk, desk_json
 from tests.training.runs import config_for, difference, final_state, train, write_corpus
@@ -23,7 +24,7 @@ def test_packed_in_the_middle_both_go_on_bit_for_bit(
 ) -> None:
     corpus, here, archive = write_corpus(tmp_path), tmp_path / "run", tmp_path / "run.tar.zst"
     options = {"temp_every_steps": 4}
-    after_step = Trainer.after_step
+    after_step = loop.after_step
 
     def packing(self: Trainer) -> None:
         after_step(self)
@@ -32,7 +33,7 @@ def test_packed_in_the_middle_both_go_on_bit_for_bit(
             assert (done.returncode, done.stderr) == (0, "")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "after_step", packing)
+        patch.setattr(loop, "after_step", packing)
         train(config_for(here, corpus, **options))
     straight = final_state(here)
 

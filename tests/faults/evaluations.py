@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from holdfast.training import models
+from holdfast.training import loop, models
 from holdfast.training.trainer import Trainer
 from tests.faults import cycle, inject
 from tests.faults.inject import Fault, Outcome
@@ -113,13 +113,13 @@ def _moments(seen: list[tuple[str, int, str]], *, ends: bool) -> list[int]:
 
 
 def _forget_what_is_owed() -> None:
-    real = Trainer.after_step
+    real = loop.after_step
 
     def after_step(self: Trainer) -> None:
         real(self)
         self.progress.owed = False
 
-    Trainer.after_step = after_step  # type: ignore[method-assign]
+    loop.after_step = after_step
 
 
 def _import(modules: list[str]) -> None:

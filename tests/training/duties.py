@@ -15,9 +15,8 @@ from typing import Any
 from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.errors import Interrupted
 from holdfast.monitor.run_view import RunView
-from holdfast.training import session
+from holdfast.training import loop, session
 from holdfast.training.console import Console
-from holdfast.training.trainer import Trainer
 from tests.training.runs import config_for, final_state
 
 # Every duty there is: evaluations that improve and that do not, kept steps, an early stop.
@@ -26,7 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "steps": {"num_steps": 7, "epochs": "none", "save_every": 3, "eval_every": 2},
     "early stop": {"epochs": 3, "eval_every": 2, "patience": 1, "learning_rate": 0.5},
 }
-FILES = ("trainer.py", "ending.py", "telling.py", "records.py", "generate.py")
+FILES = ("loop.py", "trainer.py", "ending.py", "telling.py", "records.py", "generate.py")
 
 
 class Run:
@@ -127,6 +126,6 @@ class Lines:
 
 
 def _within_a_step(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code is not Trainer._go_on.__code__:
+    while frame is not None and frame.f_code is not loop.go_on.__code__:
         frame = frame.f_back
     return frame is not None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from holdfast import load
-from holdfast.training import session
+from holdfast.training import loop, session
 from holdfast.training.console import Console
 from holdfast.training.models import Shape
 from holdfast.training.options.config import Config
@@ -79,14 +79,14 @@ def train(config: Config, *, yes: bool = True) -> str:
 
 def kill_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """End trainings in this process without a word after `step`."""
-    original = Trainer.after_step
+    original = loop.after_step
 
     def after_step(self: Trainer) -> None:
         original(self)
         if self.progress.step == step:
             raise Killed
 
-    monkeypatch.setattr(Trainer, "after_step", after_step)
+    monkeypatch.setattr(loop, "after_step", after_step)
 
 
 def final_state(directory: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from holdfast.errors import ConfigError
 from holdfast.training.options.config import BY_NAME, OPTIONS, SECTIONS, Config, suggest
-from holdfast.training.options.config_files import read_config_file, save_config
+from holdfast.training.options.config_files import from_mapping, read_config_file, save_config
 from holdfast.training.options.fields import Option, format_value
 from holdfast.training.options.presets import resolve
 
@@ -29,7 +29,7 @@ SECTIONED = """{"model": {}, "training": {"batch_size": 4, "num_steps": 1000,
 
 def problems_of(data: dict[str, Any]) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        Config.from_dict(data)
+        from_mapping(data)
     assert caught.value.exit_code == 2
     return str(caught.value).splitlines()
 
@@ -68,7 +68,7 @@ def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
 
 
 def test_the_defaults_alone_are_a_valid_configuration() -> None:
-    assert Config() == resolve() == Config.from_dict({})
+    assert Config() == resolve() == from_mapping({})
     assert set(resolve().sources.values()) == {"default"}
 
 
@@ -101,7 +101,7 @@ def test_the_sectioned_form_of_the_issue_is_read_and_counts_in_steps(tmp_path: P
     ],
 )
 def test_a_known_key_may_stand_flat_or_under_any_section(data: dict[str, Any]) -> None:
-    model = Config.from_dict(data).model
+    model = from_mapping(data).model
     assert (model.model, model.context_length) == ("mini", 128)
 
 
@@ -117,12 +117,12 @@ def test_a_key_given_twice_is_refused_wherever_the_two_stand(tmp_path: Path) -> 
 
 
 def test_checkpoint_is_a_file_flat_and_a_section_when_it_is_an_object() -> None:
-    assert Config.from_dict({"checkpoint": "a.pt"}).checkpoint.checkpoint == "a.pt"
-    assert Config.from_dict({"checkpoint": {"keep_last_n": 1}}).checkpoint.keep_last_n == 1
+    assert from_mapping({"checkpoint": "a.pt"}).checkpoint.checkpoint == "a.pt"
+    assert from_mapping({"checkpoint": {"keep_last_n": 1}}).checkpoint.keep_last_n == 1
 
 
 def test_a_whole_number_is_fine_where_a_number_is_wanted_and_becomes_one() -> None:
-    value = Config.from_dict({"grad_clip": 1}).training.grad_clip
+    value = from_mapping({"grad_clip": 1}).training.grad_clip
     assert (value, type(value)) == (1.0, float)
 
 
@@ -207,7 +207,7 @@ def test_all_problems_are_reported_at_once() -> None:
 
 
 def test_text_may_be_empty_only_where_that_means_something() -> None:
-    assert Config.from_dict({"sample_prompt": ""}).training.sample_prompt == ""
+    assert from_mapping({"sample_prompt": ""}).training.sample_prompt == ""
     assert problems_of({"sample_prompt": 1}) == ["sample_prompt 1: expected text"]
     assert problems_of({"data_file": "a\0b"})
 
@@ -328,8 +328,8 @@ def test_options_that_contradict_each_other_are_refused(flags: dict[str, Any], l
 
 def test_options_that_only_look_contradictory_are_fine() -> None:
     assert resolve(flags={"resume": "auto", "checkpoint": "a.pt"}).checkpoint.checkpoint == "a.pt"
-    assert Config.from_dict({"epochs": 2, "num_steps": None}).training.epochs == 2
-    assert Config.from_dict({"fresh": False, "resume_from": "auto"}).checkpoint.resume == "auto"
+    assert from_mapping({"epochs": 2, "num_steps": None}).training.epochs == 2
+    assert from_mapping({"fresh": False, "resume_from": "auto"}).checkpoint.resume == "auto"
 
 
 # ------------------------------------------------------------------ saving
@@ -368,11 +368,11 @@ def test_what_is_saved_reads_back_as_the_same_configuration(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
 ) -> None:
     try:
-        config = Config.from_dict(values)
+        config = from_mapping(values)
     except ConfigError as error:
         assert "exclude each other" in str(error) or "needs an evaluation" in str(error)
         return
-    assert Config.from_dict(config.to_dict()) == config
+    assert from_mapping(config.to_dict()) == config
     path = tmp_path_factory.getbasetemp() / "round_trip.json"
     save_config(config, path)
     assert resolve("precision", path) == config
@@ -387,7 +387,7 @@ def test_no_json_at_all_brings_anything_but_a_config_or_a_config_error(
     data: dict[str, Any],
 ) -> None:
     try:
-        config = Config.from_dict(data)
+        config = from_mapping(data)
     except ConfigError as error:
         assert all(line.strip() for line in str(error).splitlines())
     else:

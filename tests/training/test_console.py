@@ -16,6 +16,7 @@ from holdfast.checkpoint.manager import Resumed, Saved
 from holdfast.checkpoint.rundir.catalog import Entry
 from holdfast.i18n import set_language
 from holdfast.training.console import Console
+from holdfast.training.telling import tell_event
 
 
 def saved(kind: str = "epoch", loss: float | None = 4.0, before: float | None = 5.0) -> Saved:
@@ -65,7 +66,7 @@ def test_lines_scroll_above_the_bar_and_stay(columns: int) -> None:
 def test_the_bar_tells_the_last_durable_step_and_its_age() -> None:
     def talk(console: Console) -> None:
         console.start_bar()
-        console.on_event("durable", {"saved": saved("temp")})
+        tell_event(console, "durable", {"saved": saved("temp")})
         console.progress()
         console.stop_bar()
 
@@ -92,7 +93,7 @@ def test_a_pipe_gets_plain_timestamped_lines_that_are_never_cut() -> None:
 def test_each_name_is_told_with_its_size_purpose_and_improvement() -> None:
     said = io.StringIO()
     with Console(stream=said, terminal=False) as console:
-        console.on_event("durable", {"saved": saved()})
+        tell_event(console, "durable", {"saved": saved()})
     text = said.getvalue()
     assert "model_epoch_1.pt (1.42 GiB)" in text
     assert "best_model.pt (the same data, no extra space) [improved by 1.0000 (20.0 %)]" in text
@@ -105,7 +106,7 @@ def test_quiet_says_only_what_matters() -> None:
     with Console(stream=said, terminal=False, quiet=True) as console:
         console.say("chatter")
         console.warn("watch out")
-        console.on_event("durable", {"saved": saved()})
+        tell_event(console, "durable", {"saved": saved()})
         console.progress(force=True)
     assert "chatter" not in said.getvalue()
     assert "watch out" in said.getvalue()
@@ -159,7 +160,7 @@ def test_a_resume_tells_where_from_and_what_was_lost() -> None:
     entry = saved().entry
     with Console(stream=said, terminal=False) as console:
         resumed = Resumed(entry, Path("a/model_epoch_1.pt"), 2, [("x.pt", "bad")], 40, 2.5)
-        console.on_event("resumed", {"resumed": resumed})
+        tell_event(console, "resumed", {"resumed": resumed})
     assert "Going on from model_epoch_1.pt (epoch 1, step 7)" in said.getvalue()
     assert "40 steps (2 min 30 s of work)" in said.getvalue()
 
@@ -169,7 +170,7 @@ def test_a_checkpoint_from_the_future_is_no_time_ago() -> None:
     entry = dataclasses.replace(saved().entry, created="2999-01-01T00:00:00.000+00:00")
     said = io.StringIO()
     with Console(stream=said, terminal=False) as console:
-        console.on_event("resumed", {"resumed": Resumed(entry, Path("a.pt"), 1)})
+        tell_event(console, "resumed", {"resumed": Resumed(entry, Path("a.pt"), 1)})
         console.progress(force=True)
     assert "durable: step 7, 0 s ago" in said.getvalue()
 
@@ -184,12 +185,12 @@ def failed(step: int, *, repeated: bool) -> dict[str, object]:
 def test_a_failure_is_said_once_logged_always_and_seen_in_the_bar(tmp_path: Path) -> None:
     said, log = io.StringIO(), tmp_path / "train.log"
     with Console(stream=said, terminal=False, log_file=log) as console:
-        console.on_event("durable", {"saved": saved()})
-        console.on_event("failed", failed(8, repeated=False))
-        console.on_event("failed", failed(9, repeated=True))
+        tell_event(console, "durable", {"saved": saved()})
+        tell_event(console, "failed", failed(8, repeated=False))
+        tell_event(console, "failed", failed(9, repeated=True))
         console.status.failing = True
         console.progress(force=True)
-        console.on_event("recovered", {"step": 10, "failures": 2, "minutes": 3.0})
+        tell_event(console, "recovered", {"step": 10, "failures": 2, "minutes": 3.0})
         console.status.failing = False
         console.progress(force=True)
     lines = said.getvalue().splitlines()
@@ -206,7 +207,7 @@ def test_unsafe_is_loud(reason: str) -> None:
     said = io.StringIO()
     with Console(stream=said, terminal=True, quiet=True) as console:
         fields = {"minutes": 61.4, "step": 7, "reason": reason, "first": True}
-        console.on_event("unsafe", fields)
+        tell_event(console, "unsafe", fields)
     assert "UNSAFE" in said.getvalue()
     assert "61 minutes" in said.getvalue()
     assert (reason or "a save is under way") in said.getvalue()
@@ -216,8 +217,8 @@ def test_unsafe_is_loud(reason: str) -> None:
 def test_after_a_lost_directory_nothing_is_durable_any_more() -> None:
     said = io.StringIO()
     with Console(stream=said, terminal=False) as console:
-        console.on_event("durable", {"saved": saved()})
-        console.on_event("failed", {"step": 9, "reason": "renamed", "durable": None})
+        tell_event(console, "durable", {"saved": saved()})
+        tell_event(console, "failed", {"step": 9, "reason": "renamed", "durable": None})
         console.progress(force=True)
     assert "the last durable step is -. The reason: renamed" in said.getvalue()
     assert "nothing durable yet" in said.getvalue()
@@ -227,7 +228,7 @@ def test_chinese_speaks_chinese() -> None:
     set_language("zh")
     said = io.StringIO()
     with Console(stream=said, terminal=False) as console:
-        console.on_event("durable", {"saved": saved(before=None)})
+        tell_event(console, "durable", {"saved": saved(before=None)})
     assert "Epoch检查点: model_epoch_1.pt (1.42 GiB)" in said.getvalue()
     assert "同一份数据，不占额外空间" in said.getvalue()
     assert "[首个最佳]" in said.getvalue()
@@ -239,7 +240,7 @@ def test_a_console_of_another_encoding_gets_every_line(encoding: str) -> None:
     narrow = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(stream=narrow, terminal=False)
     console.warn("检查点")
-    console.on_event("durable", {"saved": saved()})
+    tell_event(console, "durable", {"saved": saved()})
     narrow.flush()
     lines = narrow.buffer.getvalue().decode(encoding).splitlines()  # type: ignore[attr-defined]
     assert ("检查点" if encoding == "gbk" else "???") in lines[0]

@@ -20,7 +20,7 @@ from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import Diverged, Interrupted
 from holdfast.monitor.run_view import RunView
-from holdfast.training import ending, telling
+from holdfast.training import ending, loop
 from holdfast.training.trainer import Trainer
 from tests.support import fail_with
 from tests.training.runs import config_for, difference, final_state, train, write_corpus
@@ -176,8 +176,8 @@ def test_after_a_roll_back_the_way_is_that_of_a_run_without_that_data(
         self.progress.left_out = [[1, 8]] if self.progress.step <= 8 else []
         original(self)
 
-    original = Trainer._go_on
-    monkeypatch.setattr(Trainer, "_go_on", leave_out)
+    original = loop.go_on
+    monkeypatch.setattr(loop, "go_on", leave_out)
     train(config_for(tmp_path / "clean", corpus, **options))
     a, b = (final_state(tmp_path / name) for name in ("spoilt", "clean"))
     for state in (a, b):
@@ -263,7 +263,7 @@ def test_an_error_between_steps_loses_nothing(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "after_step", _raise_at(9, RuntimeError("a device has gone")))
+        patch.setattr(loop, "after_step", _raise_at(9, RuntimeError("a device has gone")))
         with pytest.raises(RuntimeError, match="a device has gone"):
             said = []
             _train_and_listen(config_for(run, corpus, epochs=1), said)
@@ -302,7 +302,7 @@ def test_an_error_in_the_sample_after_an_epoch_neither_loses_the_epoch_nor_count
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(telling, "sample", lambda _trainer: 1 / 0)
+        patch.setattr(Trainer, "sample", lambda _trainer: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config_for(run, corpus, epochs=1))
     assert "Epoch 1/1 results" in train(config_for(run, corpus, epochs=1))
@@ -313,7 +313,7 @@ def test_where_saving_fails_as_well_the_first_error_stays_and_both_are_said(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(Trainer, "after_step", _raise_at(9, RuntimeError("a device has gone")))
+    monkeypatch.setattr(loop, "after_step", _raise_at(9, RuntimeError("a device has gone")))
     monkeypatch.setattr(filesystem, "write_file", fail_with(28))
     with pytest.raises(RuntimeError, match="a device has gone"):
         _train_and_listen(config_for(tmp_path / "run", corpus), said)
@@ -340,7 +340,7 @@ def test_an_error_before_training_saves_nothing(
 def test_a_signal_within_its_grace_saves_the_step(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "after_step", _signal_at(9, signal.SIGUSR1))
+    monkeypatch.setattr(loop, "after_step", _signal_at(9, signal.SIGUSR1))
     with pytest.raises(Interrupted, match="step 9 is durable") as error:
         train(config_for(tmp_path / "run", corpus, grace=60))
     assert error.value.exit_code == 128 + signal.SIGUSR1
@@ -380,7 +380,7 @@ def test_a_second_interrupt_names_the_last_durable_step(
 ) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        monkeypatch.setattr(Trainer, "after_step", _signal_at(9, signal.SIGINT, signal.SIGINT))
+        monkeypatch.setattr(loop, "after_step", _signal_at(9, signal.SIGINT, signal.SIGINT))
         with pytest.raises(KeyboardInterrupt, match="the last durable step is 8"):
             train(config_for(tmp_path / "run", corpus, temp_every_steps=4))
     finally:
@@ -395,7 +395,7 @@ def _raise(error: Exception) -> Callable[..., Any]:
 
 
 def _raise_at(step: int, error: Exception) -> Callable[[Trainer], None]:
-    original = Trainer.after_step
+    original = loop.after_step
 
     def after_step(self: Trainer) -> None:
         original(self)
@@ -406,7 +406,7 @@ def _raise_at(step: int, error: Exception) -> Callable[[Trainer], None]:
 
 
 def _signal_at(step: int, *numbers: int) -> Callable[[Trainer], None]:
-    original = Trainer.after_step
+    original = loop.after_step
 
     def after_step(self: Trainer) -> None:
         original(self)

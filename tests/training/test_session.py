@@ -30,7 +30,7 @@ from holdfast.errors import (
     SaveFailed,
     StateMismatch,
 )
-from holdfast.training import continuing, session
+from holdfast.training import continuing, loop, session
 from holdfast.training.console import Console
 from holdfast.training.options.config_files import save_config
 from holdfast.training.options.presets import resolve
@@ -309,14 +309,14 @@ def test_weights_from_elsewhere_begin_a_new_run(run: Path, corpus: Path, tmp_pat
     weights = load(run / "best_model.pt", only="model")
     monkey = {}
 
-    original = Trainer.train
+    original = loop.train
 
     def watch(self: Trainer) -> None:
         monkey.update({k: v.clone() for k, v in self.model.state_dict().items()})
         original(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train", watch)
+        patch.setattr(loop, "train", watch)
         train(config_for(other, corpus, checkpoint=str(run / "best_model.pt"), epochs=1))
     assert difference(dict(weights), monkey) is None
     newest = Catalog(other).scan().newest
@@ -541,7 +541,7 @@ def test_a_run_that_nobody_can_save_any_more_stops_if_so_asked_and_is_told(
 ) -> None:
     from holdfast.checkpoint.system import filesystem
 
-    original, told = Trainer.after_step, tmp_path / "told"
+    original, told = loop.after_step, tmp_path / "told"
 
     def fill_disk(self: Trainer) -> None:
         if self.progress.step == 5:
@@ -551,7 +551,7 @@ def test_a_run_that_nobody_can_save_any_more_stops_if_so_asked_and_is_told(
             time.sleep(1.5)  # longer than --max-unsafe
         original(self)
 
-    monkeypatch.setattr(Trainer, "after_step", fill_disk)
+    monkeypatch.setattr(loop, "after_step", fill_disk)
     options = {"temp_every_steps": 4, "max_unsafe": 0.02, "on_unsafe": "stop",
                "notify": f"sh -c 'echo $HOLDFAST_EVENT $HOLDFAST_STEP >> {told}'"}  # fmt: skip
     with pytest.raises(SaveFailed, match="the last durable step is 4") as error:
@@ -583,14 +583,14 @@ def test_a_run_directory_deleted_while_training_fails_every_save_and_the_end_say
 ) -> None:
     from holdfast.checkpoint.save import saver
 
-    new, original = tmp_path / "new", Trainer.after_step
+    new, original = tmp_path / "new", loop.after_step
 
     def delete(self: Trainer) -> None:
         if self.progress.step == 3:
             shutil.rmtree(new)
         original(self)
 
-    monkeypatch.setattr(Trainer, "after_step", delete)
+    monkeypatch.setattr(loop, "after_step", delete)
     monkeypatch.setattr(saver, "_LOOK_EVERY", 0.0)
     said = io.StringIO()
     with (

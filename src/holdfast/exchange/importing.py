@@ -29,7 +29,7 @@ from holdfast.i18n import _
 from holdfast.training import models
 from holdfast.training.inference import load_for_inference
 from holdfast.training.options.config import OPTIONS, Config
-from holdfast.training.options.config_files import save_config
+from holdfast.training.options.config_files import from_mapping, save_config
 from holdfast.training.plan import Progress as Place
 from holdfast.training.text.tokenizer import TextTokenizer
 
@@ -175,7 +175,7 @@ def _configure(found: Source, context_length: int | None, run: Path) -> Config:
     decay = optimizers.weight_decay(found.optimizer)
     if decay is not None and 0 <= decay <= 10:
         values["weight_decay"] = decay
-    return Config.from_dict({name: value for name, value in values.items() if value is not None})
+    return from_mapping({name: value for name, value in values.items() if value is not None})
 
 
 def _unknown_yet(step: int) -> float:

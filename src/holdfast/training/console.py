@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
@@ -26,20 +26,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from holdfast.checkpoint.policy import MOST_OFTEN, RAREST, TIME_BUDGET, WRITE_TIME, WRITES
-from holdfast.checkpoint.rundir import words
-from holdfast.formatting import format_age, format_bytes, format_seconds, parse_time
+from holdfast.formatting import format_age, format_seconds
 from holdfast.i18n import _, encode_anything
 from holdfast.table import PIPE, Column, render
-
-if TYPE_CHECKING:
-    from holdfast.checkpoint import Resumed, Saved
-    from holdfast.checkpoint.policy import Choice
 
 log = logging.getLogger("holdfast")
 
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
-TELL_STALL = 0.5  # seconds of standing still that are worth a word
 REDRAW_EVERY = 0.25  # seconds between two drawings of the bar
 
 
@@ -291,140 +284,6 @@ class Console:
         if s.memory_step > (s.durable_step or 0):
             text += " · " + _("in memory: step {step}", step=s.memory_step)
         return text
-
-    # ------------------------------------------------------------------------------ the manager's
-
-    def on_event(self, event: str, fields: dict[str, Any]) -> None:
-        """Tell what the checkpoint manager does; given to it as `on_event`."""
-        if event == "durable":
-            self._on_durable(fields["saved"])
-        elif event == "resumed":
-            self._on_resumed(fields["resumed"])
-        elif event == "archived":
-            self.say(words.sentence(event, fields) or "")
-        elif event == "rescued":
-            self.say(
-                _("🛟 Step {step} was found in memory, where a killed process had left it, and is "
-                  "durable now.", step=fields["step"]), important=True
-            )  # fmt: skip
-        elif event == "memory_off":
-            self.say(
-                _("No snapshots in shared memory ({reason}): after a kill training goes on from "
-                  "the newest checkpoint on the disk.", reason=fields["reason"])
-            )  # fmt: skip
-        elif event == "interval":
-            self._on_interval(fields["choice"])
-        elif event == "staging_off":
-            self.warn(
-                _("Saving makes training wait for the disk: {reason}.", reason=fields["reason"])
-            )
-        elif event == "configured":
-            self.say(words.sentence(event, fields) or "", important=True)
-        elif event == "threads":
-            self.warn(
-                _("This run computes with {saved} CPU threads, this machine would take {live}: "
-                  "{saved} are used, so that the results stay bit-exact.", saved=fields["saved"],
-                  live=fields["live"])
-            )  # fmt: skip
-        elif text := words.sentence(event, fields):
-            self._on_trouble(event, fields, text)
-
-    def _on_trouble(self, event: str, fields: dict[str, Any], text: str) -> None:
-        """Tell that saving does not go as it should, as loudly as it deserves."""
-        if event == "failed":
-            self.status.durable_step = fields.get("durable", self.status.durable_step)
-        if event == "recovered":
-            self.say(text, important=True)
-        elif event == "unsafe":
-            self.alarm(text)
-        elif fields.get("repeated"):  # said a short while ago; the bar shows that it is still so
-            self.note(text)
-        else:
-            self.warn(text)
-
-    def _on_interval(self, choice: Choice) -> None:
-        why = {
-            TIME_BUDGET: _("so that saving takes no more than 1 % of the time"),
-            WRITES: _("so that no more than --write-budget is written"),
-            WRITE_TIME: _("a write takes that long"),
-            MOST_OFTEN: _("the shortest there is"),
-            RAREST: _("the longest there is"),
-        }[choice.bound]
-        self.say(
-            _("🛡️  Rolling checkpoints every {interval} ({why}). A power cut then costs {loss} "
-              "minutes of work on average; the saves cost {share} of the time and {bytes} of "
-              "writes a day.",
-              interval=format_seconds(choice.interval), why=why,
-              loss=f"{choice.expected_loss / 60:.1f}",
-              share=f"{100 * choice.cost / choice.interval:.2f} %",
-              bytes=format_bytes(int(choice.bytes_per_day)))
-        )  # fmt: skip
-
-    def _on_durable(self, saved: Saved) -> None:
-        self.status.durable_step = saved.entry.step
-        self.status.durable_at = time.monotonic()
-        size = format_bytes(saved.entry.size)
-        first, *others = saved.names
-        if saved.entry.kind == "temp":
-            self.say(
-                _("💾 step {step} is durable: {name} ({size}, {seconds})", step=saved.entry.step,
-                  name=first, size=size, seconds=format_seconds(saved.seconds)) + _stall(saved)
-            )  # fmt: skip
-            return
-        kinds = {
-            "epoch": _("✓ Epoch checkpoint: {name} ({size})", name=first, size=size),
-            "best": _("✓ Best so far: {name} ({size})", name=first, size=size),
-        }
-        default = _("✓ Step checkpoint: {name} ({size})", name=first, size=size)
-        self.say(f"  {kinds.get(saved.entry.kind, default)}" + _stall(saved), important=True)
-        for name in sorted(others, key=_ROLE_ORDER.index):
-            self.say(f"  {self._role(name, saved)}", important=True)
-
-    def _role(self, name: str, saved: Saved) -> str:
-        copied = saved.names[name] == "copy"
-        space = (
-            _("a copy, {size} more", size=format_bytes(saved.entry.size))
-            if copied
-            else _("the same data, no extra space")
-        )
-        if name == "best_model.pt":
-            now, before = saved.entry.loss, saved.previous_best
-            if before is None or now is None:
-                why = _("first best")
-            else:
-                why = _("improved by {by} ({percent})", by=f"{before - now:.4f}",
-                        percent=f"{100 * (before - now) / abs(before):.1f} %")  # fmt: skip
-            return _("🏆 Best model: {name} ({space}) [{why}]", name=name, space=space, why=why)
-        if name == "latest.pt":
-            return _("📌 Newest model: {name} [to resume training]", name=name)
-        return _("📍 Main checkpoint: {name}", name=name)
-
-    def _on_resumed(self, resumed: Resumed) -> None:
-        saved_at = parse_time(resumed.entry.created)
-        age = 0.0 if saved_at is None else time.time() - saved_at.timestamp()
-        self.status.durable_step = resumed.step
-        self.status.durable_at = time.monotonic() - max(0.0, age)
-        where = _("epoch {epoch}, step {step}", epoch=resumed.epoch, step=resumed.step)
-        self.say(
-            _("▶️  Going on from {name} ({where}).", name=resumed.path.name, where=where),
-            important=True,
-        )
-        if resumed.steps_lost:
-            self.warn(
-                _("{steps} steps ({time} of work) that were saved are lost with the damaged "
-                  "files.", steps=resumed.steps_lost,
-                  time=format_seconds(60 * resumed.minutes_lost))
-            )  # fmt: skip
-
-
-_ROLE_ORDER = ["best_model.pt", "latest.pt", "model.pt"]
-
-
-def _stall(saved: Saved) -> str:
-    """What is worth saying of how long training has stood still for a save."""
-    if saved.stall < TELL_STALL:
-        return ""
-    return _("; training waited {seconds}", seconds=format_seconds(saved.stall))
 
 
 def _clock() -> str:

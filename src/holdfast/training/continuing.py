@@ -19,6 +19,7 @@ from holdfast.errors import CheckpointError, StateMismatch
 from holdfast.i18n import N_, _
 from holdfast.training import unattended
 from holdfast.training.options.config import OPTIONS, Config
+from holdfast.training.options.config_files import from_mapping
 from holdfast.training.options.fields import flag_of, format_value
 from holdfast.training.plausible import check_configuration
 
@@ -143,7 +144,7 @@ def merged(config: Config, saved: SavedRun, *, start: Start) -> Config:
     """
     values = {n: getattr(getattr(config, o.section), n) for n, o in OPTIONS.items()}
     sources = dict(config.sources)
-    old = Config.from_dict(_known(saved.config))
+    old = from_mapping(_known(saved.config))
     said = {name for name, source in sources.items() if source != "default"}
     length = {"epochs", "num_steps"}
     counted = config.checkpoint.checkpoint is not None and start.saved is not None
@@ -235,7 +236,7 @@ def fixed_differences(saved: SavedRun, config: Config) -> list[str]:
 
 def _changed(saved: SavedRun, config: Config) -> Iterator[tuple[str, object, object]]:
     """Yield name, saved value and present value of each option that differs."""
-    old = Config.from_dict(_known(saved.config))
+    old = from_mapping(_known(saved.config))
     for name, option in OPTIONS.items():
         before = getattr(getattr(old, option.section), name)
         now = getattr(getattr(config, option.section), name)

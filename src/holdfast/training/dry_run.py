@@ -29,7 +29,7 @@ from holdfast.checkpoint.system import signals as guard
 from holdfast.errors import Interrupted, ResourceError
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import N_, _
-from holdfast.training import continuing, telling
+from holdfast.training import continuing
 from holdfast.training.console import Console
 from holdfast.training.continuing import SavedRun
 from holdfast.training.options.config import OPTIONS, CheckpointConfig, Config
@@ -138,7 +138,7 @@ def _measure(workshop: Workshop, console: Console, signals: guard.SignalGuard) -
     timed = max(1, min(batches, EVALUATION_BATCHES))
     evaluation = (time.perf_counter() - began) * batches / timed
     began = time.perf_counter()
-    telling.sample(trainer)
+    trainer.sample()
     sample = time.perf_counter() - began
     size = checkpoint_size(trainer.state, reserve=workshop.reserve)
     lack = lack_of_shared_memory(MEMORY_SLOTS * size) if options.memory_every != "0" else ""

@@ -8,26 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from holdfast.errors import Diverged, Interrupted
 from holdfast.i18n import _
-
-if TYPE_CHECKING:
-    from holdfast.training.health import Place
-    from holdfast.training.trainer import Trainer
+from holdfast.training.health import Place
+from holdfast.training.trainer import Trainer
 
 MOST_ROLLBACKS = 3  # to one and the same checkpoint
-
-
-@dataclass(slots=True)
-class Setbacks:
-    """What has gone wrong since the start of this process."""
-
-    to: Counter[int] = field(default_factory=Counter)  # roll-backs, by the step they led to
-    places: list[list[int]] = field(default_factory=list)  # whose data must not come again
 
 
 def stop(trainer: Trainer, number: int) -> None:

@@ -6,6 +6,8 @@ Pure: numbers in, a judgement out. What follows from it is decided in ending.py.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import dataclass, field
 
 from holdfast.i18n import _
 
@@ -16,6 +18,14 @@ MARGIN = 1.0  # nats a token above the mean at least: a run that has converged d
 _MEMORY = 0.98  # of the running mean and deviation: about 50 steps
 
 Place = tuple[int, int]  # epoch, and step within the epoch: whose data it was
+
+
+@dataclass(slots=True)
+class Setbacks:
+    """Roll-backs since the start of this process."""
+
+    to: Counter[int] = field(default_factory=Counter)  # roll-backs, by the step they led to
+    places: list[list[int]] = field(default_factory=list)  # whose data must not come again
 
 
 class LossWatch:

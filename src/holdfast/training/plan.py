@@ -35,6 +35,12 @@ class Progress:
         self.owed = True
         self.lines = []
 
+    def begin_epoch(self) -> None:
+        """Go to the first step of the next epoch."""
+        self.epoch += 1
+        self.position = 0
+        self.loss_sum = 0.0
+
     def state_dict(self) -> dict[str, Any]:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 

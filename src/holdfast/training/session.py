@@ -47,7 +47,7 @@ from holdfast.errors import (
 )
 from holdfast.formatting import format_bytes
 from holdfast.i18n import _
-from holdfast.training import continuing, models
+from holdfast.training import continuing, loop, models
 from holdfast.training.console import Console
 from holdfast.training.continuing import SavedRun, Start
 from holdfast.training.notify import Notifier
@@ -55,6 +55,7 @@ from holdfast.training.options.config import OPTIONS, CheckpointConfig, Config
 from holdfast.training.options.config_files import save_config
 from holdfast.training.options.fields import flag_of, format_value
 from holdfast.training.records import CONFIG, TOKENIZER, Records
+from holdfast.training.telling import tell_event
 from holdfast.training.text.prepare import PreparedData, prepare_data, reopen_data
 from holdfast.training.text.tokenizer import TextTokenizer
 from holdfast.training.trainer import Trainer
@@ -89,7 +90,7 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
     with catalog.run_lock, notifier:
         options = config.checkpoint
         named = options.checkpoint is not None or options.resume not in (None, "auto")
-        reporter = Reporter(catalog, console.on_event)
+        reporter = Reporter(catalog, partial(tell_event, console))
         contents = rescue(catalog, reporter, make_room=not named)
         can_ask = console.terminal and sys.stdin.isatty() and not yes
         start = continuing.decide(config, contents, console.ask if can_ask else None)
@@ -243,7 +244,7 @@ def _listener(workshop: Workshop, console: Console, notifier: Notifier) -> Event
     """Return the handler of the manager's events: console, `--notify`, and held records."""
 
     def on_event(event: str, fields: dict[str, Any]) -> None:
-        console.on_event(event, fields)
+        tell_event(console, event, fields)
         if event == "unsafe" and fields["first"]:
             notifier.send(event, words.sentence(event, fields) or "")
         elif event == "archived" and workshop.records is not None:
@@ -306,7 +307,7 @@ def _train(
         if resumed is not None:
             records.event("resumed", resumed.step, generation=resumed.generation)
         trainer.epoch_began = time.monotonic()
-        trainer.train()
+        loop.train(trainer)
         records.event("finished", trainer.progress.step)
         _tell_finished(trainer, console, command, before=False)
         notifier.send("finished", _finished_words(trainer))

@@ -1,44 +1,31 @@
-"""What a training tells of its steps: in its records, and on the console at an evaluation or at the
-end of an epoch."""
+"""What a person is told of a training: its evaluations and epochs, and what the checkpoint manager
+has done. Words only; when something is said is decided elsewhere."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from holdfast.checkpoint.policy import MOST_OFTEN, RAREST, TIME_BUDGET, WRITE_TIME, WRITES
+from holdfast.checkpoint.rundir import words
+from holdfast.formatting import format_bytes, format_seconds, parse_time
 from holdfast.i18n import _
-from holdfast.training.inference import sample_text
+from holdfast.training.console import Console
+from holdfast.training.plan import Progress
 
 if TYPE_CHECKING:
-    from holdfast.training.trainer import Trainer
+    from holdfast.checkpoint import Resumed, Saved
+    from holdfast.checkpoint.policy import Choice
+
+_TELL_STALL = 0.5  # seconds of standing still that are worth a word
+_ROLE_ORDER = ["best_model.pt", "latest.pt", "model.pt"]
 
 
-def tell(trainer: Trainer, line: dict[str, Any]) -> None:
-    """Write a line of `Trainer.note` into the records, and say it on the console."""
-    values = {name: value for name, value in line.items() if name not in ("event", "step")}
-    records, event, step = trainer.records, line["event"], line["step"]
-    if event == "step":
-        status = trainer.console.status
-        values["tokens_per_second"] = status.tokens_per_second
-        values["durable_step"] = status.durable_step
-        values["memory_step"] = status.memory_step or None
-        values["gpu_bytes"] = _gpu_bytes(trainer.device)
-        records.step(step, **values)
-    else:
-        records.event(event, step, **values)
-    if event == "evaluation":
-        _tell_evaluation(trainer, step, values)
-    elif event == "epoch":
-        records.history(trainer.state["history"])
-        _tell_epoch(trainer, values)
-    elif event == "sample":
-        trainer.console.say(_("  ✍️  Sample: {text}", text=values["text"]))
-
-
-def _tell_evaluation(trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-    progress, say = trainer.progress, trainer.console.say
+def tell_evaluation(
+    console: Console, step: int, metrics: dict[str, float], progress: Progress
+) -> None:
+    """Say the losses of an evaluation, unless its epoch ends and says them."""
+    say = console.say
     if progress.stopped_early:
         say(_("🛑 No better validation loss in {count} evaluations: stopping early.",
               count=progress.stale), important=True)  # fmt: skip
@@ -48,13 +35,13 @@ def _tell_evaluation(trainer: Trainer, step: int, metrics: dict[str, float]) -> 
               bits=f"{metrics['bits_per_byte']:.3f}"))  # fmt: skip
 
 
-def _tell_epoch(trainer: Trainer, metrics: dict[str, Any]) -> None:
-    """Say the losses of an epoch and the time it took. The next one's time counts from here."""
-    seconds = time.monotonic() - trainer.epoch_began
-    trainer.epoch_began = time.monotonic()
-    say = trainer.console.say
+def tell_epoch(
+    console: Console, metrics: dict[str, Any], epochs: int | None, seconds: float
+) -> None:
+    """Say the losses of an epoch, of `epochs` in all, and the seconds that it took."""
+    say = console.say
     say()
-    total = f"/{trainer.plan.epochs}" if trainer.plan.epochs else ""
+    total = f"/{epochs}" if epochs else ""
     say(
         _("📊 Epoch {epoch} results", epoch=f"{metrics['epoch']}{total}"),
         style="bold",
@@ -71,27 +58,139 @@ def _tell_epoch(trainer: Trainer, metrics: dict[str, Any]) -> None:
               bits=f"{metrics['bits_per_byte']:.3f}"))  # fmt: skip
 
 
-def _gpu_bytes(device: torch.device) -> int | None:
-    """Bytes of the GPU's memory that this process has taken; None on a CPU."""
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else None
+# ------------------------------------------------------------------------------ the manager's
 
 
-def sample(trainer: Trainer) -> str | None:
-    """A short text as the model continues the prompt now, in one line; None where none is wanted.
+def tell_event(console: Console, event: str, fields: dict[str, Any]) -> None:
+    """Say what the checkpoint manager has done; its `on_event`."""
+    if event == "durable":
+        _on_durable(console, fields["saved"])
+    elif event == "resumed":
+        _on_resumed(console, fields["resumed"])
+    elif event == "archived":
+        console.say(words.sentence(event, fields) or "")
+    elif event == "rescued":
+        console.say(
+            _("🛟 Step {step} was found in memory, where a killed process had left it, and is "
+              "durable now.", step=fields["step"]), important=True
+        )  # fmt: skip
+    elif event == "memory_off":
+        console.say(
+            _("No snapshots in shared memory ({reason}): after a kill training goes on from "
+              "the newest checkpoint on the disk.", reason=fields["reason"])
+        )  # fmt: skip
+    elif event == "interval":
+        _on_interval(console, fields["choice"])
+    elif event == "staging_off":
+        console.warn(
+            _("Saving makes training wait for the disk: {reason}.", reason=fields["reason"])
+        )
+    elif event == "configured":
+        console.say(words.sentence(event, fields) or "", important=True)
+    elif event == "threads":
+        console.warn(
+            _("This run computes with {saved} CPU threads, this machine would take {live}: "
+              "{saved} are used, so that the results stay bit-exact.", saved=fields["saved"],
+              live=fields["live"])
+        )  # fmt: skip
+    elif text := words.sentence(event, fields):
+        _tell_trouble(console, event, fields, text)
 
-    It has a generator of its own, so that the run stays the same with and without it.
-    """
-    training = trainer.config.training
-    if not training.sample_tokens:
-        return None
-    text = sample_text(
-        trainer.model, trainer.data.tokenizer, training.sample_prompt, training.sample_tokens,
-        context_length=trainer.context_length, seed=training.seed + trainer.progress.step,
-        may_end=False, stop=lambda: trainer.guard.requested is not None,
+
+def _on_interval(console: Console, choice: Choice) -> None:
+    why = {
+        TIME_BUDGET: _("so that saving takes no more than 1 % of the time"),
+        WRITES: _("so that no more than --write-budget is written"),
+        WRITE_TIME: _("a write takes that long"),
+        MOST_OFTEN: _("the shortest there is"),
+        RAREST: _("the longest there is"),
+    }[choice.bound]
+    console.say(
+        _("🛡️  Rolling checkpoints every {interval} ({why}). A power cut then costs {loss} "
+          "minutes of work on average; the saves cost {share} of the time and {bytes} of "
+          "writes a day.",
+          interval=format_seconds(choice.interval), why=why,
+          loss=f"{choice.expected_loss / 60:.1f}",
+          share=f"{100 * choice.cost / choice.interval:.2f} %",
+          bytes=format_bytes(int(choice.bytes_per_day)))
     )  # fmt: skip
-    return _one_line(text)
 
 
-def _one_line(text: str) -> str:
-    """A sample in one line, without the broken characters of a model that cannot spell yet."""
-    return " ".join(text.replace("\ufffd", "").split())
+def _on_durable(console: Console, saved: Saved) -> None:
+    console.status.durable_step = saved.entry.step
+    console.status.durable_at = time.monotonic()
+    size = format_bytes(saved.entry.size)
+    first, *others = saved.names
+    if saved.entry.kind == "temp":
+        console.say(
+            _("💾 step {step} is durable: {name} ({size}, {seconds})", step=saved.entry.step,
+              name=first, size=size, seconds=format_seconds(saved.seconds)) + _stall(saved)
+        )  # fmt: skip
+        return
+    kinds = {
+        "epoch": _("✓ Epoch checkpoint: {name} ({size})", name=first, size=size),
+        "best": _("✓ Best so far: {name} ({size})", name=first, size=size),
+    }
+    default = _("✓ Step checkpoint: {name} ({size})", name=first, size=size)
+    console.say(f"  {kinds.get(saved.entry.kind, default)}" + _stall(saved), important=True)
+    for name in sorted(others, key=_ROLE_ORDER.index):
+        console.say(f"  {_role(name, saved)}", important=True)
+
+
+def _role(name: str, saved: Saved) -> str:
+    copied = saved.names[name] == "copy"
+    space = (
+        _("a copy, {size} more", size=format_bytes(saved.entry.size))
+        if copied
+        else _("the same data, no extra space")
+    )
+    if name == "best_model.pt":
+        now, before = saved.entry.loss, saved.previous_best
+        if before is None or now is None:
+            why = _("first best")
+        else:
+            why = _("improved by {by} ({percent})", by=f"{before - now:.4f}",
+                    percent=f"{100 * (before - now) / abs(before):.1f} %")  # fmt: skip
+        return _("🏆 Best model: {name} ({space}) [{why}]", name=name, space=space, why=why)
+    if name == "latest.pt":
+        return _("📌 Newest model: {name} [to resume training]", name=name)
+    return _("📍 Main checkpoint: {name}", name=name)
+
+
+def _on_resumed(console: Console, resumed: Resumed) -> None:
+    saved_at = parse_time(resumed.entry.created)
+    age = 0.0 if saved_at is None else time.time() - saved_at.timestamp()
+    console.status.durable_step = resumed.step
+    console.status.durable_at = time.monotonic() - max(0.0, age)
+    where = _("epoch {epoch}, step {step}", epoch=resumed.epoch, step=resumed.step)
+    console.say(
+        _("▶️  Going on from {name} ({where}).", name=resumed.path.name, where=where),
+        important=True,
+    )
+    if resumed.steps_lost:
+        console.warn(
+            _("{steps} steps ({time} of work) that were saved are lost with the damaged "
+              "files.", steps=resumed.steps_lost,
+              time=format_seconds(60 * resumed.minutes_lost))
+        )  # fmt: skip
+
+
+def _tell_trouble(console: Console, event: str, fields: dict[str, Any], text: str) -> None:
+    """Say that saving does not go as it should, as loudly as it deserves."""
+    if event == "failed":
+        console.status.durable_step = fields.get("durable", console.status.durable_step)
+    if event == "recovered":
+        console.say(text, important=True)
+    elif event == "unsafe":
+        console.alarm(text)
+    elif fields.get("repeated"):  # said a short while ago; the bar shows that it is still so
+        console.note(text)
+    else:
+        console.warn(text)
+
+
+def _stall(saved: Saved) -> str:
+    """What is worth saying of how long training has stood still for a save."""
+    if saved.stall < _TELL_STALL:
+        return ""
+    return _("; training waited {seconds}", seconds=format_seconds(saved.stall))

@@ -1,4 +1,4 @@
-"""The training loop. Read `Trainer.train` and what it calls, from top to bottom.
+"""A model in training: one step, one evaluation, and the state that a checkpoint holds of it.
 
 Everything the loop needs to go on bit-exactly lies in `Trainer.state`, the mapping that the
 checkpoint manager saves and restores. Saving happens between two steps only, so that the gradients
@@ -7,11 +7,9 @@ of a step are never cut in two.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,11 +17,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from holdfast.checkpoint import CheckpointManager
 from holdfast.checkpoint.system import SignalGuard
-from holdfast.errors import Diverged, Interrupted, SaveFailed
+from holdfast.errors import Diverged
 from holdfast.i18n import _
-from holdfast.training import ending, telling
+from holdfast.training import telling
 from holdfast.training.console import Console
-from holdfast.training.health import LossWatch
+from holdfast.training.health import LossWatch, Setbacks
+from holdfast.training.inference import sample_text
 from holdfast.training.models import next_token_loss, parameter_groups, plain_config
 from holdfast.training.options.config import Config
 from holdfast.training.plan import Plan, Progress, learning_rate_factor
@@ -43,7 +42,7 @@ SMOOTHING = 0.95  # of the running loss that the bar shows
 class Trainer:
     """Trains `model` on `data` as `config` says.
 
-    Call `bind` with a checkpoint manager (made over `state`) and `prepare`, then `train`.
+    Call `bind` with a checkpoint manager made over `state`, then `loop.train`.
     """
 
     def __init__(
@@ -98,45 +97,12 @@ class Trainer:
         self.whole = True  # between two steps: the live state is that of one step
         self.untold: list[dict[str, Any]] = []  # of `progress.lines`, those still to be written
         self.watch = LossWatch()
-        self.setbacks = ending.Setbacks()
+        self.setbacks = Setbacks()
 
     def bind(self, manager: CheckpointManager, records: Records) -> None:
         """Say where to save and what to write, after `resume()` of the manager."""
         self.manager, self.records = manager, records
         self.untold = records.missing(self.progress.step, self.progress.lines)
-
-    # ------------------------------------------------------------------------------------ the loop
-
-    def train(self) -> None:
-        """Train until the plan is fulfilled; every end but that is an exception."""
-        self.model.train()
-        self.console.start_bar()
-        try:
-            while not self.finished:
-                try:
-                    self._go_on()
-                except Diverged as error:
-                    ending.recover(self, error)
-            self.check_end_is_durable()
-        except (Interrupted, Diverged, SaveFailed):  # what could be saved is saved
-            raise
-        except Exception:  # whatever it is, the newest state that can be trusted is kept first
-            ending.keep(self)
-            raise
-        finally:
-            self.console.stop_bar()
-
-    def _go_on(self) -> None:
-        """Do one step and then its duties, or only the duties that the last start left owed."""
-        progress = self.progress
-        if not progress.owed:
-            if [progress.epoch, progress.position] in progress.left_out:
-                ending.leave_out(self)
-            else:
-                self.one_step()
-        self.after_step()
-        self.stop_if_asked()
-        self.stop_if_unsafe()
 
     @property
     def finished(self) -> bool:
@@ -179,35 +145,6 @@ class Trainer:
         self._account(mean.item(), time.perf_counter() - began)
         self.whole = True
 
-    def after_step(self) -> None:
-        """Do the duties of the last step: evaluate, save, tell; at most one checkpoint.
-
-        First what takes time and changes nothing. A signal that comes meanwhile leaves all duties
-        owed, and the next start does them. After that everything is done, whatever comes: half a
-        duty would be done twice, or never.
-        """
-        progress, plan = self.progress, self.plan
-        ends_epoch = plan.epochs is not None and progress.position == plan.steps_per_epoch
-        ends_run = plan.epochs is None and progress.step >= plan.total_steps
-        metrics: dict[str, float] = {}
-        if ends_epoch or ends_run or _every(self._evaluation_interval, progress.step):
-            metrics = self.evaluate()
-        gives_up = bool(metrics) and self._stale_after(metrics) >= self._patience
-        ends_run = ends_run or (gives_up and not ends_epoch)
-        text = telling.sample(self) if ends_epoch or ends_run else None
-        if self.guard.requested:
-            return
-        if ends_epoch:
-            self.end_epoch(metrics, text)
-        elif ends_run:
-            self.end_run(metrics, text)
-        else:
-            self._go_past(metrics)
-        if metrics or ends_epoch or ends_run or not self.manager.copying:
-            self.tell()
-        if ends_epoch:
-            self.console.say(_("💾 Saving the checkpoint..."))
-
     def note(self, event: str, **values: Any) -> None:
         """Have `tell` write a line about the last step. It is part of the state, so that a kill
         before it is written does not lose it: `values` must be the same after every resume."""
@@ -227,90 +164,34 @@ class Trainer:
         status = self.console.status
         status.memory_step, status.failing = self.manager.memory_step, self.manager.failing
         while self.untold:
-            telling.tell(self, self.untold[0])
+            self._write(self.untold[0])
             del self.untold[0]
         if status.step:  # a step has been done in this process
             self.console.progress()
 
-    def end_epoch(self, metrics: dict[str, float], text: str | None) -> None:
-        """Do the history and the checkpoint of an epoch, after its evaluation."""
-        progress = self.progress
-        epoch, mean = progress.epoch, progress.loss_sum / max(1, progress.position)
-        metrics = {"train_loss": mean, **metrics}
-        with self._settling():
-            improved = self._judge(metrics)
-            self._remember(epoch, metrics, text)
-        if self.config.checkpoint.save_every_epoch:
-            self._save("epoch", metrics, reason="epoch", epoch=epoch)
+    def _write(self, line: dict[str, Any]) -> None:
+        """Write a line of `note` into the records, and say it on the console."""
+        values = {name: value for name, value in line.items() if name not in ("event", "step")}
+        console, event, step = self.console, line["event"], line["step"]
+        if event == "step":
+            status = console.status
+            values["tokens_per_second"] = status.tokens_per_second
+            values["durable_step"] = status.durable_step
+            values["memory_step"] = status.memory_step or None
+            cuda = self.device.type == "cuda"
+            values["gpu_bytes"] = torch.cuda.memory_reserved(self.device) if cuda else None
+            self.records.step(step, **values)
         else:
-            self._save("best" if improved else "temp", metrics, reason="epoch", epoch=epoch)
-
-    def end_run(self, metrics: dict[str, float], text: str | None) -> None:
-        """The history and the last checkpoint of a run that does not end with an epoch's."""
-        epoch, metrics = self.progress.epoch, {"train_loss": self.progress.smoothed, **metrics}
-        with self._settling():
-            self._judge(metrics)
-            self._remember(epoch, metrics, text)
-        self._save("step", metrics, reason="end", epoch=epoch)
-
-    def _go_past(self, metrics: dict[str, float]) -> None:
-        """The duties of a step that ends nothing."""
-        progress = self.progress
-        epoch = progress.epoch
-        with self._settling():
-            improved = self._judge(metrics)
-        if _every(self.config.checkpoint.save_every, progress.step):
-            self._save("step", metrics, reason="save_every", epoch=epoch)
-        elif improved:
-            self._save("best", metrics, reason="best", epoch=epoch)
-        elif metrics and self.manager.saved_step == progress.step:
-            # What is durable of this step still owes them: they would be done a second time.
-            self._save("temp", metrics, reason="scheduled", epoch=epoch)
-        # A loss that is high may turn out to be one to go back behind: nothing rolls on meanwhile.
-        if not self.guard.requested and not self.watch.suspects:
-            self.manager.after_step(progress.step, epoch=epoch)
-
-    @contextlib.contextmanager
-    def _settling(self) -> Iterator[None]:
-        """Around the changes that duties make to the state: no save may have half of them."""
-        progress = self.progress
-        self.whole = False
-        yield
-        if progress.position == self.plan.steps_per_epoch:
-            self._begin_epoch()
-        progress.owed = False
-        self.whole = True
-
-    def check_end_is_durable(self) -> None:
-        """A training whose end nobody could save is not finished. Raises SaveFailed."""
-        self.manager.wait()
-        if self.manager.saved_step < self.progress.step:
-            raise SaveFailed(
-                _("Training has reached step {step}, but the last durable step is {durable}. Mend "
-                  "what kept it from being saved (see above) and run the same command again: it "
-                  "repeats the steps between.", step=self.progress.step,
-                  durable=self.manager.saved_step)
-            )  # fmt: skip
-
-    def stop_if_asked(self) -> None:
-        """After a signal: make this step durable and leave. Raises Interrupted."""
-        if self.guard.requested is not None:
-            ending.stop(self, self.guard.requested)
-
-    def stop_if_unsafe(self) -> None:
-        """With `--on-unsafe stop`: what nobody can save is not worth computing. Raises SaveFailed
-        where one more attempt fails as well."""
-        if self.config.checkpoint.on_unsafe != "stop" or not self.manager.unsafe:
-            return
-        self._save("temp", {}, reason="unsafe")
-        self.manager.wait()
-        if self.manager.saved_step < self.progress.step:
-            raise SaveFailed(
-                _("Stopped at step {step}, because nothing could be saved any more; the last "
-                  "durable step is {durable}. Mend what keeps it from being saved (see above) and "
-                  "run the same command again: it repeats the steps between.",
-                  step=self.progress.step, durable=self.manager.saved_step)
-            )  # fmt: skip
+            self.records.event(event, step, **values)
+        if event == "evaluation":
+            telling.tell_evaluation(console, step, values, self.progress)
+        elif event == "epoch":
+            self.records.history(self.state["history"])
+            seconds = time.monotonic() - self.epoch_began
+            self.epoch_began = time.monotonic()
+            telling.tell_epoch(console, values, self.plan.epochs, seconds)
+        elif event == "sample":
+            console.say(_("  ✍️  Sample: {text}", text=values["text"]))
 
     # ---------------------------------------------------------------------------------- evaluation
 
@@ -341,6 +222,39 @@ class Trainer:
         perplexity = math.inf if loss >= 700 else math.exp(loss)  # NaN stays NaN
         per_byte = bits_per_byte(nats, stream.text_bytes)
         return {"val_loss": loss, "perplexity": perplexity, "bits_per_byte": per_byte}
+
+    def save(
+        self, kind: str, metrics: dict[str, float], *, reason: str, epoch: int | None = None
+    ) -> None:
+        """Ask for a checkpoint of the last step, in `epoch` (None: the one of the next step)."""
+        self.manager.save_async(
+            step=self.progress.step,
+            epoch=epoch or self.progress.epoch,
+            kind=kind,
+            metrics=metrics,
+            reason=reason,
+        )
+
+    def sample(self) -> str | None:
+        """Return a text as the model continues the prompt now, in one line; None if none is wanted.
+
+        It has a generator of its own, so that the run stays the same with and without it.
+        """
+        training = self.config.training
+        if not training.sample_tokens:
+            return None
+        text = sample_text(
+            self.model,
+            self.data.tokenizer,
+            training.sample_prompt,
+            training.sample_tokens,
+            context_length=self.context_length,
+            seed=training.seed + self.progress.step,
+            may_end=False,
+            stop=lambda: self.guard.requested is not None,
+        )
+        # A model that cannot spell yet leaves broken characters.
+        return " ".join(text.replace("\ufffd", "").split())
 
     # ------------------------------------------------------------------------------------- details
 
@@ -394,29 +308,7 @@ class Trainer:
             self.console.warn(_("The loss of step {step} is {loss}.", step=progress.step,
                                 loss=loss))  # fmt: skip
 
-    @property
-    def _evaluation_interval(self) -> int | None:
-        """Runs by steps have no epochs to evaluate at: they do it where they save."""
-        training = self.config.training
-        if training.eval_every is None and self.plan.epochs is None:
-            return self.config.checkpoint.save_every
-        return training.eval_every
-
-    def _judge(self, metrics: dict[str, float]) -> bool:
-        """Keep the best loss and count evaluations without a better one. Returns whether no file
-        has a better one: the save of the best loss may have failed."""
-        if "val_loss" not in metrics:
-            return False
-        self.state["val_loss"] = metrics["val_loss"]
-        self.progress.stale = self._stale_after(metrics)
-        if self.progress.stale == 0:
-            self.state["best_loss"] = metrics["val_loss"]
-        if self.progress.stale >= self._patience:
-            self.progress.stopped_early = True
-        self.note("evaluation", **metrics)
-        return self.manager.improves(metrics)
-
-    def _stale_after(self, metrics: dict[str, float]) -> int:
+    def stale_after(self, metrics: dict[str, float]) -> int:
         """Evaluations since the best one, with these counted; NaN is never better."""
         loss, best = metrics.get("val_loss"), self.state["best_loss"]
         if loss is None:
@@ -425,33 +317,10 @@ class Trainer:
         return 0 if better else self.progress.stale + 1
 
     @property
-    def _patience(self) -> float:
+    def patience(self) -> float:
         """Evaluations without a better one after which training stops."""
         patience = self.config.training.patience
         return math.inf if patience is None else patience
-
-    def _remember(self, epoch: int, metrics: dict[str, float], text: str | None) -> None:
-        history = self.state["history"]
-        history["train_loss"].append(metrics["train_loss"])
-        history["val_loss"].append(metrics.get("val_loss"))
-        history["epochs"].append(epoch)
-        self.state["train_loss"] = metrics["train_loss"]
-        self.note("epoch", epoch=epoch, **metrics)
-        if text is not None:
-            self.note("sample", epoch=epoch, text=text)
-
-    def _begin_epoch(self) -> None:
-        self.progress.epoch += 1
-        self.progress.position = 0
-        self.progress.loss_sum = 0.0
-
-    def _save(
-        self, kind: str, metrics: dict[str, float], *, reason: str, epoch: int | None = None
-    ) -> None:
-        self.manager.save_async(
-            step=self.progress.step, epoch=epoch or self.progress.epoch, kind=kind,
-            metrics=metrics, reason=reason,
-        )  # fmt: skip
 
     # ------------------------------------------------------------------------------- after a resume
 
@@ -488,7 +357,7 @@ class Trainer:
         self.plan = Plan.of(self.config, self.batches, done=progress)
         if self.plan.epochs is not None:
             # Early stopping is decided anew: the user may have given it more patience.
-            progress.stopped_early = progress.stale >= self._patience
+            progress.stopped_early = progress.stale >= self.patience
         progress.owed = progress.owed or progress.position == self.plan.steps_per_epoch
         self._settle_schedule()
         return notes
@@ -516,7 +385,3 @@ class Trainer:
             "seed": self.config.training.seed,
             "samples_per_step": self.config.training.batch_size * self.plan.accumulation,
         }
-
-
-def _every(interval: int | None, step: int) -> bool:
-    return interval is not None and step % interval == 0

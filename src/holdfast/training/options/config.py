@@ -334,7 +334,8 @@ def suggest(word: str, also: Iterable[str] = ()) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Everything a run was asked to do, checked. Made by `presets.resolve` and `from_dict`.
+    """Everything a run was asked to do, checked. Made by `presets.resolve` and
+    `config_files.from_mapping`.
 
     `epochs` is None exactly where the run is counted in steps (`num_steps`). `sources` tells for
     each option whether its value is a "flag", from the "file", the "preset" or the "default".
@@ -356,16 +357,6 @@ class Config:
             for section, made in SECTIONS.items()
         }
         return cls(**sections, sources=dict(sources))
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, object]) -> Config:
-        """The configuration that `to_dict` gave, or any flat or sectioned one.
-
-        Raises ConfigError with every problem that `data` has.
-        """
-        from holdfast.training.options.config_files import from_mapping
-
-        return from_mapping(data)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """All values by section, plain and complete, ready for JSON."""
