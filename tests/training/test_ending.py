@@ -347,7 +347,7 @@ def test_a_signal_within_its_grace_saves_the_step(
     assert newest_step(tmp_path / "run") == 9
 
 
-@pytest.mark.parametrize("place", ["preparing", "model", "resume"])
+@pytest.mark.parametrize("place", ["preparing", "model", "begin"])
 def test_a_signal_before_the_first_step_is_heeded(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -357,7 +357,7 @@ def test_a_signal_before_the_first_step_is_heeded(
     owner, name = {
         "preparing": (session, "prepare_data"),
         "model": (session, "_model"),
-        "resume": (CheckpointManager, "resume"),
+        "begin": (CheckpointManager, "begin"),
     }[place]
     original = getattr(owner, name)
 

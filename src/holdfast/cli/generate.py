@@ -41,10 +41,12 @@ def run_generate(argv: Sequence[str], prog: str) -> int:
     _check(given, prog)
     source = given.checkpoint or common.DIRECTORY
     if given.checkpoint is None and not Path(source).exists():
-        raise CheckpointError(
-            _("There is no checkpoint at {source}: train a model first, or name one with "
-              "--checkpoint FILE|DIR.", source=source)
-        )  # fmt: skip
+        message = _(
+            "There is no checkpoint at {source}: train a model first, or name one with "
+            "--checkpoint FILE|DIR.",
+            source=source,
+        )
+        raise CheckpointError(message)
     # A pipe is read before the model is loaded: what is wrong with it is told at once.
     piped = _from_pipe() if given.prompt is None and not sys.stdin.isatty() else None
     common.before_torch()
@@ -69,39 +71,62 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str], str], int]]] = {
 def _generate_parser(prog: str) -> Parser:
     parser = common.parser(
         prog,
-        _("Let a trained model continue a text. The text appears as it is written; Ctrl-C ends it. "
-          "Without PROMPT it is read from a pipe, or line by line from the terminal until "
-          "Ctrl-D."),
-        _("Examples:\n  {prog} 今天天气\n"
-          "  {prog} 春江潮水 --checkpoint runs/a/model_epoch_3.pt --tokens 100 --seed 1\n"
-          "  head -c 300 book.txt | {prog} --temperature 0.6 > more.txt\n"
-          "  {prog} 你好 --json", prog=prog),
-    )  # fmt: skip
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT",
-                        help=_("the beginning of the text"))  # fmt: skip
-    parser.add_argument("--checkpoint", metavar="FILE|DIR",
-                        help=_("a checkpoint, or a run directory for its best one, else its newest "
-                               "(default: {value})", value=common.DIRECTORY))  # fmt: skip
+        _(
+            "Let a trained model continue a text. The text appears as it is written; Ctrl-C ends "
+            "it. Without PROMPT it is read from a pipe, or line by line from the terminal until "
+            "Ctrl-D."
+        ),
+        _(
+            "Examples:\n  {prog} 今天天气\n"
+            "  {prog} 春江潮水 --checkpoint runs/a/model_epoch_3.pt --tokens 100 --seed 1\n"
+            "  head -c 300 book.txt | {prog} --temperature 0.6 > more.txt\n"
+            "  {prog} 你好 --json",
+            prog=prog,
+        ),
+    )
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help=_("the beginning of the text"))
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE|DIR",
+        help=_(
+            "a checkpoint, or a run directory for its best one, else its newest (default: {value})",
+            value=common.DIRECTORY,
+        ),
+    )
     help_of = {
-        "tokens": _("length of what is written (default: {value}). Where it is more than the model "
-                    "can see at once, the model reads the last half of that anew and goes on",
-                    value=_TOKENS),
-        "temperature": _("below 1 more cautious, above more daring, 0 always takes the likeliest "
-                         "token (default: {value})", value=_TEMPERATURE),
-        "top_p": _("draw only from the likeliest tokens that together have this probability "
-                   "(default: 1, all)"),
-        "top_k": _("draw only from the k likeliest tokens, 0 for all (default: {value})",
-                   value=_TOP_K),
-        "frequency_penalty": _("makes a token less likely each time it was written; 0.5 helps "
-                               "against loops (default: 0)"),
+        "tokens": _(
+            "length of what is written (default: {value}). Where it is more than the model "
+            "can see at once, the model reads the last half of that anew and goes on",
+            value=_TOKENS,
+        ),
+        "temperature": _(
+            "below 1 more cautious, above more daring, 0 always takes the likeliest "
+            "token (default: {value})",
+            value=_TEMPERATURE,
+        ),
+        "top_p": _(
+            "draw only from the likeliest tokens that together have this probability "
+            "(default: 1, all)"
+        ),
+        "top_k": _(
+            "draw only from the k likeliest tokens, 0 for all (default: {value})", value=_TOP_K
+        ),
+        "frequency_penalty": _(
+            "makes a token less likely each time it was written; 0.5 helps "
+            "against loops (default: 0)"
+        ),
         "seed": _("the same seed gives the same text (default: another one each time)"),
-    }  # fmt: skip
+    }
     whole: dict[str, Any] = {"type": int, "metavar": "N"}
     real: dict[str, Any] = {"type": float, "metavar": "X"}
     for name, kind, default in (
-        ("tokens", whole, _TOKENS), ("temperature", real, _TEMPERATURE), ("top_p", real, 1.0),
-        ("top_k", whole, _TOP_K), ("frequency_penalty", real, 0.0), ("seed", whole, None),
-    ):  # fmt: skip
+        ("tokens", whole, _TOKENS),
+        ("temperature", real, _TEMPERATURE),
+        ("top_p", real, 1.0),
+        ("top_k", whole, _TOP_K),
+        ("frequency_penalty", real, 0.0),
+        ("seed", whole, None),
+    ):
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, default=default, help=help_of[name].replace("%", "%%"), **kind)
     return parser
@@ -118,10 +143,16 @@ def _check(given: argparse.Namespace, prog: str) -> None:
         ("seed", given.seed is None or 0 <= given.seed <= _LARGEST_SEED, _("expected 0 or more")),
     )
     wrong = [
-        _("--{flag} {value}: {expected}; see {prog} --help", flag=flag, expected=expected,
-          value=getattr(given, flag.replace("-", "_")), prog=prog)
-        for flag, good, expected in ranges if not good
-    ]  # fmt: skip
+        _(
+            "--{flag} {value}: {expected}; see {prog} --help",
+            flag=flag,
+            expected=expected,
+            value=getattr(given, flag.replace("-", "_")),
+            prog=prog,
+        )
+        for flag, good, expected in ranges
+        if not good
+    ]
     try:
         (given.prompt or "").encode()
     except UnicodeEncodeError:  # bytes of another encoding, as Python hands them on
@@ -134,8 +165,11 @@ def _from_pipe() -> str:
     """What stands in stdin, without the line break at its end."""
     data = sys.stdin.buffer.read(_LONGEST_PROMPT + 1)
     if len(data) > _LONGEST_PROMPT:
-        raise ConfigError(_("The prompt in the pipe is longer than 1 MiB; give only its end, for "
-                            "example with tail -c 2000."))  # fmt: skip
+        message = _(
+            "The prompt in the pipe is longer than 1 MiB; give only its end, for "
+            "example with tail -c 2000."
+        )
+        raise ConfigError(message)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -194,8 +228,13 @@ class _Writing:
 
         stream, sampling = self._begin()
         if stream.read_tokens < stream.prompt_tokens:
-            _warn(_("The prompt has {tokens} tokens; the model reads the last {read} of them.",
-                    tokens=stream.prompt_tokens, read=stream.read_tokens))  # fmt: skip
+            _warn(
+                _(
+                    "The prompt has {tokens} tokens; the model reads the last {read} of them.",
+                    tokens=stream.prompt_tokens,
+                    read=stream.read_tokens,
+                )
+            )
         pieces: list[str] = []
         began, first, interrupted = time.monotonic(), None, False
         try:
@@ -214,10 +253,12 @@ class _Writing:
         elif not "".join(pieces).endswith("\n"):
             _write("\n")
         if stream.ended == RUINED:
-            raise CheckpointError(
-                _("{path}: what the model says is not a number; its weights are ruined. Choose an "
-                  "earlier checkpoint.", path=self.loaded.path)
-            )  # fmt: skip
+            message = _(
+                "{path}: what the model says is not a number; its weights are ruined. Choose an "
+                "earlier checkpoint.",
+                path=self.loaded.path,
+            )
+            raise CheckpointError(message)
         if not self.given.json:
             self._tell(stream, sampling, took)
         return interrupted
@@ -228,13 +269,21 @@ class _Writing:
         given, loaded = self.given, self.loaded
         seed = random.randrange(_SEEDS) if given.seed is None else given.seed
         sampling = Sampling(
-            seed=seed, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p,
+            seed=seed,
+            temperature=given.temperature,
+            top_k=given.top_k,
+            top_p=given.top_p,
             frequency_penalty=given.frequency_penalty,
-        )  # fmt: skip
+        )
         stream = TextStream(
-            loaded.model, loaded.tokenizer, self.prompt, given.tokens, sampling=sampling,
-            context_length=loaded.context_length, slide=True,
-        )  # fmt: skip
+            loaded.model,
+            loaded.tokenizer,
+            self.prompt,
+            given.tokens,
+            sampling=sampling,
+            context_length=loaded.context_length,
+            slide=True,
+        )
         return stream, sampling
 
     def _tell(self, stream: TextStream, sampling: Sampling, took: _Took) -> None:
@@ -244,8 +293,9 @@ class _Writing:
             _("seed {seed}", seed=sampling.seed),
         ]
         if stream.moved:
-            facts.append(_("the model sees {count} tokens at once",
-                           count=self.loaded.context_length))  # fmt: skip
+            facts.append(
+                _("the model sees {count} tokens at once", count=self.loaded.context_length)
+            )
         _note(" · ".join(facts))
 
     def _to_json(
@@ -259,7 +309,9 @@ class _Writing:
         entry = self.loaded.entry
         return {
             "checkpoint": {
-                "file": str(self.loaded.path), "step": entry.step, "epoch": entry.epoch,
+                "file": str(self.loaded.path),
+                "step": entry.step,
+                "epoch": entry.epoch,
                 "val_loss": number(entry.metrics.get("val_loss")),
             },
             "prompt": "".join(pieces[:1]),
@@ -273,7 +325,7 @@ class _Writing:
             "sampling": asdict(sampling),
             "first_token_seconds": round(took.first - took.began, 4),
             "tokens_per_second": round(took.rate(stream.tokens), 2),
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,8 +67,12 @@ def parse_train(argv: Sequence[str], prog: str = "holdfast train") -> TrainComma
             )
         )
     if given["json"] and not (given["dry_run"] or given["list_presets"]):
-        problems.append(_("--json goes with --dry-run or --list-presets; what a training says for "
-                          "scripts is in its metrics.jsonl"))  # fmt: skip
+        problems.append(
+            _(
+                "--json goes with --dry-run or --list-presets; what a training says for "
+                "scripts is in its metrics.jsonl"
+            )
+        )
     config = resolve(given["preset"], given["config_file"], flags, problems=problems)
     return TrainCommand(config=config, **given)
 

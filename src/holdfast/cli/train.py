@@ -27,8 +27,13 @@ def train(argv: Sequence[str], prog: str) -> int:
         return 0
     if command.save_config is not None:
         save_config(command.config, command.save_config)
-        print(_("Saved: {path}. Train with it: {prog} --config {path}", path=command.save_config,
-                prog=prog))  # fmt: skip
+        print(
+            _(
+                "Saved: {path}. Train with it: {prog} --config {path}",
+                path=command.save_config,
+                prog=prog,
+            )
+        )
         return 0
     return _session(command, prog)
 

@@ -49,11 +49,14 @@ _WHY = {
         "two runs that nothing interrupted differ already: seed every generator, and ask torch for "
         "deterministic algorithms"
     ),
-    NOT_RESTORED: N_("it differs right after resuming: its load_state_dict() does not bring back "
-                     "what its state_dict() gave"),
-    OUTSIDE: N_("what was saved came back as it was: a step depends on something that is not in "
-                "the state"),
-}  # fmt: skip
+    NOT_RESTORED: N_(
+        "it differs right after resuming: its load_state_dict() does not bring back "
+        "what its state_dict() gave"
+    ),
+    OUTSIDE: N_(
+        "what was saved came back as it was: a step depends on something that is not in the state"
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +118,12 @@ def prove_resume(
             resumed. What fails in this process is raised as it comes.
     """
     if steps < 1 or more < 1:
-        raise ConfigError(_("steps and more must be at least 1, and are {steps} and {more}.",
-                            steps=steps, more=more))  # fmt: skip
+        message = _(
+            "steps and more must be at least 1, and are {steps} and {more}.",
+            steps=steps,
+            more=more,
+        )
+        raise ConfigError(message)
     with tempfile.TemporaryDirectory(prefix="holdfast-prove-", dir=directory) as name:
         runs = _Forked() if _can_fork() else _InThisProcess()
         with runs:

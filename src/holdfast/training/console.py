@@ -87,9 +87,14 @@ class Console:
         # Plain lines must not be wrapped: a pipe has no width.
         width = None if self.terminal else 10_000
         self._rich = _Rich(
-            file=self._stream, force_terminal=self.terminal, width=width, highlight=False,
-            soft_wrap=not self.terminal, emoji=False, markup=False,
-        )  # fmt: skip
+            file=self._stream,
+            force_terminal=self.terminal,
+            width=width,
+            highlight=False,
+            soft_wrap=not self.terminal,
+            emoji=False,
+            markup=False,
+        )
         self._log: TextIO | None = None
         if log_file is not None:
             self.open_log(log_file)
@@ -255,8 +260,9 @@ class Console:
     def _headline(self) -> str:
         s = self.status
         epoch = f"{s.epoch}/{s.epochs}" if s.epochs else f"{s.epoch}"
-        return _("Epoch {epoch} · step {step}/{total}", epoch=epoch, step=s.step,
-                 total=s.total_steps)  # fmt: skip
+        return _(
+            "Epoch {epoch} · step {step}/{total}", epoch=epoch, step=s.step, total=s.total_steps
+        )
 
     def _details(self, *, with_eta: bool = True) -> str:
         """What is safe comes first: a narrow terminal cuts the end off."""

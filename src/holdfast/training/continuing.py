@@ -123,13 +123,11 @@ def read_saved(path: Path) -> SavedRun:
         try:
             values = {name: codec.read(reader, only=name) for name in names}
         except CheckpointError as error:
-            raise CheckpointError(
-                _(
-                    "{path} holds no run of this trainer. Use --checkpoint to start from its "
-                    "weights.",
-                    path=path,
-                )
-            ) from error
+            message = _(
+                "{path} holds no run of this trainer. Use --checkpoint to start from its weights.",
+                path=path,
+            )
+            raise CheckpointError(message) from error
         tensors = [t for t in reader.manifest["tensors"] if str(t["path"]).startswith("model/")]
         check_configuration(values["model_config"], [t["shape"] for t in tensors], path)
         identity = reader.manifest["identity"]
@@ -205,14 +203,13 @@ def differences(saved: SavedRun, config: Config) -> list[list[str]]:
     """
     refused = fixed_differences(saved, config)
     if refused:
-        raise StateMismatch(
-            _(
-                "This run cannot go on with another model: {refused}. Leave these options out to "
-                "go on; for a new run add --checkpoint-dir DIR, or --fresh, which moves this one "
-                "to archive/.",
-                refused="; ".join(refused),
-            )
+        message = _(
+            "This run cannot go on with another model: {refused}. Leave these options out to "
+            "go on; for a new run add --checkpoint-dir DIR, or --fresh, which moves this one "
+            "to archive/.",
+            refused="; ".join(refused),
         )
+        raise StateMismatch(message)
     return [
         [name, format_value(before), format_value(now), _(_FREE[name])]
         for name, before, now in _changed(saved, config)
@@ -263,10 +260,9 @@ def check_model(saved: SavedRun, model_config: Mapping[str, Any]) -> None:
         and not any(word in key for word in may_differ)
     ]
     if other:
-        raise StateMismatch(
-            _(
-                "{path} is of another model ({differences}). Nothing was changed.",
-                path=saved.path,
-                differences="; ".join(other),
-            )
+        message = _(
+            "{path} is of another model ({differences}). Nothing was changed.",
+            path=saved.path,
+            differences="; ".join(other),
         )
+        raise StateMismatch(message)

@@ -108,11 +108,14 @@ def dry_run(
     here = sum(entry.size for entry in contents.entries)  # has its room already
     needed = max(0, estimate.run_bytes - here) + filesystem.RESERVE
     if estimate.free_bytes < needed:
-        raise ResourceError(
-            _("This run needs {needed} on the disk of {directory}, which has {free} free. Lower "
-              "--keep-last-n, or choose another --checkpoint-dir.", needed=format_bytes(needed),
-              directory=directory, free=format_bytes(estimate.free_bytes))
-        )  # fmt: skip
+        message = _(
+            "This run needs {needed} on the disk of {directory}, which has {free} free. Lower "
+            "--keep-last-n, or choose another --checkpoint-dir.",
+            needed=format_bytes(needed),
+            directory=directory,
+            free=format_bytes(estimate.free_bytes),
+        )
+        raise ResourceError(message)
     return estimate
 
 
@@ -271,20 +274,35 @@ def _print(estimate: Estimate, console: Console) -> None:
     lines = [
         (_("parameters"), f"{estimate.parameters:,}"),
         (_("peak memory"), format_bytes(estimate.peak_memory)),
-        (_("speed"), _("{rate} tokens/s, {seconds} s a step",
-                       rate=f"{estimate.tokens_per_second:,.0f}",
-                       seconds=f"{estimate.step_seconds:.3f}")),
+        (
+            _("speed"),
+            _(
+                "{rate} tokens/s, {seconds} s a step",
+                rate=f"{estimate.tokens_per_second:,.0f}",
+                seconds=f"{estimate.step_seconds:.3f}",
+            ),
+        ),
         (_("time for an epoch"), format_seconds(estimate.epoch_seconds)),
         (_("time in all"), _in_all(estimate)),
-        (_("one checkpoint"), _("{size} ({bytes} bytes)",
-                                size=format_bytes(estimate.checkpoint_bytes),
-                                bytes=f"{estimate.checkpoint_bytes:,}")),
+        (
+            _("one checkpoint"),
+            _(
+                "{size} ({bytes} bytes)",
+                size=format_bytes(estimate.checkpoint_bytes),
+                bytes=f"{estimate.checkpoint_bytes:,}",
+            ),
+        ),
         (_("rolling checkpoints"), _rolling(estimate)),
         (_("memory for snapshots"), _snapshots(estimate)),
-        (_("disk for the run"), _("at most {size}; free: {free}",
-                                  size=format_bytes(estimate.run_bytes),
-                                  free=format_bytes(estimate.free_bytes))),
-    ]  # fmt: skip
+        (
+            _("disk for the run"),
+            _(
+                "at most {size}; free: {free}",
+                size=format_bytes(estimate.run_bytes),
+                free=format_bytes(estimate.free_bytes),
+            ),
+        ),
+    ]
     if estimate.cost is not None:
         lines.append((_("cost"), f"{estimate.cost:.2f}"))
     say()
@@ -296,8 +314,11 @@ def _print(estimate: Estimate, console: Console) -> None:
 def _in_all(estimate: Estimate) -> str:
     figures = {"time": format_seconds(estimate.total_seconds), "steps": f"{estimate.steps:,}"}
     if estimate.done_steps:
-        return _("{time} for {steps} steps that are left; {done} are done",
-                 done=f"{estimate.done_steps:,}", **figures)  # fmt: skip
+        return _(
+            "{time} for {steps} steps that are left; {done} are done",
+            done=f"{estimate.done_steps:,}",
+            **figures,
+        )
     return _("{time} for {steps} steps", **figures)
 
 
@@ -310,8 +331,9 @@ def _rolling(estimate: Estimate) -> str:
 def _snapshots(estimate: Estimate) -> str:
     size = format_bytes(estimate.snapshot_bytes)
     if estimate.no_memory_tier:
-        return _("{size}; none that outlives a kill: {reason}", size=size,
-                 reason=estimate.no_memory_tier)  # fmt: skip
+        return _(
+            "{size}; none that outlives a kill: {reason}", size=size, reason=estimate.no_memory_tier
+        )
     if estimate.snapshot_bytes > estimate.checkpoint_bytes:
         return _("{size} in shared memory, beside the training's own", size=size)
     return _("{size}, twice that while saves overtake the disk", size=size)

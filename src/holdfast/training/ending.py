@@ -26,14 +26,21 @@ def stop(trainer: Trainer, number: int) -> None:
     grace = trainer.config.checkpoint.grace
     gone = time.monotonic() - trainer.guard.requested_at
     manager.save_last(
-        step=step, epoch=trainer.progress.epoch, reason="signal",
+        step=step,
+        epoch=trainer.progress.epoch,
+        reason="signal",
         within=grace - gone if grace else math.inf,
-    )  # fmt: skip
+    )
     trainer.tell()
     raise Interrupted(
-        _("Stopped at step {step}; step {durable} is durable. The same command goes on from "
-          "there.", step=step, durable=manager.saved_step), number
-    )  # fmt: skip
+        _(
+            "Stopped at step {step}; step {durable} is durable. The same command goes on from "
+            "there.",
+            step=step,
+            durable=manager.saved_step,
+        ),
+        number,
+    )
 
 
 def keep(trainer: Trainer) -> None:
@@ -60,10 +67,13 @@ def keep(trainer: Trainer) -> None:
             _("After the error the state could not be saved any more: {error}", error=problem)
         )
     if durable:
-        trainer.console.warn(
-            _("An error has ended training after step {step}; step {durable} is durable. The same "
-              "command goes on from there.", step=step, durable=durable)
-        )  # fmt: skip
+        text = _(
+            "An error has ended training after step {step}; step {durable} is durable. The same "
+            "command goes on from there.",
+            step=step,
+            durable=durable,
+        )
+        trainer.console.warn(text)
     else:
         trainer.console.warn(
             _("An error has ended training after step {step}; nothing is durable.", step=step)
@@ -82,29 +92,40 @@ def recover(trainer: Trainer, error: Diverged) -> None:
     manager, step = trainer.manager, trainer.progress.step + 1
     manager.save_snapshot()  # what is in memory is from before `first`, and nearer
     if trainer.config.training.on_nan == "stop":
-        raise Diverged(
-            _("{problem} Training has stopped there; step {durable} is durable. Lower "
-              "--learning-rate or look at the data; with --on-nan rollback training leaves this "
-              "step's data out and goes on.", problem=error, durable=manager.saved_step)
-        ) from error  # fmt: skip
+        message = _(
+            "{problem} Training has stopped there; step {durable} is durable. Lower "
+            "--learning-rate or look at the data; with --on-nan rollback training leaves this "
+            "step's data out and goes on.",
+            problem=error,
+            durable=manager.saved_step,
+        )
+        raise Diverged(message) from error
     resumed = manager.go_back(first, str(error))
     if resumed is None:
-        raise Diverged(
-            _("{problem} There is no checkpoint from before it to go back to. Lower "
-              "--learning-rate or look at the data.", problem=error)
-        ) from error  # fmt: skip
+        message = _(
+            "{problem} There is no checkpoint from before it to go back to. Lower "
+            "--learning-rate or look at the data.",
+            problem=error,
+        )
+        raise Diverged(message) from error
     _settle(trainer, places)
     if trainer.setbacks.to[resumed.step] > MOST_ROLLBACKS:
-        raise Diverged(
-            _("{problem} Going back to step {back} has been tried {count} times and has not "
-              "helped. Lower --learning-rate or look at the data.", problem=error,
-              back=resumed.step, count=MOST_ROLLBACKS)
-        ) from error  # fmt: skip
+        message = _(
+            "{problem} Going back to step {back} has been tried {count} times and has not "
+            "helped. Lower --learning-rate or look at the data.",
+            problem=error,
+            back=resumed.step,
+            count=MOST_ROLLBACKS,
+        )
+        raise Diverged(message) from error
     trainer.records.event("diverged", step, back_to=resumed.step)
-    trainer.console.warn(
-        _("{problem} Going back to step {back}; steps whose data is left out: {count}.",
-          problem=error, back=resumed.step, count=len(places))
-    )  # fmt: skip
+    text = _(
+        "{problem} Going back to step {back}; steps whose data is left out: {count}.",
+        problem=error,
+        back=resumed.step,
+        count=len(places),
+    )
+    trainer.console.warn(text)
 
 
 def _settle(trainer: Trainer, places: list[Place]) -> None:

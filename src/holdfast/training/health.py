@@ -54,9 +54,12 @@ class LossWatch:
             self.suspects.append(place)
             if len(self.suspects) < SPIKE_STEPS:
                 return ""
-            return _("the loss has been far above its mean of {mean} for {count} steps and is "
-                     "{loss}", mean=f"{self._mean:.4f}", count=SPIKE_STEPS,
-                     loss=f"{loss:.4f}")  # fmt: skip
+            return _(
+                "the loss has been far above its mean of {mean} for {count} steps and is {loss}",
+                mean=f"{self._mean:.4f}",
+                count=SPIKE_STEPS,
+                loss=f"{loss:.4f}",
+            )
         self.suspects.clear()
         self._take(loss)
         return ""

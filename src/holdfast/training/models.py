@@ -107,9 +107,14 @@ def check_model_exists(name: str) -> None:
 
     near = None if "/" in name else nearest(name, SHAPES)
     problem = ConfigError(
-        _("--model {model}: none of {names}, no folder with a config.json, and no model that "
-          "transformers finds{hint}", model=name, names=", ".join(SHAPES), hint=did_you_mean(near))
-    )  # fmt: skip
+        _(
+            "--model {model}: none of {names}, no folder with a config.json, and no model that "
+            "transformers finds{hint}",
+            model=name,
+            names=", ".join(SHAPES),
+            hint=did_you_mean(near),
+        )
+    )
     if near is not None:
         raise problem
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries, line by line
@@ -132,10 +137,13 @@ def load_model(config: ModelConfig) -> Any:
         ) from error
     missing = sorted({*info["missing_keys"], *(name for name, *_shapes in info["mismatched_keys"])})
     if missing:
-        raise ConfigError(
-            _("--model {model} has no weights for {names}, or in another shape: they would be "
-              "random. Use a complete model.", model=config.model, names=", ".join(missing[:5]))
-        )  # fmt: skip
+        message = _(
+            "--model {model} has no weights for {names}, or in another shape: they would be "
+            "random. Use a complete model.",
+            model=config.model,
+            names=", ".join(missing[:5]),
+        )
+        raise ConfigError(message)
     model.config.use_cache = False
     return model
 
@@ -151,9 +159,14 @@ def read_pretrained(name: str | Path, **options: Any) -> tuple[Any, dict[str, An
 
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False,
-            ignore_mismatched_sizes=True, output_loading_info=True, **options,
-        )  # fmt: skip
+            name,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
     except Exception as error:  # of files that a stranger wrote it raises whatever they make it
         reason = why_not_loaded(error)
         raise CheckpointError(
@@ -194,11 +207,13 @@ def rebuild_model(model_config: Mapping[str, Any], config: ModelConfig) -> Any:
             settings, dtype=torch.float32, trust_remote_code=False
         )
     except Exception as error:  # of settings that a stranger wrote it raises what they make it
-        raise ConfigError(
-            _("This transformers ({version}) cannot build the model ({kind}): {error}",
-              version=transformers.__version__, kind=kind,
-              error=why_not_loaded(error))
-        ) from error  # fmt: skip
+        message = _(
+            "This transformers ({version}) cannot build the model ({kind}): {error}",
+            version=transformers.__version__,
+            kind=kind,
+            error=why_not_loaded(error),
+        )
+        raise ConfigError(message) from error
 
 
 def _dropout(config: ModelConfig) -> dict[str, Any]:
@@ -221,10 +236,12 @@ def context_of(model: Any, wanted: int | None) -> int:
     """Tokens that a training sample has: what was wanted, within what the model can see."""
     limit = getattr(model.config, "max_position_embeddings", None) or wanted or 1024
     if wanted is not None and wanted > limit:
-        raise ConfigError(
-            _("--context-length {wanted} is more than the {limit} tokens this model can see.",
-              wanted=wanted, limit=limit)
-        )  # fmt: skip
+        message = _(
+            "--context-length {wanted} is more than the {limit} tokens this model can see.",
+            wanted=wanted,
+            limit=limit,
+        )
+        raise ConfigError(message)
     return int(wanted or min(limit, 1024))
 
 

@@ -49,9 +49,12 @@ class Notifier:
         self._durable = durable
         if self._words and shutil.which(self._words[0]) is None:
             self._warn(
-                _("--notify: there is no program {name}; nobody will be told how the training "
-                  "ends.", name=self._words[0])
-            )  # fmt: skip
+                _(
+                    "--notify: there is no program {name}; nobody will be told how the training "
+                    "ends.",
+                    name=self._words[0],
+                )
+            )
 
     def send(self, event: str, message: str) -> None:
         """Run the program, and do not wait for it."""
@@ -99,9 +102,13 @@ class Notifier:
             # A session of its own: Ctrl-C at the terminal is meant for the training, and what the
             # program has started can be ended with it.
             process = subprocess.Popen(
-                words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+                words,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             self._failures.put(str(error))
             return
@@ -119,9 +126,12 @@ class Notifier:
             while True:
                 reason = self._failures.get_nowait()
                 self._warn(
-                    _("--notify: {name} could not tell anybody: {reason}", name=self._words[0],
-                      reason=reason)
-                )  # fmt: skip
+                    _(
+                        "--notify: {name} could not tell anybody: {reason}",
+                        name=self._words[0],
+                        reason=reason,
+                    )
+                )
 
 
 def split(command: str | None) -> list[str]:
@@ -129,10 +139,12 @@ def split(command: str | None) -> list[str]:
     try:
         return shlex.split(command or "")
     except ValueError as error:
-        raise ConfigError(
-            _("--notify {command}: {reason}; mind the quotation marks", command=command,
-              reason=error)
-        ) from error  # fmt: skip
+        message = _(
+            "--notify {command}: {reason}; mind the quotation marks",
+            command=command,
+            reason=error,
+        )
+        raise ConfigError(message) from error
 
 
 def _told(error: Exception) -> str:

@@ -37,10 +37,15 @@ def check_configuration(
         elif _SIZES.search(key) and not _NOT_SIZES.search(key):
             most = elements or _MOST  # without any, reading them says so
         if value > most or (value < 1 and key in ("max_position_embeddings", "n_positions")):
-            raise ForeignCheckpoint(
-                _("{path} says that its model has {key} = {value}, which its weights ({count} "
-                  "numbers) cannot be.", path=path, key=key, value=value, count=f"{elements:,}")
-            )  # fmt: skip
+            message = _(
+                "{path} says that its model has {key} = {value}, which its weights ({count} "
+                "numbers) cannot be.",
+                path=path,
+                key=key,
+                value=value,
+                count=f"{elements:,}",
+            )
+            raise ForeignCheckpoint(message)
 
 
 def _numbers(value: object, key: str = "") -> Iterator[tuple[str, int]]:
@@ -70,8 +75,9 @@ def check_tokenizer(text: str) -> None:
             before = len(str(pattern["String"])) if "String" in pattern else 1
             growth *= max(1.0, len(str(part.get("content"))) / max(1, before))
     if growth > _MOST_GROWTH:
-        raise DataError(_("The tokenizer would make texts {growth} times as long.",
-                          growth=f"{growth:,.0f}"))  # fmt: skip
+        raise DataError(
+            _("The tokenizer would make texts {growth} times as long.", growth=f"{growth:,.0f}")
+        )
 
 
 def _parts(value: object) -> Iterator[dict[str, Any]]:

@@ -105,12 +105,19 @@ class _Watch(Console):
         """Tell the parent of the step that has been done, and stop or wait after it as ordered."""
         step, last = self.status.step, self._order.stop
         if self.status.total_steps < last:
-            raise ConfigError(
-                _("This run has only {total} steps: choose --steps and --more so that they are at "
-                  "most that many together.", total=self.status.total_steps)
-            )  # fmt: skip
-        _tell(self._answers, step=step, batch=self._seen.hexdigest(), rng=self._streams(),
-              loss=float(self.status.loss).hex())  # fmt: skip
+            message = _(
+                "This run has only {total} steps: choose --steps and --more so that they are at "
+                "most that many together.",
+                total=self.status.total_steps,
+            )
+            raise ConfigError(message)
+        _tell(
+            self._answers,
+            step=step,
+            batch=self._seen.hexdigest(),
+            rng=self._streams(),
+            loss=float(self.status.loss).hex(),
+        )
         self._seen.reset()
         if self._order.hold is not None and step > self._order.hold:
             self._hold(self._order.hold)

@@ -86,8 +86,12 @@ class TrainingProof:
 
     def to_json(self) -> dict[str, Any]:
         """The documented form."""
-        step = {"step": self.at, "what": self.what, "straight": self.values[0],
-                "interrupted": self.values[1]}  # fmt: skip
+        step = {
+            "step": self.at,
+            "what": self.what,
+            "straight": self.values[0],
+            "interrupted": self.values[1],
+        }
         return {
             **self.proof.to_json(),
             "equal": self.equal,
@@ -150,10 +154,13 @@ class _Proving:
         begun = self._train("interrupted", Order(file, end, self.steps))
         resumed = self._train("resumed", Order(file, end))
         if min(resumed) != self.steps + 1:
-            raise CheckpointError(
-                _("The interrupted run was to go on after step {step}, and went on with step "
-                  "{first}: that proves nothing.", step=self.steps, first=min(resumed))
-            )  # fmt: skip
+            message = _(
+                "The interrupted run was to go on after step {step}, and went on with step "
+                "{first}: that proves nothing.",
+                step=self.steps,
+                first=min(resumed),
+            )
+            raise CheckpointError(message)
         a, b = self._state("straight"), self._state("interrupted")
         proof = judge(a, b, killed=True)
         at, what, values = _first_step(straight, {**begun, **resumed})
@@ -237,9 +244,14 @@ def _start(order: Order, errors: IO[bytes]) -> Worker:
     """A Python of its own, which Ctrl-C in our terminal does not reach: we end it."""
     command = [sys.executable, "-m", "holdfast.training.prove_worker", order.to_json()]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-        encoding="utf-8", start_new_session=os.name == "posix",
-    )  # fmt: skip
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        encoding="utf-8",
+        start_new_session=os.name == "posix",
+    )
 
 
 def _is_said(config: Config, name: str) -> bool:

@@ -46,10 +46,11 @@ class Records:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ConfigError(
-                    _("--tensorboard needs the package tensorboard: pip install "
-                      "'holdfast[tensorboard]'")
-                ) from error  # fmt: skip
+                message = _(
+                    "--tensorboard needs the package tensorboard: pip install "
+                    "'holdfast[tensorboard]'"
+                )
+                raise ConfigError(message) from error
             # Hide the points of steps that will be done again, and all of an earlier run here. The
             # point of the resumed step itself is not drawn again: purge behind it.
             purge = resumed_step + 1 if resumed_step else 0

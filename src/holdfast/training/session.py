@@ -174,13 +174,12 @@ def prepare(
     if origin is not None:
         config = continuing.merged(config, origin, start=start)
         if start.saved is not None and start.named and config.checkpoint.checkpoint:
-            console.say(
-                _(
-                    "--checkpoint: --epochs and --num-steps count from step {step} of {name}.",
-                    step=start.saved.step,
-                    name=start.saved.path.name,
-                )
+            text = _(
+                "--checkpoint: --epochs and --num-steps count from step {step} of {name}.",
+                step=start.saved.step,
+                name=start.saved.path.name,
             )
+            console.say(text)
         if start.saved is not None:
             rows = continuing.differences(start.saved, config)
             if rows:
@@ -393,15 +392,14 @@ def _model(
     if device.type == "cpu":
         free += held
     if needed > free:
-        raise ResourceError(
-            _(
-                "{model} needs at least {needed} of memory to train, and {free} is free. Choose a "
-                "smaller --model.",
-                model=config.model.model,
-                needed=format_bytes(needed),
-                free=format_bytes(free),
-            )
+        message = _(
+            "{model} needs at least {needed} of memory to train, and {free} is free. Choose a "
+            "smaller --model.",
+            model=config.model.model,
+            needed=format_bytes(needed),
+            free=format_bytes(free),
         )
+        raise ResourceError(message)
     return models.build_model(config.model, **sizes).to(device)
 
 
@@ -456,44 +454,40 @@ def _introduce(trainer: Trainer, console: Console) -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     precision = "bf16" if trainer.precision is torch.bfloat16 else "fp32"
     threads = _(", {count} threads", count=torch.get_num_threads()) if device.type == "cpu" else ""
-    console.say(
-        _(
-            "🖥️  Device: {device}{threads}; precision {precision}",
-            device=name,
-            threads=threads,
-            precision=precision,
-        )
+    text = _(
+        "🖥️  Device: {device}{threads}; precision {precision}",
+        device=name,
+        threads=threads,
+        precision=precision,
     )
-    console.say(
-        _(
-            "🧠 Model: {model}, {parameters} parameters, context {context} tokens",
-            model=config.model.model,
-            parameters=f"{parameters:,}",
-            context=trainer.context_length,
-        )
+    console.say(text)
+    text = _(
+        "🧠 Model: {model}, {parameters} parameters, context {context} tokens",
+        model=config.model.model,
+        parameters=f"{parameters:,}",
+        context=trainer.context_length,
     )
-    console.say(
-        _(
-            "📚 Data: {file}: {documents} documents, {tokens} tokens ({train} to learn from, {val} "
-            "to validate), {ratio} characters per token",
-            file=config.data.data_file,
-            documents=f"{data.documents:,}",
-            tokens=f"{data.tokens:,}",
-            train=f"{len(data.train):,}",
-            val=f"{len(data.val):,}",
-            ratio=f"{data.characters_per_token:.2f}",
-        )
+    console.say(text)
+    text = _(
+        "📚 Data: {file}: {documents} documents, {tokens} tokens ({train} to learn from, {val} "
+        "to validate), {ratio} characters per token",
+        file=config.data.data_file,
+        documents=f"{data.documents:,}",
+        tokens=f"{data.tokens:,}",
+        train=f"{len(data.train):,}",
+        val=f"{len(data.val):,}",
+        ratio=f"{data.characters_per_token:.2f}",
     )
+    console.say(text)
     plan = trainer.plan
-    console.say(
-        _(
-            "🗓️  Plan: {steps} steps, {per_epoch} an epoch; batch {batch} × {accumulation}",
-            steps=f"{plan.total_steps:,}",
-            per_epoch=f"{plan.steps_per_epoch:,}",
-            batch=config.training.batch_size,
-            accumulation=plan.accumulation,
-        )
+    text = _(
+        "🗓️  Plan: {steps} steps, {per_epoch} an epoch; batch {batch} × {accumulation}",
+        steps=f"{plan.total_steps:,}",
+        per_epoch=f"{plan.steps_per_epoch:,}",
+        batch=config.training.batch_size,
+        accumulation=plan.accumulation,
     )
+    console.say(text)
 
 
 def _facts(trainer: Trainer) -> dict[str, Any]:
@@ -519,13 +513,12 @@ def _tell_found(contents: Any, start: Start, console: Console) -> None:
         console.say(_("📁 Checkpoints: none yet; a new run begins."))
         return
     newest = contents.newest
-    console.say(
-        _(
-            "📁 Checkpoints: {count} found, the newest of step {step}.",
-            count=len(contents.entries) + len(contents.damaged),
-            step=newest.step if newest else "?",
-        )
+    text = _(
+        "📁 Checkpoints: {count} found, the newest of step {step}.",
+        count=len(contents.entries) + len(contents.damaged),
+        step=newest.step if newest else "?",
     )
+    console.say(text)
     if start.anew:
         console.say(
             _("   A new run begins; these go to archive/ when its first checkpoint is verified.")

@@ -27,12 +27,19 @@ def tell_evaluation(
     """Say the losses of an evaluation, unless its epoch ends and says them."""
     say = console.say
     if progress.stopped_early:
-        say(_("🛑 No better validation loss in {count} evaluations: stopping early.",
-              count=progress.stale), important=True)  # fmt: skip
+        text = _(
+            "🛑 No better validation loss in {count} evaluations: stopping early.",
+            count=progress.stale,
+        )
+        say(text, important=True)
     if all(line["event"] != "epoch" for line in progress.lines):
-        say(_("📊 Step {step}: validation loss {loss}, bits per byte {bits}", step=step,
-              loss=f"{metrics['val_loss']:.4f}",
-              bits=f"{metrics['bits_per_byte']:.3f}"))  # fmt: skip
+        text = _(
+            "📊 Step {step}: validation loss {loss}, bits per byte {bits}",
+            step=step,
+            loss=f"{metrics['val_loss']:.4f}",
+            bits=f"{metrics['bits_per_byte']:.3f}",
+        )
+        say(text)
 
 
 def tell_epoch(
@@ -47,15 +54,21 @@ def tell_epoch(
         style="bold",
         important=True,
     )
-    say(_("  ⏱️  Time: {seconds} s ({minutes} min)", seconds=f"{seconds:.1f}",
-          minutes=f"{seconds / 60:.1f}"))  # fmt: skip
+    text = _(
+        "  ⏱️  Time: {seconds} s ({minutes} min)",
+        seconds=f"{seconds:.1f}",
+        minutes=f"{seconds / 60:.1f}",
+    )
+    say(text)
     say(_("  📉 Training loss: {loss}", loss=f"{metrics['train_loss']:.4f}"), important=True)
     if "val_loss" in metrics:
-        say(_("  📊 Validation loss: {loss}", loss=f"{metrics['val_loss']:.4f}"),
-            important=True)  # fmt: skip
-        say(_("  🔢 Perplexity: {perplexity} · bits per byte: {bits}",
-              perplexity=f"{metrics['perplexity']:.2f}",
-              bits=f"{metrics['bits_per_byte']:.3f}"))  # fmt: skip
+        say(_("  📊 Validation loss: {loss}", loss=f"{metrics['val_loss']:.4f}"), important=True)
+        text = _(
+            "  🔢 Perplexity: {perplexity} · bits per byte: {bits}",
+            perplexity=f"{metrics['perplexity']:.2f}",
+            bits=f"{metrics['bits_per_byte']:.3f}",
+        )
+        say(text)
 
 
 # ------------------------------------------------------------------------------ the manager's
@@ -70,15 +83,19 @@ def tell_event(console: Console, event: str, fields: dict[str, Any]) -> None:
     elif event == "archived":
         console.say(words.sentence(event, fields) or "")
     elif event == "rescued":
-        console.say(
-            _("🛟 Step {step} was found in memory, where a killed process had left it, and is "
-              "durable now.", step=fields["step"]), important=True
-        )  # fmt: skip
+        text = _(
+            "🛟 Step {step} was found in memory, where a killed process had left it, and is "
+            "durable now.",
+            step=fields["step"],
+        )
+        console.say(text, important=True)
     elif event == "memory_off":
-        console.say(
-            _("No snapshots in shared memory ({reason}): after a kill training goes on from "
-              "the newest checkpoint on the disk.", reason=fields["reason"])
-        )  # fmt: skip
+        text = _(
+            "No snapshots in shared memory ({reason}): after a kill training goes on from "
+            "the newest checkpoint on the disk.",
+            reason=fields["reason"],
+        )
+        console.say(text)
     elif event == "interval":
         _on_interval(console, fields["choice"])
     elif event == "staging_off":
@@ -88,11 +105,13 @@ def tell_event(console: Console, event: str, fields: dict[str, Any]) -> None:
     elif event == "configured":
         console.say(words.sentence(event, fields) or "", important=True)
     elif event == "threads":
-        console.warn(
-            _("This run computes with {saved} CPU threads, this machine would take {live}: "
-              "{saved} are used, so that the results stay bit-exact.", saved=fields["saved"],
-              live=fields["live"])
-        )  # fmt: skip
+        text = _(
+            "This run computes with {saved} CPU threads, this machine would take {live}: "
+            "{saved} are used, so that the results stay bit-exact.",
+            saved=fields["saved"],
+            live=fields["live"],
+        )
+        console.warn(text)
     elif text := words.sentence(event, fields):
         _tell_trouble(console, event, fields, text)
 
@@ -105,15 +124,17 @@ def _on_interval(console: Console, choice: Choice) -> None:
         MOST_OFTEN: _("the shortest there is"),
         RAREST: _("the longest there is"),
     }[choice.bound]
-    console.say(
-        _("🛡️  Rolling checkpoints every {interval} ({why}). A power cut then costs {loss} "
-          "minutes of work on average; the saves cost {share} of the time and {bytes} of "
-          "writes a day.",
-          interval=format_seconds(choice.interval), why=why,
-          loss=f"{choice.expected_loss / 60:.1f}",
-          share=f"{100 * choice.cost / choice.interval:.2f} %",
-          bytes=format_bytes(int(choice.bytes_per_day)))
-    )  # fmt: skip
+    text = _(
+        "🛡️  Rolling checkpoints every {interval} ({why}). A power cut then costs {loss} "
+        "minutes of work on average; the saves cost {share} of the time and {bytes} of "
+        "writes a day.",
+        interval=format_seconds(choice.interval),
+        why=why,
+        loss=f"{choice.expected_loss / 60:.1f}",
+        share=f"{100 * choice.cost / choice.interval:.2f} %",
+        bytes=format_bytes(int(choice.bytes_per_day)),
+    )
+    console.say(text)
 
 
 def _on_durable(console: Console, saved: Saved) -> None:
@@ -123,9 +144,15 @@ def _on_durable(console: Console, saved: Saved) -> None:
     first, *others = saved.names
     if saved.entry.kind == "temp":
         console.say(
-            _("💾 step {step} is durable: {name} ({size}, {seconds})", step=saved.entry.step,
-              name=first, size=size, seconds=format_seconds(saved.seconds)) + _stall(saved)
-        )  # fmt: skip
+            _(
+                "💾 step {step} is durable: {name} ({size}, {seconds})",
+                step=saved.entry.step,
+                name=first,
+                size=size,
+                seconds=format_seconds(saved.seconds),
+            )
+            + _stall(saved)
+        )
         return
     kinds = {
         "epoch": _("✓ Epoch checkpoint: {name} ({size})", name=first, size=size),
@@ -149,8 +176,11 @@ def _role(name: str, saved: Saved) -> str:
         if before is None or now is None:
             why = _("first best")
         else:
-            why = _("improved by {by} ({percent})", by=f"{before - now:.4f}",
-                    percent=f"{100 * (before - now) / abs(before):.1f} %")  # fmt: skip
+            why = _(
+                "improved by {by} ({percent})",
+                by=f"{before - now:.4f}",
+                percent=f"{100 * (before - now) / abs(before):.1f} %",
+            )
         return _("🏆 Best model: {name} ({space}) [{why}]", name=name, space=space, why=why)
     if name == "latest.pt":
         return _("📌 Newest model: {name} [to resume training]", name=name)
@@ -168,11 +198,12 @@ def _on_resumed(console: Console, resumed: Resumed) -> None:
         important=True,
     )
     if resumed.steps_lost:
-        console.warn(
-            _("{steps} steps ({time} of work) that were saved are lost with the damaged "
-              "files.", steps=resumed.steps_lost,
-              time=format_seconds(60 * resumed.minutes_lost))
-        )  # fmt: skip
+        text = _(
+            "{steps} steps ({time} of work) that were saved are lost with the damaged files.",
+            steps=resumed.steps_lost,
+            time=format_seconds(60 * resumed.minutes_lost),
+        )
+        console.warn(text)
 
 
 def _tell_trouble(console: Console, event: str, fields: dict[str, Any], text: str) -> None:

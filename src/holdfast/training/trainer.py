@@ -63,15 +63,19 @@ class Trainer:
         self.guard, self.console = guard, console
         training = config.training
         self.batches = Batches(
-            data.train, context_length=context_length, batch_size=training.batch_size,
+            data.train,
+            context_length=context_length,
+            batch_size=training.batch_size,
             seed=training.seed,
-        )  # fmt: skip
+        )
         self.plan = Plan.of(config, self.batches)
         self.progress = Progress()
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, training.weight_decay), lr=training.learning_rate,
-            betas=(0.9, 0.95), fused=True,
-        )  # fmt: skip
+            parameter_groups(model, training.weight_decay),
+            lr=training.learning_rate,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
         self._warmup = 0
         self.scheduler = LambdaLR(self.optimizer, self._factor)
         self._settle_schedule()
@@ -302,11 +306,17 @@ class Trainer:
         status.eta = self.step_seconds * (self.plan.total_steps - progress.step)
         self.console.stepped()
         if progress.step % self.config.training.log_every == 0:
-            self.note("step", epoch=progress.epoch, loss=loss, smoothed_loss=progress.smoothed,
-                      learning_rate=rate)  # fmt: skip
+            self.note(
+                "step",
+                epoch=progress.epoch,
+                loss=loss,
+                smoothed_loss=progress.smoothed,
+                learning_rate=rate,
+            )
         if not math.isfinite(loss):
-            self.console.warn(_("The loss of step {step} is {loss}.", step=progress.step,
-                                loss=loss))  # fmt: skip
+            self.console.warn(
+                _("The loss of step {step} is {loss}.", step=progress.step, loss=loss)
+            )
 
     def stale_after(self, metrics: dict[str, float]) -> int:
         """Evaluations since the best one, with these counted; NaN is never better."""
@@ -335,9 +345,11 @@ class Trainer:
         same = all(saved_data.get(key) == now[key] for key in ("content_hash", "split", "seed"))
         if not same and progress.position:
             notes.append(
-                _("Other data, or another order of it: epoch {epoch} begins anew.",
-                  epoch=progress.epoch)
-            )  # fmt: skip
+                _(
+                    "Other data, or another order of it: epoch {epoch} begins anew.",
+                    epoch=progress.epoch,
+                )
+            )
             progress.position, progress.loss_sum = 0, 0.0
             progress.left_out.clear()
         rows = saved_data["samples_per_step"]
@@ -349,9 +361,14 @@ class Trainer:
             progress.left_out.clear()  # positions that mean other data now
             again = samples - progress.position * now["samples_per_step"]
             notes.append(
-                _("Other batch size: step {before} of the epoch becomes step {after}; {again} "
-                  "samples are seen again.", before=before, after=progress.position, again=again)
-            )  # fmt: skip
+                _(
+                    "Other batch size: step {before} of the epoch becomes step {after}; {again} "
+                    "samples are seen again.",
+                    before=before,
+                    after=progress.position,
+                    again=again,
+                )
+            )
         self.state["data"] = now
         self.state["config"] = self.config.to_state()
         self.plan = Plan.of(self.config, self.batches, done=progress)
@@ -365,9 +382,7 @@ class Trainer:
     def _settle_schedule(self) -> None:
         """The learning rate is a function of the step: of the plan as it is now."""
         self._warmup = int(self.config.training.warmup_ratio * self.plan.total_steps)
-        for group, base in zip(
-            self.optimizer.param_groups, self.scheduler.base_lrs, strict=True
-        ):  # fmt: skip
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = base * self._factor(self.progress.step)
 
     def _factor(self, step: int) -> float:

@@ -142,9 +142,15 @@ def sample_text(
     out."""
     sampling = Sampling(seed=seed, temperature=temperature, top_k=top_k)
     stream = TextStream(
-        model, tokenizer, prompt, length, context_length=context_length, sampling=sampling,
-        may_end=may_end, stop=stop,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        prompt,
+        length,
+        context_length=context_length,
+        sampling=sampling,
+        may_end=may_end,
+        stop=stop,
+    )
     return "".join(stream).rstrip(_BROKEN)
 
 

@@ -112,11 +112,13 @@ def _load(
     model_config = _part(reader, "model_config", "model_type")
     tokenizer_state = _part(reader, "tokenizer", "tokenizer.json")
     if model_config is None or tokenizer_state is None:
-        raise ForeignCheckpoint(
-            _("{path} does not say what its {missing} is, so it cannot be used for text: it was "
-              "saved by another training loop than holdfast train.", path=path,
-              missing=_("model") if model_config is None else _("tokenizer"))
-        )  # fmt: skip
+        message = _(
+            "{path} does not say what its {missing} is, so it cannot be used for text: it was "
+            "saved by another training loop than holdfast train.",
+            path=path,
+            missing=_("model") if model_config is None else _("tokenizer"),
+        )
+        raise ForeignCheckpoint(message)
     config = _part(reader, "config") or {}
     try:
         tokenizer = TextTokenizer.from_state(tokenizer_state)
@@ -127,11 +129,14 @@ def _load(
     model = _bare_model(model_config, path)
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.vocab_size > rows:
-        raise ForeignCheckpoint(
-            _("The tokenizer in {path} has {tokens} tokens, and the model knows {rows}: it is "
-              "another model's.", path=path, tokens=f"{tokenizer.vocab_size:,}",
-              rows=f"{rows:,}")
-        )  # fmt: skip
+        message = _(
+            "The tokenizer in {path} has {tokens} tokens, and the model knows {rows}: it is "
+            "another model's.",
+            path=path,
+            tokens=f"{tokenizer.vocab_size:,}",
+            rows=f"{rows:,}",
+        )
+        raise ForeignCheckpoint(message)
     _fill(model, codec.read(reader, only="model"), path, dtype)
     model.to(models.choose_device() if device is None else torch.device(device))
     options = config.get("model")
@@ -141,10 +146,16 @@ def _load(
     except HoldfastError as error:  # options and configuration contradict each other
         raise ForeignCheckpoint(f"{path}: {error}") from error
     return Loaded(
-        path, entry or summary(reader.manifest, reader.size), reader.manifest, model, tokenizer,
-        context, getattr(model.config, "max_position_embeddings", None) or context, model_config,
+        path,
+        entry or summary(reader.manifest, reader.size),
+        reader.manifest,
+        model,
+        tokenizer,
+        context,
+        getattr(model.config, "max_position_embeddings", None) or context,
+        model_config,
         config,
-    )  # fmt: skip
+    )
 
 
 def _part(reader: Reader, name: str, needed: str | None = None) -> dict[str, Any] | None:
@@ -175,11 +186,15 @@ def _bare_model(model_config: Mapping[str, Any], path: Path) -> Any:
         with _weights_without_memory():
             model = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     except Exception as error:  # of settings that a stranger wrote it raises what they make it
-        raise ForeignCheckpoint(
-            _("{path} is of a model that this transformers {version} does not know ({kind}): "
-              "{reason}", path=path, version=transformers.__version__, kind=kind,
-              reason=why_not_loaded(error))
-        ) from error  # fmt: skip
+        message = _(
+            "{path} is of a model that this transformers {version} does not know ({kind}): "
+            "{reason}",
+            path=path,
+            version=transformers.__version__,
+            kind=kind,
+            reason=why_not_loaded(error),
+        )
+        raise ForeignCheckpoint(message) from error
     model.requires_grad_(False)
     return model.eval()
 
@@ -249,6 +264,9 @@ def _misfit(path: Path, names: list[str]) -> CheckpointError:
     if len(names) > _LISTED:
         shown += _(" … and {count} more", count=len(names) - _LISTED)
     return CheckpointError(
-        _("The weights in {path} do not fit the model that it describes: {names}", path=path,
-          names=shown)
-    )  # fmt: skip
+        _(
+            "The weights in {path} do not fit the model that it describes: {names}",
+            path=path,
+            names=shown,
+        )
+    )

@@ -90,10 +90,14 @@ def continue_text(
     given = len(loaded.tokenizer.encode(prompt) or [loaded.tokenizer.eos_id])
     room = loaded.max_context - given
     if room < 1:
-        raise ConfigError(
-            _("The prompt has {given} tokens, and the model in {path} sees {context} at most: use "
-              "a shorter one.", given=given, path=loaded.path, context=loaded.max_context)
-        )  # fmt: skip
+        message = _(
+            "The prompt has {given} tokens, and the model in {path} sees {context} at most: use "
+            "a shorter one.",
+            given=given,
+            path=loaded.path,
+            context=loaded.max_context,
+        )
+        raise ConfigError(message)
     drawn = 0
 
     def count() -> bool:
@@ -104,9 +108,15 @@ def continue_text(
     greedy: dict[str, Any] = {"temperature": 1.0, "top_k": 1}
     began = time.perf_counter()
     text = sample_text(
-        loaded.model, loaded.tokenizer, prompt, tokens, context_length=loaded.max_context,
-        seed=seed, stop=count, **({"temperature": temperature} if temperature else greedy),
-    )  # fmt: skip
+        loaded.model,
+        loaded.tokenizer,
+        prompt,
+        tokens,
+        context_length=loaded.max_context,
+        seed=seed,
+        stop=count,
+        **({"temperature": temperature} if temperature else greedy),
+    )
     seconds = time.perf_counter() - began
     ended = "context" if room < tokens else "length"
     if drawn < min(tokens, room):
@@ -175,10 +185,15 @@ def evaluate(
         count += counted
         show(feed.bytes_of(count), feed.total)
     return Evaluation(
-        count, feed.total, nats / count, bits_per_byte(nats, feed.total),
-        time.perf_counter() - began, context, str(precision).removeprefix("torch."),
+        count,
+        feed.total,
+        nats / count,
+        bits_per_byte(nats, feed.total),
+        time.perf_counter() - began,
+        context,
+        str(precision).removeprefix("torch."),
         loaded.tokenizer.fingerprint,
-    )  # fmt: skip
+    )
 
 
 class _Feed:

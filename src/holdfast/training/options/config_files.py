@@ -221,15 +221,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
             raw.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
         )
     except json.JSONDecodeError as error:
-        raise ConfigError(
-            _(
-                "{file}, line {line}, column {column}: this is not JSON: {reason}",
-                file=path,
-                line=error.lineno,
-                column=error.colno,
-                reason=_(error.msg),
-            )
-        ) from error
+        message = _(
+            "{file}, line {line}, column {column}: this is not JSON: {reason}",
+            file=path,
+            line=error.lineno,
+            column=error.colno,
+            reason=_(error.msg),
+        )
+        raise ConfigError(message) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             _("{file} is not UTF-8 text; save it as UTF-8 or name another file", file=path)
@@ -301,13 +300,12 @@ def save_config(config: Config, path: Path) -> None:
         finally:
             temp.unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(
-            _(
-                "the configuration cannot be written to {file}: {reason}; name another place",
-                file=path,
-                reason=error.strerror or error,
-            )
-        ) from error
+        message = _(
+            "the configuration cannot be written to {file}: {reason}; name another place",
+            file=path,
+            reason=error.strerror or error,
+        )
+        raise ConfigError(message) from error
 
 
 def _to_json(data: object) -> bytes:

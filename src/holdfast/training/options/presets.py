@@ -33,14 +33,13 @@ PRESETS: dict[str, str] = {
 def preset_file(name: str) -> Path:
     """The file of the preset `name`; ConfigError where there is no such preset."""
     if name not in PRESETS:
-        raise ConfigError(
-            _(
-                "--preset {name}: expected one of {choices}{hint}",
-                name=name or "''",
-                choices=", ".join(PRESETS),
-                hint=did_you_mean(nearest(name, PRESETS)),
-            )
+        message = _(
+            "--preset {name}: expected one of {choices}{hint}",
+            name=name or "''",
+            choices=", ".join(PRESETS),
+            hint=did_you_mean(nearest(name, PRESETS)),
         )
+        raise ConfigError(message)
     return PRESET_DIR / f"training_{name}.json"
 
 

@@ -166,8 +166,9 @@ class DataFile:
                     # A lone half of a surrogate pair ("\ud83d", cut by some crawler) is no
                     # character at all.
                     yield re.sub("[\ud800-\udfff]", "\ufffd", value) if _may_escape(line) else value
-                elif record != {} and not (isinstance(record, dict) and field in record
-                                           and value is None):  # fmt: skip
+                elif record != {} and not (
+                    isinstance(record, dict) and field in record and value is None
+                ):
                     reason, message = _no_text(self.path, number, field, record)
                     self._leave_out(damage, number, line, reason, message)
 
@@ -392,9 +393,14 @@ def _text_kinds() -> list[Callable[[Any], bool]]:
 
     kinds = pa.types
     return [
-        kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_binary,
-        kinds.is_large_binary, kinds.is_binary_view, kinds.is_null,
-    ]  # fmt: skip
+        kinds.is_string,
+        kinds.is_large_string,
+        kinds.is_string_view,
+        kinds.is_binary,
+        kinds.is_large_binary,
+        kinds.is_binary_view,
+        kinds.is_null,
+    ]
 
 
 def _check_column(path: Path, schema: object, column: str) -> None:

@@ -94,8 +94,9 @@ class TextTokenizer:
         # There may be holes: a model needs all rows.
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if not 0 <= eos_id < self.vocab_size:
-            raise DataError(_("The tokenizer has no token {token}, which is to end a text.",
-                              token=eos_id))  # fmt: skip
+            raise DataError(
+                _("The tokenizer has no token {token}, which is to end a text.", token=eos_id)
+            )
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, nothing added. Raises DataError where the tokenizer,
@@ -374,8 +375,13 @@ def _check_link(path: Path) -> None:
     folder, target = path.parent.resolve(), path.resolve()
     hub = folder.parents[1] / "blobs" if len(folder.parents) > 1 else folder
     if path.is_symlink() and not (target.is_relative_to(folder) or target.is_relative_to(hub)):
-        raise DataError(_("{path} is a link out of its directory, to {target}: copy the file there "
-                          "if you trust it.", path=path, target=target))  # fmt: skip
+        message = _(
+            "{path} is a link out of its directory, to {target}: copy the file there "
+            "if you trust it.",
+            path=path,
+            target=target,
+        )
+        raise DataError(message)
 
 
 def _converted(name: str) -> dict[str, str]:
@@ -388,11 +394,17 @@ def _converted(name: str) -> dict[str, str]:
         pieces = any((Path(name) / file).is_file() for file in _PIECES)
         if pieces and find_spec("sentencepiece") is None:
             # What transformers says is about the last thing that it has tried instead.
-            message = _("The tokenizer of {path} is one of sentencepiece: pip install "
-                        "sentencepiece protobuf", path=name)  # fmt: skip
+            message = _(
+                "The tokenizer of {path} is one of sentencepiece: pip install "
+                "sentencepiece protobuf",
+                path=name,
+            )
         else:
-            message = _("There is no tokenizer in {path} that transformers can load ({reason}).",
-                        path=name, reason=why_not_loaded(error))  # fmt: skip
+            message = _(
+                "There is no tokenizer in {path} that transformers can load ({reason}).",
+                path=name,
+                reason=why_not_loaded(error),
+            )
         raise DataError(message) from error
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -412,8 +424,13 @@ def why_not_loaded(error: Exception) -> str:
 
 
 def _check_loads(files: Mapping[str, str], where: str) -> Any:
-    with _in_words(_("{where}: tokenizer.json is damaged or of an unknown kind ({reason}).",
-                     where=where, reason="{reason}")):  # fmt: skip
+    with _in_words(
+        _(
+            "{where}: tokenizer.json is damaged or of an unknown kind ({reason}).",
+            where=where,
+            reason="{reason}",
+        )
+    ):
         return Tokenizer.from_str(files["tokenizer.json"])
 
 
