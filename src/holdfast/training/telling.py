@@ -112,8 +112,8 @@ def tell_event(console: Console, event: str, fields: dict[str, Any]) -> None:
             live=fields["live"],
         )
         console.warn(text)
-    elif text := words.sentence(event, fields):
-        _tell_trouble(console, event, fields, text)
+    elif sentence := words.sentence(event, fields):
+        _tell_trouble(console, event, fields, sentence)
 
 
 def _on_interval(console: Console, choice: Choice) -> None:
