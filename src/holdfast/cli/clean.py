@@ -93,7 +93,7 @@ def _clean_memory(given: argparse.Namespace, prog: str) -> int:
 
 
 def _may_go(shown: clean.Plan | leftovers.Plan, given: argparse.Namespace, prog: str) -> bool:
-    """Whether something is to go and the user agrees; says so where the user does not."""
+    """Return True if something is to go and the user agrees; say so where not."""
     if given.dry_run or not shown.going:
         return False
     without = _(
@@ -107,7 +107,7 @@ def _may_go(shown: clean.Plan | leftovers.Plan, given: argparse.Namespace, prog:
 
 
 def _wish(given: argparse.Namespace, prog: str) -> clean.Wish:
-    """What was asked for. Raises ConfigError where that makes no sense."""
+    """Return the wish. Raises ConfigError where it makes no sense."""
     for flag, value, least in (
         ("--keep", given.keep, 0),
         ("--keep-best", given.keep_best, 1),

@@ -1,4 +1,4 @@
-"""What the commands of the desk share: the parser with its common options, questions, printing.
+"""The parser with the common options, questions and printing of all commands.
 
 No torch here, and nothing of any one command: whatever this imports, `holdfast list` waits for.
 """
@@ -22,7 +22,7 @@ from holdfast.manage.output import json_ready
 from holdfast.training.options.config import OPTIONS
 
 _LOOK = 0.1  # seconds for which the processors are watched
-_BUSY = 30.0  # per cent of all processors: somebody else is at work
+_BUSY = 30.0  # per cent of all processors: other programs are at work
 DIRECTORY = str(OPTIONS["checkpoint_dir"].default)
 
 
@@ -86,7 +86,7 @@ def add_directories(made: Parser) -> None:
 
 
 def add_ways_in(made: Parser) -> None:
-    """What a server is told of proxies, containers and pages through which it is reached."""
+    """Add the names of proxies, containers and pages through which a server is reached."""
     made.add_argument(
         "--allowed-host",
         action="append",
@@ -133,7 +133,7 @@ def _origin(text: str) -> str:
 
 
 def agreed(question: str, without: str) -> bool:
-    """Ask; the answer of somebody who only presses Enter, or has gone, is no. Raises ConfigError
+    """Ask a question; Enter alone and a closed terminal mean no. Raises ConfigError
     that says `without` where there is no terminal."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError(without)

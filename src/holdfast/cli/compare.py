@@ -294,12 +294,12 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _comparable(measured: Mapping[str, Evaluation]) -> bool:
-    """Whether a token is the same thing to all of them."""
+    """Return True if all have the same tokenizer."""
     return len({one.tokenizer for one in measured.values()}) == 1
 
 
 def _best(measured: Mapping[str, Evaluation]) -> str | None:
-    """Who needs the fewest bits a byte; None where that is nobody alone."""
+    """Return the label with the fewest bits a byte; None where two are equal."""
     bits = {label: one.bits_per_byte for label, one in measured.items()}
     known = {label: value for label, value in bits.items() if value == value}  # noqa: PLR0124 - NaN
     least = [label for label, value in known.items() if value == min(known.values())]

@@ -119,7 +119,7 @@ def _add_proof_options(parser: Parser) -> None:
 
 @contextlib.contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
-    """What we have made is cleared away too when somebody ends us with SIGTERM."""
+    """Treat SIGTERM as Ctrl-C, so that temporary files are removed then too."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -171,7 +171,7 @@ def _prove(argv: Sequence[str], prog: str) -> int:
 
 
 def _configuration(words: Sequence[str], prog: str) -> Config:
-    """What `holdfast train` would make of the same options; a run directory brings its own."""
+    """Return what `holdfast train` makes of the options; a run directory brings its own."""
     if words and not words[0].startswith("-"):  # DIR, as without --prove-resume
         words = ["--checkpoint-dir", *words]
     command = parse_train(words, prog)
@@ -250,7 +250,7 @@ def _telling(bar: ProgressLine) -> Callable[[Stage], None]:
 
 
 def _stage_line(stage: Stage) -> str:
-    """Which run is at which step, and how long it will take."""
+    """Write the run, its step and the time that is left."""
     text = f"{_(_STAGES[stage.name])}: " + (
         stage.preparing or _("step {step}/{last}", step=stage.step, last=stage.last)
     )

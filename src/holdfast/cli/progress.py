@@ -35,7 +35,7 @@ class ProgressLine:
             self._write("\r\x1b[K" + line(progress, _width(), self._what(progress)))
 
     def note(self, text: str) -> None:
-        """Say what is being done, where nobody knows how long it takes."""
+        """Say what is being done, where its length is not known."""
         text, width = printable(text), _width()
         self._write(
             "\r\x1b[K" + (set_cell_size(text, width - 1) if cell_len(text) >= width else text)

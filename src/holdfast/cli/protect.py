@@ -233,7 +233,7 @@ def _own_config(command: Sequence[str]) -> Config | None:
 
 
 def _directory_of(given: argparse.Namespace, command: Sequence[str]) -> Path | None:
-    """The run directory as far as anybody has named it."""
+    """Return the run directory if the options or the command name one."""
     if given.checkpoint_dir is not None:
         return Path(given.checkpoint_dir)
     config = _own_config(command)

@@ -127,5 +127,5 @@ def _add_wanted(parser: argparse.ArgumentParser) -> None:
 
 
 def _directory(given: argparse.Namespace) -> Path:
-    """Where to look: what was said, else where the file lies that was named."""
+    """Return the directory that was given, else that of the file."""
     return Path(given.directory or directory_of(given.wanted) or common.DIRECTORY)

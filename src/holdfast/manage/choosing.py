@@ -1,4 +1,4 @@
-"""Which checkpoint a person means who says a step or names a file. No torch in this room."""
+"""Find the checkpoint that a person means by a step or the name of a file."""
 
 from __future__ import annotations
 

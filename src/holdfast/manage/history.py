@@ -89,7 +89,7 @@ class History:
         ]
 
     def lines(self, screen: Screen, *, everything: bool = False) -> list[str]:
-        """What a person sees: the table, then the story, or every event."""
+        """Write the table, then the story, or every event."""
         told = story(_in_time(self.events, self.ends), everything=everything, screen=screen)
         if not self.epochs and not told:
             nothing = _(
@@ -210,7 +210,7 @@ def _losses(history: object) -> Iterator[tuple[int, float | None, float | None]]
 
 
 def _add_events(events: Sequence[dict[str, Any]], epochs: dict[int, Epoch]) -> None:
-    """When each epoch's checkpoint became durable, and what became of it afterwards."""
+    """Add when each epoch's checkpoint became durable, and its fate."""
     by_id: dict[str, Epoch] = {}
     by_name: dict[str, Epoch] = {}
     for event in events:
@@ -228,7 +228,7 @@ def _add_events(events: Sequence[dict[str, Any]], epochs: dict[int, Epoch]) -> N
 
 
 def _add_checkpoints(run: RunDirectory, epochs: dict[int, Epoch]) -> None:
-    """What the checkpoints that are there say of themselves: the newest of an epoch counts."""
+    """Add what the checkpoints say of themselves: the newest of an epoch counts."""
     for entry in reversed(run.entries):
         if entry.epoch is None or entry.reason not in _ENDS:
             continue

@@ -75,7 +75,7 @@ class Listing:
         )
 
     def lines(self, screen: Screen, now: datetime.datetime | None = None) -> list[str]:
-        """What a person sees; `now` is for the ages."""
+        """Write the table for a person; `now` is for the ages."""
         if not self.entries and not self.run.contents.damaged:
             empty = _("There are no checkpoints in {directory}.", directory=self.run.directory)
             return [printable(empty), *self._remarks(screen)]
@@ -125,7 +125,7 @@ class Listing:
         return lines
 
     def _remarks(self, screen: Screen) -> list[str]:
-        """What lies here besides the checkpoints, by name."""
+        """Name what lies here besides the checkpoints."""
         contents, lines = self.run.contents, []
         for place, (count, size) in ((QUARANTINE, self.quarantine), (ARCHIVE, self.archive)):
             if count:

@@ -39,7 +39,7 @@ class Pinned:
         }
 
     def line(self) -> str:
-        """What a person is told."""
+        """Write the outcome in one line."""
         what = {"step": self.entry.step, "name": self.entry.names[0]}
         if self.pinned and self.changed:
             text = _("Step {step} ({name}) is pinned: no clean-up takes it.", **what)
@@ -61,7 +61,7 @@ def pin(directory: str | os.PathLike[str], wanted: str, *, remove: bool = False)
     """
     look(directory, cached=True)  # says what is wrong with it before a lock makes files in it
     catalog = Catalog(directory)
-    with catalog.lock():  # nobody cleans up between choosing and writing it down
+    with catalog.lock():  # no other process cleans up between choosing and recording
         entry = choose(look(directory), wanted).entry
         changed = (entry.id in catalog.history.known.pinned) == remove
         if changed:

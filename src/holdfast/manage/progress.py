@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a long reading of files has come."""
+    """The progress of a long reading of files."""
 
     number: int  # of the file that is waited for, from 1
     of: int
@@ -27,7 +27,7 @@ class Progress:
 
     @property
     def left(self) -> float | None:
-        """Seconds that it will still take; None where nobody can tell yet."""
+        """Seconds that it will still take; None where that is not known yet."""
         return (self.total - self.done) / self.speed if self.speed else None
 
 

@@ -33,7 +33,7 @@ from holdfast.table import Column, Screen, printable, render
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What going back means in one run directory."""
+    """The plan to go back in one run directory."""
 
     directory: Path
     chosen: Entry
@@ -46,12 +46,12 @@ class Plan:
 
     @property
     def changes(self) -> bool:
-        """Whether there is anything to go back behind."""
+        """True if there is anything to go back behind."""
         return bool(self.newer or self.source or self.interrupted) or self.in_memory is not None
 
     @property
     def place(self) -> str:
-        """Where the newer ones go, relative to the run directory."""
+        """The place of the newer ones, relative to the run directory."""
         newest = self.newer[0] if self.newer else self.chosen
         return archive_of(newest, self.generation - 1)
 
@@ -74,7 +74,7 @@ class Plan:
         }
 
     def lines(self, screen: Screen) -> list[str]:
-        """What becomes the newest, and what goes to the archive for it."""
+        """Write what becomes the newest, and what goes to the archive for it."""
         name, step = self.chosen.names[0], self.chosen.step
         if not self.changes:
             text = _(
@@ -136,7 +136,7 @@ class Plan:
 
 
 def plan(directory: str | os.PathLike[str], wanted: str) -> Plan:
-    """What going back to `wanted`, a step or a file, means in `directory` as it is now.
+    """Plan to go back to `wanted`, a step or a file, in `directory` as it is now.
 
     Raises `CheckpointError` where there is no such checkpoint, or something here cannot be read
     now and may be newer.
@@ -203,7 +203,7 @@ def _run_of(run: RunDirectory) -> str | None:
 
 
 def _left(catalog: Catalog) -> list[shared_memory.Left]:
-    """What a killed training of the run as it is now has left in memory, newest first."""
+    """Return what a killed training of this run has left in memory, newest first."""
     run = catalog.history.known.run
     return [] if run is None else shared_memory.left_by(catalog.directory, *run)
 

@@ -63,7 +63,7 @@ def story(
 
 
 def is_story(event: Mapping[str, Any]) -> bool:
-    """Whether a person wants to know; what a later version records counts as such."""
+    """Return True for what a person wants to know; an unknown event counts as such."""
     return event.get("event") not in ROUTINE or str(event.get("reason")) in ENDS
 
 

@@ -36,13 +36,13 @@ class Target:
 
     @property
     def quarantined(self) -> bool:
-        """Whether it was set aside as damaged: then it is no news that it is."""
+        """True if it was set aside as damaged before."""
         return self.place == QUARANTINE
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was found about a file."""
+    """The result of one check."""
 
     target: Target
     state: str  # "intact", "damaged", "unreadable" (perhaps intact), "foreign" (not ours)
@@ -54,9 +54,9 @@ class Verdict:
 
     @property
     def failed(self) -> bool:
-        """Whether what should be a checkpoint is none that can be relied on.
+        """True if it should be a checkpoint and cannot be relied on.
 
-        A foreign file in a run directory is nobody's fault; one that was named is no checkpoint.
+        A foreign file in a run directory is excused; one that was named is no checkpoint.
         """
         beside = self.target.known is not None or self.target.place != RUN
         excused = self.target.quarantined or (self.state == FOREIGN and beside)
@@ -89,7 +89,7 @@ class _Check:
 def targets_of(
     sources: Sequence[str | os.PathLike[str]], *, everything: bool = False
 ) -> list[Target]:
-    """What there is to check in files and run directories; links to one file are one target.
+    """Return what there is to check; links to one file are one target.
 
     `everything`: also what lies in `archive/` and `quarantine/`. Raises HoldfastError where a
     source is missing: before anything long begins.
@@ -161,7 +161,7 @@ def _targets_in(directory: Path) -> list[Target]:
 
 
 def _targets_aside(directory: Path, others: Sequence[Target]) -> list[Target]:
-    """What was set aside, unless it is a link to one of `others`. Nothing is recorded of it: what
+    """Return what was set aside, unless it is a link to one of `others`. Nothing is recorded: what
     is wrong with a copy in quarantine says nothing of the checkpoint that is still there."""
     seen = {_inode(target.paths[0]) for target in others}
     found: list[Target] = []

@@ -34,7 +34,7 @@ _TURN, _PAUSE = 1.0, 0.1
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What goes and what stays in one run directory."""
+    """The plan for one run directory."""
 
     directory: Path
     wish: Wish
@@ -75,7 +75,7 @@ class Plan:
         }
 
     def lines(self, screen: Screen) -> list[str]:
-        """What goes, what stays, why, and how many bytes come back."""
+        """Write what goes, what stays, why, and how many bytes come back."""
         if not self.rows:
             nothing = _("There is nothing to clean in {directory}.", directory=self.directory)
             return [printable(nothing)]
@@ -107,7 +107,7 @@ class Plan:
 
 
 def plan(directory: str | os.PathLike[str], wish: Wish) -> Plan:
-    """What `wish` means in `directory` as it is now. Raises HoldfastError where there is none."""
+    """Apply `wish` to `directory` as it is now. Raises HoldfastError where there is none."""
     run = look(directory)
     rows = rows_of(run, wish)
     candidates = [entry.candidate() for entry in run.entries]
@@ -204,7 +204,7 @@ def _remove_empty(place: Path) -> None:
 
 @contextlib.contextmanager
 def _writers_dead(shown: Plan) -> Iterator[bool]:
-    """Whether no training runs here, and none can begin in the block: the trainer's own lock."""
+    """Yield True if no training runs here; none can begin in the block then."""
     if not any(row.needs_rest for row in shown.going):
         yield False
         return

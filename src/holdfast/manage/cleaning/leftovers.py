@@ -27,7 +27,7 @@ _STAYS = ("in_use", "unsaved")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one training has, or has left, in shared memory."""
+    """The shared memory of one training that runs or was killed."""
 
     remains: shared_memory.Remains
     run: Path | None
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What goes and what stays in shared memory."""
+    """The plan for shared memory."""
 
     rows: list[Row]
 
@@ -69,7 +69,7 @@ class Plan:
         return {"memory": rows, "done": done, "bytes_freed": self.freed}
 
     def lines(self, screen: Screen) -> list[str]:
-        """What lies there, of which run, how large, and what becomes of it."""
+        """Write what lies there, of which run, how large, and what becomes of it."""
         if not self.rows:
             return [_("There is nothing of holdfast in shared memory.")]
         table = [
@@ -118,7 +118,7 @@ def execute(shown: Plan) -> Plan:
 
 
 def _is_intact(row: Row) -> bool:
-    """Whether a state as new as the one in memory can be read from the disk."""
+    """Return True if a state as new as the one in memory can be read from the disk."""
     newest = shared_memory.newest_in(row.remains)
     if newest is None or row.run is None:
         return False

@@ -1,4 +1,4 @@
-"""What goes from a run directory and what stays, a row each, and why.
+"""Decide what goes from a run directory and what stays, a row each, and why.
 
 Retention decides (checkpoint/policy/keep.py and its floor); the reasons only explain. Nothing is
 removed here: clean.py does that.
@@ -61,7 +61,7 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the user asked to be cleaned. Where none of `keep`, `keep_best` and `every` is given,
+    """The user's wish. Where none of `keep`, `keep_best` and `every` is given,
     epoch and step checkpoints are left alone; else what none of them keeps goes."""
 
     keep: int | None  # how many epoch and how many step checkpoints stay; 0 for all
@@ -89,7 +89,7 @@ class Row:
 
     @property
     def needs_rest(self) -> bool:
-        """Whether it may go only while no training runs: its writer may live, or a save that is
+        """True if it may go only while no training runs: its writer may live, or a save that is
         under way may still need what it has set aside."""
         name = self.names[0]
         return name.startswith(f"{ARCHIVE}/") or name.rpartition("/")[2].startswith(".holdfast-")
@@ -138,7 +138,7 @@ def _reason_to_go(kind: str, wish: Wish) -> str:
 
 
 def _rules(wish: Wish) -> list[tuple[Policy, str]]:
-    """What the wish keeps, each with its reason."""
+    """Return the rules of the wish, each with its reason."""
     rules: list[tuple[Policy, str]] = []
     if wish.keep == 0:
         rules.append((_Kinds(lambda kind: kind != "temp"), "all"))
@@ -188,14 +188,14 @@ def _pins(run: RunDirectory, candidates: Sequence[Candidate]) -> dict[str, str]:
 
 
 def _floor_reason(candidates: Sequence[Candidate], i: int) -> str:
-    """Which part of the floor of `retention.select` holds the i-th of `candidates`."""
+    """Return the part of the floor of `select` that holds the i-th of `candidates`."""
     if too_few_verified(candidates):
         return "too_few_verified"
     return "two_verified" if candidates[i].verified else "unverified"
 
 
 def too_few_verified(candidates: Sequence[Candidate]) -> bool:
-    """Whether nothing may go at all: a step that was saved twice is one state."""
+    """Return True if nothing may go: a step that was saved twice is one state."""
     return len(verified_states(candidates)) < 2
 
 
@@ -203,7 +203,7 @@ def too_few_verified(candidates: Sequence[Candidate]) -> bool:
 
 
 def _leftovers(run: RunDirectory) -> list[Row]:
-    """What writers that died have left; that no writer lives, the lock of the run will say."""
+    """Return what dead writers have left; the run's lock will say that none lives."""
     return [
         _file_row(run, (path,), stays=False, reason="unfinished")
         for place in (run.directory, run.directory / TEMP)
@@ -224,7 +224,7 @@ def _quarantined(run: RunDirectory) -> list[Row]:
 
 
 def _archived(run: RunDirectory) -> list[Row]:
-    """What roll-backs and new starts have set aside, links to one file in one row.
+    """Return what roll-backs and new starts have set aside, links to one file in one row.
 
     Pinned ones stay, what a roll-back is about to bring back does, and so does everything while
     nothing here is known to be intact.

@@ -1,4 +1,4 @@
-"""How far the weights of one checkpoint are from those of another, by tensor and by layer.
+"""Measure how far the weights of two checkpoints are apart, by tensor and by layer.
 
 One tensor of each file is in memory at a time. The form of `--json` is `Drift.to_json`.
 """
@@ -64,7 +64,7 @@ class TensorDrift:
 
 @dataclass(slots=True)
 class LayerDrift:
-    """What the tensors of one layer come to together; `tensors` without those that are tied to one
+    """The sums of the tensors of one layer; `tensors` without those that are tied to one
     that was seen before."""
 
     section: str
@@ -147,7 +147,7 @@ class Drift:
 
     @property
     def identical(self) -> bool:
-        """Whether both have the same tensors with the same bits."""
+        """True if both have the same tensors with the same bits."""
         same = all(t.sums.changed == 0 and t.a.dtype == t.b.dtype for t in self.tensors)
         return same and not self.unlike and not any(self.only.values())
 
@@ -190,7 +190,7 @@ def _numbers(sums: Sums, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _change(sums: Sums) -> float:
-    """What layers are sorted by: numbers that are no numbers come before everything."""
+    """Return the key that layers are sorted by: NaN and the infinities come first."""
     if any(sums.nan) or any(sums.inf):
         return math.inf
     return -1.0 if sums.relative is None else sums.relative

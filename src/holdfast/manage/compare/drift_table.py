@@ -1,4 +1,4 @@
-"""What a person sees of the drift between two checkpoints: a table of layers, and what is left.
+"""Write the drift between two checkpoints: a table of layers, and what is left.
 
 On a terminal the layers that changed most, in a pipe all of them.
 """

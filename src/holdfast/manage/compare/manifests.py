@@ -95,7 +95,7 @@ class Comparison:
         }
 
     def lines(self, screen: Screen) -> list[str]:
-        """What a person sees."""
+        """Write the comparison for a person."""
         lines = [printable(_subject_line(subject)) for subject in self.subjects]
         lines += ["", *self._identity(screen)]
         lines += ["", screen.bold(_("Metrics")), *self._metrics(screen)]
@@ -221,7 +221,7 @@ def _subject(label: str, source: Path) -> Subject:
 
 
 def _configuration(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What the trainer was told; for another loop, how its optimizers were made."""
+    """Return the trainer's options; for another loop, those of its optimizers."""
     state = plain_state(manifest, path)
     flat: dict[str, Any] = {}
     for key in _CONFIGS:
@@ -241,7 +241,7 @@ def _metric(name: str, subjects: Sequence[Subject]) -> Metric:
 
 
 def _lower_is_better(name: str, subjects: Sequence[Subject]) -> bool | None:
-    """What the runs themselves say, else what the name says; None where nothing does."""
+    """Return what the runs say, else what the name says; None where nothing does."""
     said = {s.score[1] for s in subjects if s.score is not None and s.score[0] == name}
     if len(said) == 1:
         return said.pop()

@@ -92,7 +92,7 @@ def _measured(scratch: Path, mount: mounts.Mount | None, needed: int) -> Iterato
 
 
 def free_space(free: int, needed: int) -> Finding:
-    """Whether another checkpoint fits beside the reserve that stays free."""
+    """Check that another checkpoint fits beside the reserve that stays free."""
     found = _("{free} free", free=format_bytes(free))
     advice = _("free some space, or choose another directory")
     if needed:
@@ -105,7 +105,7 @@ def free_space(free: int, needed: int) -> Finding:
 
 
 def free_names(place: Path) -> Finding:
-    """Whether files can be created at all: a disk may have room and no inodes."""
+    """Check that files can be created: a disk may have room and no inodes."""
     if not hasattr(os, "statvfs"):
         return unknown("free_names")
     found = os.statvfs(place)
@@ -127,7 +127,7 @@ def free_names(place: Path) -> Finding:
 
 
 def file_system(mount: mounts.Mount | None) -> Finding:
-    """Which one it is, and every reason why "durable" is hollow there."""
+    """Name the file system and every reason why "durable" is hollow there."""
     if mount is None:
         return unknown("file_system")
     found = _(
@@ -163,7 +163,7 @@ def fsync_seconds(scratch: Path) -> float:
 
 
 def fsync(seconds: float, mount: mounts.Mount | None) -> Finding:
-    """Whether a write and its fsync took as long as a device needs at least."""
+    """Check that a write and its fsync took as long as a device needs at least."""
     found = _(
         "{microseconds} µs for a small write and its fsync", microseconds=f"{seconds * 1e6:.0f}"
     )
@@ -186,7 +186,7 @@ def fsync(seconds: float, mount: mounts.Mount | None) -> Finding:
 
 
 def write_speed(scratch: Path, needed: int) -> Finding:
-    """How fast a checkpoint becomes durable here, past the page cache and through it."""
+    """Measure how fast a checkpoint becomes durable, past the page cache and through it."""
     room = filesystem.free_bytes(scratch) // 4
     if room < _FIRST_PROBE:
         return Finding("write_speed", UNKNOWN, _("not measured: the disk is too full"))

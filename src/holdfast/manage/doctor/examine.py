@@ -66,7 +66,7 @@ def _checkpoint_size(run: RunDirectory | None) -> int:
 
 
 def run_checks(run: RunDirectory) -> Iterator[Finding]:
-    """Who works there, what is damaged and what a killed training has left."""
+    """Look for a training at work, for damage and for what a killed training has left."""
     yield lock(run.directory)
     yield checkpoints(run)
     yield from quarantine(run.directory)
@@ -74,7 +74,7 @@ def run_checks(run: RunDirectory) -> Iterator[Finding]:
 
 
 def lock(directory: Path) -> Finding:
-    """Whether a training works in there now."""
+    """Name the training that works in there now."""
     if not sys.platform.startswith("linux"):
         return unknown("lock")
     owner = run_lock(directory).owner()
@@ -84,7 +84,7 @@ def lock(directory: Path) -> Finding:
 
 
 def checkpoints(run: RunDirectory) -> Finding:
-    """What a look at the headers shows; every byte is what `holdfast verify` reads."""
+    """Look at the headers; `holdfast verify` reads every byte."""
     contents = run.contents
     damaged = [name for name, _reason in contents.damaged]
     damaged += [entry.names[0] for entry in run.entries if entry.id in run.distrusted]

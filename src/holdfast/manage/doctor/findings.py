@@ -1,4 +1,4 @@
-"""What `holdfast doctor` says about one thing it has looked at: one line each.
+"""The findings of `holdfast doctor`: one line each.
 
 A finding is good, something to know, something to mend, or a question that this system does not
 answer. No torch in this room.
@@ -62,7 +62,7 @@ class Finding:
 
 
 def unknown(name: str) -> Finding:
-    """What this platform does not tell."""
+    """Return a finding for what this platform does not tell."""
     return Finding(name, UNKNOWN, _("not known here"))
 
 

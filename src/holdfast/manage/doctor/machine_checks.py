@@ -47,7 +47,7 @@ def machine_checks(needed: int) -> Iterator[Finding]:
 
 
 def main_memory(free: int, needed: int) -> Finding:
-    """Whether a copy of the state fits beside the training."""
+    """Check that a copy of the state fits beside the training."""
     if free >= 1 << 61:
         return unknown("memory")
     found = _("{free} available", free=format_bytes(free))
@@ -64,7 +64,7 @@ def main_memory(free: int, needed: int) -> Finding:
 
 
 def snapshots_in_memory(needed: int) -> Finding:
-    """Whether snapshots can lie where they outlive a killed training: three of them."""
+    """Check the room for three snapshots where they outlive a killed training."""
     if not sys.platform.startswith("linux"):
         return unknown("shared_memory")
     advice = _(
@@ -119,7 +119,7 @@ def removal_at_logout() -> Iterator[Finding]:
 
 
 def removes_ipc(configuration: str) -> bool:
-    """Whether a logind.conf says so; RemoveIPC= is yes where nothing is said (logind.conf(5))."""
+    """Return True if a logind.conf says so; RemoveIPC= is yes by default (logind.conf(5))."""
     said = re.findall(r"(?mi)^\s*RemoveIPC\s*=\s*(\S+)", configuration)
     return not said or said[-1].lower() not in ("no", "false", "0", "off")
 

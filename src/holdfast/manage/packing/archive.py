@@ -52,7 +52,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a packed run says of itself."""
+    """The contents of a packed run, as it states them."""
 
     top: str  # the directory that all members lie in
     created: str  # ISO 8601 with the zone
@@ -69,21 +69,21 @@ class Contents:
 
     @property
     def files(self) -> int:
-        """How many files, links counted once."""
+        """The number of files, links counted once."""
         return sum(item.link is None for item in self.items)
 
     @property
     def checkpoints(self) -> int:
-        """How many checkpoints, links counted once."""
+        """The number of checkpoints, links counted once."""
         return sum(item.step is not None and item.link is None for item in self.items)
 
     def to_json(self) -> dict[str, Any]:
-        """What stands in the archive."""
+        """The form in the archive."""
         return {"format": "holdfast-pack", "format_version": VERSION, **asdict(self)}
 
 
 def is_sane(name: str) -> bool:
-    """Whether `name` can only mean a file below the directory that it is unpacked in."""
+    """Return True if `name` can only mean a file below the directory that it is unpacked in."""
     if not name.isprintable() or "\\" in name or len(name) > 4096 or name.count("/") > _DEEPEST:
         return False
     if os.name == "nt" and not _NOT_ON_WINDOWS.isdisjoint(name):

@@ -72,7 +72,7 @@ class Packed:
         }
 
     def lines(self, screen: Screen) -> list[str]:
-        """What is in it, a row a file."""
+        """Write the contents, a row a file."""
         names: dict[str, list[str]] = {}
         for item in self.contents.items:
             names.setdefault(item.link or item.name, []).append(item.name)
@@ -102,7 +102,7 @@ class Packed:
         return [*lines, "", self.summary()]
 
     def summary(self) -> str:
-        """How much is in it, and which step is the newest."""
+        """Write how much is in it and its newest step."""
         contents = self.contents
         text = _(
             "{files} files ({size}), {checkpoints} of them checkpoints",
@@ -123,8 +123,8 @@ class Packed:
 
 
 def target_of(directory: str | os.PathLike[str], given: str | None) -> Path:
-    """Where the archive goes: what was said, in a directory that was said, or here by the name of
-    the run. Raises ConfigError where that cannot be."""
+    """Return the path of the archive: `given`, a name in the directory `given`, or the name of the
+    run here. Raises ConfigError where that cannot be."""
     run = Path(directory).resolve()
     name = f"{run.name or 'run'}.tar"
     target = Path(given) if given is not None else Path(name)

@@ -28,7 +28,7 @@ _DRAFT = ".unpacking-"
 
 
 def contents_of(path: str | os.PathLike[str]) -> Packed:
-    """What is in a packed run, as its first member says; nothing more is read."""
+    """Return the contents that the first member of a packed run states; no more is read."""
     with PackedRun(path) as packed:
         return Packed(packed.path, packed.path.stat().st_size, packed.contents)
 

@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What a key at the top of the state holds in tensors; `kind` is MODEL, OPTIMIZER or OTHER."""
+    """The tensors below one key of the state; `kind` is MODEL, OPTIMIZER or OTHER."""
 
     name: str
     kind: str

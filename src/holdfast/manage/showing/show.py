@@ -39,7 +39,7 @@ _TEXT_MODEL = ("model_config", "tokenizer")  # keys of a state that a text can b
 
 @dataclass(frozen=True, slots=True)
 class Inside:
-    """What the manifest of a checkpoint says."""
+    """The content of a checkpoint's manifest."""
 
     entry: Entry  # under the names that it has in its run directory
     format_version: int
@@ -61,7 +61,7 @@ class Inside:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What can be told of one file."""
+    """All that is known of one file."""
 
     path: Path
     size: int
@@ -122,7 +122,7 @@ class Shown:
 
 
 def show(source: str | os.PathLike[str]) -> Shown:
-    """What can be told of `source`, a checkpoint, or a run directory for its newest one.
+    """Look into `source`, a checkpoint, or a run directory for its newest one.
 
     Raises CheckpointError where there is none, OSError as it comes.
     """
@@ -170,7 +170,7 @@ def _foreign(path: Path, size: int, run: RunDirectory | None, reason: str) -> Sh
 
 
 def _was_ours(run: RunDirectory, path: Path) -> bool:
-    """Whether the history announced a checkpoint under this name: then it has been overwritten."""
+    """Return True if the history announced this name: then it has been overwritten."""
     return any(
         (run.directory / name).absolute() == path.absolute()
         for name, _reason in run.contents.damaged
@@ -178,7 +178,7 @@ def _was_ours(run: RunDirectory, path: Path) -> bool:
 
 
 def _health(reader: Reader, inside: Inside, run: RunDirectory | None) -> tuple[str, str | None]:
-    """Whether anything is known to be wrong; the payloads are not read for it."""
+    """Return the state and what is wrong, if it is known; the payloads are not read."""
     try:
         reader.check_structure()
     except DamagedCheckpoint as error:
@@ -271,6 +271,6 @@ def commands_for(shown: Shown) -> list[tuple[str, str]]:
 
 
 def _prompt(inside: Inside) -> str:
-    """What the training itself had continued, as an example; else any word."""
+    """Return the prompt that the training itself had continued; else any word."""
     said = flatten(inside.config).get("training.sample_prompt")
     return said if isinstance(said, str) and said.strip() else "..."

@@ -1,4 +1,4 @@
-"""What `holdfast show` has found, as lines for a person: facts, tables, commands to copy."""
+"""Write the findings of `holdfast show` as lines: facts, tables, commands to copy."""
 
 from __future__ import annotations
 

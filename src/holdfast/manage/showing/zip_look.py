@@ -1,4 +1,4 @@
-"""What can be told of a `.pt` that is damaged or somebody else's. Nothing is unpickled."""
+"""Look into a `.pt` that is damaged or not ours. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Look:
 
 
 def look_into(path: Path) -> Look:
-    """What kind of file `path` is, and what lies in it. Raises OSError as it comes."""
+    """Return the kind of the file `path` and its records. Raises OSError as it comes."""
     with path.open("rb") as file:
         head = file.read(2)
     if not head:
@@ -98,7 +98,7 @@ def _crc(file: BinaryIO, at: int, size: int) -> int:
 
 
 def _imports(archive: zipfile.ZipFile, item: zipfile.ZipInfo) -> list[str]:
-    """What unpickling would import, read from the opcodes: nothing is built or run."""
+    """Return the names that unpickling would import; nothing is built or run."""
     plain = item.compress_type == zipfile.ZIP_STORED and not item.flag_bits & _ENCRYPTED
     if not plain or item.file_size > _LARGEST_PICKLE:
         return []

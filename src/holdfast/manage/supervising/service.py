@@ -39,7 +39,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./:=,+@-]+")
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What is to be run at boot: `command` has an absolute program, `directory` is absolute."""
+    """A command for every boot: its program and `directory` are absolute."""
 
     name: str
     command: tuple[str, ...]

@@ -3,7 +3,7 @@
 `Restarts` decides, and knows neither processes nor clocks; `Supervisor` starts, waits and passes
 signals on. The command runs in a process group of its own, so that each signal, Ctrl-C in a
 terminal too, reaches it once and from here: a second one would mean "leave at once". It has no
-stdin, so that nothing asks questions while nobody is there. No torch in this room.
+stdin, so that it asks no question at night.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from holdfast.manage.story import describe
 from holdfast.table import printable
 from holdfast.training.unattended import RESTART
 
-BACKOFF = 10.0  # seconds before the first restart, where nobody has said otherwise
+BACKOFF = 10.0  # seconds before the first restart, by default
 LONGEST_BACKOFF = 300.0  # seconds; doubling ends here
 GIVE_UP_AFTER = 3  # crashes in a row without progress
 HEALTHY = 600.0  # seconds that a command without checkpoints of ours must live for "progress"
@@ -43,7 +43,7 @@ LOG = "supervisor.log"
 _OURS = (ConfigError, DataError, RunLocked, GaveUp, Diverged)
 FINAL = frozenset({*(error.exit_code for error in _OURS), 126, 127})
 _FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-_ASKING = (*_FORWARDED, "SIGQUIT")  # whoever sends one of these wants an end, not a restart
+_ASKING = (*_FORWARDED, "SIGQUIT")  # these ask for an end, not a restart
 ASKED = frozenset(int(getattr(signal, name)) for name in _ASKING if hasattr(signal, name))
 _CAUSES = ("failed", "interrupted", "quarantined", "damaged")  # events that may explain a crash
 
@@ -53,7 +53,7 @@ _CAUSES = ("failed", "interrupted", "quarantined", "damaged")  # events that may
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many crashes in a row without progress end it, and the first pause in seconds."""
+    """The number of crashes in a row without progress that end it; the first pause in seconds."""
 
     give_up_after: int = GIVE_UP_AFTER
     backoff: float = BACKOFF
@@ -61,7 +61,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a command ended: `status` negative for the signal that killed it, `lived` in seconds,
+    """The end of a command: `status` negative for the signal that killed it, `lived` in seconds,
     `step` and `epoch` those of the newest durable state, None where there is no run of ours to
     look at, or it does not say."""
 
@@ -99,7 +99,7 @@ class Restarts:
         self._repeats = 0  # crashes in a row without progress, the last one included
 
     def after(self, end: End) -> Decision:
-        """What to do after `end`."""
+        """Decide what to do after `end`."""
         if end.status == 0:
             return Decision(_("finished"))
         if end.status in FINAL:
@@ -143,7 +143,7 @@ def shell_status(status: int) -> int:
 
 
 def ending(status: int) -> str:
-    """How a command ended, in words, with the name of a signal."""
+    """Return the end of a command in words, with the name of a signal."""
     number = shell_status(status) - 128
     try:
         name = signal.Signals(number).name
@@ -178,7 +178,7 @@ def durable(directory: Path) -> tuple[int | None, int | None]:
 
 
 def await_free(directory: Path, tell: Callable[[str], None], patience: float = PATIENCE) -> None:
-    """Return when nobody trains in `directory`: one whose supervisor was killed is still saving.
+    """Wait until no training runs in `directory`: one whose supervisor was killed is still saving.
 
     Raises RunLocked after `patience` seconds.
     """
@@ -411,7 +411,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _before_exec() -> Callable[[], None] | None:
-    """What the new process does first: a group of its own, and no life without its supervisor.
+    """Return what the new process does first: it gets a group and dies with its supervisor.
 
     Where Linux's death signal is missing, the lock of the run keeps a second training out.
     """
@@ -453,5 +453,5 @@ def _end_group(group: int, number: int) -> None:
                     os.waitpid(-group, os.WNOHANG)
                 os.killpg(group, 0)
                 time.sleep(0.01)
-        except (ProcessLookupError, PermissionError):  # nobody is left, or nobody of ours
+        except (ProcessLookupError, PermissionError):  # none is left, or none of ours
             return
