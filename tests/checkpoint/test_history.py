@@ -257,3 +257,93 @@ def test_what_was_saved_and_removed_between_two_looks_leaves_nothing_else_behind
             names = [f"checkpoint_step_{id_[:2]}.pt"]
             write("removed", id_, names=names, reason="retention")
     assert History(history.path).known == seen.known
+
+
+# ------------------------------------------------------------------------------------ rotten lines
+
+
+def saved(history: History, id_: str, step: int) -> None:
+    fields = durable(id_, step, f"{id_}.pt")
+    history.record("durable", **{k: v for k, v in fields.items() if k not in ("time", "event")})
+
+
+def test_no_flipped_bit_of_its_line_loses_a_pin(history: History) -> None:
+    saved(history, "first", 1)
+    saved(history, "pinned", 2)
+    before = history.path.stat().st_size
+    history.record("pinned", id="pinned", step=2)
+    data = history.path.read_bytes()
+    for offset in range(before, len(data)):
+        for bit in range(8):
+            rotten = bytearray(data)
+            rotten[offset] ^= 1 << bit
+            history.path.write_bytes(rotten)
+            saved(history, "later", 3)
+            known = anew(history)
+            assert "pinned" in known.pinned, f"bit {bit} of byte {offset}"
+            assert "later" not in known.pinned, f"bit {bit} of byte {offset}"
+
+
+def test_where_a_line_feed_rots_both_lines_are_cared_for(history: History) -> None:
+    saved(history, "pinned", 1)
+    history.record("pinned", id="pinned", step=1)
+    end = history.path.stat().st_size
+    saved(history, "later", 2)
+    data = bytearray(history.path.read_bytes())
+    data[end - 1] ^= 1
+    history.path.write_bytes(data)
+    known = anew(history)
+    assert (known.pinned, list(known.announced)) == ({"pinned"}, ["pinned.pt", "later.pt"])
+
+
+@pytest.mark.parametrize("kind", ["removed", "unpinned", "rolled_back", "durable"])
+def test_a_rotten_line_that_can_be_parsed_is_not_believed(history: History, kind: str) -> None:
+    saved(history, "a", 1)
+    history.record("verified", id="a", step=1)
+    history.record(kind, id="b", step=1, names=["b.pt"], generation=7, run_id="run")
+    text = history.path.read_text()
+    line = text.splitlines()[-1]
+    other = line.replace('"id": "b"', '"id": "a"').replace('"b.pt"', '"a.pt"')
+    history.path.write_text(text.replace(line, other))
+    known = anew(history)
+    assert (known.verified, known.generation, list(known.announced)) == ({"a"}, 1, ["a.pt"])
+    assert known.pinned == {"a"}, "what was there counts as kept"
+    history.record("unpinned", id="a", step=1)
+    assert anew(history).pinned == set()
+
+
+def test_a_checkpoint_that_may_have_been_pinned_is_not_pruned_and_it_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy = Toy()
+    with toy.manager(tmp_path, keep_last=1) as manager:
+        manager.save(step=1, strict=True)
+        Catalog(tmp_path).record("pinned", id=manager.list()[0].id, step=1)
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"event": "pinned"', b'"event": "rinned"'))
+    with toy.manager(tmp_path, keep_last=1) as manager:
+        manager.resume()
+        for step in range(2, 6):
+            manager.save(step=step, strict=True)
+        assert [entry.step for entry in manager.list()] == [5, 4, 1]
+    (warning,) = (each.message for each in caplog.records if "damaged lines" in each.message)
+    assert warning.startswith(f"{path}: damaged lines: 1.")
+
+
+def test_lines_of_earlier_versions_and_torn_ones_read_as_before(history: History) -> None:
+    append(history, durable("a", 1, "a.pt"), {"event": "verified", "id": "a"})
+    history.record("verified", id="b")
+    whole = history.path.read_bytes()
+    line = whole.splitlines()[-1]
+    for end in range(len(line) - len(', "crc": "00000000"}')):
+        history.path.write_bytes(whole + line[:end])
+        history.record("verified", id="c")
+        known = anew(history)
+        assert (known.verified, known.pinned) == ({"a", "b", "c"}, set()), line[:end]
+
+
+def test_the_checksum_is_shown_to_no_reader(history: History) -> None:
+    history.record("verified", id="a", step=1)
+    assert history.path.read_bytes().rstrip().endswith(b'"}')
+    (event,) = history.events()
+    assert list(event) == ["time", "event", "id", "step"]

@@ -84,9 +84,12 @@ def cache_rot(saver: type[Ours], *, points: int | None, seed: int) -> Tally:
     tally, began, rng = Tally(CACHE, saver.name), time.monotonic(), random.Random(seed)
     with cycle.scratch() as template, cycle.scratch() as work:
         cycle.save_under(Ours, template / "run", Fault())
+        temp = Catalog(template / "run").scan().entries[1]  # goes with the next but one
+        Catalog(template / "run").record("pinned", id=temp.id, step=temp.step)
         _copy_with_links(template / "run", work / "run")
         cycle.recover(Ours, work / "run", cycle.STEPS)
         stay = intact(work / "run")  # the ids that are there after two more saves, undamaged
+        assert temp.id in stay, "only its pin keeps it"
         ours = stay & intact(template / "run")
         for name, offset, bit in _bits(template / "run", points, rng):
             shutil.rmtree(work / "run")
@@ -108,13 +111,16 @@ def cache_rot(saver: type[Ours], *, points: int | None, seed: int) -> Tally:
 
 def _bits(directory: Path, points: int | None, rng: random.Random) -> list[tuple[str, int, int]]:
     """A bit of each byte of both files, or of `points` of them; first those that make one number
-    of an order another."""
+    of an order another, and those of the line that pins."""
     orders = re.compile(rb'"(?:sequence|generation)": (\d)')
     telling, others = [], []
     for name in ("metadata.json", "events.jsonl"):
         data = (directory / name).read_bytes()
         digits = {found.start(1) for found in orders.finditer(data) if name == "metadata.json"}
         telling += [(name, offset, rng.randrange(3)) for offset in sorted(digits)]
+        if name == "events.jsonl":
+            pin = range(data.rindex(b"\n", 0, -1) + 1, len(data))
+            telling += [(name, offset, rng.randrange(8)) for offset in pin]
         others += [(name, offset, rng.randrange(8)) for offset in range(len(data))]
     rng.shuffle(telling)
     rng.shuffle(others)

@@ -41,6 +41,7 @@ _SENTENCES = {
     ),
     "rescued": N_("step {step} was found in memory and made durable"),
     "finished": N_("training was finished at step {step}"),
+    "rotten": N_("a damaged line: what it said is lost"),
 }
 _REASONS = {
     "retention": N_("older than what is kept"),

@@ -8,7 +8,9 @@ each line is folded into `Known`, whose size follows the checkpoints that exist 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +20,22 @@ from typing import Any, TypeGuard
 
 from holdfast.checkpoint.format import patiently
 from holdfast.checkpoint.policy import Order
-from holdfast.checkpoint.system import LARGEST, Follower, filesystem, is_sane, objects
+from holdfast.checkpoint.system import (
+    LARGEST,
+    ROTTEN,
+    Follower,
+    filesystem,
+    is_sane,
+    objects,
+    sealed,
+)
+from holdfast.i18n import _
+
+log = logging.getLogger("holdfast")
 
 Event = dict[str, Any]
 
-# A whole line about one checkpoint, as `record` writes it.
+# A whole line about one checkpoint, as `record` writes it, without its checksum.
 _mark = re.compile(
     rb'{"time": "[^"]*", "event": "(durable|verified|damaged|removed)", '
     rb'"id": "([0-9a-f]{32})"[^{}]*}'
@@ -98,10 +111,12 @@ class Known:
     damaged: set[str] = field(default_factory=set)  # ids: `holdfast verify` has found damage since
     pinned: set[str] = field(default_factory=set)  # ids, whether they lie here or in the archive
     announced: dict[str, Event] = field(default_factory=dict)  # "durable" by first name, in order
+    saved: set[str] = field(default_factory=set)  # ids, whether they lie here or in the archive
     names: set[str] = field(default_factory=set)  # all names of announced checkpoints
     run: tuple[str, int] | None = None  # run id and generation that were begun last
     generation: int = 0  # the highest that was begun
     sequence: int = 0  # the highest number of a save that was announced
+    rotten: int = 0  # lines whose checksum is wrong
     back: Rollback | None = None  # the last roll-back
     pending: Rollback | None = None  # the same, until a training has gone on from it
 
@@ -119,8 +134,10 @@ class Known:
         elif kind == "removed":
             self.verified.discard(id_)
             self.damaged.discard(id_)
+            self.saved.discard(id_)
             self._left(event, gone=True)
         elif kind == "durable":
+            self.saved.add(id_)
             self._announced(event)
             self.pending = None
         elif kind == "damaged":
@@ -142,6 +159,9 @@ class Known:
                 self.back = self.pending = back
         elif kind == "archived":
             self._left(event, gone=False)
+        elif kind == ROTTEN["event"]:
+            self.rotten += 1  # it may have pinned any of them, and what is pinned is never removed
+            self.pinned |= self.saved
 
     def _announced(self, event: Event) -> None:
         names = _names(event)
@@ -189,6 +209,18 @@ def _names(event: Event) -> list[str]:
     return [name for name in names if _is_name(name)] if isinstance(names, list) else []
 
 
+@functools.cache
+def _tell_rotten(path: Path, lines: int) -> None:
+    """Tell it once in this process."""
+    message = _(
+        "{path}: damaged lines: {lines}. What they said is lost. Checkpoints that were here before "
+        "them count as pinned, since they may have been; `holdfast pin --remove` lets them go.",
+        path=path,
+        lines=lines,
+    )
+    log.warning("%s", message)
+
+
 class History:
     """The history at `path`. For any thread."""
 
@@ -202,7 +234,7 @@ class History:
     def record(self, event: str, **fields: Any) -> None:
         """Append one line, durably."""
         line = json.dumps({"time": now(), "event": event, **fields}, ensure_ascii=False)
-        filesystem.append_line(self.path, line)
+        filesystem.append_line(self.path, sealed(line))
 
     def follow(self, take: Callable[[Event], None], forget: Callable[[], None]) -> None:
         """Have `read` call `take` with every event, and `forget` where all of them come again.
@@ -246,7 +278,9 @@ class History:
                 if self._take is not None and is_sane(event):
                     self._take(event)
             if not self._follower.more:
-                return
+                break
+        if self._known.rotten:
+            _tell_rotten(self.path, self._known.rotten)
 
     def _begin_again(self) -> None:
         self._known = Known()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from holdfast.checkpoint.system import direct, drafts, filesystem, project, signals
 from holdfast.checkpoint.system.filesystem import RESERVE, disabled, sync_directory, sync_file
-from holdfast.checkpoint.system.follow import LARGEST, Follower, is_sane, objects
+from holdfast.checkpoint.system.follow import LARGEST, ROTTEN, Follower, is_sane, objects, sealed
 from holdfast.checkpoint.system.lock import CATALOG_LOCK, LOCKS, RUN_LOCK, FileLock, run_lock
 from holdfast.checkpoint.system.pages import PAGE, Buffer
 from holdfast.checkpoint.system.signals import SignalGuard
@@ -29,6 +29,7 @@ __all__ = [
     "LOCKS",
     "PAGE",
     "RESERVE",
+    "ROTTEN",
     "RUN_LOCK",
     "Buffer",
     "FileLock",
@@ -47,6 +48,7 @@ __all__ = [
     "objects",
     "project",
     "run_lock",
+    "sealed",
     "signals",
     "sync_directory",
     "sync_file",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,22 @@ LARGEST = 1 << 63
 _TAIL = 64  # bytes before the position by which the file is known again
 _raw_decode = json.JSONDecoder().raw_decode  # twice as fast as loads() for a short line
 _BEGINNING = b'{"time"'  # of every line that holdfast writes; never inside one: quotes are escaped
+# A damaged line stands for this object: what it said is lost, and a reader may have to know that.
+ROTTEN = {"event": "rotten"}
+_SEAL_SIZE = len(', "crc": "00000000"}')
+# One flipped bit in a seal leaves one half of it.
+_was_seal = re.compile(rb', "cr.{15}|.{5}c": "[0-9a-f]{8}"}', re.DOTALL).fullmatch
+
+
+def sealed(line: str) -> str:
+    """Return `line`, an object in JSON, with the CRC-32 of its bytes as a last member. A flipped
+    bit may leave a line that can be parsed and says something else."""
+    head = line[:-1]
+    return head + _seal(head.encode("utf-8", "surrogatepass")).decode()
+
+
+def _seal(head: bytes) -> bytes:
+    return b', "crc": "%08x"}' % zlib.crc32(head)
 
 
 class Follower:
@@ -27,7 +45,8 @@ class Follower:
 
     A line that is still being written waits for its end; one that a crash has torn is passed over,
     and what was written behind it is read. A file that was replaced or cut is read anew from its
-    beginning, also where the new one is longer or has got the inode of the old one.
+    beginning, also where the new one is longer or has got the inode of the old one. Checksums are
+    checked and taken away.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +89,20 @@ class Follower:
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > _LONGEST:  # no line of ours: without an end it would fill the memory
             self._rest = b""
-        return lines
+        return [each for line in lines for each in _checked(line)]
+
+
+def _checked(line: bytes) -> tuple[bytes, ...]:
+    """Return `line` without its checksum, or `ROTTEN` where that is wrong. Lines of earlier
+    versions have none, and neither has one that a crash has torn."""
+    head, seal = line[:-_SEAL_SIZE], line[-_SEAL_SIZE:]
+    if seal == _seal(head):
+        return (head + b"}",)
+    if b'"crc": "' not in line and _was_seal(seal) is None:
+        return (line,)
+    rotten = json.dumps(ROTTEN).encode()
+    behind = head[max(0, head.rfind(_BEGINNING)) :]  # the line feed before it may be what rotted
+    return (rotten, behind + b"}") if seal == _seal(behind) else (rotten,)
 
 
 def objects(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
