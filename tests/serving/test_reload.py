@@ -214,14 +214,6 @@ def test_models_asked_for_at_one_moment_are_loaded_one_after_the_other(
     assert steps == ["100", "200", "300", "100"] and most == [1]
 
 
-def test_no_reload_goes_on_with_what_was_there(training: Training) -> None:
-    with serving(training.directory, reload=False) as url:
-        training.epoch(0.5)
-        time.sleep(0.3)
-        assert step(url) == 100 and step(url, "latest") == 100
-        assert httpx.get(f"{url}/v1/models/model_epoch_2").status_code == 404
-
-
 def test_the_best_that_is_intact_is_served_from_the_start(
     training: Training, caplog: pytest.LogCaptureFixture
 ) -> None:
