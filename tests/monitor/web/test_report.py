@@ -12,7 +12,7 @@ import pytest
 from holdfast.errors import HoldfastError
 from holdfast.monitor.web.files import plotting_script
 from holdfast.monitor.web.report import report_data, report_html, write_report
-from tests.monitor.web_runs import LiveRun, finished_run
+from tests.monitor.web.runs import LiveRun, finished_run
 
 EVIL = "</script><script>alert(1)</script><!-- \u2028 ]]>"
 

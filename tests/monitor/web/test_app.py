@@ -20,7 +20,7 @@ from holdfast.monitor.web.app import create_app, guarded
 from holdfast.monitor.web.data import run_id
 from holdfast.monitor.web.files import plotting_script
 from holdfast.monitor.web.hub import Hub
-from tests.monitor.web_runs import TOKEN, LiveRun, Server, finished_run, serving
+from tests.monitor.web.runs import TOKEN, LiveRun, Server, finished_run, serving
 
 LOCAL = "http://127.0.0.1:8765"
 

@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page, expect
 from holdfast.monitor.run_view import RunView
 from holdfast.monitor.web.report import write_report
 from tests.browser import browser  # noqa: F401 - a fixture
-from tests.monitor.web_runs import HOST, LiveRun, Server, finished_run, serving
+from tests.monitor.web.runs import HOST, LiveRun, Server, finished_run, serving
 
 NASTY = "<img src=x onerror=alert(1)>"
 SAMPLE = "</script><script>document.title='owned'</script><b>fett</b>"

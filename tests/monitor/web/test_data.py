@@ -15,7 +15,7 @@ from holdfast.monitor.web import data as web_data
 from holdfast.monitor.web.checkpoints import checkpoint_rows
 from holdfast.monitor.web.files import SCRIPTS, WEB
 from tests.manage.runs import flip
-from tests.monitor.web_runs import LiveRun, finished_run
+from tests.monitor.web.runs import LiveRun, finished_run
 
 
 def point(step: int, loss: float | None, *, rate: float = 0.1, speed: float = 5.0) -> Point:
