@@ -85,3 +85,8 @@ class Safety:
     def memory_steps(self) -> int:
         """Steps that a kill of the process would cost."""
         return max(0, self.step - max(self.memory_step or 0, self.disk_step or 0))
+
+
+def integer(value: object) -> int | None:
+    """Return a whole number, else None; a line of a run may hold anything."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

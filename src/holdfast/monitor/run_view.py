@@ -7,11 +7,11 @@ training goes on. `RunView.refresh` reads what has come since the last time. No 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import math
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from holdfast.formatting import seconds_of
 from holdfast.manage.rundir import RunDirectory, look, names_of, number
 from holdfast.manage.story import is_story
 from holdfast.monitor.forecast import Disk, Plan, forecast
-from holdfast.monitor.measured import Evaluation, Mark, Point, Safety, Sample
+from holdfast.monitor.measured import Evaluation, Mark, Point, Safety, Sample, integer
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 SILENCE = 120.0  # seconds without a line after which a training elsewhere is taken to have ended
@@ -120,14 +120,14 @@ class RunView:
             point = Point(
                 step,
                 time,
-                _integer(line.get("epoch")),
+                integer(line.get("epoch")),
                 number(line.get("loss")),
                 number(line.get("smoothed_loss")),
                 number(line.get("learning_rate")),
                 number(line.get("tokens_per_second")),
-                _integer(line.get("durable_step")),
-                _integer(line.get("memory_step")),
-                _integer(line.get("gpu_bytes")),
+                integer(line.get("durable_step")),
+                integer(line.get("memory_step")),
+                integer(line.get("gpu_bytes")),
             )
             self.points.append(point)
             if "loss" in line and not _finite(point.loss):  # the trainer writes null for NaN
@@ -138,7 +138,7 @@ class RunView:
             self.evaluations.append(Evaluation(step, time, *values))
         elif kind == "sample":
             _forget_step(step, self.samples)
-            epoch, text = _integer(line.get("epoch")) or 0, str(line.get("text") or "")
+            epoch, text = integer(line.get("epoch")) or 0, str(line.get("text") or "")
             self.samples.append(Sample(step, epoch, text, time))
         elif kind == "started":
             if self.points and self.points[-1].step > step and not spoken:
@@ -147,7 +147,7 @@ class RunView:
             self._undo_after(step)
             self.started = dict(line)
         elif kind in ("resumed", "diverged"):
-            back_to = _integer(line.get("back_to"))
+            back_to = integer(line.get("back_to"))
             self._undo_after(step if back_to is None else back_to)
         elif kind == "finished":
             self._ends.append(dict(line))
@@ -164,7 +164,7 @@ class RunView:
     def _take_event(self, event: dict[str, Any]) -> None:
         self.events.append(event)
         self._happened = True
-        kind, step = event.get("event"), _integer(event.get("step"))
+        kind, step = event.get("event"), integer(event.get("step"))
         if kind == "rolled_back" and step is not None:
             # Training goes on from there with its next start; what it writes then is younger.
             time = seconds_of(event.get("time"))
@@ -261,7 +261,7 @@ class RunView:
     def silent(self) -> float:
         """Seconds since the last line of metrics or history; infinite where there is none."""
         last = seconds_of(self._last_time)
-        return max(0.0, _now() - last) if last else math.inf
+        return max(0.0, time.time() - last) if last else math.inf
 
     @property
     def _last_time(self) -> str:
@@ -289,7 +289,7 @@ class RunView:
     @property
     def total_steps(self) -> int | None:
         """Of the whole plan, where the run has said it."""
-        return _integer(self.started.get("total_steps"))
+        return integer(self.started.get("total_steps"))
 
     @property
     def pace(self) -> float | None:
@@ -328,7 +328,7 @@ class RunView:
         # The work of a state ends where it was taken; what a start goes on from may be old.
         since = max(seconds_of(newest.created) if newest is not None else 0.0, self._began())
         training = self.state == TRAINING
-        now = _now() if training else seconds_of(self._last_line)
+        now = time.time() if training else seconds_of(self._last_line)
         spent = max(0.0, now - since) if since and now else None
         # A stranger's loop tells what it saves, and nothing of the steps that it makes meanwhile.
         counted = not training or bool(self.points or self.started)
@@ -364,7 +364,7 @@ class RunView:
         growing = self.state == TRAINING
         if growing:
             left = None if self.total_steps is None else max(0, self.total_steps - self.step)
-            per_epoch = _integer(self.started.get("steps_per_epoch"))
+            per_epoch = integer(self.started.get("steps_per_epoch"))
             plan = Plan.of(self.config, per_epoch, left, self.pace)
         free = filesystem.free_bytes(self.directory)
         return forecast(self.entries, free, plan, settled=self._settled or not growing)
@@ -378,7 +378,7 @@ def _mark_of(event: dict[str, Any]) -> Mark:
     kind = str(event.get("event"))
     if kind == "durable" and event.get("reason") in _ENDS:
         kind = INTERRUPTED
-    return Mark(kind, _integer(event.get("step")), str(event.get("time") or ""), event)
+    return Mark(kind, integer(event.get("step")), str(event.get("time") or ""), event)
 
 
 def _forget_step(step: int, measured: list[Evaluation] | list[Sample]) -> None:
@@ -428,13 +428,5 @@ def _changed_at(directory: Path) -> tuple[int, int]:
     return stamps[0], stamps[1]
 
 
-def _integer(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
 def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def _now() -> float:
-    return datetime.datetime.now().timestamp()

@@ -6,9 +6,9 @@ Plain values and `to_json`, the documented form. The words are in words.py.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ class Row:
     def age(self) -> float:
         """Seconds since its state was taken; NaN where it does not say."""
         created = parse_time(self.entry.created)
-        return math.nan if created is None else _now() - created.timestamp()
+        return math.nan if created is None else time.time() - created.timestamp()
 
     def to_json(self) -> dict[str, Any]:
         entry = self.entry
@@ -242,7 +242,3 @@ def is_warning(event: Mapping[str, Any]) -> bool:
 
 def _rounded(seconds: float | None) -> float | None:
     return round(seconds, 3) if seconds is not None and math.isfinite(seconds) else None
-
-
-def _now() -> float:
-    return datetime.datetime.now().timestamp()

@@ -11,6 +11,7 @@ from typing import Any
 from holdfast.checkpoint.rundir import Entry
 from holdfast.formatting import parse_time
 from holdfast.manage.rundir import DAMAGED, names_of, number
+from holdfast.monitor.measured import integer
 from holdfast.monitor.run_view import RunView
 
 KEPT, REMOVED, QUARANTINED, ARCHIVED = "kept", "removed", "quarantined", "archived"
@@ -90,9 +91,9 @@ def _of_event(event: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
         "step": event["step"],
         "kind": str(event.get("kind") or ""),
         "reason": str(event.get("reason") or ""),
-        "time": _milliseconds(event.get("time")),
+        "time": milliseconds(event.get("time")),
         "names": names,
-        **{name: _integer(event.get(name)) for name in ("epoch", "generation", "size")},
+        **{name: integer(event.get(name)) for name in ("epoch", "generation", "size")},
         **{name: number(event.get(name)) for name in ("seconds", "stall")},
     }
 
@@ -101,7 +102,7 @@ def _of_entry(entry: Entry, best: Entry | None, newest: Entry | None) -> dict[st
     same = ("id", "step", "epoch", "generation", "kind", "reason", "size", "verified", "pinned")
     return {
         **{name: getattr(entry, name) for name in same},
-        "time": _milliseconds(entry.created),
+        "time": milliseconds(entry.created),
         "names": list(entry.names),
         "damaged": False,
         "best": best is not None and best.id == entry.id,
@@ -112,11 +113,7 @@ def _of_entry(entry: Entry, best: Entry | None, newest: Entry | None) -> dict[st
     }
 
 
-def _integer(value: object) -> int | None:
-    """Return a whole number, else None; the history may hold anything."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _milliseconds(text: object) -> int | None:
+def milliseconds(text: object) -> int | None:
+    """Return a time as a page counts it, since 1970; None where it is none."""
     time = parse_time(text)
     return None if time is None else round(time.timestamp() * 1000)

@@ -24,7 +24,7 @@ from holdfast.manage.output import json_ready
 from holdfast.manage.rundir import number, set_aside
 from holdfast.monitor.measured import Mark, Point, Safety
 from holdfast.monitor.run_view import TRAINING, RunView
-from holdfast.monitor.web.checkpoints import checkpoint_rows
+from holdfast.monitor.web.checkpoints import checkpoint_rows, milliseconds
 from holdfast.monitor.web.commands import commands
 
 CURVE_POINTS = 2000  # of a curve that is sent whole: more than a screen has columns
@@ -73,7 +73,7 @@ def curves(points: Iterable[Point]) -> dict[str, list[Any]]:
     every = list(points)
     columns: dict[str, list[Any]] = {
         "step": [point.step for point in every],
-        "time": [_milliseconds(point.time) for point in every],
+        "time": [milliseconds(point.time) for point in every],
         "epoch": [point.epoch for point in every],
     }
     for name, of in _COLUMNS.items():
@@ -88,11 +88,6 @@ def _finite(value: float | None) -> bool:
 def _short(value: float | None) -> float | None:
     """Round to seven significant digits, which a 32-bit loss has; None where it is not finite."""
     return float(f"{value:.7g}") if value is not None and math.isfinite(value) else None
-
-
-def _milliseconds(text: str) -> int | None:
-    parsed = parse_time(text)
-    return None if parsed is None else round(parsed.timestamp() * 1000)
 
 
 # -------------------------------------------------------------------------------------- one run
@@ -117,7 +112,7 @@ def summary(view: RunView, identity: str, name: str) -> dict[str, Any]:
         "tokens_per_second": _short(last.tokens_per_second) if last else None,
         "eta": _short(view.eta),
         "risk": _risk(view, safety),
-        "updated": _milliseconds(last.time) if last else None,
+        "updated": milliseconds(last.time) if last else None,
         "checkpoint_count": len(view.entries),
         "damaged": len(view.run.contents.damaged) if view.run is not None else 0,
     }
@@ -146,7 +141,7 @@ def detail(view: RunView, identity: str, name: str) -> dict[str, Any]:
         "path": str(view.directory),
         "started": started,
         "evaluations": [
-            {**asdict(each), "time": _milliseconds(each.time)}
+            {**asdict(each), "time": milliseconds(each.time)}
             for each in view.evaluations[-CURVE_POINTS:]
         ],
         "samples": [
@@ -230,7 +225,7 @@ def _mark(mark: Mark, directory: Path) -> dict[str, Any]:
     return {
         "kind": mark.kind,
         "step": mark.step,
-        "time": _milliseconds(mark.time),
+        "time": milliseconds(mark.time),
         "fields": fields,
     }
 
