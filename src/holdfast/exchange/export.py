@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from holdfast.checkpoint.state import load_weights
-from holdfast.checkpoint.system import filesystem
 from holdfast.errors import ConfigError, ForeignCheckpoint
 from holdfast.exchange import export_check as checking
 from holdfast.exchange import export_formats as formats
@@ -34,7 +33,6 @@ from holdfast.i18n import _
 from holdfast.training.inference import Loaded, find_checkpoint, load_for_inference
 from holdfast.training.options.fields import did_you_mean, nearest
 from holdfast.training.text.tokenizer import TextTokenizer
-from holdfast.version import __version__
 
 FORMATS = ("hf", "safetensors", "onnx", "weights")
 _MEANT = {
@@ -59,7 +57,6 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SAME = 1e-5
 ALLOWED = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
 
-_MARK = "holdfast.json"  # in every folder of ours: what was exported, and how it was checked
 _OVERHEAD = 32 << 20  # bytes beside the weights: tokenizer, graph, manifest
 
 
@@ -255,17 +252,6 @@ class _Job:
             found = self._read(draft, tokenizer)(text.ids)
             check = checking.compare(text, expected, found, self._allowed(saved, wanted))
             checking.insist(check)
-            if self.form != "weights":
-                self._mark(
-                    draft,
-                    {
-                        "step": entry.step,
-                        "dtype": wanted,
-                        "checkpoint": entry.id,
-                        "metrics": entry.metrics,
-                        "check": check.to_json(),
-                    },
-                )
         return self._done(wanted, entry.step, check, tensors, notes)
 
     def export_tensors(self) -> Exported:
@@ -277,8 +263,6 @@ class _Job:
             export_raw.write(raw, self.form, draft)
             self.progress(_("reading back"))
             export_raw.insist_on_bits(raw, self.form, draft)
-            if self.form != "weights":
-                self._mark(draft, {"step": raw.step, "tensors": len(raw.tensors)})
         return self._done(raw.dtype, raw.step, None, len(raw.tensors), raw.notes)
 
     # ------------------------------------------------------------------------------------ details
@@ -297,16 +281,11 @@ class _Job:
             return []
         cached = export_onnx.write_onnx(loaded.model, draft)
         loaded.tokenizer.save(draft)
-        return (
-            []
-            if cached
-            else [
-                _(
-                    "The graph has no cache: torch could not make one of what this model keeps. "
-                    "Each token is computed from the whole text."
-                )
-            ]
+        slow = _(
+            "The graph has no cache: torch could not make one of what this model keeps. "
+            "Each token is computed from the whole text."
         )
+        return [] if cached else [slow]
 
     def _read(self, draft: Path, tokenizer: TextTokenizer) -> checking.Answer:
         if self.form == "onnx":
@@ -323,9 +302,6 @@ class _Job:
         if saved == wanted and self.form != "onnx":
             return SAME
         return max(ALLOWED[saved], ALLOWED[wanted])
-
-    def _mark(self, draft: Path, facts: Mapping[str, Any]) -> None:
-        filesystem.write_json(draft / _MARK, {"holdfast": __version__, "to": self.form, **facts})
 
     def _done(
         self,
