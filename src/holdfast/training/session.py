@@ -106,10 +106,10 @@ def run(config: Config, console: Console, *, log: bool, yes: bool, command: str)
             workshop = prepare(config, start, console, guard, held=found.entry.size if found else 0)
             workshop.contents = contents
             manager = make_manager(workshop, console, catalog, notifier)
-            notifier.begin(lambda: manager.saved_step)
             try:
                 resumed = _restore(workshop, manager, start, found, console)
                 del found  # as large as the state
+                notifier.begin(lambda: manager.saved_step)
                 _train(workshop, manager, resumed, console, command, notifier=notifier)
             except KeyboardInterrupt as error:  # a second Ctrl-C means now: nothing is waited for
                 manager.abandon()
