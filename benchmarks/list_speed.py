@@ -22,7 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-from holdfast.checkpoint.rundir.catalog import METADATA, Catalog  # noqa: E402
+from holdfast.checkpoint.rundir.catalog import Catalog  # noqa: E402
+from holdfast.checkpoint.rundir.entries import METADATA  # noqa: E402
 
 PROMISE = 0.3  # seconds, with the cache: that is what a training leaves behind
 

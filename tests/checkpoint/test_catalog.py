@@ -16,7 +16,8 @@ import torch
 
 from holdfast.checkpoint.format import container
 from holdfast.checkpoint.rundir import catalog as catalog_module
-from holdfast.checkpoint.rundir.catalog import BEST, LATEST, MAIN, Catalog, Entry, name_of, summary
+from holdfast.checkpoint.rundir.catalog import Catalog
+from holdfast.checkpoint.rundir.entries import BEST, LATEST, MAIN, Entry, name_of, summary
 from holdfast.errors import ForeignCheckpoint, RunLocked
 from tests.support import (
     craft,

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from holdfast import load
-from holdfast.checkpoint.rundir.catalog import Catalog, Entry
+from holdfast.checkpoint.rundir.catalog import Catalog
+from holdfast.checkpoint.rundir.entries import Entry
 from holdfast.checkpoint.system import filesystem
 from holdfast.checkpoint.system.lock import FileLock, run_lock
 from holdfast.errors import ResourceError, RunLocked

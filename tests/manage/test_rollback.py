@@ -13,7 +13,7 @@ import pytest
 
 from holdfast.checkpoint import Catalog
 from holdfast.checkpoint.rundir import rollback, shared_memory
-from holdfast.checkpoint.rundir.catalog import ROLES
+from holdfast.checkpoint.rundir.entries import ROLES
 from holdfast.checkpoint.system import filesystem
 from holdfast.checkpoint.system.lock import run_lock
 from holdfast.errors import CheckpointError, DamagedCheckpoint, HoldfastError, RunLocked

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint.rundir.catalog import Entry
+from holdfast.checkpoint.rundir.entries import Entry
 from holdfast.monitor.forecast import Disk, Plan, forecast
 
 SIZE = 1000

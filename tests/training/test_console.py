@@ -13,7 +13,7 @@ import pyte
 import pytest
 
 from holdfast.checkpoint.manager import Resumed, Saved
-from holdfast.checkpoint.rundir.catalog import Entry
+from holdfast.checkpoint.rundir.entries import Entry
 from holdfast.i18n import set_language
 from holdfast.training.console import Console
 from holdfast.training.telling import tell_event

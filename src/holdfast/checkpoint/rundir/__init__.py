@@ -15,7 +15,8 @@ from holdfast.checkpoint.rundir import (
     tidy,
     words,
 )
-from holdfast.checkpoint.rundir.catalog import (
+from holdfast.checkpoint.rundir.catalog import Catalog, in_words
+from holdfast.checkpoint.rundir.entries import (
     ARCHIVE,
     BEST,
     EVENTS,
@@ -25,11 +26,9 @@ from holdfast.checkpoint.rundir.catalog import (
     QUARANTINE,
     ROLES,
     TEMP,
-    Catalog,
     Contents,
     Entry,
     archive_of,
-    in_words,
     name_of,
     summary,
 )

@@ -10,7 +10,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from holdfast.checkpoint.rundir.catalog import EVENTS, METADATA, ROLES, Catalog
+from holdfast.checkpoint.rundir.catalog import Catalog
+from holdfast.checkpoint.rundir.entries import EVENTS, METADATA, ROLES
 from holdfast.checkpoint.rundir.reporter import Reporter
 from holdfast.checkpoint.system import LOCKS, FileLock, filesystem
 from holdfast.errors import DirectoryLost, ResourceError

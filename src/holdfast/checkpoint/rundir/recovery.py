@@ -15,7 +15,8 @@ from typing import Any
 
 from holdfast.checkpoint.format import container
 from holdfast.checkpoint.policy import Order
-from holdfast.checkpoint.rundir.catalog import QUARANTINE, ROLES, Catalog, Contents, Entry, summary
+from holdfast.checkpoint.rundir.catalog import Catalog
+from holdfast.checkpoint.rundir.entries import QUARANTINE, ROLES, Contents, Entry, summary
 from holdfast.checkpoint.rundir.history import Known
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from holdfast.checkpoint.format import Reader, read_manifest
-from holdfast.checkpoint.rundir.catalog import Catalog, Contents, Entry, summary
+from holdfast.checkpoint.rundir.catalog import Catalog
+from holdfast.checkpoint.rundir.entries import Contents, Entry, summary
 from holdfast.checkpoint.rundir.history import ROLLED_BACK, Rollback
 from holdfast.checkpoint.rundir.recovery import Found
 from holdfast.checkpoint.system import filesystem

@@ -36,6 +36,7 @@ import xxhash
 
 from holdfast.checkpoint.format import Reader, read_manifest
 from holdfast.checkpoint.policy import Order
+from holdfast.checkpoint.rundir.entries import NONSENSE
 from holdfast.checkpoint.system import FileLock, Slot, filesystem
 from holdfast.errors import CheckpointError, DamagedCheckpoint, RunLocked
 from holdfast.i18n import _
@@ -47,7 +48,6 @@ _RUN, _LOCK = "run", "owner.lock"
 _PATIENCE = 2.0  # seconds; earlier versions take a lock for a moment only to ask about it
 HEAD_SIZE = 4096  # the first line of a head, padded: one page is written whole or not at all
 _NAME_RE = re.compile(r"holdfast-(\d+)-(\d+)-(\d+)-([0-9a-f]{8})-g(\d+)(-[0-9a-f]+)?")
-NONSENSE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def usable() -> bool:

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from holdfast.checkpoint.policy import select
-from holdfast.checkpoint.rundir.catalog import Catalog, Contents, Entry
+from holdfast.checkpoint.rundir.catalog import Catalog
+from holdfast.checkpoint.rundir.entries import Contents, Entry
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import ResourceError
 from holdfast.i18n import _

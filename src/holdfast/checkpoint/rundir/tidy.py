@@ -12,7 +12,8 @@ from pathlib import Path
 
 from holdfast.checkpoint.format import container
 from holdfast.checkpoint.policy import Policy, select
-from holdfast.checkpoint.rundir.catalog import ARCHIVE, REPLACED, Catalog, Contents, Entry
+from holdfast.checkpoint.rundir.catalog import Catalog
+from holdfast.checkpoint.rundir.entries import ARCHIVE, REPLACED, Contents, Entry
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import DamagedCheckpoint
 from holdfast.i18n import _
