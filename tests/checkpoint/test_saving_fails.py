@@ -85,8 +85,8 @@ def test_a_passing_error_is_overcome_with_a_new_file(
     written: list[str] = []
     name, sync = filesystem.temporary_name, filesystem.sync_file
 
-    def temporary(target: Path) -> Path:
-        written.append(name(target).name)
+    def temporary(target: Path, *prefix: str) -> Path:
+        written.append(name(target, *prefix).name)
         return target.with_name(written[-1])
 
     def once(fd: int) -> None:

@@ -268,7 +268,7 @@ class Shadow:
         if any(_needs_arguments(part) for part in _parts(scheduler)):
             return None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the order of calls, which is no one's mistake here
+            warnings.simplefilter("ignore")  # of the order of calls, which is as it must be here
             for _step in range(epoch_of(saved) - epoch_of(scheduler)):
                 scheduler.step()
             part = saved.get("T_cur", 0)

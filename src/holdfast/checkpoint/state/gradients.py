@@ -126,8 +126,8 @@ def plan(state: Any, saved: Any, *, strict: bool = True) -> SetGradients:
 def _leaves(state: Any) -> dict[str, torch.Tensor]:
     """Find the tensors in which a backward may leave a gradient, each once.
 
-    Their names are those of their module's parameters, or of their place in the state or in an
-    optimizer.
+    They are named as their module's parameters, by their path in the state, or by their number in
+    an optimizer.
     """
     candidates = list(names.tensors_of(state))
     for path, value in walk(state):

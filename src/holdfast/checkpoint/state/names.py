@@ -46,8 +46,8 @@ def plain_state(module: torch.nn.Module) -> Any:
     metadata = getattr(state, "_metadata", None)
     if isinstance(metadata, Mapping):
         plain = _without_wrappers_of(module)  # a wrapper's version gives way to the inner module's
-        places = {plain(f"{name}.").removesuffix("."): item for name, item in metadata.items()}
-        result._metadata = OrderedDict(places)  # type: ignore[attr-defined]
+        versions = {plain(f"{name}.").removesuffix("."): item for name, item in metadata.items()}
+        result._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
     return result
 
 
@@ -66,8 +66,8 @@ def plain_names(module: torch.nn.Module, names: Sequence[str]) -> dict[str, str]
 
 def _without_wrappers_of(module: torch.nn.Module) -> Callable[[str], str]:
     dropped = {
-        _CERTAIN_PART.sub("", f"{place}.module" if place else "module")
-        for place, inner in module.named_modules(remove_duplicate=False)
+        _CERTAIN_PART.sub("", f"{prefix}.module" if prefix else "module")
+        for prefix, inner in module.named_modules(remove_duplicate=False)
         if any(kind.__name__ in _OF_MODULE for kind in type(inner).__mro__)
     }
 
@@ -76,8 +76,7 @@ def _without_wrappers_of(module: torch.nn.Module) -> Callable[[str], str]:
         if not dropped:
             return name
         parts = name.split(".")
-        places = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        kept = [part for part, place in zip(parts, places, strict=True) if place not in dropped]
+        kept = [p for i, p in enumerate(parts) if ".".join(parts[: i + 1]) not in dropped]
         return ".".join(kept)
 
     return plain

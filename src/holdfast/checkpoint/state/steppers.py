@@ -137,8 +137,8 @@ class Steppers:
         self._began[id(live)] = [_mapping(began[home]) for home, _which in order]
         result = []
         for (home, which), group in zip(order, live.param_groups, strict=True):
-            places = groups[home]["params"]
-            result.append({**groups[home], "params": [places[k] for k in which]})
+            slots = groups[home]["params"]
+            result.append({**groups[home], "params": [slots[k] for k in which]})
             if "param_names" in group:
                 result[-1]["param_names"] = group["param_names"]
         return result
@@ -269,14 +269,14 @@ def _with_settings(saved: Any, live: Any, changed: Sequence[str]) -> Any:
     return saved
 
 
-def _with_setting(saved: Any, live: Any, place: Sequence[str]) -> Any:
-    """Return `saved` with what `live` has at `place`, where both have something there."""
-    key: Any = int(place[0]) if isinstance(saved, list) else place[0]
+def _with_setting(saved: Any, live: Any, keys: Sequence[str]) -> Any:
+    """Return `saved` with what `live` has under nested `keys`, where both have something there."""
+    key: Any = int(keys[0]) if isinstance(saved, list) else keys[0]
     mine, theirs = paths.at(live, key), paths.at(saved, key)
-    if mine is paths.MISSING or theirs is paths.MISSING or key == LAMBDAS == place[-1]:
+    if mine is paths.MISSING or theirs is paths.MISSING or key == LAMBDAS == keys[-1]:
         return saved
     result = list(saved) if isinstance(saved, list) else dict(saved)
-    result[key] = mine if len(place) == 1 else _with_setting(theirs, mine, place[1:])
+    result[key] = mine if len(keys) == 1 else _with_setting(theirs, mine, keys[1:])
     return result
 
 

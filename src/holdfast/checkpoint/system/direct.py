@@ -72,26 +72,22 @@ def write_blocks(
     through the page cache.
     """
     block = BLOCK if not limit else max(PAGE, min(BLOCK, int(limit / _PACES_A_SECOND) & -PAGE))
-    pace, turn, position, failed = _Pace(limit), threading.Lock(), 0, False
+    pace, turn, stopped = _Pace(limit), threading.Lock(), threading.Event()
+    starts = iter(range(0, len(buffer), block))
 
     def work() -> None:
-        nonlocal position, failed
-        try:
-            while True:
-                with turn:
-                    if failed or position >= len(buffer):
-                        return
-                    start, position = position, min(position + block, len(buffer))
-                    end = position
-                    if ready is not None:
-                        ready(end)
-                    pace.wait(end - start)
-                _write_block(fd, buffer[start:end], start, write_all)
-        except BaseException:  # the other thread has no reason to go on
-            failed = True
-            raise
+        while True:
+            with turn:
+                start = next(starts, None)
+                if start is None or stopped.is_set():
+                    return
+                end = min(start + block, len(buffer))
+                if ready is not None:
+                    ready(end)
+                pace.wait(end - start)
+            _write_block(fd, buffer[start:end], start, write_all)
 
-    together(work, min(THREADS, -(-len(buffer) // block)))
+    together(work, min(THREADS, -(-len(buffer) // block)), stop=stopped.set)
 
 
 def _write_block(fd: int, block: memoryview, offset: int, write_all: WriteAll) -> None:

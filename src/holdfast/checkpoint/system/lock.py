@@ -109,7 +109,7 @@ class FileLock:
             _close(fd)
 
     def owner(self) -> str:
-        """Return who holds the lock now; empty where `taken` is False."""
+        """Return the holder of the lock in words; empty where `taken` is False."""
         return self._owner() if self.taken else ""
 
     def __enter__(self) -> FileLock:
@@ -142,7 +142,7 @@ class FileLock:
                 os.close(fd)
             if not taken:
                 return False
-            # The file was removed between the two calls: lock the one that has taken its place.
+            # The file was removed between the two calls: lock its successor.
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
             os.truncate(fd, 0)

@@ -54,7 +54,7 @@ def state_of(directory: Path) -> dict[str, Any] | None:
 
 def _is_work_tree(directory: Path) -> bool:
     with contextlib.suppress(OSError):
-        return any((place / ".git").exists() for place in (directory, *directory.parents))
+        return any((each / ".git").exists() for each in (directory, *directory.parents))
     return False
 
 

@@ -116,11 +116,11 @@ def available_memory() -> int:
 def _cgroup_room() -> int:
     """Return the bytes left under the limit of our control group (Docker, Kubernetes, systemd)."""
     room = 1 << 62
-    for place, limit, usage in (
+    for group, limit, usage in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
-            used = int(Path(place, usage).read_text())
-            room = min(room, int(Path(place, limit).read_text()) - used)
+            used = int(Path(group, usage).read_text())
+            room = min(room, int(Path(group, limit).read_text()) - used)
     return max(0, room)
