@@ -113,13 +113,6 @@ def _serve_parser(prog: str) -> Parser:
         ),
     )
     parser.add_argument(
-        "--batch",
-        type=_count,
-        default=32,
-        metavar="N",
-        help=_("texts computed at once (default: {value})", value=32),
-    )
-    parser.add_argument(
         "--models",
         type=_count,
         default=3,
@@ -165,7 +158,6 @@ def _settings(given: argparse.Namespace) -> Settings:
         options=Options(
             device=_device(given.device),
             dtype=precisions[given.precision],
-            batch=given.batch,
             loaded=given.models,
         ),
     )
