@@ -823,7 +823,7 @@ def test_a_saved_configuration_trains_outside_the_clone(
 
 def test_a_start_scans_once_and_reads_the_history_once(run: Path, corpus: Path) -> None:
     def start() -> None:
-        Trainer.train = lambda _self: None  # type: ignore[method-assign]
+        loop.train = lambda _trainer: None
         train(config_for(run, corpus, resume="auto", epochs=5))
 
     counts = counted(run, start)

@@ -18,8 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from holdfast.checkpoint.rundir import shared_memory
 from holdfast.checkpoint.state import load
@@ -37,24 +36,9 @@ Told = Mapping[str, Any]
 Progress = Callable[["Stage"], None]
 
 
-class Worker(Protocol):
-    """A process that trains as ordered: `subprocess.Popen`, as far as it is needed here."""
-
-    @property
-    def stdout(self) -> IO[str] | None: ...
-    def kill(self) -> None: ...
-    def wait(self) -> int: ...
-    def __enter__(self) -> Worker: ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-        /,
-    ) -> None: ...
-
-
-Start = Callable[[Order, IO[bytes]], Worker]  # with the file for what it says of a crash
+Start = Callable[[Order, IO[bytes]], Any]
+"""Begin a process that trains as ordered: a `Popen`, or what behaves like one. What it says of a
+crash goes into the file."""
 
 
 @dataclass(slots=True)
@@ -205,7 +189,6 @@ class _Proving:
             self.progress(stage)
             began, over = time.monotonic(), False
             try:
-                assert child.stdout is not None
                 for line in child.stdout:
                     answer = json.loads(line)
                     if "error" in answer:
@@ -240,7 +223,7 @@ class _Proving:
         return steps + coming * sum(self._starts) / len(self._starts)
 
 
-def _start(order: Order, errors: IO[bytes]) -> Worker:
+def _start(order: Order, errors: IO[bytes]) -> subprocess.Popen[str]:
     """A Python of its own, which Ctrl-C in our terminal does not reach: we end it."""
     command = [sys.executable, "-m", "holdfast.training.prove_worker", order.to_json()]
     return subprocess.Popen(

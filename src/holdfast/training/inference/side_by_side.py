@@ -17,7 +17,14 @@ import torch
 from holdfast.errors import ConfigError, DataError
 from holdfast.i18n import _
 from holdfast.training import models
-from holdfast.training.inference.generate import sample_text
+from holdfast.training.inference.generate import (
+    CONTEXT,
+    END_OF_TEXT,
+    LENGTH,
+    RUINED,
+    Sampling,
+    TextStream,
+)
 from holdfast.training.inference.loading import Loaded
 from holdfast.training.text import corpus
 from holdfast.training.text.batches import EVALUATION_ROWS, IGNORED, bits_per_byte, streamed_batches
@@ -26,6 +33,8 @@ from holdfast.training.text.formats import documents_in
 from holdfast.training.text.tokenizer import TextTokenizer
 
 _LOGITS = 1 << 26  # numbers that a batch's logits may be: 256 MiB of float32, and as much again
+
+_ENDS = {LENGTH: "length", CONTEXT: "context", END_OF_TEXT: "end", RUINED: "nan"}
 
 Show = Callable[[int, int], None]
 """(bytes of text done, all): called now and then; what it raises ends the work."""
@@ -98,36 +107,18 @@ def continue_text(
             context=loaded.max_context,
         )
         raise ConfigError(message)
-    drawn = 0
-
-    def count() -> bool:
-        nonlocal drawn
-        drawn += 1
-        return False
-
-    greedy: dict[str, Any] = {"temperature": 1.0, "top_k": 1}
-    began = time.perf_counter()
-    text = sample_text(
+    stream = TextStream(
         loaded.model,
         loaded.tokenizer,
         prompt,
         tokens,
         context_length=loaded.max_context,
-        seed=seed,
-        stop=count,
-        **({"temperature": temperature} if temperature else greedy),
+        sampling=Sampling(seed=seed, temperature=temperature),
     )
+    began = time.perf_counter()
+    _prompt, *pieces = stream
     seconds = time.perf_counter() - began
-    ended = "context" if room < tokens else "length"
-    if drawn < min(tokens, room):
-        ended = "nan" if _is_ruined(loaded) else "end"
-    known = loaded.tokenizer.decode(loaded.tokenizer.encode(prompt))
-    return Continuation(text.removeprefix(known), ended, seconds)
-
-
-def _is_ruined(loaded: Loaded) -> bool:
-    """Whether there is a NaN in the weights: nothing is drawn from such logits."""
-    return any(bool(p.isnan().any()) for p in loaded.model.parameters())
+    return Continuation("".join(pieces), _ENDS[stream.ended], seconds)
 
 
 # ------------------------------------------------------------------------------------ evaluation

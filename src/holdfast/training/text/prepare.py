@@ -29,7 +29,6 @@ from holdfast.training.text.tokenizer import (
     MIN_FREQUENCY,
     SAMPLE,
     TextTokenizer,
-    shrink_note,
     train_tokenizer,
 )
 
@@ -172,7 +171,13 @@ class _Job:
         if tokenizer is None:
             tokenizer = self.trained(vocab_size)
             if tokenizer.vocab_size < vocab_size:
-                self.notes.append(shrink_note(tokenizer.vocab_size, vocab_size))
+                note = _(
+                    "The vocabulary has {size:,} tokens instead of {wanted:,}: in the text that it "
+                    "is made from, others hardly occur.",
+                    size=tokenizer.vocab_size,
+                    wanted=vocab_size,
+                )
+                self.notes.append(note)
         key = _token_key(self.text.content, self.split_settings, tokenizer)
         cached, temporary = TokenCache(self.root).open(key), None
         if cached is not None and cached.damage and self.strict:

@@ -78,8 +78,8 @@ class TextTokenizer:
     in a text are encoded as such, as transformers does it; none is added.
     """
 
-    def __init__(self, files: Mapping[str, str], eos_id: int, notes: Sequence[str] = ()) -> None:
-        """`files`: name to text, "tokenizer.json" among them. `notes`: warnings to show."""
+    def __init__(self, files: Mapping[str, str], eos_id: int) -> None:
+        """`files`: name to text, "tokenizer.json" among them."""
         self._files = dict(files)
         check_tokenizer(files["tokenizer.json"])
         self._tokenizer: Any = Tokenizer.from_str(files["tokenizer.json"])
@@ -88,7 +88,6 @@ class TextTokenizer:
         decoder = json.loads(files["tokenizer.json"]).get("decoder") or {}
         self._spaces_characters = decoder.get("type") == "WordPiece"
         self.eos_id = eos_id
-        self.notes = list(notes)
         self.fingerprint = xxhash.xxh3_128_hexdigest(files["tokenizer.json"].encode())
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         # There may be holes: a model needs all rows.
@@ -258,8 +257,7 @@ def train_tokenizer(
     """Train byte-level BPE with NFC on `documents`; the same input gives the same tokenizer.
 
     The vocabulary has at most `vocab_size` entries: the end-of-text token, 256 bytes, and merges
-    of pairs that occur `min_frequency` times. Where the text has too few of these it is smaller,
-    and `.notes` says so.
+    of pairs that occur `min_frequency` times. Where the text has too few of these it is smaller.
     """
     assert vocab_size >= 257, "256 bytes and the end-of-text token; the configuration checks it"
     tokenizer: Any = Tokenizer(models.BPE())
@@ -275,20 +273,8 @@ def train_tokenizer(
         show_progress=False,
     )
     _train(tokenizer, trainer, documents, progress)
-    size = tokenizer.get_vocab_size()
-    notes = [shrink_note(size, vocab_size)] if size < vocab_size else []
     eos_id = tokenizer.token_to_id(END_OF_TEXT)
-    return TextTokenizer({"tokenizer.json": tokenizer.to_str(), **_config_files()}, eos_id, notes)
-
-
-def shrink_note(size: int, wanted: int) -> str:
-    """The warning that a vocabulary is smaller than the one that was asked for."""
-    return _(
-        "The vocabulary has {size:,} tokens instead of {wanted:,}: in the text that it is made "
-        "from, others hardly occur.",
-        size=size,
-        wanted=wanted,
-    )
+    return TextTokenizer({"tokenizer.json": tokenizer.to_str(), **_config_files()}, eos_id)
 
 
 def _train(
