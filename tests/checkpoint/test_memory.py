@@ -31,7 +31,7 @@ from holdfast.checkpoint.format import image
 from holdfast.checkpoint.format.container import Reader, read_manifest
 from holdfast.checkpoint.rundir import shared_memory
 from holdfast.checkpoint.rundir.reporter import Reporter
-from holdfast.checkpoint.save import writer
+from holdfast.checkpoint.save import MEMORY_SLOTS
 from holdfast.checkpoint.save.rescue import rescue
 from holdfast.checkpoint.system import filesystem
 from holdfast.checkpoint.system.lock import FileLock
@@ -579,7 +579,7 @@ def test_a_state_that_grows_leaves_no_old_slots_behind(tmp_path: Path) -> None:
             newest = shared_memory.newest_in(remains)
             assert newest is not None
             assert newest.step == step
-        assert len(list(remains.directory.glob("slot-*.pt"))) <= writer.MEMORY_SLOTS
+        assert len(list(remains.directory.glob("slot-*.pt"))) <= MEMORY_SLOTS
 
 
 def test_what_was_not_found_right_on_the_disk_stays_in_memory(
@@ -819,7 +819,7 @@ def test_too_little_room_turns_it_off_with_one_line(
     if why == "docker":
         monkeypatch.setattr(shared_memory, "free_bytes", lambda: 1 << 20)
     elif why == "little memory":
-        monkeypatch.setattr("holdfast.checkpoint.save.snapshots.available_memory", lambda: 1 << 20)
+        monkeypatch.setattr("holdfast.checkpoint.save.slots.available_memory", lambda: 1 << 20)
     else:
         monkeypatch.setenv("HOLDFAST_DISABLE", "sharedmemory")
     told: list[str] = []

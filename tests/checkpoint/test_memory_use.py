@@ -61,7 +61,7 @@ def test_a_save_takes_one_copy_of_the_state(tmp_path: Path) -> None:
 def test_without_room_for_a_copy_a_save_takes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("holdfast.checkpoint.save.writer.available_memory", lambda: 0)
+    monkeypatch.setattr("holdfast.checkpoint.save.slots.available_memory", lambda: 0)
 
     def work() -> None:
         state = make_state()

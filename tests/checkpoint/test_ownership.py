@@ -215,8 +215,10 @@ def interrupt_at(moment: int, work: Callable[[], Any]) -> bool:
         if not frame.f_code.co_filename.startswith(place):
             return None
         # No signal comes between a descriptor's note and its close; locks have tests of their own.
+        # Nor between the last line of a `with` block and its exit, which counts as the first again.
         code = frame.f_code
-        close = "os.close(" in linecache.getline(code.co_filename, frame.f_lineno)
+        line = linecache.getline(code.co_filename, frame.f_lineno).strip()
+        close = "os.close(" in line or line.startswith("with ")
         if code.co_filename.endswith("lock.py") or code.co_name == "__del__" or close:
             return trace
         if event == "line":

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -364,11 +365,10 @@ def test_a_disk_that_stays_full_is_not_tried_at_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By minutes: a failed save is tried again when they have passed, not after the next step."""
-    from holdfast.checkpoint import manager as module
     from holdfast.checkpoint.policy.when import EveryMinutes
 
     clock = [1000.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     tried: list[int] = []
     state = {"weights": torch.zeros(4)}
     with CheckpointManager(tmp_path / "run", state, save_when=[EveryMinutes(1)]) as manager:

@@ -18,7 +18,8 @@ from holdfast import CheckpointManager, load
 from holdfast.checkpoint import EverySteps
 from holdfast.checkpoint.format import container
 from holdfast.checkpoint.format.layout import Record
-from holdfast.checkpoint.save import snapshots, staging
+from holdfast.checkpoint.save import copy as copies
+from holdfast.checkpoint.save import staging
 from holdfast.checkpoint.system import filesystem, slots
 from holdfast.errors import SaveFailed
 from tests.support import Toy, assert_same, events, python, snapshot
@@ -78,13 +79,13 @@ class Held:
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Held:
     """Small segments, every snapshot overlapped, and its copier held at its second segment."""
-    state, copy_all, move = Held(), staging.Copy._copy_all, staging._move
+    state, copy_all, move = Held(), copies.Copy._copy_all, copies._move
     copied = 0
 
     def in_copier() -> bool:
         return threading.current_thread() is not threading.main_thread()
 
-    def copy_late(copy: staging.Copy, segments: Any) -> None:
+    def copy_late(copy: copies.Copy, segments: Any) -> None:
         if in_copier() and segments is copy._rest:
             assert state.asked.wait(30)
         copy_all(copy, segments)
@@ -98,9 +99,9 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Held:
                 state.stepped.wait(state.patience)
         move(target, source, size)
 
-    monkeypatch.setattr(staging, "SEGMENT", 512)
-    monkeypatch.setattr(staging.Copy, "_copy_all", copy_late)
-    monkeypatch.setattr(staging, "_move", move_slowly)
+    monkeypatch.setattr(copies, "SEGMENT", 512)
+    monkeypatch.setattr(copies.Copy, "_copy_all", copy_late)
+    monkeypatch.setattr(copies, "_move", move_slowly)
     return state
 
 
@@ -141,7 +142,7 @@ def test_without_the_wait_the_snapshot_would_be_of_two_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: Held
 ) -> None:
     """The test above can fail: it does when the hook waits for nothing."""
-    monkeypatch.setattr(snapshots, "_before_step", lambda _owner: lambda *_arguments: None)
+    monkeypatch.setattr(staging, "_before_step", lambda _owner: lambda *_arguments: None)
     held.patience = 30.0
     expected, found = disturbed_save(tmp_path, held)
     with pytest.raises(AssertionError):
@@ -157,7 +158,7 @@ def test_copying_everything_late_would_be_noticed(
         def __contains__(self, _address: object) -> bool:
             return True
 
-    monkeypatch.setattr(snapshots, "stable_storages", lambda _state, **_device: Everything({0}))
+    monkeypatch.setattr(staging, "stable_storages", lambda _state, **_device: Everything({0}))
     expected, found = disturbed_save(tmp_path, held)
     with pytest.raises(AssertionError):
         assert_same(plain(expected), plain(found))
@@ -209,7 +210,7 @@ def test_the_fast_path_writes_what_the_plain_one_writes(
 
     fast = [save("eager"), save("overlapped", overlap="always"), save("memory", memory_every=1)]
     monkeypatch.setattr(slots, "available_memory", lambda: 0)
-    monkeypatch.setattr("holdfast.checkpoint.save.writer.available_memory", lambda: 0)
+    monkeypatch.setattr("holdfast.checkpoint.save.slots.available_memory", lambda: 0)
     slow = save("direct")
     for path in fast:
         with container.Reader(path) as a, container.Reader(slow) as b:
@@ -237,7 +238,7 @@ def test_what_lies_on_a_device_is_under_way_before_anybody_can_follow(tmp_path: 
             return torch.full((self.nbytes,), 7, dtype=torch.uint8)
 
     place = slots.Slot(1 << 20)
-    copy = staging.Copy(place, [(Elsewhere(), Record("a", 0, 4096, 5000))])  # type: ignore[list-item]
+    copy = copies.Copy(place, [(Elsewhere(), Record("a", 0, 4096, 5000))])  # type: ignore[list-item]
     copy.await_bytes(1 << 20)
     assert bytes(place.buffer[4096:9096]) == b"\7" * 5000
 
@@ -301,7 +302,7 @@ def test_what_must_be_kept_makes_training_wait_and_that_is_counted(
 def test_with_one_buffer_a_dropped_save_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_disk: threading.Event
 ) -> None:
-    monkeypatch.setattr("holdfast.checkpoint.save.writer.PRIVATE_SLOTS", 1)
+    monkeypatch.setattr("holdfast.checkpoint.save.slots.PRIVATE_SLOTS", 1)
     toy = Toy()
     with toy.manager(tmp_path, save_when=[EverySteps(2)]) as manager:
         manager.resume()
@@ -361,9 +362,9 @@ def test_a_slot_whose_copy_is_under_way_is_nobodys_though_the_disk_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Given to the next snapshot, the end of this one's copy would mark that one as whole."""
-    copied, settle = threading.Event(), staging.Copy.settle
+    copied, settle = threading.Event(), copies.Copy.settle
 
-    def late(copy: staging.Copy) -> None:
+    def late(copy: copies.Copy) -> None:
         assert copied.wait(20)
         settle(copy)
 
@@ -372,17 +373,15 @@ def test_a_slot_whose_copy_is_under_way_is_nobodys_though_the_disk_has_failed(
 
     toy = Toy()
     with toy.manager(tmp_path) as manager:
-        monkeypatch.setattr(staging.Copy, "settle", late)
+        monkeypatch.setattr(copies.Copy, "settle", late)
         with monkeypatch.context() as patch:
             patch.setattr(filesystem, "write_file", full)
             pending = manager.save_async(step=1)
             assert isinstance(pending.durable.exception(20), SaveFailed)
-        writer = manager._saver.writer
-        assert [snapshot.pending for snapshot in writer._staging] == [pending]
-        assert not writer.idle
+        assert manager.copying
         copied.set()
         assert manager.save(step=2, strict=True) is not None
-        assert writer._staging == []
+        assert not manager.copying
 
 
 def test_a_process_that_ends_without_closing_has_written_what_it_was_asked(
@@ -401,7 +400,7 @@ manager.save_async(step=1)
 def test_without_memory_for_a_copy_saving_waits_for_the_disk_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("holdfast.checkpoint.save.writer.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr("holdfast.checkpoint.save.slots.available_memory", lambda: 1 << 20)
     told: list[str] = []
     toy = Toy()
     with toy.manager(tmp_path, on_event=lambda event, _fields: told.append(event)) as manager:
@@ -429,7 +428,7 @@ def test_a_state_that_grows_gets_larger_buffers(tmp_path: Path) -> None:
 def test_more_threads_copy_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    monkeypatch.setattr(staging, "SEGMENT", 4096)
+    monkeypatch.setattr(copies, "SEGMENT", 4096)
     monkeypatch.setattr("os.cpu_count", lambda: 2 * count)
     torch.manual_seed(1)
     state = {f"w{i}": torch.randn(17 * i + 1, 33) for i in range(60)}

@@ -7,6 +7,7 @@ import errno
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -307,10 +308,8 @@ def test_a_removal_is_recorded_where_there_was_no_room_for_its_line(
 
 
 def test_unsafe_is_told_by_after_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from holdfast.checkpoint import manager as module
-
     clock = [1000.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     told, tell = listener()
     with training(tmp_path, on_event=tell, max_unsafe=10) as manager:
         manager.resume()

@@ -30,7 +30,9 @@ LOSSES = (4.0, 2.0, 3.0, 2.5)  # the second epoch is the best
 class Training:
     """A training of a linear model; `state` is what the trainer would have in its checkpoints."""
 
-    def __init__(self, directory: Path, *, keep: int = 0, **config: Any) -> None:
+    def __init__(
+        self, directory: Path, *, keep: int = 0, scored: dict[str, Any] | None = None, **config: Any
+    ) -> None:
         torch.manual_seed(0)
         self.model = torch.nn.Linear(8, 4)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
@@ -41,7 +43,7 @@ class Training:
         }
         if config:
             self.state["config"] = config
-        self.manager = CheckpointManager(directory, self.state, keep_last=keep)
+        self.manager = CheckpointManager(directory, self.state, keep_last=keep, **(scored or {}))
         self.resumed = self.manager.resume()
 
     def __enter__(self) -> Training:

@@ -51,9 +51,8 @@ def test_metrics_have_differences_to_the_first_and_a_winner(runs: tuple[Path, Pa
 def test_a_run_says_itself_whether_its_metric_is_better_when_high(tmp_path: Path) -> None:
     paths = []
     for name, score in (("a", 0.5), ("b", 0.7)):
-        with Training(tmp_path / name) as training:
-            saver = training.manager._saver
-            saver._metric, saver._lower_is_better = "reward_error", False
+        scored = {"metric": "reward_error", "lower_is_better": False}
+        with Training(tmp_path / name, scored=scored) as training:
             metrics = {"reward_error": score, "tokens": 10.0 * score, "loss": float("nan")}
             training.manager.save(step=1, metrics=metrics)
         paths.append(str(tmp_path / name))

@@ -141,7 +141,7 @@ def test_a_step_that_is_only_in_memory_is_said(tmp_path: Path) -> None:
         toy.step()
         manager.save(step=1, strict=True)
         manager.prepare()
-        manager._saver.writer.wait()
+        manager.wait()
         toy.step()
         while manager.memory_step < 2:
             manager.after_step(2)

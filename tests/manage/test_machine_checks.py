@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from holdfast.checkpoint.rundir import shared_memory
-from holdfast.checkpoint.save import writer
+from holdfast.checkpoint.save import MEMORY_SLOTS
 from holdfast.manage.doctor import machine_checks
 from holdfast.manage.doctor.findings import BAD, OK, UNKNOWN, WARN
 
@@ -46,7 +46,7 @@ def test_shared_memory_holds_three_snapshots(
 
 
 def test_the_number_of_snapshots_is_the_engines() -> None:
-    assert machine_checks._SLOTS == writer.MEMORY_SLOTS
+    assert machine_checks._SLOTS == MEMORY_SLOTS
 
 
 def test_shared_memory_that_is_off_or_closed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

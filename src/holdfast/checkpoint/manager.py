@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -27,17 +26,8 @@ from typing import Any, Literal
 import torch
 
 from holdfast.checkpoint import calls, ranks
-from holdfast.checkpoint.policy import (
-    AnyOf,
-    Cost,
-    KeepLast,
-    KeepRollingTemps,
-    Moment,
-    Policy,
-    RiskAware,
-    SavePolicy,
-)
-from holdfast.checkpoint.records import PendingSave, Resumed, Saved
+from holdfast.checkpoint.policy import KeepLast, KeepRollingTemps, SavePolicy
+from holdfast.checkpoint.records import PendingSave, Resumed, Save, Saved
 from holdfast.checkpoint.rundir import (
     Catalog,
     Contents,
@@ -51,7 +41,18 @@ from holdfast.checkpoint.rundir import (
     recovery,
     rollback,
 )
-from holdfast.checkpoint.save import RETRY, Overlap, Publisher, Saver, Told, rescue
+from holdfast.checkpoint.save import (
+    Ledger,
+    Options,
+    Overlap,
+    Publisher,
+    Saver,
+    Slots,
+    Source,
+    Staging,
+    Writer,
+    rescue,
+)
 from holdfast.checkpoint.state import (
     LoadObject,
     checkpoint_size,
@@ -79,7 +80,6 @@ __all__ = [
 
 log = logging.getLogger("holdfast")
 
-_TOLD_AGAIN = 2.0  # an interval is news when it has changed by more than this factor
 _MOST_THREADS = 1024  # a manifest may say anything
 
 
@@ -112,7 +112,7 @@ class CheckpointManager:
         reserve: bytes behind the tensors that are claimed for values, so that every file of the
             run has one size; 0 rounds up to whole pages.
         overlap: True if snapshots may be copied while training goes on, up to the next step of an
-            optimizer; see `Snapshots` for what a loop must not do then. It is done for what lies
+            optimizer; see `Staging` for what a loop must not do then. It is done for what lies
             on a GPU; "always": on a CPU too, which pays where processors are idle.
         memory_every: keep a snapshot in shared memory every so many steps, where it outlives the
             process; "auto": for the first steps each, then as often as it costs at most 1 % of
@@ -170,21 +170,22 @@ class CheckpointManager:
         self._guard: guard.SignalGuard | None = None
         self._held: list[Callable[[], None]] = []  # what gives everything back, the last first
         self._open = self._superseded = False
-        self._save_when = AnyOf(save_when)
-        self._by_cost = [policy for policy in save_when if isinstance(policy, RiskAware)]
-        self._interval = 0.0  # the last one that was told
-        self._saver = Saver(
-            self.catalog, state, metric=metric, lower_is_better=lower_is_better, rng=rng,
-            reserve=reserve, max_unsafe=max_unsafe,
-        )  # fmt: skip
+        options = Options(
+            save_when=save_when,
+            keep=(KeepLast("epoch", keep_last), KeepLast("step", keep_last), KeepRollingTemps(2)),
+            metric=metric,
+            lower_is_better=lower_is_better,
+            rng=rng,
+            reserve=reserve,
+            overlap=overlap,
+            memory_every=memory_every,
+            io_limit=io_limit,
+            max_unsafe=max_unsafe,
+        )
+        self._source = Source(state, options)
         check_rights(self.catalog.directory)
         filesystem.make_directory(self.catalog.directory)
         self._lock = self.catalog.run_lock
-        keep: list[Policy] = [
-            KeepLast("epoch", keep_last),
-            KeepLast("step", keep_last),
-            KeepRollingTemps(2),
-        ]
         before = catalog is None and ownership.take_over(self.catalog.directory)
         tenure = ownership.Tenure(self.catalog.directory, self)
         self._held.append(tenure.end)
@@ -196,13 +197,13 @@ class CheckpointManager:
             self._reporter = Reporter(self.catalog, on_event)
             self._place = Place(self.catalog, self._lock, self._reporter)
             self._held.append(self._place.close)
-            publisher = Publisher(
-                self.catalog, self._reporter, keep, limit=io_limit, secure=self._place.secure
-            )
-            self._held.append(self._saver.close)
-            self._saver.start(
-                self._reporter, publisher, self._place, overlap=overlap, memory_every=memory_every
-            )
+            self._ledger = Ledger(self.catalog, self._reporter, max_unsafe)
+            slots = Slots(self._ledger, reserve)
+            writer = Writer(slots, Publisher(self._ledger, options), self._place)
+            self._held.append(writer.close)
+            self._staging = Staging(self._source, writer, options)
+            self._held.append(self._staging.close)
+            self._saver = Saver(self._source, self._staging, self._place, options)
             self._open = True
         except BaseException:  # an interrupt, too: the caller gets no manager to close
             ownership.give_back(self._held)
@@ -237,37 +238,37 @@ class CheckpointManager:
     def __del__(self) -> None:
         """Give everything back in the background: this may run in any thread, at any moment."""
         if getattr(self, "_open", False) and os.getpid() == self._pid and not sys.is_finalizing():
-            self._saver.writer.when_done(partial(ownership.give_back, self._held))
+            self._staging.when_done(partial(ownership.give_back, self._held))
 
     @property
     def saved_step(self) -> int:
         """The step of the newest durable checkpoint of this run; 0 where there is none."""
-        return self._saver.step
+        return self._ledger.step
 
     @property
     def memory_step(self) -> int:
         """The step of the newest snapshot that outlives this process; 0 where there is none."""
-        return self._saver.writer.memory_step
+        return self._staging.memory_step
 
     @property
     def copying(self) -> bool:
         """True while a snapshot is being taken."""
-        return self._saver.snapshots.copying
+        return self._staging.copying
 
     @property
     def failing(self) -> bool:
         """Whether a save has failed since the newest durable state."""
-        return self._saver.watch.failures > 0
+        return self._ledger.watch.failures > 0
 
     @property
     def unsafe(self) -> bool:
         """Whether "unsafe" was told, and nothing has become durable since."""
-        return self._saver.watch.alarmed
+        return self._ledger.watch.alarmed
 
     @property
     def stalled(self) -> float:
         """Seconds that training has stood still for saving, ever."""
-        return self._saver.snapshots.stalled
+        return self._staging.stalled
 
     @property
     def run_id(self) -> str:
@@ -287,7 +288,7 @@ class CheckpointManager:
         """Return when the snapshot that is being taken is whole: with `memory_every`, a kill leaves
         it from now on."""
         if os.getpid() == self._pid:
-            self._saver.snapshots.wait()
+            self._staging.wait()
 
     def wait(self) -> None:
         """Return when every save that was asked for is durable, verified and told."""
@@ -336,14 +337,14 @@ class CheckpointManager:
         """Save the last step of a training that is over, where the disk has none of it."""
         self.wait()
         told = self._saver.told
-        if self._saver.snapshots.stepping:
+        if self._staging.stepping:
             log.warning(
                 _("{directory}: training has gone on after step {step} and has not said how far: "
                   "that is not saved. Call after_step(step) after every step.",
                   directory=self.catalog.directory, step=told.step if told else 0)
             )  # fmt: skip
         elif told is not None and not told.durable:
-            self._save_told(told, "step", "end")
+            self._saver.save_told("step", "end")
 
     def _end_with(self, error: BaseException, *, at_once: bool) -> None:
         """Make durable what is whole after an exception; `at_once` an interrupt waits for nothing.
@@ -358,9 +359,9 @@ class CheckpointManager:
             return
         try:
             self.wait()
-            whole = not self._saver.snapshots.stepping
+            whole = not self._staging.stepping
             if not told.durable and whole and told.step != self.memory_step:
-                self._save_told(told, "temp", "error")
+                self._saver.save_told("temp", "error")
             if not told.durable:  # nor may it be possible, on a GPU that has failed
                 self.save_snapshot()
         except Exception:  # whatever a broken training still raises
@@ -370,20 +371,6 @@ class CheckpointManager:
               "durable.", directory=self.catalog.directory, step=told.step,
               durable=self.saved_step)
         )  # fmt: skip
-
-    def _save_told(self, told: Told, kind: str, reason: str) -> None:
-        """Save the live state as that of `told`, and wait for it."""
-        epoch, metrics = told.epoch, None
-        if told.failed:
-            wanted, epoch, metrics = told.wish
-            kind = kind if wanted == "temp" else wanted
-        self._saver.streams = told.random
-        try:
-            with guard.deferred_interrupt():
-                self._saver.request(told.step, epoch, metrics, kind, reason, kept=True)
-                self.wait()
-        finally:
-            self._saver.streams = None
 
     def _stop_if_asked(self, step: int, epoch: int | None) -> None:
         """Save this step and end the process if a signal has come in a `with` block."""
@@ -446,7 +433,7 @@ class CheckpointManager:
         if found is None:
             return None
         with self.catalog.lock():
-            random = self._saver.random
+            random = self._source.random
             if random is not None and "rng" not in found.payload and strict:
                 raise StateMismatch(
                     _("{path} has no random streams; nothing was changed. Use strict=False to do "
@@ -456,7 +443,7 @@ class CheckpointManager:
                 self.state,
                 found.payload,
                 manifest=found.manifest,
-                configured=self._saver.configured_now(),
+                configured=self._source.configured_now(settled=self._saver.run.settled),
                 strict=strict,
             )
             if random is not None and "rng" in found.payload:
@@ -577,40 +564,10 @@ class CheckpointManager:
         saver = self._own()
         calls.check_save(step, epoch, "temp", metrics)
         self._reporter.deliver()
-        saver.done(int(step), epoch, keep_streams=self._guard is not None)
-        self._stop_if_asked(int(step), epoch)
-        saver.stepped()
-        self._tell_interval(saver.cost)
-        last = max(saver.at, saver.asked_at)  # a full disk is not tried at every step
-        improved = saver.improves(metrics)
-        moment = Moment(
-            step, time.monotonic(), saver.counted, last,
-            epoch, saver.epoch_of_last_save(epoch), improved, saver.cost,
-        )  # fmt: skip
-        saver.look()
-        due = self._save_when(moment) or (saver.owed and saver.writer.idle)
-        if saver.watch.failures:  # a full disk is not tried at every step, but soon again
-            if saver.writer.idle and saver.watch.retry_due(moment.now):
-                kind, epoch, metrics = saver.again(step, epoch, metrics)
-                return self.save_async(step=step, epoch=epoch, metrics=metrics, kind=kind,
-                                       reason=RETRY)  # fmt: skip
-        elif due:
-            return self.save_async(step=step, epoch=epoch, metrics=metrics, reason="scheduled",
-                                   kind="best" if improved else "temp")  # fmt: skip
-        if saver.run.settled and not saver.writer.ready:
-            self.prepare()
-        saver.remember(step, epoch)
-        return None
-
-    def _tell_interval(self, cost: Cost | None) -> None:
-        """Tell the interval that `RiskAware` chooses, once and when it changes by much."""
-        if cost is None or not self._by_cost:
-            return
-        choice = self._by_cost[0].choose(cost)
-        low, high = sorted((choice.interval, self._interval))
-        if high > _TOLD_AGAIN * low:
-            self._interval = choice.interval
-            self._reporter.tell("interval", choice=choice)
+        save = Save(step, epoch, metrics)
+        saver.done(save.step, epoch, keep_streams=self._guard is not None)
+        self._stop_if_asked(save.step, epoch)
+        return saver.after_step(save)
 
     def end_epoch(
         self, epoch: int, *, step: int, metrics: Mapping[str, float] | None = None
@@ -644,7 +601,7 @@ class CheckpointManager:
         """
         calls.check_save(step, epoch, kind, metrics)
         with guard.deferred_interrupt():
-            pending = self._own().request(step, epoch, metrics, kind, reason, kept=True)
+            pending = self._own().request(Save(step, epoch, metrics, kind, reason, kept=True))
             self.wait()
             failure = pending.settled.exception()  # one that was not found right is not saved
             if failure is not None and strict:
@@ -672,8 +629,7 @@ class CheckpointManager:
             SaveFailed: after `close()`, or in a forked child.
         """
         calls.check_save(step, epoch, kind, metrics)
-        with guard.deferred_interrupt():
-            return self._own().request(step, epoch, metrics, kind, reason, kept=kind != "temp")
+        return self._own().request(Save(step, epoch, metrics, kind, reason, kept=kind != "temp"))
 
     def save_snapshot(self) -> Saved | None:
         """Make the newest snapshot in memory durable, where the disk has none of that step: for an
@@ -684,9 +640,7 @@ class CheckpointManager:
             SaveFailed: after `close()`, or in a forked child.
         """
         with guard.deferred_interrupt():
-            saver = self._own()
-            self.wait()
-            pending = saver.writer.write_newest()
+            pending = self._own().save_newest()
             if pending is None or pending.settled.exception() is not None:
                 return None
             self._reporter.deliver()
@@ -705,22 +659,13 @@ class CheckpointManager:
             SaveFailed: after `close()`, or in a forked child.
         """
         saver = self._own()
-        if saver.asked_step == step:  # what is being written already may be this very step
-            self.wait()
-        if saver.has(step):
-            return
-        if not saver.writer.idle and saver.rest + saver.usual > within:
-            if saver.snapshots.in_memory:
-                saver.request(step, epoch, None, "temp", "memory", kept=False, to_disk=False)
-            self.wait()
-            return
-        kind, epoch, metrics = saver.again(step, epoch)
-        self.save(step=step, epoch=epoch, metrics=metrics, kind=kind, reason=reason)
+        calls.check_save(step, epoch, "temp")
+        saver.save_last(Save(step, epoch, reason=reason, kept=True), within)
+        self._reporter.deliver()
 
     def abandon(self) -> None:
         """Write nothing more: the process is about to end, with whatever is durable now."""
-        self._saver.told = None
-        self._saver.writer.abandon()
+        self._saver.abandon()
 
     def prepare(self) -> None:
         """Make the buffers for snapshots in the background, so that the first is as fast as the

@@ -1,14 +1,32 @@
-"""What the manager's methods answer with."""
+"""The nouns of a save and a resume, without behaviour: what each stage fills in and reads."""
 
 from __future__ import annotations
 
-import contextlib
-from concurrent.futures import Future, InvalidStateError
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from holdfast.checkpoint.rundir import Contents, Entry
-from holdfast.errors import SaveFailed
+
+if TYPE_CHECKING:
+    from holdfast.checkpoint.format import Sealer
+    from holdfast.checkpoint.state import Tree
+    from holdfast.checkpoint.system import Buffer, Slot
+
+
+@dataclass(slots=True)
+class Run:
+    """The run that is being saved, as in the identity of its checkpoints."""
+
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    generation: int = 1
+    sequence: int = 0  # of the newest snapshot
+    parent: dict[str, Any] | None = None
+    settled: bool = False  # True once it is known what the checkpoints here are to this run
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +65,7 @@ class Saved:
 
 @dataclass(eq=False, slots=True)
 class PendingSave:
-    """A save on its way: two promises that are kept at different times.
+    """The promises of a save on its way, which are kept at different times.
 
     `staged` is done when the live state may change: what is saved is a copy of exactly this step.
     `durable` is done when the copy is on the disk under its names, with a `Saved`; with None where
@@ -61,17 +79,41 @@ class PendingSave:
     durable: Future[Saved | None] = field(default_factory=Future)
     settled: Future[Saved | None] = field(default_factory=Future)
 
-    def resolve(self, outcome: Saved | SaveFailed | None) -> None:
-        """Keep the promises of a save that is over, as far as they have not been kept."""
-        self.keep_staged()
-        for promise in (self.durable, self.settled):
-            with contextlib.suppress(InvalidStateError):
-                if isinstance(outcome, SaveFailed):
-                    promise.set_exception(outcome)
-                else:
-                    promise.set_result(outcome)
 
-    def keep_staged(self) -> None:
-        """Keep a promise that two threads may come to keep."""
-        with contextlib.suppress(InvalidStateError):
-            self.staged.set_result(None)
+@dataclass(eq=False, slots=True)
+class Save:
+    """One save. It walks from the saver through staging and writer to the publisher; each stage
+    fills in its own fields and reads those before them."""
+
+    # From the training loop.
+    step: int
+    epoch: int | None = None
+    metrics: Mapping[str, float] | None = None
+    kind: str = "temp"  # "epoch", "step", "best" or "temp"
+    reason: str = "requested"
+    kept: bool = False  # a newer save never takes its place
+    to_disk: bool = True  # False: for the memory alone
+    promises: PendingSave = field(init=False)
+
+    # From the saver.
+    asked: float = 0.0  # time.monotonic()
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    tree: Tree | None = None  # the live state, until its bytes are in the slot
+
+    # From staging. `ranges` are parts of the file, `(offset, bytes)`: one, with all of it, today.
+    slot: Slot | None = None
+    stager: int = 0  # the thread that completes the image
+    whole: threading.Event = field(default_factory=threading.Event)  # staging is done with the slot
+    stall: float = 0.0  # seconds that training has stood still for it
+    processors: float = 0.0  # seconds of processors that its background threads have taken
+    size: int = 0  # of the file
+    ranges: list[tuple[int, Buffer]] = field(default_factory=list)
+    sealer: Sealer | None = None  # puts in the checksums; None where they are there already
+
+    # From the writer: returns when the bytes of the file before the given one are final.
+    ready: Callable[[int], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.step, self.epoch = int(self.step), None if self.epoch is None else int(self.epoch)
+        self.metrics = dict(self.metrics) if self.metrics else None
+        self.promises = PendingSave(self.step)

@@ -1,24 +1,34 @@
-"""Take one save on its way: copied out of live tensors, written, published, verified.
+"""Take one `Save` on its way: `saver.request(save)`, `staging.take(save)`, `writer.write(save)`,
+`publisher.publish(save)`. Each stage fills in its own fields and reads the earlier ones.
 
-Nothing above this room is called except the promises *staged*, *durable* and *failed*.
+Nothing climbs back up except the promises *staged*, *durable* and *failed*, which the `Ledger`
+below all of them keeps.
 """
 
 from __future__ import annotations
 
+from holdfast.checkpoint.save.ledger import Ledger
 from holdfast.checkpoint.save.manifest import environment
+from holdfast.checkpoint.save.options import Options, Overlap
 from holdfast.checkpoint.save.publisher import Publisher
 from holdfast.checkpoint.save.rescue import rescue
-from holdfast.checkpoint.save.saver import RETRY, Saver, Told
-from holdfast.checkpoint.save.snapshots import Overlap, lack_of_shared_memory
-from holdfast.checkpoint.save.writer import MEMORY_SLOTS
+from holdfast.checkpoint.save.saver import Saver
+from holdfast.checkpoint.save.slots import MEMORY_SLOTS, Slots, lack_of_shared_memory
+from holdfast.checkpoint.save.source import Source
+from holdfast.checkpoint.save.staging import Staging
+from holdfast.checkpoint.save.writer import Writer
 
 __all__ = [
     "MEMORY_SLOTS",
-    "RETRY",
+    "Ledger",
+    "Options",
     "Overlap",
     "Publisher",
     "Saver",
-    "Told",
+    "Slots",
+    "Source",
+    "Staging",
+    "Writer",
     "environment",
     "lack_of_shared_memory",
     "rescue",

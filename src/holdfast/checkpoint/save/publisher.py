@@ -8,153 +8,140 @@ from __future__ import annotations
 
 import errno
 import logging
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from holdfast.checkpoint.policy import Policy
-from holdfast.checkpoint.records import Saved
+from holdfast.checkpoint.records import Save, Saved
 from holdfast.checkpoint.rundir import (
     BEST,
     LATEST,
     MAIN,
-    Catalog,
     Contents,
     Entry,
-    Reporter,
     in_words,
     name_of,
     rollback,
     space,
+    summary,
     tidy,
 )
-from holdfast.checkpoint.rundir import summary as entry_of
-from holdfast.checkpoint.system import Buffer, direct, filesystem
+from holdfast.checkpoint.save.ledger import Ledger, is_transient
+from holdfast.checkpoint.save.options import Options
+from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError, DamagedCheckpoint, HoldfastError
 
 log = logging.getLogger("holdfast")
 
-# Worth one more try with a new file; a failed fsync is never repeated on the same one, because the
-# kernel may have dropped the dirty pages and would report success (FAULTS.md, 7).
-_TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT}
-# No bytes, or no inodes, though there seemed to be room: somebody was faster, or there is a quota.
+# No bytes, or no inodes, though there seemed to be room: another writer was faster, or a quota.
 _REFUSED = {errno.ENOSPC, errno.EDQUOT}
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """An image to publish: all of its bytes, or those that `ready` makes final on the way."""
-
-    manifest: Mapping[str, Any]
-    size: int
-    pieces: Sequence[tuple[int, Buffer]]
-    ready: direct.Ready | None = None
-
-    @property
-    def run_id(self) -> str:
-        """The run that the checkpoint belongs to."""
-        return str(self.manifest["identity"]["run_id"])
-
-
 class Publisher:
-    """Makes checkpoints of images in one run directory."""
+    """Makes checkpoints of saves in one run directory."""
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        reporter: Reporter,
-        keep: Sequence[Policy] = (),
-        *,
-        limit: float = 0,
-        secure: Callable[[], None] | None = None,
-        make_room: bool = False,
-    ) -> None:
-        """`keep` says what to keep; without any, nothing is removed, unless the disk is too full
-        and `make_room` lets go of what the floor does not need. `limit`: bytes a second. `secure`
-        raises where the run directory is no longer at its path; it is called before each write."""
-        self._catalog, self._reporter, self._keep = catalog, reporter, keep
-        self._limit, self._secure = limit, secure
-        self._make_room = make_room or bool(keep)
-        self._turn = threading.Lock()
+    def __init__(self, ledger: Ledger, options: Options) -> None:
+        self.ledger = ledger
+        self._catalog, self._reporter = ledger.catalog, ledger.reporter
+        self._keep, self._limit = options.keep, options.io_limit
+        self._make_room = options.make_room or bool(options.keep)
 
-    def publish(
-        self,
-        draft: Draft,
-        *,
-        asked: float,
-        stall: float = 0.0,
-        announced: Callable[[Saved], None] = lambda _saved: None,
-    ) -> Saved:
-        """Make `draft` a checkpoint; returns when it is durable, verified and old ones are gone.
+    def publish(self, save: Save) -> Saved:
+        """Make a checkpoint of `save.ranges`; return when it is durable, verified and old ones are
+        gone. The ledger is told as soon as it is durable under all of its names.
 
-        `announced` is called as soon as it is durable under all of its names. `asked` is when it
-        was asked for (time.monotonic), `stall` the seconds that training has waited for it.
-        Whatever goes wrong is tried once more with a new file where that may help.
-
-        Raises `OSError` or `HoldfastError`; what was there before is then as it was.
+        Whatever goes wrong is tried once more with a new file where that may help. Raises `OSError`
+        or `HoldfastError`; what was there before is then as it was.
         """
-        with self._turn:
-            for attempt in (1, 2):
-                try:
-                    return self._publish(draft, asked, stall, announced)
-                except (DamagedCheckpoint, OSError) as error:
-                    if attempt == 2 or not (is_transient(error) or self._made_room(error, draft)):
-                        raise
+        for attempt in (1, 2):
+            try:
+                return self._publish(save)
+            except (DamagedCheckpoint, OSError) as error:
+                if attempt == 2 or not (is_transient(error) or self._made_room(error, save)):
+                    raise
         raise AssertionError("unreachable")
 
-    def _publish(
-        self, draft: Draft, asked: float, stall: float, announced: Callable[[Saved], None]
-    ) -> Saved:
+    def _publish(self, save: Save) -> Saved:
         catalog = self._catalog
-        if self._secure is not None:
-            self._secure()
         if self._make_room:
-            self._tell_gone(space.make_room(catalog, draft.size, draft.run_id))
-        space.check_space(catalog.directory, draft.size)
+            self._tell_gone(space.make_room(catalog, save.size, _run_id(save)))
+        space.check_space(catalog.directory, save.size)
         contents = catalog.scan()
-        entry = entry_of(draft.manifest, draft.size)
-        name = name_of(entry)
-        target = catalog.directory / name
+        entry = summary(save.manifest, save.size)
+        entry = replace(entry, names=(name_of(entry),))
+        target = catalog.path(entry)
+        kept = self._write(save, target, contents)
+        how = self._name(entry, contents, target if kept is None else None)
+        best = contents.of(entry.run_id).best
+        saved = Saved(
+            entry=entry,
+            path=target,
+            seconds=time.monotonic() - save.asked,
+            names=how,
+            is_best=_improves(entry, best),
+            previous_best=best.loss if best else None,
+            stall=save.stall,
+        )
+        self._announce(saved)
+        self.ledger.durable(save, saved)
+        return self._verify(saved, contents, kept)
+
+    def _write(self, save: Save, target: Path, contents: Contents) -> Path | None:
+        """Write the file. Return the second name of what had its name, which stays until this one
+        is verified."""
         filesystem.make_directory(target.parent)
-        kept = tidy.keep_old(catalog, target, name, contents)
+        name = target.relative_to(self._catalog.directory).as_posix()
+        kept = tidy.keep_old(self._catalog, target, name, contents)
         try:
             filesystem.write_file(
-                target, draft.pieces, draft.size, ready=draft.ready, limit=self._limit
+                target, save.ranges, save.size, ready=save.ready, limit=self._limit
             )
         except BaseException:  # an interrupt, too
             if kept is not None and filesystem.same_data(kept, target):
-                filesystem.remove(kept)  # what it is a second name of is where it was
+                # The target still has its old data, so the saved second name is not needed.
+                filesystem.remove(kept)
             raise
-        entry = replace(entry, names=(name,))
-        best = contents.of(entry.run_id).best
-        is_best = _improves(entry, best)
+        return kept
+
+    def _name(self, entry: Entry, contents: Contents, new: Path | None) -> dict[str, str]:
+        """Give a durable file its other names; return how each name was made. `new` is the file
+        where nothing had its name before."""
+        catalog, same_run = self._catalog, contents.of(entry.run_id)
         # A rescue may make up for a checkpoint that is older than what lies here.
-        newest = all(e.order < entry.order for e in contents.of(entry.run_id).entries)
+        newest = all(each.order < entry.order for each in same_run.entries)
         try:
             with catalog.lock():
                 catalog.clear_roles(contents)
-                how = {name: "file", **catalog.publish(entry, [LATEST, MAIN] if newest else [])}
-                if is_best:
+                roles = [LATEST, MAIN] if newest else []
+                how = {entry.names[0]: "file", **catalog.publish(entry, roles)}
+                if _improves(entry, same_run.best):
                     how |= catalog.publish(entry, [BEST])
         except OSError as error:
-            if error.errno in _REFUSED and kept is None:  # what nobody was told takes no room
-                filesystem.remove(target)
+            if error.errno in _REFUSED and new is not None:
+                # The checkpoint was never announced: delete it and free its space.
+                filesystem.remove(new)
             raise
-        saved = Saved(entry, target, time.monotonic() - asked, how, is_best,
-                      best.loss if best else None, stall)  # fmt: skip
+        return how
+
+    def _announce(self, saved: Saved) -> None:
+        entry = saved.entry
         self._reporter.record(
-            "durable", id=entry.id, run_id=entry.run_id, generation=entry.generation,
-            sequence=entry.sequence, step=entry.step, epoch=entry.epoch, kind=entry.kind,
+            "durable",
+            id=entry.id,
+            run_id=entry.run_id,
+            generation=entry.generation,
+            sequence=entry.sequence,
+            step=entry.step,
+            epoch=entry.epoch,
+            kind=entry.kind,
             reason=entry.reason,
-            size=entry.size, names=list(how), seconds=round(saved.seconds, 3),
-            stall=round(stall, 4),
-        )  # fmt: skip
+            size=entry.size,
+            names=list(saved.names),
+            seconds=round(saved.seconds, 3),
+            stall=round(saved.stall, 4),
+        )
         self._reporter.tell("durable", saved=saved)
-        announced(saved)
-        return self._verify(saved, contents, kept)
 
     def _verify(self, saved: Saved, before: Contents, kept: Path | None) -> Saved:
         """Read back what is announced; only then may anything that lay here before go.
@@ -212,11 +199,11 @@ class Publisher:
         names = tidy.take_back(self._catalog, entry, path, kept, reason)
         self._reporter.tell("quarantined", names=names, reason=reason, step=entry.step)
 
-    def _made_room(self, error: Exception, draft: Draft) -> bool:
-        """Whether old checkpoints could go for one that the disk has refused."""
+    def _made_room(self, error: Exception, save: Save) -> bool:
+        """Let old checkpoints go for one that the disk has refused; True if there were any."""
         if not self._make_room or not isinstance(error, OSError) or error.errno not in _REFUSED:
             return False
-        gone = space.make_room(self._catalog, draft.size, draft.run_id, refused=True)
+        gone = space.make_room(self._catalog, save.size, _run_id(save), refused=True)
         self._tell_gone(gone)
         return bool(gone)
 
@@ -226,11 +213,8 @@ class Publisher:
             self._reporter.tell("room_made", names=names, size=sum(entry.size for entry in gone))
 
 
-def is_transient(error: Exception) -> bool:
-    """Whether a new file may succeed where this one has failed: then it is tried, once."""
-    if isinstance(error, OSError):
-        return error.errno in _TRANSIENT
-    return isinstance(error, DamagedCheckpoint)
+def _run_id(save: Save) -> str:
+    return str(save.manifest["identity"]["run_id"])
 
 
 def _improves(entry: Entry, best: Entry | None) -> bool:

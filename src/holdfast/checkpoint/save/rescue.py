@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 
+from holdfast.checkpoint.records import Save
 from holdfast.checkpoint.rundir import (
     Catalog,
     Contents,
@@ -15,7 +16,9 @@ from holdfast.checkpoint.rundir import (
     shared_memory,
     tidy,
 )
-from holdfast.checkpoint.save.publisher import Draft, Publisher
+from holdfast.checkpoint.save.ledger import Ledger
+from holdfast.checkpoint.save.options import Options
+from holdfast.checkpoint.save.publisher import Publisher
 from holdfast.errors import CheckpointError, HoldfastError, ResourceError, SaveFailed
 from holdfast.i18n import _
 
@@ -108,14 +111,14 @@ def _publish(
     catalog: Catalog, reporter: Reporter, snapshot: shared_memory.Left, *, make_room: bool
 ) -> Entry:
     """Publish a snapshot. Raises `_Rotten` for its own faults; all others are the disk's."""
-    asked = time.monotonic()
+    save = Save(snapshot.step, asked=time.monotonic())
     with contextlib.ExitStack() as stack:
         try:
             manifest, image = stack.enter_context(shared_memory.opened(snapshot))
         except CheckpointError as error:
             raise _Rotten(str(error)) from error
-        draft = Draft(manifest, len(image), [(0, image)])
-        saved = Publisher(catalog, reporter, make_room=make_room).publish(draft, asked=asked)
+        save.manifest, save.size, save.ranges = manifest, len(image), [(0, image)]
+        saved = Publisher(Ledger(catalog, reporter), Options(make_room=make_room)).publish(save)
     reporter.report("rescued", id=saved.entry.id, step=saved.entry.step)
     return saved.entry
 
