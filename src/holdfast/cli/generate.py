@@ -162,7 +162,7 @@ def _check(given: argparse.Namespace, prog: str) -> None:
 
 
 def _from_pipe() -> str:
-    """What stands in stdin, without the line break at its end."""
+    """Return stdin without the line break at its end."""
     data = sys.stdin.buffer.read(_LONGEST_PROMPT + 1)
     if len(data) > _LONGEST_PROMPT:
         message = _(
@@ -346,7 +346,7 @@ class _Took:
 
 
 def _name_of(loaded: Loaded) -> str:
-    """Which checkpoint it is: its file in its folder, step, epoch, validation loss."""
+    """Return the checkpoint's file in its folder, step, epoch, and validation loss."""
     entry = loaded.entry
     file = Path(*loaded.path.parts[-2:])  # short enough for one line
     facts = [printable(str(file)), _("step {step}", step=entry.step)]

@@ -22,7 +22,7 @@ from holdfast.training.options.presets import PRESETS, resolve
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainCommand:
-    """What one `holdfast train` was told: the checked configuration, and how to go about it.
+    """The orders of one `holdfast train`: the checked configuration, and how to go about it.
 
     `lang` is None where `--lang` was not given; `config_file` and `preset` are where values of
     `config` came from, to be named to the user.

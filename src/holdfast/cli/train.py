@@ -62,7 +62,7 @@ def _session(command: TrainCommand, prog: str) -> int:
 
 
 def _how_called(prog: str, command: TrainCommand) -> str:
-    """What the user can type to call us again, in the shell that they have."""
+    """Return what the user can type to call us again, in their shell."""
     words = [prog]
     if prog.endswith(".py"):
         in_venv = sys.prefix != sys.base_prefix and "VIRTUAL_ENV" not in os.environ

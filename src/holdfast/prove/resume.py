@@ -61,7 +61,7 @@ _WHY = {
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What `prove_resume` found; true exactly where the two runs ended equal to the last bit."""
+    """Result of `prove_resume`; true exactly if the two runs ended equal to the last bit."""
 
     equal: bool
     difference: str | None = None  # the first one, and why, in words
@@ -361,7 +361,7 @@ def revived(kind: str, text: str) -> HoldfastError:
 
 
 def _can_fork() -> bool:
-    """Whether a forked process can compute: CUDA does not survive a fork once it is in use."""
+    """Return True if a forked process can compute: CUDA in use does not survive a fork."""
     if not hasattr(os, "fork"):
         return False
     child = _fork()

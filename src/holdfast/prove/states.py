@@ -67,7 +67,7 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[Difference]:
 
 
 def count_values(state: Any) -> tuple[int, int]:
-    """How many tensors, and how many other values, a state has: what a comparison has seen."""
+    """Return the numbers of tensors and of other values in a state."""
     if isinstance(state, torch.Tensor):
         return 1, 0
     if isinstance(state, Mapping):

@@ -1,4 +1,4 @@
-"""What a person sees of a training: a live bar that never covers a line, or plain lines in a pipe.
+"""Show a training to a person: a live bar that never covers a line, or plain lines in a pipe.
 
 Everything said goes through here, to the terminal and, without the bar, into the log file. A dead
 terminal or a closed pipe ends the talking, never the training.
@@ -38,7 +38,7 @@ REDRAW_EVERY = 0.25  # seconds between two drawings of the bar
 
 @dataclass(slots=True)
 class Status:
-    """What the bar shows; the trainer keeps it up to date."""
+    """The contents of the bar; the trainer keeps them up to date."""
 
     epoch: int = 1
     epochs: int | None = None
@@ -106,7 +106,7 @@ class Console:
     # ------------------------------------------------------------------------------------ talking
 
     def say(self, text: str = "", *, style: str = "", important: bool = False) -> None:
-        """A line above the bar; with `--quiet` only if it is `important`."""
+        """Say a line above the bar; with `--quiet` only if it is `important`."""
         self._write_log(text)
         if self._dead or (self._quiet and not important):
             return
@@ -119,18 +119,18 @@ class Console:
                 )
 
     def warn(self, text: str) -> None:
-        """A line that is shown even with `--quiet`."""
+        """Say a line that is shown even with `--quiet`."""
         self.say(f"⚠️  {text}", style="yellow", important=True)
 
     def alarm(self, text: str) -> None:
-        """A line that nobody should miss; on a terminal with its bell."""
+        """Say a line that must not be missed; on a terminal with its bell."""
         self.say(f"🚨 {text}", style="bold red", important=True)
         if self.terminal and not self._dead:
             with self._survive():
                 self._stream.write("\a")
 
     def note(self, text: str) -> None:
-        """A line for the log file alone."""
+        """Write a line to the log file alone."""
         self._write_log(text)
 
     def table(self, rows: list[list[str]], *, header: list[str]) -> None:
@@ -139,7 +139,7 @@ class Console:
         self.say("\n".join(render(columns, rows, PIPE)), important=True)
 
     def ask(self, question: str, *, default: bool = True) -> bool:
-        """A yes-or-no question to the person at the terminal."""
+        """Ask the person at the terminal a yes-or-no question."""
         hint = "[Y/n]" if default else "[y/N]"
         while True:
             self._rich.print(f"{question} {hint} ", end="")
@@ -204,7 +204,7 @@ class Console:
         if not self.terminal or self._quiet or self._dead:
             return
         # Redrawn by `progress`, in the training thread: a thread of rich's own would meet the end
-        # of the terminal where nobody can catch it.
+        # of the terminal where no handler of ours is.
         self._live = Live(
             get_renderable=self._render,
             console=self._rich,
@@ -265,7 +265,7 @@ class Console:
         )
 
     def _details(self, *, with_eta: bool = True) -> str:
-        """What is safe comes first: a narrow terminal cuts the end off."""
+        """Return the second line. Safety comes first: a narrow terminal cuts the end off."""
         s = self.status
         parts = [
             self._safety(),

@@ -215,7 +215,7 @@ def _time_steps(workshop: Workshop, signals: guard.SignalGuard) -> float:
 
 
 def _copies(workshop: Workshop, temps: int, kept: int) -> int:
-    """How many distinct checkpoints lie on the disk at the worst moment: while one is written."""
+    """Return the most distinct checkpoints on the disk at once, the one being written included."""
     options, plan = workshop.config.checkpoint, workshop.trainer.plan
     limit = options.keep_last_n or math.inf
     epochs = plan.epochs or 0

@@ -1,4 +1,4 @@
-"""Ends that were not planned: a signal, an error, a loss that nobody can learn from.
+"""Ends that were not planned: a signal, an error, a loss that cannot be learned from.
 
 Whatever the end, the newest state that can be trusted is durable afterwards, and the last line says
 how to go on. A loss gone wrong need not be an end: training goes back and leaves that data out.

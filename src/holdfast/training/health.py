@@ -1,4 +1,4 @@
-"""Whether a step's loss is one to learn from: what is not a number, and what has left its range.
+"""Judge whether to learn from a step: a loss that is no number, or has left its range.
 
 Pure: numbers in, a judgement out. What follows from it is decided in ending.py.
 """
@@ -43,7 +43,7 @@ class LossWatch:
         self.suspects: list[Place] = []  # the steps in a row that were high, or worse
 
     def problem(self, loss: float, norm: float, place: Place) -> str:
-        """What is wrong with a step, in words; empty where its gradient may be used."""
+        """Return what is wrong with a step, in words; empty if its gradient may be used."""
         if not math.isfinite(loss):
             self.suspects.append(place)
             return _("the loss is {loss}", loss=loss)

@@ -228,7 +228,7 @@ def vocabulary_of(config: ModelConfig) -> int:
 
 
 def is_shape(name: str) -> bool:
-    """Whether `name` is a shape of ours; a directory of that name is not looked at."""
+    """Return True if `name` is a shape of ours; a directory of that name is not looked at."""
     return name in SHAPES
 
 
@@ -303,7 +303,7 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies bf16 matrices faster than fp32 ones."""
+    """Return True if `device` multiplies bf16 matrices faster than fp32 ones."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":

@@ -33,7 +33,7 @@ class Notifier:
     """Runs `command` for one training in `directory`; says with `warn` where that fails.
 
     A context manager around the training: how the block ends is told, and waited for, `TIMEOUT`
-    seconds at most. Before `begin` nobody is told anything: the user is still there.
+    seconds at most. Before `begin` the program is not run: the user is still there.
     """
 
     def __init__(self, command: str | None, directory: Path, warn: Callable[[str], None]) -> None:
@@ -84,7 +84,7 @@ class Notifier:
         trace: TracebackType | None,
     ) -> None:
         if isinstance(error, Interrupted):
-            if error.exit_code != 128 + signal.SIGINT:  # whoever pressed Ctrl-C knows
+            if error.exit_code != 128 + signal.SIGINT:  # the person who pressed Ctrl-C knows
                 self.send("interrupted", str(error))
         elif isinstance(error, Exception):
             self.send("crashed", _told(error))

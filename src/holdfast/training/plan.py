@@ -1,4 +1,4 @@
-"""How long a run is, where it stands, and which learning rate that means. Pure; no torch."""
+"""Compute the length of a run, its position, and the learning rate there. Pure; no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Progress:
-    """Where the loop stands; part of every checkpoint."""
+    """Position of the loop; part of every checkpoint."""
 
     epoch: int = 1  # counted from 1
     position: int = 0  # steps done in this epoch
@@ -52,7 +52,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How many steps an epoch and the run have; a pure function of configuration and data."""
+    """Numbers of steps of an epoch and of the run, from configuration and data alone."""
 
     accumulation: int
     steps_per_epoch: int

@@ -1,4 +1,4 @@
-"""Whether what a checkpoint says of its model and tokenizer can be true, asked before it is used.
+"""Refuse a model or tokenizer of impossible size before it is built.
 
 Anybody can write ten million layers, or a word that grows a billionfold, into a few kilobytes. To
 find out by building them takes all memory or never ends. No torch here.

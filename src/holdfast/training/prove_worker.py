@@ -36,7 +36,7 @@ _POLL = 0.02  # seconds between two looks into the history
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a run is told: to stop at a step as a person would, or to wait after a durable one."""
+    """Orders of a run: stop at a step as a person would, or wait after a durable one."""
 
     config: str  # the file
     stop: int  # the last step, counted from the beginning of the run

@@ -30,7 +30,7 @@ from holdfast.training.prove_worker import Order
 
 # What a run keeps about itself, and what differs with the directory it lies in.
 _NOT_COMPARED = ("config",)
-_NOT_PASSED_ON = {"notify"}  # whoever is told of the real run has no business with the proof
+_NOT_PASSED_ON = {"notify"}  # it is about the real run
 
 Told = Mapping[str, Any]
 Progress = Callable[["Stage"], None]
@@ -43,7 +43,7 @@ crash goes into the file."""
 
 @dataclass(slots=True)
 class Stage:
-    """Where the proof stands: which run, at which step, and how long all of them will take."""
+    """Progress of a proof: the run, its step, and the seconds that all runs will still take."""
 
     name: str  # "straight", "interrupted", "resumed" or "again"
     step: int = 0
@@ -54,7 +54,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class TrainingProof:
-    """What the proof of a training found; `proof` is about the state at the end."""
+    """Result of proving a training; `proof` is about the state at the end."""
 
     proof: Proof
     steps: int
@@ -65,7 +65,7 @@ class TrainingProof:
 
     @property
     def equal(self) -> bool:
-        """Whether every step and the state at the end are the same to the bit."""
+        """True if every step and the state at the end are the same to the bit."""
         return self.proof.equal and self.at is None
 
     def to_json(self) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def _start(order: Order, errors: IO[bytes]) -> subprocess.Popen[str]:
 
 
 def _is_said(config: Config, name: str) -> bool:
-    """Whether the user has chosen this option; what belongs to a start of the real run is not."""
+    """Return True if the user chose this option, and it is not about one start of the real run."""
     passed = name not in _NOT_PASSED_ON and not OPTIONS[name].meta.of_this_start
     return passed and config.sources[name] != "default"
 

@@ -1,4 +1,4 @@
-"""What a run writes for others to read: metrics.jsonl, training_history.json, TensorBoard.
+"""Write what others read of a run: metrics.jsonl, training_history.json, TensorBoard.
 
 None of it is needed to resume; all of it can be read while training goes on. A full disk costs a
 warning here, never the training.
@@ -148,7 +148,7 @@ class Records:
 
     @contextlib.contextmanager
     def _survive(self, name: str) -> Iterator[None]:
-        """What cannot be written costs a warning, once until it works again."""
+        """Turn a failure to write into a warning, once until it works again."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 - TensorBoard raises what its thread met

@@ -261,7 +261,7 @@ def _heed(guard: guards.SignalGuard) -> None:
 
 
 def save_policies(options: CheckpointConfig) -> list[SavePolicy]:
-    """When to save rolling checkpoints: as asked for; by risk and cost where nothing was said."""
+    """Return when to save rolling checkpoints: as asked for, else by risk and cost."""
     if options.temp_every_steps is None and options.temp_every_minutes is None:
         return [RiskAware(write_budget=1e9 * options.write_budget)]
     when: list[SavePolicy] = []

@@ -1,5 +1,6 @@
-"""What a person is told of a training: its evaluations and epochs, and what the checkpoint manager
-has done. Words only; when something is said is decided elsewhere."""
+"""Tell a person of evaluations, epochs, and what the checkpoint manager has done.
+
+Words only: the callers decide when something is said."""
 
 from __future__ import annotations
 
@@ -221,7 +222,7 @@ def _tell_trouble(console: Console, event: str, fields: dict[str, Any], text: st
 
 
 def _stall(saved: Saved) -> str:
-    """What is worth saying of how long training has stood still for a save."""
+    """Return words about how long training has waited for a save, if it was long."""
     if saved.stall < _TELL_STALL:
         return ""
     return _("; training waited {seconds}", seconds=format_seconds(saved.stall))

@@ -110,7 +110,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """True if there is nothing left to do."""
         progress = self.progress
         if progress.owed:
             return False
@@ -271,7 +271,7 @@ class Trainer:
             return next_token_loss(logits, targets)
 
     def _clip(self) -> torch.Tensor | None:
-        """Clip the gradient; its norm before that, where somebody wants to look at it."""
+        """Clip the gradient. Return its norm before that if it is watched."""
         limit, watched = self.config.training.grad_clip, self.config.training.on_nan != "ignore"
         parameters = list(self.model.parameters())
         if limit:
@@ -392,7 +392,7 @@ class Trainer:
         return learning_rate_factor(training.schedule, self._warmup, self.plan.total_steps)(step)
 
     def _data_identity(self) -> dict[str, Any]:
-        """What the position in the data means."""
+        """Return what gives the position in the data its meaning."""
         data = self.config.data
         return {
             "content_hash": self.data.content_hash,

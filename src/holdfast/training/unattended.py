@@ -1,4 +1,4 @@
-"""What `holdfast run` tells a training that it starts again: go on, whatever you were first told.
+"""Let a training that `holdfast run` starts again go on, whatever it was told at first.
 
 A first start may have been told to begin anew (`--fresh`, `--checkpoint`, `--resume FILE`). Obeyed
 again after a crash, that would throw away what has been trained since.
@@ -13,7 +13,9 @@ RESTART = "HOLDFAST_RESTART"
 
 
 def goes_on(newest: str | None) -> bool:
-    """Whether this is a restart and `newest`, the id of the newest checkpoint, is the work of an
-    earlier start under the same supervisor. Where that has left nothing, its orders still hold."""
+    """Return True at a restart if `newest`, the id of the newest checkpoint, is an earlier start's.
+
+    An earlier start under the same supervisor that left no checkpoint has its orders obeyed again.
+    """
     before = os.environ.get(RESTART)
     return before is not None and newest is not None and newest != before

@@ -26,7 +26,7 @@ STOPPED, RUINED = "stopped", "not_a_number"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn from what the model says."""
+    """The way to draw the next token from the logits."""
 
     seed: int
     temperature: float = 0.8
@@ -138,8 +138,8 @@ def sample_text(
     may_end: bool = True,
     stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """What a `TextStream` gives, joined, never past the context; broken bytes at its end are left
-    out."""
+    """Return the text of a `TextStream`, never past the context, without broken bytes at its
+    end."""
     sampling = Sampling(seed=seed, temperature=temperature, top_k=top_k)
     stream = TextStream(
         model,
@@ -205,7 +205,7 @@ class _Pieces:
         self._said = _whole(self._tokenizer.decode(self._ids))
 
     def add(self, token: int) -> str:
-        """What `token` adds to the text; "" while a character is not complete."""
+        """Return what `token` adds to the text; "" while a character is not complete."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         whole = _whole(text)
@@ -223,7 +223,7 @@ def _whole(text: str) -> str:
     """`text` without what may be the beginning of a character at its end: three bytes at most.
 
     A model that has learned nothing draws bytes that are none, one after the other: these are shown
-    as what they are, or nobody would see that it writes.
+    as what they are, or the user would not see that it writes.
     """
     kept = len(text.rstrip(_BROKEN))
     return text[: max(kept, len(text) - 3)]

@@ -51,7 +51,7 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
@@ -175,7 +175,7 @@ def _part(reader: Reader, name: str, needed: str | None = None) -> dict[str, Any
 
 
 def _bare_model(model_config: Mapping[str, Any], path: Path) -> Any:
-    """The model without memory for its weights. Raises ForeignCheckpoint where nobody knows it."""
+    """Return the model without memory for its weights. Raise ForeignCheckpoint if unknown."""
     import transformers
 
     kind = model_config["model_type"]
@@ -216,7 +216,9 @@ def _weights_without_memory() -> Iterator[None]:
         register(self, name, param)
 
     with _building:
-        register = torch.nn.Module.register_parameter  # inside: nobody else's patch
+        register = (
+            torch.nn.Module.register_parameter
+        )  # read under the lock: never another thread's patch
         torch.nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
         try:
             yield

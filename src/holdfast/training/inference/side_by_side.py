@@ -1,4 +1,4 @@
-"""What a trained model makes of a text: how it goes on from it, and how well it predicts it.
+"""Continue a text with a trained model, and measure how well the model predicts one.
 
 For comparing checkpoints: the same prompt with the same seed, the same text in every tokenizer.
 """
@@ -42,7 +42,7 @@ Show = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """How a model goes on from a prompt."""
+    """The continuation of a prompt."""
 
     text: str  # without the prompt
     ended: str  # "length", "context" (the model can see no more), "end" (of text), or "nan"
@@ -54,7 +54,7 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """How well a model predicts a text."""
+    """The measure of a model on a text."""
 
     tokens: int  # of its tokenizer, an end-of-text one for each document
     text_bytes: int
@@ -92,7 +92,7 @@ class Evaluation:
 def continue_text(
     loaded: Loaded, prompt: str, *, tokens: int, seed: int, temperature: float
 ) -> Continuation:
-    """Up to `tokens` tokens more, drawn with `seed`; the likeliest ones where `temperature` is 0.
+    """Return up to `tokens` more tokens, drawn with `seed`; the likeliest at `temperature` 0.
 
     Raises ConfigError where the prompt leaves no room in what the model can see.
     """

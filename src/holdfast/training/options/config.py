@@ -16,7 +16,7 @@ from holdfast.training.options.fields import Option, nearest, option, options_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """What is trained, and in which precision."""
+    """The model, and its arithmetic."""
 
     model: str = option(
         "tiny",
@@ -88,7 +88,7 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingConfig:
-    """How long, how fast and in which order the model learns, and what is said meanwhile."""
+    """Length, speed and order of learning, and reports on the way."""
 
     epochs: int | None = option(
         3,
@@ -187,7 +187,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
-    """Where the run lives, when it is saved, what is kept, and what this start goes on from."""
+    """The run directory, its saves and their retention, and the state to go on from."""
 
     checkpoint_dir: str = option(
         "checkpoints",

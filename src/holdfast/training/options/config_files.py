@@ -19,7 +19,7 @@ from holdfast.training.options.config import BY_NAME, OPTIONS, SECTIONS, Config,
 from holdfast.training.options.fields import Option, did_you_mean, flag_of, nearest, quote_value
 
 DASHES = "-—–−－"
-"""What stands before a flag when it was copied from a page that beautifies text."""
+"""Characters before a flag that was copied from a page which beautifies text."""
 
 _MAX_FILE = 1 << 20  # bytes; no config file comes near it, and a data file given by mistake does
 
@@ -53,7 +53,7 @@ _JSON_WORDS = (
 
 @dataclass(slots=True)
 class Layer:
-    """What one source says: the accepted values, and the name by which the user gave each.
+    """One source of options: its accepted values, and the name by which the user gave each.
 
     `where` opens the line of each problem ("run.json: "); `problems` is shared by all layers.
     """
@@ -199,7 +199,7 @@ def _settle_exclusive(layers: Sequence[Layer], problems: list[str]) -> None:
 
 
 def from_mapping(data: Mapping[str, object]) -> Config:
-    """`data`, flat or sectioned, over the defaults. Raises ConfigError with all its problems."""
+    """Return `data`, flat or sectioned, over the defaults. Raise ConfigError with all problems."""
     problems: list[str] = []
     return merge([layer_of_mapping("file", data, "", problems)], problems)
 
@@ -208,7 +208,7 @@ def from_mapping(data: Mapping[str, object]) -> Config:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ConfigError where there is none, with line and column."""
+    """Return the JSON object in `path`. Raise ConfigError with line and column otherwise."""
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_FILE + 1)

@@ -1,4 +1,4 @@
-"""What an option is: the metadata of a dataclass field, and the judgement of a value against it.
+"""Options: the metadata of a dataclass field, and the judgement of a value against it.
 
 Nothing about files, presets or the command line enters here; they all ask this module.
 """
@@ -22,7 +22,7 @@ _TOO_LARGE = 2**63  # beyond this a whole number fits no counter of torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meta:
-    """What `option` records beside the default and the type."""
+    """The keywords of `option`."""
 
     help: str
     metavar: str | None = None
@@ -55,7 +55,7 @@ def option(default: Any, **meta: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option: where it belongs, what it takes and what it is when nobody says anything."""
+    """One option: its section, its values and its default."""
 
     name: str
     section: str
@@ -84,7 +84,7 @@ class Option:
         return self.meta.metavar or names[self.kind]
 
     def accepts(self, value: object) -> bool:
-        """Whether `value` is one that this option may have; types are strict."""
+        """Return True if this option may have `value`; types are strict."""
         if value is None:
             return self.optional
         if self.meta.count_or is not None and type(value) in (int, str):
@@ -113,13 +113,13 @@ class Option:
         )
 
     def normalise(self, value: object) -> object:
-        """The accepted `value` in the option's own type: 1 becomes 1.0 where floats live."""
+        """Return the accepted `value` in the option's own type: 1 becomes 1.0 for a float."""
         if self.kind is str and isinstance(value, int):
             return str(value)
         return float(value) if self.kind is float and isinstance(value, int) else value
 
     def parse(self, text: str) -> object:
-        """The value that `text` on a command line means; `text` itself where it means none."""
+        """Return the value that `text` on a command line means; `text` itself if it means none."""
         if self.kind is str:
             return text
         if self.optional and text.lower() == "none":
@@ -132,7 +132,7 @@ class Option:
             return text
 
     def expected(self, nothing: str) -> str:
-        """What is allowed, in words; `nothing` is how the user writes "no value" there."""
+        """Return the allowed values in words; `nothing` is how the user writes "no value" there."""
         words = self._kind_in_words()
         m = self.meta
         bounds = [
@@ -164,7 +164,7 @@ class Option:
         return _("text") if self.meta.may_be_empty else _("text that is not empty")
 
     def hint(self, value: object) -> str:
-        """What was probably meant by the refused `value`; empty where there is no telling."""
+        """Return what the refused `value` was probably meant to be; empty if unclear."""
         if isinstance(value, str) and self.choices:
             return did_you_mean(nearest(value, self.choices))
         if isinstance(value, str) and self.kind is not str:

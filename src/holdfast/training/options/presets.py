@@ -27,11 +27,11 @@ PRESETS: dict[str, str] = {
     "extended": N_("long training"),
     "precision": N_("the best quality"),
 }
-"""What each preset is for; its values stand in `training_<name>.json`, an ordinary config file."""
+"""Purpose of each preset; its values stand in `training_<name>.json`, an ordinary config file."""
 
 
 def preset_file(name: str) -> Path:
-    """The file of the preset `name`; ConfigError where there is no such preset."""
+    """Return the file of the preset `name`. Raise ConfigError if there is no such preset."""
     if name not in PRESETS:
         message = _(
             "--preset {name}: expected one of {choices}{hint}",
@@ -44,7 +44,7 @@ def preset_file(name: str) -> Path:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The values of the preset `name` as its file has them."""
+    """Return the values of the preset `name` as its file has them."""
     return read_config_file(preset_file(name))
 
 
@@ -104,7 +104,7 @@ def presets_table(screen: Screen) -> list[str]:
 
 
 def presets_json() -> list[dict[str, Any]]:
-    """The presets for scripts: name, purpose, and the options that each sets."""
+    """Return the presets for scripts: name, purpose, and the options that each sets."""
     return [
         {"name": name, "purpose": _(purpose), "configuration": load_preset(name)}
         for name, purpose in PRESETS.items()

@@ -1,4 +1,4 @@
-"""Which tokens are seen when: every batch is a pure function of (seed, epoch, position).
+"""Cut tokens into batches: each one is a pure function of (seed, epoch, position).
 
 So there is no state to save, skipping ahead costs nothing, and a resumed run sees what it would
 have seen. Where the tokens come from is not known here.
@@ -46,7 +46,7 @@ def derive_key(*numbers: int) -> int:
 
 
 def permute(index: npt.ArrayLike, n: int, key: int) -> npt.NDArray[np.int64]:
-    """Where each of `index` (values in range(n), any shape) goes in the permutation `key`.
+    """Return where each of `index` (in range(n), any shape) goes in the permutation `key`.
 
     Construction, fixed for ever, since resuming an old run depends on it (numpy's own shuffles
     may change from release to release): a balanced Feistel network of 8 rounds over numbers of
@@ -146,7 +146,7 @@ def validation_batches(
 def streamed_batches(
     pieces: Iterable[npt.NDArray[Any]], eos_id: int, context_length: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What `validation_batches` gives for the tokens of `pieces` in a row, none of them kept."""
+    """Yield what `validation_batches` gives for the tokens of `pieces` in a row, none kept."""
     size, before, waiting = batch_size * context_length, eos_id, np.empty(0, dtype=np.int64)
     for piece in pieces:
         waiting = np.concatenate([waiting, piece])
@@ -173,7 +173,7 @@ def _filled_up(
 
 
 def validation_batch_count(stream: TokenStream, context_length: int, batch_size: int) -> int:
-    """How many batches `validation_batches` gives."""
+    """Return the number of batches of `validation_batches`."""
     return math.ceil(len(stream) / (batch_size * context_length))
 
 
@@ -185,7 +185,7 @@ def bits_per_byte(nats: float, text_bytes: int) -> float:
 def unigram_bits_per_byte(
     train: TokenStream, val: TokenStream, val_bytes: int, vocab_size: int
 ) -> float:
-    """What a model reaches on `val` that knows only how often each token occurs in `train`.
+    """Return what a model reaches on `val` that only knows how often tokens occur in `train`.
 
     Cross entropy of add-one smoothed counts, p(t) = (count(t) + 1) / (tokens + vocab_size), over
     all tokens of `val`, end-of-text included, in bits per UTF-8 byte (`val_bytes`) of its text.

@@ -49,20 +49,20 @@ class TokenStream:
 
     @property
     def documents(self) -> int:
-        """How many documents (after long ones were cut for the split)."""
+        """Number of documents, after long ones were cut for the split."""
         return len(self.ends)
 
 
 @dataclass(frozen=True)
 class CachedTokens:
-    """What one cache entry holds."""
+    """The contents of one cache entry."""
 
     train: TokenStream
     val: TokenStream
     documents: int
     """Documents in the data, before long ones were cut."""
     damage: Mapping[str, Any] | None = None
-    """What was left out of the data (Damage.to_json); None: nothing."""
+    """Text that was left out (Damage.to_json); None: nothing."""
 
 
 def key_of(*parts: object) -> str:
@@ -93,7 +93,7 @@ def write_sealed(path: Path, body: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """What `write_sealed` wrote; None where it is missing, unreadable or changed."""
+    """Return what `write_sealed` wrote; None if it is missing, unreadable or changed."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             digest, text = file.read().removesuffix("\n").split("\n", 1)
@@ -164,7 +164,7 @@ class TokenCache:
             folder.rename(final)
 
     def _remove_abandoned(self) -> None:
-        """Folders of builds that were killed. Age is no promise to anybody here, only tidiness."""
+        """Remove the folders of builds that were killed, known by their age."""
         for folder in self.root.glob(f"{_TEMPORARY}*"):
             with contextlib.suppress(OSError):
                 if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER:

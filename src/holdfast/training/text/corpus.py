@@ -1,4 +1,4 @@
-"""Which files are the data, which documents they hold, and which of these are for validation.
+"""Find the files of a data set, read their documents, and split them for validation.
 
 Everything here depends on the content alone, never on names, places or times: a run directory
 that was carried elsewhere finds its data, its split and its cache again. No tokenizer enters.
@@ -142,7 +142,7 @@ def combined_hash(files: Iterable[tuple[str, Path]]) -> str:
 
 
 def content_hash(paths: Iterable[Path], progress: Progress | None = None) -> str:
-    """What the data is, whatever its files are called and wherever they lie (32 hex digits)."""
+    """Return the identity of the data, whatever its files' names and places (32 hex digits)."""
     return combined_hash(files_by_content(paths, progress))
 
 
@@ -331,8 +331,8 @@ class _Scores:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How long documents are cut: those of more than `longest` characters, after the first line or
-    sentence end behind every `size` of them.
+    """Cut documents of more than `longest` characters, after the first line or sentence end behind
+    every `size` of them.
 
     With a single long text, or with one that outweighs all others, whole documents cannot give the
     validation part its size. Pieces of a quarter of its share can. At least two pieces come out of

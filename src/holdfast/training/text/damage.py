@@ -1,8 +1,8 @@
-"""What of a text cannot be read: counted, left out where it is little, refused where it is more.
+"""Count damaged places of a text: leave out a few, refuse the text if there are many.
 
 Texts as they are found have a broken byte here and there. A training that ends at the first one
-helps nobody, and one that drops half of a file silently harms: so every place is counted, the first
-ones are shown, and above a share of `TOLERATED` the text is refused with the first place.
+does not help, and one that drops half of a file silently harms. So every place is counted, the
+first ones are shown, and above a share of `TOLERATED` the text is refused with the first place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NO_TEXT = N_("no text in the text field")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where something was left out, and why."""
+    """A place where text was left out, and the reason."""
 
     path: Path
     number: int
@@ -52,7 +52,7 @@ class Place:
 
 @dataclass(slots=True)
 class Damage:
-    """What one reading of the data left out."""
+    """Text that one reading of the data left out."""
 
     strict: bool = False
     """Refuse at the first place."""
@@ -131,7 +131,7 @@ class Damage:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], paths: Sequence[Path]) -> Damage:
-        """What `to_json` described, of files that lie at `paths` now."""
+        """Return what `to_json` described, of files that lie at `paths` now."""
         shown = [Place(paths[file], *rest) for file, *rest in data["shown"]]
         return cls(False, data["size"], data["left_out"], data["places"], shown)
 

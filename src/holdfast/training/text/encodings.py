@@ -46,7 +46,7 @@ _BLANK_LINE = re.compile(r"\n\s*\n")
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How the bytes of one file become text."""
+    """The encoding of one file."""
 
     codec: str
     bom: int
@@ -154,7 +154,7 @@ def _first_damage(blocks: Blocks, codec: str) -> tuple[int, int, str] | None:
 
 @dataclass(slots=True)
 class _Look:
-    """What a whole file is like in one encoding."""
+    """Counts over a whole file, read in one encoding."""
 
     codec: str
     size: int = 0

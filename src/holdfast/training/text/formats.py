@@ -113,7 +113,7 @@ class DataFile:
         return encodings.decoded(counted(), encoding, report)
 
     def _blocks(self, seen: Seen) -> Iterator[bytes]:
-        """What the file holds, decompressed, in blocks."""
+        """Yield the contents of the file, decompressed, in blocks."""
         suffix = self.path.suffix.lower()
         try:
             with self.path.open("rb") as file:

@@ -49,7 +49,7 @@ class PreparedData:
     """Empty where `val_fraction` is 0."""
     documents: int
     content_hash: str
-    """What the data is, wherever it lies (corpus.content_hash)."""
+    """Identity of the data, wherever it lies (corpus.content_hash)."""
     notes: list[str]
     """Warnings for the user, in the user's language."""
     from_cache: bool

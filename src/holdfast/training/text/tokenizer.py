@@ -159,7 +159,7 @@ class TextTokenizer:
     def encode_chunks(
         self, documents: Iterable[str]
     ) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.int64]]]:
-        """What `encode_batch` gives, for some documents at a time."""
+        """Yield what `encode_batch` gives, for some documents at a time."""
         for chunk in in_chunks(documents, len):
             yield self.encode_batch(chunk)
 
@@ -302,7 +302,7 @@ def _train(
         except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
             outcome.set_exception(error)
 
-    # A daemon: what nobody waits for any more must not keep the process from ending.
+    # A daemon: an abandoned training must not keep the process from ending.
     threading.Thread(target=work, name="holdfast-tokenizer", daemon=True).start()
     try:
         while wait([outcome], _LISTEN_EVERY).not_done:
