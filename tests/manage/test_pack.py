@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -28,6 +29,7 @@ from holdfast.manage.packing.archive import MANIFEST, SUMS
 from holdfast.manage.packing.pack import Packed, pack, target_of
 from holdfast.manage.progress import Progress
 from tests.manage.runs import Training, copy_without_links, cut, flip, make_run
+from tests.support import die, in_child
 
 
 def members(path: Path) -> list[tarfile.TarInfo]:
@@ -157,7 +159,20 @@ def test_a_training_goes_on_meanwhile_and_what_it_prunes_is_packed(tmp_path: Pat
         tar.extractall(tmp_path / "out", filter="data")
     assert load(tmp_path / "out" / "run" / "latest.pt")["epoch"] == 3
     assert load(tmp_path / "out" / "run" / "model_epoch_2.pt")["epoch"] == 2
-    assert not list(run.glob(".packing-*"))
+    assert not (run / ".packing").exists()
+
+
+def test_what_a_killed_packing_has_linked_goes_with_the_next_start(tmp_path: Path) -> None:
+    """Its links would hold the data of checkpoints that retention removes."""
+    run = make_run(tmp_path / "run")
+
+    def killed() -> None:
+        pack(run, tmp_path / "a.tar", show=lambda _progress: die())
+
+    assert in_child(killed) == -signal.SIGKILL
+    assert len(list((run / ".packing").iterdir())) == 1
+    with Training(run):
+        assert not (run / ".packing").exists()
 
 
 def test_without_hard_links_copies_are_packed(
@@ -167,7 +182,7 @@ def test_without_hard_links_copies_are_packed(
     monkeypatch.setenv("HOLDFAST_DISABLE", "hardlinks,reflink")
     packed = pack(run, tmp_path / "a.tar")
     assert packed.contents.step == 400 and not packed.damaged
-    assert not list(run.glob(".packing-*"))
+    assert not (run / ".packing").exists()
 
 
 def test_what_was_written_since_the_scan_counts(

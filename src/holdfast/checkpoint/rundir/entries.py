@@ -15,6 +15,7 @@ from holdfast.i18n import _
 LATEST, MAIN, BEST = "latest.pt", "model.pt", "best_model.pt"
 ROLES = (BEST, LATEST, MAIN)  # names that move from checkpoint to checkpoint
 TEMP, QUARANTINE, ARCHIVE, REPLACED = "temp", "quarantine", "archive", "replaced"
+PACKING = ".packing"  # holds the links that `holdfast pack` reads from
 EVENTS, METADATA = "events.jsonl", "metadata.json"
 # Errors of code that takes in what a stranger may have written.
 NONSENSE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)

@@ -6,6 +6,7 @@ crash in the middle of any of them is repaired by doing it again.
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ from pathlib import Path
 from holdfast.checkpoint.format import container
 from holdfast.checkpoint.policy import Policy, select
 from holdfast.checkpoint.rundir.catalog import Catalog
-from holdfast.checkpoint.rundir.entries import ARCHIVE, REPLACED, Contents, Entry
-from holdfast.checkpoint.system import filesystem
+from holdfast.checkpoint.rundir.entries import ARCHIVE, PACKING, REPLACED, Contents, Entry
+from holdfast.checkpoint.system import drafts, filesystem
 from holdfast.errors import DamagedCheckpoint
 from holdfast.i18n import _
 
@@ -106,7 +107,12 @@ def prune(catalog: Catalog, policies: Sequence[Policy]) -> None:
 
 
 def sweep(catalog: Catalog, contents: Contents) -> None:
-    """Remove temporary files of dead writers: the caller holds the run's lock and writes nothing,
-    so that none is alive."""
+    """Remove temporary files of dead writers, and the links of a packing that was killed.
+
+    The caller holds the run's lock and writes nothing, so that no writer is alive.
+    """
     for name in contents.temporaries:
         filesystem.remove(catalog.directory / name)
+    drafts.sweep(catalog.directory / PACKING, "")
+    with contextlib.suppress(OSError):  # there is none, or a packing is at work
+        (catalog.directory / PACKING).rmdir()

@@ -20,6 +20,7 @@ from holdfast.checkpoint.format import Reader, read_manifest
 from holdfast.checkpoint.rundir import (
     ARCHIVE,
     METADATA,
+    PACKING,
     QUARANTINE,
     TEMP,
     Catalog,
@@ -43,7 +44,6 @@ from holdfast.manage.progress import Meter
 from holdfast.manage.rundir import RunDirectory, look
 from holdfast.version import __version__
 
-_DRAFT = ".packing-"
 _AGAIN = 5  # looks at a directory that cannot be locked and changes under us
 
 
@@ -155,10 +155,15 @@ def taken(run: RunDirectory, target: Path, *, slim: bool) -> Iterator[Taken]:
     """
     # A link needs the run's own file system. A directory that cannot be written is copied.
     place = run.directory if os.access(run.directory, os.W_OK) else target.absolute().parent
-    with drafts.folder(place, _DRAFT) as folder:
-        found = _link_all(run.catalog, folder, slim=slim)
-        _look_inside(found)
-        yield found
+    (place / PACKING).mkdir(exist_ok=True)
+    try:
+        with drafts.folder(place / PACKING, "") as folder:
+            found = _link_all(run.catalog, folder, slim=slim)
+            _look_inside(found)
+            yield found
+    finally:
+        with contextlib.suppress(OSError):  # another packing is at work
+            (place / PACKING).rmdir()
 
 
 def _link_all(catalog: Catalog, folder: Path, *, slim: bool) -> Taken:
@@ -210,9 +215,7 @@ def _files(found: Taken, *, slim: bool) -> Iterator[tuple[str, os.stat_result]]:
         if place == Path():
             aside = {QUARANTINE, *([ARCHIVE] if slim else [])} & set(folders)
             found.left_out += [(f"{each}/", _("set aside")) for each in sorted(aside)]
-            folders[:] = [
-                each for each in folders if each not in aside and not each.startswith(_DRAFT)
-            ]
+            folders[:] = [each for each in folders if each not in {*aside, PACKING}]
         folders.sort()
         links = [each for each in folders if (Path(folder) / each).is_symlink()]
         for each in sorted([*names, *links]):
