@@ -438,7 +438,7 @@ def test_reading_takes_memory_that_does_not_grow_with_the_text(
 def songci() -> Path:
     """The larger corpus, which is not part of the repository."""
     named = os.environ.get("HOLDFAST_SONGCI")
-    beside = Path(__file__).parents[3] / "shared" / "data" / "songci.txt"
+    beside = Path(__file__).parents[4] / "shared" / "data" / "songci.txt"
     return Path(named) if named else beside
 
 

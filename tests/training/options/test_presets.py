@@ -17,7 +17,7 @@ from holdfast.training.options.presets import (
     resolve,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
