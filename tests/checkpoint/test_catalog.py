@@ -20,14 +20,17 @@ from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.checkpoint.rundir.entries import BEST, LATEST, MAIN, Entry, name_of, summary
 from holdfast.errors import ForeignCheckpoint, RunLocked
 from tests.support import (
+    Toy,
     craft,
     damage,
     events,
+    everything,
     fail_with,
     flip,
     identity,
     image_of,
     in_child,
+    make_run,
     python,
     tree_of,
     write_image,
@@ -318,6 +321,16 @@ def test_a_checkpoint_whose_own_name_is_gone_gets_it_back(tmp_path: Path, kind: 
     catalog.assign_roles(catalog.scan())
     own = "model_epoch_3.pt" if kind == "epoch" else "temp/temp_epoch3_step7.pt"
     assert catalog.scan().entries[0].names == (own, LATEST, MAIN)
+
+
+def test_a_new_run_takes_no_last_name_from_an_older_one(tmp_path: Path) -> None:
+    make_run(tmp_path, 2)
+    (tmp_path / "checkpoint_step_2.pt").unlink()
+    before = everything(tmp_path)
+    with Toy(seed=5).manager(tmp_path) as manager:
+        manager.save(step=1, strict=True)
+    assert len(before) == 2
+    assert before < everything(tmp_path)
 
 
 def test_a_lost_name_that_somebody_else_has_now(tmp_path: Path) -> None:

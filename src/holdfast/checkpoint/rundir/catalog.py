@@ -179,10 +179,6 @@ class Catalog:
         changed = self.clear_roles(contents)
         newest = contents.newest
         if newest is not None:
-            if all(name in ROLES for name in newest.names):
-                # Its own name is gone, and the next save takes the others away from it.
-                self.give_name(self.directory / newest.names[0], newest)
-                changed = True
             self.publish(newest, (LATEST, MAIN))
             changed = changed or not {LATEST, MAIN}.issubset(newest.names)
             best = contents.of(newest.run_id).best
@@ -255,7 +251,8 @@ class Catalog:
     def clear_roles(self, contents: Contents) -> bool:
         """Move away what bears the name of a role and is no checkpoint of ours, because it is
         damaged or another program's: nothing is overwritten unseen. What cannot be read now stays a
-        candidate: it keeps another name, or is given one. Return True if a file was moved."""
+        candidate: it keeps another name, or is given one, as a checkpoint is that has no other.
+        Return True if a file was moved or got a name."""
         moved = False
         for name, reason in contents.damaged:
             if name in ROLES:
@@ -270,6 +267,11 @@ class Catalog:
             others = (self.directory / other for other in unreadable if other not in ROLES)
             if name in ROLES and not any(filesystem.same_data(path, other) for other in others):
                 filesystem.move(path, path.with_name(f"unread_{name}"))
+                moved = True
+        for entry in contents.entries:
+            if all(name in ROLES for name in entry.names):
+                # Its own name is gone, and the next save takes the others away from it.
+                self.give_name(self.directory / entry.names[0], entry)
                 moved = True
         return moved
 
