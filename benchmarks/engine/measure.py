@@ -28,7 +28,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 Measure = Callable[[int], dict[str, float]]  # the number of the round → metrics
-_PAUSE = 0.3  # s between two measurements, after sync(2)
+PAUSE = 0.3  # s between two measurements, after sync(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def settle() -> None:
     """Write the dirty pages and collect the garbage of the contender that was measured before."""
     gc.collect()
     os.sync()
-    time.sleep(_PAUSE)
+    time.sleep(PAUSE)
 
 
 def cpu_seconds(without: Collection[int] = ()) -> float:

@@ -22,8 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from holdfast.errors import ConfigError
 from holdfast.i18n import _
 
-_PATIENCE = 30.0  # seconds until the head of a request must have come
-_SLOWEST = 60.0  # seconds in which a client must read some of what waits for it
+PATIENCE = 30.0  # seconds until the head of a request must have come
+SLOWEST = 60.0  # seconds in which a client must read some of what waits for it
 _CONNECTIONS = 1000  # at a time: each may hold a body, and open files are few
 _PIECES = 5000  # of a body: a chunk of one byte costs as much time as one of 64 KiB
 
@@ -115,7 +115,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
-        if len(self.connections) <= _most_connections():
+        if len(self.connections) <= most_connections():
             return
         others = (
             one
@@ -148,7 +148,7 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._reading = self.loop.call_later(_SLOWEST, self.transport.abort)
+        self._reading = self.loop.call_later(SLOWEST, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -164,7 +164,7 @@ class Connection(H11Protocol):
         self.since = self.loop.time()
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self.loop.call_later(_PATIENCE, self._give_up)
+        self._timer = self.loop.call_later(PATIENCE, self._give_up)
 
     def _give_up(self) -> None:
         if self.idle:
@@ -172,7 +172,7 @@ class Connection(H11Protocol):
 
 
 @functools.cache
-def _most_connections() -> int:
+def most_connections() -> int:
     """Return half of the files that this process may open, and no more than are of use."""
     try:
         import resource

@@ -37,9 +37,9 @@ HEAVY = ("DCP async process", "Orbax async", "Lightning", "transformers.Trainer"
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times do not matter here: no waiting for the disk between two measurements."""
-    monkeypatch.setattr(measure, "_PAUSE", 0.0)
+    monkeypatch.setattr(measure, "PAUSE", 0.0)
     monkeypatch.setattr(os, "sync", lambda: None)
-    monkeypatch.setattr(run_module, "_LEAST_SECONDS", 0.1)
+    monkeypatch.setattr(run_module, "LEAST_SECONDS", 0.1)
     monkeypatch.setattr(training_loss, "INTERVAL", 0.2)
 
 

@@ -29,7 +29,7 @@ NOBODY = 65534
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saver, "_LOOK_EVERY", 0.0)
+    monkeypatch.setattr(saver, "LOOK_EVERY", 0.0)
     monkeypatch.setattr(alarm, "RETRY", 0.0)
 
 

@@ -28,7 +28,7 @@ COMMAND = [sys.executable, "-m", "holdfast", "doctor", "--lang", "en"]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_FIRST_PROBE", 1 << 20), ("_PROBE", 1 << 20), ("_SYNCS", 5)):
+    for name, value in (("FIRST_PROBE", 1 << 20), ("PROBE", 1 << 20), ("SYNCS", 5)):
         monkeypatch.setattr(disk_checks, name, value)
 
 

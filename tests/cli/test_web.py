@@ -77,7 +77,7 @@ def test_another_port_where_the_usual_one_is_taken_unless_one_was_named() -> Non
 def test_connections_on_which_nothing_is_asked_make_room_for_others(tmp_path: Path) -> None:
     make_run(tmp_path / "a", (3.0,))
     code = (
-        "import sys; from holdfast import listening; listening._most_connections = lambda: 4\n"
+        "import sys; from holdfast import listening; listening.most_connections = lambda: 4\n"
         "from holdfast.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "dashboard", str(tmp_path), "--port", "0", "--json"]

@@ -420,7 +420,7 @@ def test_it_is_done_in_turns_and_a_training_may_save_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run", (1.0, 4.0, 5.0, 3.0, 3.5, 6.0, 7.0))
-    monkeypatch.setattr(clean, "_TURN", 0.0)
+    monkeypatch.setattr(clean, "TURN", 0.0)
     came_in = []
 
     def pause(_seconds: float) -> None:
@@ -440,7 +440,7 @@ def test_ctrl_c_in_the_middle_says_what_has_gone_and_leaves_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run", (1.0, 4.0, 5.0, 3.0, 3.5))
-    monkeypatch.setattr(clean, "_TURN", 0.0)
+    monkeypatch.setattr(clean, "TURN", 0.0)
     delete = Catalog.delete
 
     def interrupted(self: Catalog, entry: Entry, why: str) -> None:

@@ -22,9 +22,9 @@ TMPFS = mounts.Mount("/tmp", "tmpfs", "tmpfs", frozenset({"rw"}))
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure with little: these tests are not about the disk they run on."""
-    monkeypatch.setattr(disk_checks, "_FIRST_PROBE", 1 << 20)
-    monkeypatch.setattr(disk_checks, "_PROBE", 2 << 20)
-    monkeypatch.setattr(disk_checks, "_SYNCS", 5)
+    monkeypatch.setattr(disk_checks, "FIRST_PROBE", 1 << 20)
+    monkeypatch.setattr(disk_checks, "PROBE", 2 << 20)
+    monkeypatch.setattr(disk_checks, "SYNCS", 5)
 
 
 def by_name(findings: object) -> dict[str, Finding]:

@@ -109,7 +109,7 @@ def test_a_driver_that_fails_or_hangs_is_left_alone(
     probe = Probe()
     assert (probe.sample().gpus, probe.sample().gpus) == ((), ())
     assert calls.read_text().count("x") == 1
-    monkeypatch.setattr(machine, "_GPU_TIMEOUT", 0.2)
+    monkeypatch.setattr(machine, "GPU_TIMEOUT", 0.2)
     calls = install(path, "exec /bin/sleep 30")
     began = time.monotonic()
     probe = Probe()

@@ -169,7 +169,7 @@ HARMFUL = {
 def test_a_harmful_template_is_one_line_within_limits_of_time_and_memory(
     tokenizer: TextTokenizer, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rendering, "_SECONDS", 2.0)
+    monkeypatch.setattr(rendering, "SECONDS", 2.0)
     found = with_template(tokenizer, "file", HARMFUL[name])
     most, began, stop = [0], time.monotonic(), threading.Event()
 
@@ -197,7 +197,7 @@ def test_a_harmful_template_is_one_line_within_limits_of_time_and_memory(
 def test_a_template_is_used_again_after_its_process_has_ended(
     tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rendering, "_SECONDS", 1.0)
+    monkeypatch.setattr(rendering, "SECONDS", 1.0)
     template = "{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}" + KNOWS_THREE
     found = with_template(tokenizer, "file", template)
     assert found.render(TALK) == "<user>月<assistant>明<assistant>"
@@ -211,7 +211,7 @@ def test_others_are_answered_while_a_template_loops_and_no_process_is_left(
     tmp_path: Path, tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(rendering, "_SECONDS", 1.5)
+    monkeypatch.setattr(rendering, "SECONDS", 1.5)
     state = {**tokenizer.to_state(), "chat_template.jinja": LOOP}
     run = tmp_path / "run"
     training = Training(run, poet(tokenizer, steps=1), TextTokenizer.from_state(state))

@@ -76,7 +76,7 @@ def test_a_body_that_stops_half_way_is_not_waited_for_for_ever() -> None:
 def test_a_connection_on_which_no_request_comes_is_closed(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listening, "_PATIENCE", 0.4)
+    monkeypatch.setattr(listening, "PATIENCE", 0.4)
     with serving(run) as url:
         address = url.removeprefix("http://").split(":")[0], int(url.rpartition(":")[2])
         head = f"GET /health HTTP/1.1\r\nHost: {address[0]}:{address[1]}\r\n".encode()
@@ -120,7 +120,7 @@ def connected(url: str) -> socket.socket:
 def test_of_too_many_connections_the_one_that_asks_nothing_for_longest_makes_room(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listening, "_most_connections", lambda: 4)
+    monkeypatch.setattr(listening, "most_connections", lambda: 4)
     with serving(run) as url:
         held = [connected(url)]
         held[0].sendall(b"GET /health HT")  # the beginning of a request counts as none
@@ -138,7 +138,7 @@ def test_of_too_many_connections_the_one_that_asks_nothing_for_longest_makes_roo
 def test_a_connection_too_many_is_refused_where_all_are_answered(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listening, "_most_connections", lambda: 2)
+    monkeypatch.setattr(listening, "most_connections", lambda: 2)
     body = b'{"prompt": "a", "max_tokens": 4000, "ignore_eos": true, "stream": true}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
     with serving(run) as url:
@@ -160,7 +160,7 @@ def test_a_connection_too_many_is_refused_where_all_are_answered(
 def test_who_reads_nothing_of_the_answers_is_let_go(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listening, "_SLOWEST", 0.3)
+    monkeypatch.setattr(listening, "SLOWEST", 0.3)
     with serving(run) as url:
         address = url.removeprefix("http://").split(":")[0], int(url.rpartition(":")[2])
         asked = f"GET /metrics HTTP/1.1\r\nHost: {address[0]}:{address[1]}\r\n\r\n".encode()

@@ -145,7 +145,7 @@ def test_a_better_one_that_did_not_fit_into_memory_is_tried_again(
         return load(path, **options)
 
     monkeypatch.setattr(library, "load_for_inference", full_at_first)
-    monkeypatch.setattr(library, "_AGAIN", 0.2)
+    monkeypatch.setattr(library, "AGAIN", 0.2)
     with serving(training.directory) as url:
         training.epoch(0.5)
         wait_for(lambda: step(url) == 200)  # nothing else has come meanwhile

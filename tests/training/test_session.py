@@ -591,7 +591,7 @@ def test_a_run_directory_deleted_while_training_fails_every_save_and_the_end_say
         original(self)
 
     monkeypatch.setattr(loop, "after_step", delete)
-    monkeypatch.setattr(saver, "_LOOK_EVERY", 0.0)
+    monkeypatch.setattr(saver, "LOOK_EVERY", 0.0)
     said = io.StringIO()
     with (
         Console(stream=said, terminal=False) as console,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 GPU_EVERY = 5.0  # seconds: nvidia-smi takes far longer than everything else here
-_GPU_TIMEOUT = 5.0
+GPU_TIMEOUT = 5.0
 _CPU_EVERY = 0.1  # seconds: over a shorter time its load is chance
 _GPU_RETRY = 60.0  # after a failure: a driver that hangs is left alone for a while
 _QUERY = "name,utilization.gpu,memory.used,memory.total,temperature.gpu"
@@ -124,7 +124,7 @@ def _nvidia_smi() -> tuple[Gpu, ...]:
         call,
         capture_output=True,
         text=True,
-        timeout=_GPU_TIMEOUT,
+        timeout=GPU_TIMEOUT,
         check=True,
         stdin=subprocess.DEVNULL,
     )

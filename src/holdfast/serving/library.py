@@ -36,7 +36,7 @@ log = logging.getLogger("holdfast")
 
 _LAST_STEP = 2.0  # seconds that the last step of a model may take at the end
 _FRESH = 1.0  # seconds that a look into a run directory is good for
-_AGAIN = 60.0  # seconds after which what a lack of memory or a bad disk has kept out is tried again
+AGAIN = 60.0  # seconds after which what a lack of memory or a bad disk has kept out is tried again
 _TRIES = 3  # looks at what a name stands for, where the trainer replaces it meanwhile
 
 
@@ -395,7 +395,7 @@ class Library:
     def _refuse(self, card: Card, error: Exception) -> None:
         """Note not to load it again: for good where it is damaged or foreign, else for a while."""
         for_good = isinstance(error, CheckpointError)
-        self._refused[card.entry.id] = math.inf if for_good else time.monotonic() + _AGAIN
+        self._refused[card.entry.id] = math.inf if for_good else time.monotonic() + AGAIN
 
     def _adopt(self, source: Path, better: Card, served: Served) -> None:
         old = self._current[source]

@@ -28,7 +28,7 @@ SMALL, LARGE = (80, 24), (120, 40)
 @pytest.fixture(autouse=True)
 def search_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watcher, "SEARCH_EVERY", 0.0)
-    monkeypatch.setattr(watcher, "_SHARE", 0)
+    monkeypatch.setattr(watcher, "SHARE", 0)
 
 
 @pytest.fixture

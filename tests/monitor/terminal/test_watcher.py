@@ -27,7 +27,7 @@ def watch(root: Path, interval: float = 60.0) -> Watcher:
 @pytest.fixture(autouse=True)
 def search_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watcher, "SEARCH_EVERY", 0.0)
-    monkeypatch.setattr(watcher, "_SHARE", 0)
+    monkeypatch.setattr(watcher, "SHARE", 0)
 
 
 def test_a_directory_that_is_not_there_is_waited_for(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_large_tree_is_searched_rarely(tmp_path: Path, monkeypatch: pytest.Mon
         time.sleep(0.02)
         return []
 
-    monkeypatch.setattr(watcher, "_SHARE", 100)
+    monkeypatch.setattr(watcher, "SHARE", 100)
     monkeypatch.setattr(watcher, "runs_in", search)
     found = watch(tmp_path)
     for _time in range(20):

@@ -104,7 +104,7 @@ def test_fewer_rows_in_a_batch_change_nothing(
     """A large vocabulary leaves room for few rows; the measure must not know."""
     documents = SAMPLE.read_text("utf-8").split("\n\n")[:4]
     whole = evaluate(loaded, documents)
-    monkeypatch.setattr(side_by_side, "_LOGITS", 1)
+    monkeypatch.setattr(side_by_side, "LOGITS", 1)
     assert evaluate(loaded, documents).loss == pytest.approx(whole.loss, rel=1e-5)
 
 

@@ -167,8 +167,8 @@ def test_a_text_gives_the_same_documents_whatever_the_size_of_the_blocks(
     expected = documents if len(documents) > 1 else lines.split("\n")
     path = write(tmp_path_factory.mktemp("any") / "x.txt", text.encode(encoding))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("holdfast.training.text.formats._BLOCK", block)
-        patch.setattr("holdfast.training.text.formats._PART", 3 * block)
+        patch.setattr("holdfast.training.text.formats.BLOCK", block)
+        patch.setattr("holdfast.training.text.formats.PART", 3 * block)
         assert list(documents_in(path)) == [d.strip() for d in expected if d.strip()]
 
 

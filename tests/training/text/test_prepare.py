@@ -419,8 +419,8 @@ def test_reading_takes_memory_that_does_not_grow_with_the_text(
 ) -> None:
     """5 MB of text, in less memory than that; a .txt may be one document but for its title."""
     if name == "single.txt":
-        monkeypatch.setattr("holdfast.training.text.formats._PART", 50_000)
-        monkeypatch.setattr(corpus, "_LONGEST", 200_000)
+        monkeypatch.setattr("holdfast.training.text.formats.PART", 50_000)
+        monkeypatch.setattr(corpus, "LONGEST", 200_000)
     path = tmp_path / name
     path.write_bytes(CONTENTS[name])
     text = corpus.Corpus(corpus.files_by_content([path]), val_fraction=0.05, seed=0)

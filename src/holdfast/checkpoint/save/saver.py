@@ -25,7 +25,7 @@ from holdfast.checkpoint.system import BEGINS_WITHIN, Helper, signals
 from holdfast.errors import HoldfastError, SaveFailed
 from holdfast.i18n import _
 
-_LOOK_EVERY = 5.0  # seconds between two looks at whether the run directory is still there
+LOOK_EVERY = 5.0  # seconds between two looks at whether the run directory is still there
 _TOLD_AGAIN = 2.0  # an interval is news when it has changed by more than this factor
 
 
@@ -272,7 +272,7 @@ class Saver:
         network's disk may not answer; tell it where training has been unsafe for too long."""
         now, ledger = time.monotonic(), self._ledger
         looking = self._looking is not None and self._looking.busy
-        if now - self._looked >= _LOOK_EVERY and not looking:
+        if now - self._looked >= LOOK_EVERY and not looking:
             self._looked = now
             with contextlib.suppress(RuntimeError, MemoryError):  # then at the next time
                 self._looking = Helper(self._secure)

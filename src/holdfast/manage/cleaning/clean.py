@@ -29,7 +29,7 @@ __all__ = ["Plan", "Row", "Wish", "execute", "plan"]
 
 # A thousand removals take minutes on a slow disk, and a training that saves waits half a minute for
 # the catalogue: so they are done in turns of so many seconds, with a pause for others between.
-_TURN, _PAUSE = 1.0, 0.1
+TURN, _PAUSE = 1.0, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ def _remove(catalog: Catalog, going: Sequence[Row]) -> Iterator[tuple[Row, int]]
             for path in paths:
                 filesystem.remove(path)
         yield row, size
-        if row.key in entries and time.monotonic() - began > _TURN:
+        if row.key in entries and time.monotonic() - began > TURN:
             break
     # Only where something went: a save that is under way may have made an empty archive just now.
     for place in {row.names[0].partition("/")[0] for row in files} & {ARCHIVE, QUARANTINE}:

@@ -31,9 +31,9 @@ PCIe) answer one such request in 5 to 10 µs, before the file system has done an
 
 _ROOMY = 1 << 30  # bytes of free space where nothing is known of the run
 _MANY_NAMES = 1000  # inodes that a run does not use up
-_FIRST_PROBE, _PROBE = 8 << 20, 128 << 20  # bytes written to learn the speed, at most twice
+FIRST_PROBE, PROBE = 8 << 20, 128 << 20  # bytes written to learn the speed, at most twice
 _PROBE_SECONDS = 1.0  # that the larger probe may take, by what the first one says
-_SYNCS, _SYNC_SECONDS = 200, 1.0
+SYNCS, _SYNC_SECONDS = 200, 1.0
 
 
 def existing_parent(path: Path) -> Path:
@@ -154,7 +154,7 @@ def fsync_seconds(scratch: Path) -> float:
     page, began = b"\x5a" * PAGE, time.perf_counter()
     times: list[float] = []
     with tempfile.TemporaryFile(dir=scratch, buffering=0) as file:
-        while len(times) < _SYNCS and time.perf_counter() - began < _SYNC_SECONDS:
+        while len(times) < SYNCS and time.perf_counter() - began < _SYNC_SECONDS:
             start = time.perf_counter()
             file.write(page)
             filesystem.sync_file(file.fileno())
@@ -188,11 +188,11 @@ def fsync(seconds: float, mount: mounts.Mount | None) -> Finding:
 def write_speed(scratch: Path, needed: int) -> Finding:
     """Measure how fast a checkpoint becomes durable, past the page cache and through it."""
     room = filesystem.free_bytes(scratch) // 4
-    if room < _FIRST_PROBE:
+    if room < FIRST_PROBE:
         return Finding("write_speed", UNKNOWN, _("not measured: the disk is too full"))
-    first = _seconds(scratch, _FIRST_PROBE, past_cache=True)
-    size = int(_FIRST_PROBE / first * _PROBE_SECONDS)
-    size = max(_FIRST_PROBE, min(size, _PROBE, room)) & -PAGE
+    first = _seconds(scratch, FIRST_PROBE, past_cache=True)
+    size = int(FIRST_PROBE / first * _PROBE_SECONDS)
+    size = max(FIRST_PROBE, min(size, PROBE, room)) & -PAGE
     speeds = [size / _seconds(scratch, size, past_cache=past) for past in (True, False)]
     found = _(
         "{direct}/s past the page cache, {cached}/s through it ({size} written)",

@@ -23,7 +23,7 @@ from holdfast.monitor.run_view import METRICS, RunView, find_runs
 from holdfast.monitor.terminal.snapshot import Snapshot, take
 
 SEARCH_EVERY = 5.0  # seconds between two searches for runs that have begun
-_SHARE = 100  # searching takes at most this part of the time, and so does thinning the curves
+SHARE = 100  # searching takes at most this part of the time, and so does thinning the curves
 
 
 def runs_in(root: Path) -> list[Path]:
@@ -124,7 +124,7 @@ class Watcher(threading.Thread):
             self._runs = runs_in(self._root)
             now = time.monotonic()  # a large tree is searched rarely, whatever is found there
             usual = SEARCH_EVERY if self._runs else 0.0
-            self._search_at = now + max(usual, _SHARE * (now - began))
+            self._search_at = now + max(usual, SHARE * (now - began))
 
     def _thin_curves(self, chosen: Path, view: RunView) -> None:
         began = time.monotonic()
@@ -132,7 +132,7 @@ class Watcher(threading.Thread):
             self._curves[chosen] = curves_of(view, "")
             self._stale.discard(chosen)
             now = time.monotonic()
-            self._thin_at = now + _SHARE * (now - began)
+            self._thin_at = now + SHARE * (now - began)
 
     def _look_at(self, chosen: Path, runs: tuple[Path, ...], index: int) -> Look:
         view = self._views.setdefault(chosen, RunView(chosen))

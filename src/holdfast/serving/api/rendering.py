@@ -20,7 +20,7 @@ from typing import Any
 
 from holdfast.i18n import _
 
-_SECONDS = 5.0  # that a conversation may take; most take a thousandth of one
+SECONDS = 5.0  # that a conversation may take; most take a thousandth of one
 _START = 60.0  # seconds that the process may take until it is ready
 _MEMORY = 512 << 20  # bytes beside what the process needs by itself
 _LARGEST = 8 << 20  # characters of a prompt: more than any request makes
@@ -102,7 +102,7 @@ class Renderer:
 
     def _asked(self, process: subprocess.Popen[bytes], messages: Messages) -> dict[str, Any]:
         self._send(process, {"messages": list(messages)})
-        answer = self._line_of(process, _SECONDS)
+        answer = self._line_of(process, SECONDS)
         if "failed" in answer:
             self._forget()
             raise Failed(_told_of(answer["failed"]))
@@ -153,7 +153,7 @@ class Renderer:
 
 def _told_of(failure: str) -> str:
     return {
-        "time": _("it took longer than {seconds:g} s", seconds=_SECONDS),
+        "time": _("it took longer than {seconds:g} s", seconds=SECONDS),
         "memory": _("it needs more than {size} MiB of memory", size=_MEMORY >> 20),
         "size": _("what it makes is larger than {size} MiB", size=_LARGEST >> 20),
     }.get(failure, _("its process ended"))
@@ -214,6 +214,6 @@ def _limit_time() -> None:
         import resource
 
         used = resource.getrusage(resource.RUSAGE_SELF)
-        limit = int(used.ru_utime + used.ru_stime + _SECONDS) + 2
+        limit = int(used.ru_utime + used.ru_stime + SECONDS) + 2
         _soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
         resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))

@@ -32,7 +32,7 @@ from holdfast.training.text.damage import Damage
 from holdfast.training.text.formats import documents_in
 from holdfast.training.text.tokenizer import TextTokenizer
 
-_LOGITS = 1 << 26  # numbers that a batch's logits may be: 256 MiB of float32, and as much again
+LOGITS = 1 << 26  # numbers that a batch's logits may be: 256 MiB of float32, and as much again
 
 _ENDS = {LENGTH: "length", CONTEXT: "context", END_OF_TEXT: "end", RUINED: "nan"}
 
@@ -164,7 +164,7 @@ def evaluate(
     wanted = (loaded.config.get("model") or {}).get("precision", "auto")
     precision = models.choose_precision(str(wanted), device)
     wide = precision is torch.float32
-    rows = max(1, min(EVALUATION_ROWS, _LOGITS // (context * loaded.tokenizer.vocab_size)))
+    rows = max(1, min(EVALUATION_ROWS, LOGITS // (context * loaded.tokenizer.vocab_size)))
     feed = _Feed(documents, loaded.tokenizer)
     nats, count, began = 0.0, 0, time.perf_counter()
     for inputs, targets in streamed_batches(feed, loaded.tokenizer.eos_id, context, rows):

@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 MIN_CHARACTERS = 200
 
 _BLOCK = 1 << 20  # bytes hashed between two calls of progress
-_LONGEST = 1 << 26  # characters of a document that is held as a whole
+LONGEST = 1 << 26  # characters of a document that is held as a whole
 _SCORES = 1 << 25  # documents whose scores are held, for a split of few documents
 _SAMPLED = 2000  # characters of a long document that are drawn into a sample together
 _SENTENCE_END = re.compile(r"(?:[\n。！？!?…]|\.(?=\s))+[”’」』）)\"]*")
@@ -172,7 +172,7 @@ class Corpus:
         self._val_fraction, self._seed, self._text_field = val_fraction, seed, text_field
         self._progress = progress
         self._longest = 0  # characters of a document
-        self._cut = Cut(_LONGEST, _LONGEST // 4)
+        self._cut = Cut(LONGEST, LONGEST // 4)
         self._boundary = (val_fraction, -1)
 
     # ----------------------------------------------------------------------------------- reading
@@ -189,7 +189,7 @@ class Corpus:
         if self._val_fraction:
             share = self.characters * self._val_fraction
             if self._longest > share:
-                longest = min(share, _LONGEST)
+                longest = min(share, LONGEST)
                 least = min(MIN_CHARACTERS, self.characters // 4)
                 self._cut = Cut(longest, max(int(longest / 4), least))
                 scores = self._count(Damage())

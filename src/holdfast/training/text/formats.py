@@ -34,9 +34,9 @@ Part = tuple[str, bool]
 Seen = Callable[[int], None]
 """Bytes of the file that have been read: called now and then; what it raises ends the work."""
 
-_BLOCK = 1 << 18  # bytes read at a time
+BLOCK = 1 << 18  # bytes read at a time
 _PACKED = 1 << 10  # of zstd, where each byte may become thousands
-_PART = 1_000_000  # characters of a document that are held before they are passed on
+PART = 1_000_000  # characters of a document that are held before they are passed on
 _ROWS = 256  # of Parquet, decoded at a time
 _GAP = re.compile(r"[\s\ufeff]*")
 
@@ -263,7 +263,7 @@ def _decompressed(file: IO[bytes], suffix: str) -> Iterator[bytes]:
         return
     source: Any = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
     left = math.inf if suffix == ".gz" else os.fstat(file.fileno()).st_size
-    while left > 0 and (block := source.read(_BLOCK)):  # or a file that grows would never end
+    while left > 0 and (block := source.read(BLOCK)):  # or a file that grows would never end
         yield block
         left -= len(block)
 
@@ -301,7 +301,7 @@ def _lines(texts: Iterable[str]) -> Iterator[Part]:
             for line in more[:-1]:
                 yield line, True
             waiting, size = [more[-1]], len(more[-1])
-        elif size > _PART:
+        elif size > PART:
             yield "".join(waiting), False
             waiting, size = [""], 0
     yield "".join(waiting), True
@@ -319,7 +319,7 @@ def _blocks_of(lines: Iterable[Part]) -> Iterator[Part]:
         waiting.append(text + "\n" if ends else text)
         size += len(text)
         begins = ends
-        if size > _PART:
+        if size > PART:
             yield "".join(waiting), False
             waiting, size = [], 0
     yield "".join(waiting), True
