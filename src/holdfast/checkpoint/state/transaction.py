@@ -6,6 +6,7 @@ state is needed. A load that fails leaves everything exactly as it was.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -188,6 +189,21 @@ class Refill:
             self.container.update(content)
 
 
+@contextlib.contextmanager
+def _refusals(path: str) -> Iterator[None]:
+    """Turn what an object raises over its state into `StateMismatch`."""
+    try:
+        yield
+    except Exception as error:  # a user's object or hook may raise anything
+        raise StateMismatch(
+            _(
+                "{path} refused its state from the checkpoint ({error}); nothing was changed.",
+                path=path,
+                error=f"{type(error).__name__}: {error}",
+            )
+        ) from error
+
+
 @dataclass(slots=True)
 class LoadObject:
     """Load any object with `load_state_dict`; a copy of its `state_dict` is the undo log."""
@@ -199,10 +215,8 @@ class LoadObject:
 
     def commit(self) -> None:
         self.before = copy.deepcopy(self.target.state_dict())
-        try:
+        with _refusals(self.path):
             self.target.load_state_dict(self.state)
-        except Exception as error:  # a stranger's object may raise anything
-            raise StateMismatch(_refused(self.path, error)) from error
 
     def undo(self) -> None:
         if self.before is not MISSING:
@@ -272,14 +286,12 @@ class LoadOptimizer:
         self._set(self.state)
         for live, group in zip(optimizer.param_groups, self.groups, strict=True):
             live.update(group)  # in place: others may hold these dictionaries
-        try:
+        with _refusals(self._path):
             optimizer.__setstate__(
                 {"state": optimizer.state, "param_groups": optimizer.param_groups}
             )
             for hook in [*optimizer._optimizer_load_state_dict_post_hooks.values()]:
                 hook(optimizer)
-        except Exception as error:  # a user's hook may raise anything
-            raise StateMismatch(_refused(self._path, error)) from error
 
     def undo(self) -> None:
         attributes = vars(self.target)
@@ -356,18 +368,8 @@ class LoadModule(LoadObject):
     """
 
     def commit(self) -> None:
-        try:
+        with _refusals(self.path):
             self.target.load_state_dict(self.state)
-        except Exception as error:  # a user's hook may raise anything
-            raise StateMismatch(_refused(self.path, error)) from error
 
     def undo(self) -> None:
         """Do nothing: `Derived` puts everything back."""
-
-
-def _refused(path: str, error: Exception) -> str:
-    return _(
-        "{path} refused its state from the checkpoint ({error}); nothing was changed.",
-        path=path,
-        error=f"{type(error).__name__}: {error}",
-    )
