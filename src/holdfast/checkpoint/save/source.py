@@ -14,8 +14,8 @@ from holdfast.checkpoint.save.manifest import environment, plain_metrics, score_
 from holdfast.checkpoint.save.options import Options
 from holdfast.checkpoint.state import (
     Configured,
+    OptimizerNames,
     RandomState,
-    SlotNames,
     Tree,
     gradients,
     normalise,
@@ -36,7 +36,7 @@ class Source:
         self.random = RandomState() if options.rng else None
         self.streams: RandomState | None = None  # saved in place of those of this moment
         self.configured = Configured(state)
-        self._slot_names = SlotNames()
+        self._optimizer_names = OptimizerNames()
         project.state()  # git is asked here, where no training step waits for it
         if options.rng and "rng" in state:
             raise UnsupportedValue(
@@ -89,7 +89,7 @@ class Source:
             "score": score_of(metrics, options.metric, lower_is_better=options.lower_is_better),
             "environment": environment(),
             "configured": self.configured.look(self.state),
-            "parameters": self._slot_names(self.state),
+            "parameters": self._optimizer_names(self.state),
         }
 
     def score(self, metrics: Mapping[str, float] | None) -> float | None:

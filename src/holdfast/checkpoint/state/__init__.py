@@ -11,7 +11,7 @@ from holdfast.checkpoint.state.access import checkpoint_size, load, verify
 from holdfast.checkpoint.state.codec import OneByOne
 from holdfast.checkpoint.state.configured import Configured
 from holdfast.checkpoint.state.foreign import WEIGHT_KEYS, load_foreign, load_weights
-from holdfast.checkpoint.state.names import SlotNames, bare, unwrapped
+from holdfast.checkpoint.state.names import OptimizerNames, bare, unwrapped
 from holdfast.checkpoint.state.randomness import RandomState
 from holdfast.checkpoint.state.restore import plan_restore
 from holdfast.checkpoint.state.transaction import LoadObject
@@ -22,8 +22,8 @@ __all__ = [
     "Configured",
     "LoadObject",
     "OneByOne",
+    "OptimizerNames",
     "RandomState",
-    "SlotNames",
     "StorageSlice",
     "Tree",
     "bare",

@@ -1,4 +1,4 @@
-"""Names of parameters: those of wrappers left out, and whose the slots of an optimizer are.
+"""Name parameters: without the words of wrappers, and in the order of an optimizer's groups.
 
 `torch.compile`, DistributedDataParallel, Fabric, FSDP and activation checkpointing put a word of
 theirs into every name. A checkpoint is written without them, and read with or without.
@@ -27,7 +27,7 @@ _has_words = re.compile(rf"(?:{_CERTAIN}|module)\.").search  # one search over m
 _MODULE_PART = re.compile(r"(?:(?<=^)|(?<=[./]))module\.")
 _SEARCHED = 1000  # entries of a container that is searched for optimizers and schedulers
 _ATOMS = {type(None), bool, int, float, str, torch.Tensor, torch.nn.Parameter}
-Slots = list[list[str | None]]  # the names of the parameters of each group, None: not known
+GroupNames = list[list[str | None]]  # the names of the parameters of each group, None: not known
 _OF_MODULE = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
 
 
@@ -121,7 +121,7 @@ def matched(here: Sequence[str], there: Sequence[str]) -> dict[str, str] | None:
     return None
 
 
-# -------------------------------------------------------------------------- slots of an optimizer
+# ------------------------------------------------------------------------ groups of an optimizer
 
 
 def unwrapped(value: Any) -> Any:
@@ -195,17 +195,17 @@ def steppers_of(state: Any) -> Iterator[tuple[str, Any]]:
                 yield path, inner
 
 
-class SlotNames:
-    """Name the parameter of each slot of each optimizer in a state, for the manifest.
+class OptimizerNames:
+    """Names the parameters in the groups of each optimizer in a state, for the manifest.
 
     Kept from save to save while the optimizers hold the same parameters.
     """
 
     def __init__(self) -> None:
         self._ids: Any = None
-        self._names: dict[str, Slots] = {}
+        self._names: dict[str, GroupNames] = {}
 
-    def __call__(self, state: Any) -> dict[str, Slots]:
+    def __call__(self, state: Any) -> dict[str, GroupNames]:
         groups = {
             path: [group["params"] for group in value.param_groups]
             for path, value in steppers_of(state)
@@ -222,8 +222,8 @@ class SlotNames:
         return self._names
 
 
-def saved_slots(groups: Sequence[Mapping[str, Any]], recorded: Any) -> Slots:
-    """Return the slots of saved `groups`, named as the manifest has `recorded` them."""
+def saved_names(groups: Sequence[Mapping[str, Any]], recorded: Any) -> GroupNames:
+    """Return the names of the parameters of saved `groups`, as the manifest has `recorded` them."""
     sizes = [len(group["params"]) for group in groups]
     if isinstance(recorded, list) and all(isinstance(group, list) for group in recorded):
         names = [[n if isinstance(n, str) else None for n in group] for group in recorded]
@@ -232,10 +232,10 @@ def saved_slots(groups: Sequence[Mapping[str, Any]], recorded: Any) -> Slots:
     return [[None] * size for size in sizes]
 
 
-def live_slots(
-    optimizer: Optimizer, known: Mapping[Hashable, Sequence[str]], saved: Slots
-) -> Slots:
-    """Return the slots of a live optimizer; `known` is what `parameter_names` gives.
+def live_names(
+    optimizer: Optimizer, known: Mapping[Hashable, Sequence[str]], saved: GroupNames
+) -> GroupNames:
+    """Return the names of a live optimizer's parameters; `known` is what `parameter_names` gives.
 
     Tied weights have several names: the one that is in the checkpoint counts.
     """
@@ -248,21 +248,21 @@ def live_slots(
     return [[name_of(p) for p in group["params"]] for group in optimizer.param_groups]
 
 
-def unnamed(slots: Slots) -> Slots:
-    """Return the slots without their names: only their positions count."""
-    return [[None] * len(group) for group in slots]
+def unnamed(names: GroupNames) -> GroupNames:
+    """Return groups of as many parameters without names: only their positions count."""
+    return [[None] * len(group) for group in names]
 
 
-def flat(slots: Slots) -> list[str]:
+def flat(names: GroupNames) -> list[str]:
     """Return the names that are known."""
-    return [name for group in slots for name in group if name is not None]
+    return [name for group in names for name in group if name is not None]
 
 
-def _sizes(slots: Slots) -> list[int]:
-    return [len(group) for group in slots]
+def _sizes(names: GroupNames) -> list[int]:
+    return [len(group) for group in names]
 
 
-def aligned(live: Slots, saved: Slots) -> list[tuple[int, list[int]]] | None:
+def aligned(live: GroupNames, saved: GroupNames) -> list[tuple[int, list[int]]] | None:
     """Find for each live group the saved one, and the positions of its parameters there.
 
     By name where both have names, else by position. None where that cannot be told.
@@ -298,7 +298,7 @@ def _matched_inside(here: Sequence[str], there: Sequence[str]) -> dict[str, str]
     return {inside[name]: theirs[other] for name, other in pairs.items()}
 
 
-def difference(live: Slots, saved: Slots) -> str:
+def difference(live: GroupNames, saved: GroupNames) -> str:
     """Say how two optimizers' groups differ, as the end of a sentence."""
     counts = [" + ".join(map(str, _sizes(slots))) or "0" for slots in (saved, live)]
     said = [

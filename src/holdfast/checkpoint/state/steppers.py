@@ -115,10 +115,10 @@ class Steppers:
         parameters goes by their positions.
         """
         groups = given["param_groups"]
-        there = names.saved_slots(groups, self._parameters.get(path))
+        there = names.saved_names(groups, self._parameters.get(path))
         if self._names is None:
             self._names = names.parameter_names(self._live)
-        here = names.live_slots(live, self._names, there)
+        here = names.live_names(live, self._names, there)
         if not _is_same_order(saved, given):
             here, there = names.unnamed(here), names.unnamed(there)
         order = names.aligned(here, there)
