@@ -11,6 +11,7 @@ import pytest
 
 from holdfast.checkpoint import Catalog
 from holdfast.checkpoint.rundir import shared_memory
+from holdfast.training import loop
 from holdfast.training.options.config import Config
 from holdfast.training.options.presets import resolve
 from holdfast.training.trainer import Trainer
@@ -58,7 +59,7 @@ def run(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def kill_for_real(config: Config) -> None:
     """Train in a process of its own until it is killed with a whole snapshot of `KILLED_AT`."""
-    original = Trainer.after_step
+    original = loop.after_step
 
     def after_step(self: Trainer) -> None:
         original(self)
@@ -67,7 +68,7 @@ def kill_for_real(config: Config) -> None:
             die()
 
     def work() -> None:
-        Trainer.after_step = after_step  # type: ignore[method-assign]
+        loop.after_step = after_step
         train(config)
 
     assert in_child(work) == -signal.SIGKILL
