@@ -160,8 +160,11 @@ class CheckpointManager:
         else:
             calls.check_number("memory_every", memory_every, 0, whole=True)
         calls.check_number("keep_last", keep_last, 0, whole=True)
-        for name, value in (("reserve", reserve), ("io_limit", io_limit),
-                            ("max_unsafe", max_unsafe)):  # fmt: skip
+        for name, value in (
+            ("reserve", reserve),
+            ("io_limit", io_limit),
+            ("max_unsafe", max_unsafe),
+        ):
             calls.check_number(name, value, 0)
         ranks.refuse()
         self.catalog = catalog or Catalog(directory)
@@ -210,9 +213,12 @@ class CheckpointManager:
             raise
         if before:
             log.warning(
-                _("{directory}: an earlier manager of this process has been closed; this one goes "
-                  "on in its place.", directory=self.catalog.directory)
-            )  # fmt: skip
+                _(
+                    "{directory}: an earlier manager of this process has been closed; this one "
+                    "goes on in its place.",
+                    directory=self.catalog.directory,
+                )
+            )
 
     def __enter__(self) -> CheckpointManager:
         self._guard = guard.SignalGuard()
@@ -339,10 +345,13 @@ class CheckpointManager:
         told = self._saver.told
         if self._staging.stepping:
             log.warning(
-                _("{directory}: training has gone on after step {step} and has not said how far: "
-                  "that is not saved. Call after_step(step) after every step.",
-                  directory=self.catalog.directory, step=told.step if told else 0)
-            )  # fmt: skip
+                _(
+                    "{directory}: training has gone on after step {step} and has not said how far: "
+                    "that is not saved. Call after_step(step) after every step.",
+                    directory=self.catalog.directory,
+                    step=told.step if told else 0,
+                )
+            )
         elif told is not None and not told.durable:
             self._saver.save_told("step", "end")
 
@@ -367,10 +376,14 @@ class CheckpointManager:
         except Exception:  # whatever a broken training still raises
             log.exception("%s", self.catalog.directory)
         log.warning(
-            _("{directory}: an exception has ended training after step {step}; step {durable} is "
-              "durable.", directory=self.catalog.directory, step=told.step,
-              durable=self.saved_step)
-        )  # fmt: skip
+            _(
+                "{directory}: an exception has ended training after step {step}; step {durable} is "
+                "durable.",
+                directory=self.catalog.directory,
+                step=told.step,
+                durable=self.saved_step,
+            )
+        )
 
     def _stop_if_asked(self, step: int, epoch: int | None) -> None:
         """Save this step and end the process if a signal has come in a `with` block."""
@@ -383,9 +396,13 @@ class CheckpointManager:
         if not self._saver.has(step):
             self.save_snapshot()
         log.warning(
-            _("Stopped at step {step}; step {durable} is durable. The same command goes on from "
-              "there.", step=step, durable=self.saved_step)
-        )  # fmt: skip
+            _(
+                "Stopped at step {step}; step {durable} is durable. The same command goes on from "
+                "there.",
+                step=step,
+                durable=self.saved_step,
+            )
+        )
         raise guard.stopped(self._guard.requested)
 
     # ------------------------------------------------------------------------------------ resume
@@ -436,9 +453,12 @@ class CheckpointManager:
             random = self._source.random
             if random is not None and "rng" not in found.payload and strict:
                 raise StateMismatch(
-                    _("{path} has no random streams; nothing was changed. Use strict=False to do "
-                      "without them.", path=found.path)
-                )  # fmt: skip
+                    _(
+                        "{path} has no random streams; nothing was changed. Use strict=False to do "
+                        "without them.",
+                        path=found.path,
+                    )
+                )
             transaction = plan_restore(
                 self.state,
                 found.payload,
@@ -503,9 +523,15 @@ class CheckpointManager:
         best = contents.of(self.run_id).best
         self._saver.resumed(entry, best.loss if best is not None else None, abandon=branch)
         self._restore_threads(found.manifest)
-        self._reporter.record("resumed", id=entry.id, step=entry.step, run_id=self.run_id,
-                      generation=self.generation, steps_lost=steps,
-                      minutes_lost=round(minutes, 2))  # fmt: skip
+        self._reporter.record(
+            "resumed",
+            id=entry.id,
+            step=entry.step,
+            run_id=self.run_id,
+            generation=self.generation,
+            steps_lost=steps,
+            minutes_lost=round(minutes, 2),
+        )
         resumed = Resumed(
             entry, found.path, self.generation, found.skipped, steps, minutes, contents
         )
@@ -573,8 +599,9 @@ class CheckpointManager:
         self, epoch: int, *, step: int, metrics: Mapping[str, float] | None = None
     ) -> PendingSave:
         """Save at the end of `epoch`, as the loop counts it, as `model_epoch_<epoch>.pt`."""
-        return self.save_async(step=step, epoch=epoch, metrics=metrics, kind="epoch",
-                               reason="epoch")  # fmt: skip
+        return self.save_async(
+            step=step, epoch=epoch, metrics=metrics, kind="epoch", reason="epoch"
+        )
 
     def save(
         self,
@@ -677,19 +704,26 @@ class CheckpointManager:
         ranks.refuse()
         if sys.is_finalizing():  # most of Python is gone already
             raise SaveFailed(
-                _("Python is ending: nothing can be saved any more. Save before the end, or in a "
-                  "function given to atexit.register.")
-            )  # fmt: skip
+                _(
+                    "Python is ending: nothing can be saved any more. Save before the end, or in a "
+                    "function given to atexit.register."
+                )
+            )
         if self._superseded:
             raise SaveFailed(
-                _("A newer manager of this process works in {directory}: use that one.",
-                  directory=self.catalog.directory)
-            )  # fmt: skip
+                _(
+                    "A newer manager of this process works in {directory}: use that one.",
+                    directory=self.catalog.directory,
+                )
+            )
         if not self._lock.held:
             raise SaveFailed(
-                _("This process does not hold {directory}: the manager was closed, or it belongs "
-                  "to the parent process.", directory=self.catalog.directory)
-            )  # fmt: skip
+                _(
+                    "This process does not hold {directory}: the manager was closed, or it belongs "
+                    "to the parent process.",
+                    directory=self.catalog.directory,
+                )
+            )
         return self._saver
 
     # ------------------------------------------------------------------------------------ looking

@@ -79,8 +79,9 @@ class KeepRollingTemps:
     count: int = 2
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[bool]:
-        lasting = max((c.order for c in candidates if c.kind != "temp" and c.verified),
-                      default=(0, 0))  # fmt: skip
+        lasting = max(
+            (c.order for c in candidates if c.kind != "temp" and c.verified), default=(0, 0)
+        )
         rolling = sorted(
             (c.order for c in candidates if c.kind == "temp" and c.order > lasting), reverse=True
         )

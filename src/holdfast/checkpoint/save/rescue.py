@@ -97,10 +97,14 @@ def _make_durable(
     except (OSError, HoldfastError) as error:
         kind = ResourceError if isinstance(error, ResourceError) else SaveFailed
         raise kind(
-            _("Step {step} lies in memory ({path}) and could not be written to the disk: {error}. "
-              "Mend that and start again: it goes on from there.",
-              step=snapshot.step, path=snapshot.path, error=str(error).rstrip(".。"))
-        ) from error  # fmt: skip
+            _(
+                "Step {step} lies in memory ({path}) and could not be written to the disk: {error}"
+                ". Mend that and start again: it goes on from there.",
+                step=snapshot.step,
+                path=snapshot.path,
+                error=str(error).rstrip(".。"),
+            )
+        ) from error
 
 
 class _Rotten(Exception):

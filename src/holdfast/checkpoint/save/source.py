@@ -40,14 +40,18 @@ class Source:
         project.state()  # git is asked here, where no training step waits for it
         if options.rng and "rng" in state:
             raise UnsupportedValue(
-                _("A state has no key 'rng' of its own: the random streams are saved under that "
-                  "name. Call it otherwise, or use rng=False.")
-            )  # fmt: skip
+                _(
+                    "A state has no key 'rng' of its own: the random streams are saved under that "
+                    "name. Call it otherwise, or use rng=False."
+                )
+            )
         if gradients.KEY in state:
             raise UnsupportedValue(
-                _("A state has no key 'gradients' of its own: gradients in progress are saved "
-                  "under that name. Call it otherwise.")
-            )  # fmt: skip
+                _(
+                    "A state has no key 'gradients' of its own: gradients in progress are saved "
+                    "under that name. Call it otherwise."
+                )
+            )
         self._said: set[str] = set()  # keys of the state and metrics of which a warning was given
         self._once_given = {k: v for k, v in state.items() if calls.is_state_once_given(v)}
         self.tree()  # what cannot be saved is said now
@@ -114,10 +118,15 @@ class Source:
                 continue
             self._said.add(key)
             log.warning(
-                _("The state's own {key} is {own}, and the save was given {given}. The file has "
-                  "the state's: if your loop counts in another variable, take {key} out of the "
-                  "state.", key=key, own=own, given=given)
-            )  # fmt: skip
+                _(
+                    "The state's own {key} is {own}, and the save was given {given}. The file has "
+                    "the state's: if your loop counts in another variable, take {key} out of the "
+                    "state.",
+                    key=key,
+                    own=own,
+                    given=given,
+                )
+            )
 
     def _look_for_stale(self) -> None:
         """Say once where a `state_dict()` was called when the state was made, and never since."""
@@ -125,9 +134,12 @@ class Source:
             if self.state.get(key) is value and key not in self._said:
                 self._said.add(key)
                 log.warning(
-                    _("{key} in the state is what state_dict() gave when the state was made: it "
-                      "does not follow the training. Put the object itself there.", key=key)
-                )  # fmt: skip
+                    _(
+                        "{key} in the state is what state_dict() gave when the state was made: it "
+                        "does not follow the training. Put the object itself there.",
+                        key=key,
+                    )
+                )
 
     def _look_for_metric(self, save: Save) -> None:
         """Say once that the metric which is to decide what is best is not among those given."""
@@ -138,13 +150,20 @@ class Source:
         if isinstance(value, str) and not isinstance(metrics[metric], float):
             self._said.add(metric)
             log.warning(
-                _("{metric}, which decides what is best, is no number: {value}.",
-                  metric=metric, value=value)
-            )  # fmt: skip
+                _(
+                    "{metric}, which decides what is best, is no number: {value}.",
+                    metric=metric,
+                    value=value,
+                )
+            )
         if metric in metrics:
             return
         self._said.add(metric)
         log.warning(
-            _("The metrics of this save are {names}; {metric}, which decides what is best, is not "
-              "among them (metric=...).", names=", ".join(map(str, metrics)), metric=metric)
-        )  # fmt: skip
+            _(
+                "The metrics of this save are {names}; {metric}, which decides what is best, is "
+                "not among them (metric=...).",
+                names=", ".join(map(str, metrics)),
+                metric=metric,
+            )
+        )
