@@ -231,6 +231,8 @@ def grouped(parts: Iterable[Part]) -> list[list[Part]]:
     for part in parts:
         if part.start == part.stop:
             continue
+        if groups[-1] and part.start - groups[-1][-1].stop >= PAGE:
+            groups.append([])  # what lies between is not wanted
         groups[-1].append(part)
         if part.stop - groups[-1][0].start >= CHUNK or part.body > part.start:
             groups.append([])
