@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast.checkpoint.state.foreign import load_foreign, load_weights
+from holdfast.checkpoint.state.files import load_foreign, load_weights
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from tests.support import damage, make_run
 

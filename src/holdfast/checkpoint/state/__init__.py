@@ -7,10 +7,16 @@ never writes to a disk.
 from __future__ import annotations
 
 from holdfast.checkpoint.state import codec, gradients
-from holdfast.checkpoint.state.access import checkpoint_size, load, verify
 from holdfast.checkpoint.state.codec import OneByOne
 from holdfast.checkpoint.state.configured import Configured
-from holdfast.checkpoint.state.foreign import WEIGHT_KEYS, load_foreign, load_weights
+from holdfast.checkpoint.state.files import (
+    WEIGHT_KEYS,
+    checkpoint_size,
+    load,
+    load_foreign,
+    load_weights,
+    verify,
+)
 from holdfast.checkpoint.state.names import OptimizerNames, bare, unwrapped
 from holdfast.checkpoint.state.randomness import RandomState
 from holdfast.checkpoint.state.restore import plan_restore
