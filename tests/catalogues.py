@@ -7,6 +7,7 @@ test_catalogues.py fails where that was forgotten.
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -22,11 +23,27 @@ HEADER = "# Holdfast: every sentence that a person reads. `make i18n` keeps it c
 
 
 def extracted() -> set[str]:
-    """Return all strings marked with `_` and `N_` in the package."""
-    found = extract_from_dir(
-        SOURCE, method_map=[("**.py", "python")], keywords={"_": None, "N_": None}
+    """Return all strings marked with `_` and `N_` in the package, and the messages of errors."""
+    marked = ["_", "N_"], _errors()  # apart: Babel does not look for one inside the other
+    return {
+        message
+        for names in marked
+        for _file, _line, message, _comments, _context in extract_from_dir(
+            SOURCE, method_map=[("**.py", "python")], keywords=dict.fromkeys(names)
+        )
+        if any(map(str.isalpha, message))
+    }
+
+
+def _errors() -> set[str]:
+    """Return the names of the classes of errors: they translate their message themselves."""
+    classes = re.findall(
+        r"^class (\w+)\((\w+)\):", "".join(map(Path.read_text, SOURCE.rglob("*.py"))), re.M
     )
-    return {message for _file, _line, message, _comments, _context in found if message}
+    names = {"HoldfastError"}
+    while more := {name for name, base in classes if base in names} - names:
+        names |= more
+    return names
 
 
 def read() -> Catalog:

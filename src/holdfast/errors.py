@@ -6,11 +6,19 @@ line prints it and exits with `exit_code`; the traceback appears only with `--de
 
 from __future__ import annotations
 
+from holdfast.i18n import _
+
 
 class HoldfastError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose.
+
+    The message is translated here and its `{names}` are filled in with `values`.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", /, **values: object) -> None:
+        super().__init__(_(message, **values) if message else message)
 
 
 class ConfigError(HoldfastError):
@@ -31,9 +39,9 @@ class CheckpointError(HoldfastError):
 
     exit_code = 4
 
-    def __init__(self, message: str, why: str | None = None) -> None:
-        super().__init__(message)
-        self.why = message.rstrip(".。") if why is None else why
+    def __init__(self, message: str, /, *, why: str | None = None, **values: object) -> None:
+        super().__init__(message, **values, **({} if why is None else {"why": why}))
+        self.why = str(self).rstrip(".。") if why is None else why
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -87,6 +95,6 @@ class Diverged(HoldfastError):
 class Interrupted(HoldfastError):
     """A signal asked us to stop, and the state was saved: 128 + the signal's number."""
 
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, /, signal_number: int, **values: object) -> None:
+        super().__init__(message, **values)
         self.exit_code = 128 + signal_number

@@ -43,7 +43,7 @@ def listen(host: str, ports: Sequence[int]) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError) as error:
-        raise ConfigError(_("--host {host} is no address of this machine.", host=host)) from error
+        raise ConfigError("--host {host} is no address of this machine.", host=host) from error
     for port in ports:
         try:
             return _listen_at(found, port)
@@ -64,7 +64,7 @@ def listen(host: str, ports: Sequence[int]) -> socket.socket:
             }
             if error.errno not in known:
                 raise
-            raise ConfigError(_("Cannot listen: {reason}.", reason=known[error.errno])) from error
+            raise ConfigError("Cannot listen: {reason}.", reason=known[error.errno]) from error
     raise AssertionError("the last port returns or raises")
 
 

@@ -17,11 +17,9 @@ def checked_directory(directory: Any) -> Path:
     """Return the run directory, `~` expanded. Raises `ConfigError` where `directory` names none."""
     if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
         raise ConfigError(
-            _(
-                "The run directory is a path, such as {example}; this is {value}.",
-                example='"runs/a"',
-                value=repr(directory),
-            )
+            "The run directory is a path, such as {example}; this is {value}.",
+            example='"runs/a"',
+            value=repr(directory),
         )
     return Path(os.fsdecode(directory)).expanduser()
 
@@ -30,12 +28,9 @@ def check_state(state: Any) -> None:
     """Raise `ConfigError` where `state` is no mapping that can be restored in place."""
     if not isinstance(state, MutableMapping):
         raise ConfigError(
-            _(
-                "A state is a dictionary of what is to be saved, such as {example}; this is a "
-                "{kind}.",
-                example='{"model": model, "optimizer": optimizer}',
-                kind=type(state).__name__,
-            )
+            "A state is a dictionary of what is to be saved, such as {example}; this is a {kind}.",
+            example='{"model": model, "optimizer": optimizer}',
+            kind=type(state).__name__,
         )
 
 
@@ -43,20 +38,16 @@ def check_policies(save_when: Any) -> None:
     """Raise `ConfigError` where `save_when` is no list of policies."""
     if not isinstance(save_when, Sequence) or isinstance(save_when, str):
         raise ConfigError(
-            _(
-                "save_when is a list of policies, such as {example}; this is {value}.",
-                example="[EverySteps(100)]",
-                value=repr(save_when),
-            )
+            "save_when is a list of policies, such as {example}; this is {value}.",
+            example="[EverySteps(100)]",
+            value=repr(save_when),
         )
     for policy in save_when:
         if not callable(policy) or isinstance(policy, type):
             raise ConfigError(
-                _(
-                    "save_when has {value}, which is no policy; write {example}.",
-                    value=repr(policy),
-                    example="EverySteps(100)",
-                )
+                "save_when has {value}, which is no policy; write {example}.",
+                value=repr(policy),
+                example="EverySteps(100)",
             )
 
 
@@ -65,12 +56,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if not any(value is choice or value == choice for choice in choices):
         words = ", ".join(repr(choice) for choice in choices)
         raise ConfigError(
-            _(
-                "{name}={value}: it is one of {choices}.",
-                name=name,
-                value=repr(value),
-                choices=words,
-            )
+            "{name}={value}: it is one of {choices}.", name=name, value=repr(value), choices=words
         )
 
 
@@ -82,22 +68,18 @@ def check_number(name: str, value: Any, least: float, *, whole: bool = False) ->
     if not known or isinstance(value, bool) or not float(value) >= least:
         kind = _("a whole number") if whole else _("a number")
         raise ConfigError(
-            _(
-                "{name}={value}: it is {kind} of at least {least}.",
-                name=name,
-                value=repr(value),
-                kind=kind,
-                least=least,
-            )
+            "{name}={value}: it is {kind} of at least {least}.",
+            name=name,
+            value=repr(value),
+            kind=kind,
+            least=least,
         )
 
 
 def check_positive(name: str, value: Any) -> None:
     """Raise `ConfigError` where `value` is no number above zero."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ConfigError(
-            _("{name}={value}: it is a number above 0.", name=name, value=repr(value))
-        )
+        raise ConfigError("{name}={value}: it is a number above 0.", name=name, value=repr(value))
 
 
 def is_state_once_given(value: Any) -> bool:
@@ -110,11 +92,9 @@ def check_save(step: Any, epoch: Any, kind: str, metrics: Any = None) -> None:
     """Raise `ConfigError` where a save cannot be meant like this."""
     if metrics is not None and not isinstance(metrics, Mapping):
         raise ConfigError(
-            _(
-                "metrics are a dictionary, such as {example}; these are {value}.",
-                example='{"val_loss": 1.5}',
-                value=repr(metrics),
-            )
+            "metrics are a dictionary, such as {example}; these are {value}.",
+            example='{"val_loss": 1.5}',
+            value=repr(metrics),
         )
     check_choice("kind", kind, KINDS)
     check_number("step", step, 0, whole=True)
@@ -122,5 +102,5 @@ def check_save(step: Any, epoch: Any, kind: str, metrics: Any = None) -> None:
         check_number("epoch", epoch, 0, whole=True)
     elif kind == "epoch":
         raise ConfigError(
-            _("A checkpoint of kind 'epoch' needs to know of which: epoch=1 for the first.")
+            "A checkpoint of kind 'epoch' needs to know of which: epoch=1 for the first."
         )

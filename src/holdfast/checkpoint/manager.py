@@ -453,11 +453,9 @@ class CheckpointManager:
             random = self._source.random
             if random is not None and "rng" not in found.payload and strict:
                 raise StateMismatch(
-                    _(
-                        "{path} has no random streams; nothing was changed. Use strict=False to do "
-                        "without them.",
-                        path=found.path,
-                    )
+                    "{path} has no random streams; nothing was changed. Use strict=False to do "
+                    "without them.",
+                    path=found.path,
                 )
             transaction = plan_restore(
                 self.state,
@@ -704,25 +702,19 @@ class CheckpointManager:
         ranks.refuse()
         if sys.is_finalizing():  # most of Python is gone already
             raise SaveFailed(
-                _(
-                    "Python is ending: nothing can be saved any more. Save before the end, or in a "
-                    "function given to atexit.register."
-                )
+                "Python is ending: nothing can be saved any more. Save before the end, or in a "
+                "function given to atexit.register."
             )
         if self._superseded:
             raise SaveFailed(
-                _(
-                    "A newer manager of this process works in {directory}: use that one.",
-                    directory=self.catalog.directory,
-                )
+                "A newer manager of this process works in {directory}: use that one.",
+                directory=self.catalog.directory,
             )
         if not self._lock.held:
             raise SaveFailed(
-                _(
-                    "This process does not hold {directory}: the manager was closed, or it belongs "
-                    "to the parent process.",
-                    directory=self.catalog.directory,
-                )
+                "This process does not hold {directory}: the manager was closed, or it belongs "
+                "to the parent process.",
+                directory=self.catalog.directory,
             )
         return self._saver
 

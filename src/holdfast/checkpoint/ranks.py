@@ -7,7 +7,6 @@ import os
 import torch.distributed as dist
 
 from holdfast.errors import ConfigError
-from holdfast.i18n import _
 
 
 def refuse() -> None:
@@ -19,14 +18,12 @@ def refuse() -> None:
     world, rank = _of_torch() or _of_environment()
     if world > 1:
         raise ConfigError(
-            _(
-                "This is rank {rank} of {world}. Holdfast saves and restores the state of one "
-                "process: saved on rank 0 alone, the other ranks would go on from a resume with an "
-                "empty optimizer and random streams of their own. Train in one process (without "
-                "torchrun; unset RANK and WORLD_SIZE), or save with torch.distributed.checkpoint.",
-                rank=rank,
-                world=world,
-            )
+            "This is rank {rank} of {world}. Holdfast saves and restores the state of one "
+            "process: saved on rank 0 alone, the other ranks would go on from a resume with an "
+            "empty optimizer and random streams of their own. Train in one process (without "
+            "torchrun; unset RANK and WORLD_SIZE), or save with torch.distributed.checkpoint.",
+            rank=rank,
+            world=world,
         )
 
 

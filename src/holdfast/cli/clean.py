@@ -27,7 +27,7 @@ def run_clean(argv: Sequence[str], prog: str) -> int:
     given = _clean_parser(prog).parse_args(argv)
     wish = _wish(given, prog)
     if given.json and not (given.yes or given.dry_run):
-        raise ConfigError(_("{prog} --json asks no questions: add --yes or --dry-run", prog=prog))
+        raise ConfigError("{prog} --json asks no questions: add --yes or --dry-run", prog=prog)
     return _clean_memory(given, prog) if given.memory else _clean_directory(given, wish, prog)
 
 
@@ -115,22 +115,18 @@ def _wish(given: argparse.Namespace, prog: str) -> clean.Wish:
     ):
         if value is not None and value < least:
             raise ConfigError(
-                _(
-                    "{flag} {value}: expected a number that is not less than {least}; see {prog} "
-                    "--help",
-                    flag=flag,
-                    value=value,
-                    least=least,
-                    prog=prog,
-                )
+                "{flag} {value}: expected a number that is not less than {least}; see {prog} "
+                "--help",
+                flag=flag,
+                value=value,
+                least=least,
+                prog=prog,
             )
     rules = (given.keep, given.keep_best, given.every)
     others = given.temp or given.quarantine or given.archive
     nothing = all(rule is None for rule in rules) and not others
     if given.memory and (not nothing or given.directory != common.DIRECTORY):
-        raise ConfigError(
-            _("{prog} --memory stands alone: it looks at no run directory", prog=prog)
-        )
+        raise ConfigError("{prog} --memory stands alone: it looks at no run directory", prog=prog)
     return clean.Wish(
         _KEEP if nothing else given.keep,
         given.temp,

@@ -123,7 +123,7 @@ def _check(given: argparse.Namespace, prog: str) -> None:
     """Raise ConfigError over what cannot be meant, before anything is read."""
     if len(given.sources) < 2:
         raise ConfigError(
-            _("one checkpoint cannot be compared: name two or more; see {prog} --help", prog=prog)
+            "one checkpoint cannot be compared: name two or more; see {prog} --help", prog=prog
         )
     for flag, value, least in (
         ("--tokens", given.tokens, 1),
@@ -132,13 +132,11 @@ def _check(given: argparse.Namespace, prog: str) -> None:
     ):
         if value is not None and not least <= value < float("inf"):
             raise ConfigError(
-                _(
-                    "{flag} {value}: expected at least {least}; see {prog} --help",
-                    flag=flag,
-                    value=value,
-                    least=least,
-                    prog=prog,
-                )
+                "{flag} {value}: expected at least {least}; see {prog} --help",
+                flag=flag,
+                value=value,
+                least=least,
+                prog=prog,
             )
 
 

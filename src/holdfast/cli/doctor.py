@@ -138,17 +138,15 @@ def _prove(argv: Sequence[str], prog: str) -> int:
     for option, value in (("--steps", given.steps), ("--more", given.more)):
         if value < 1:
             raise ConfigError(
-                _(
-                    "{option} {value}: expected a positive number; see {prog} --help",
-                    option=option,
-                    value=value,
-                    prog=prog,
-                )
+                "{option} {value}: expected a positive number; see {prog} --help",
+                option=option,
+                value=value,
+                prog=prog,
             )
     config = _configuration(words, prog)
     place = given.dir or _beside(Path(config.checkpoint.checkpoint_dir))
     if not place.is_dir():
-        raise ConfigError(_("--dir {directory}: there is no such directory", directory=place))
+        raise ConfigError("--dir {directory}: there is no such directory", directory=place)
 
     from holdfast.training.proving import prove
 

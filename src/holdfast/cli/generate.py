@@ -175,7 +175,7 @@ def _from_pipe() -> str:
     except UnicodeDecodeError as error:
         if error.start > 0 and len(data) - error.start < 4:  # `head -c` cut a character: so be it
             return data[: error.start].decode("utf-8-sig")
-        raise ConfigError(_("The prompt in the pipe is not UTF-8 text.")) from error
+        raise ConfigError("The prompt in the pipe is not UTF-8 text.") from error
     return text.removesuffix("\n").removesuffix("\r")
 
 

@@ -74,9 +74,11 @@ def main(  # noqa: PLR0911 - one return a bad end
         return _fail(message, ConfigError.exit_code, error, debug)
     except MemoryError as error:
         return _fail(
-            _("Out of memory. Use a smaller --model, --batch-size or --context-length."), 6, error,
+            _("Out of memory. Use a smaller --model, --batch-size or --context-length."),
+            6,
+            error,
             debug,
-        )  # fmt: skip
+        )
     except OSError as error:
         from holdfast.cli.common import explain
 
@@ -123,9 +125,11 @@ def command_of(name: str, prog: str) -> Command:
 
     known = [one for names in ROOMS.values() for one in names]
     raise ConfigError(
-        _("{prog} has no command {name}{hint}; see {prog} --help", prog=prog, name=name,
-          hint=did_you_mean(nearest(name, known)))
-    )  # fmt: skip
+        "{prog} has no command {name}{hint}; see {prog} --help",
+        prog=prog,
+        name=name,
+        hint=did_you_mean(nearest(name, known)),
+    )
 
 
 def commands() -> dict[str, tuple[str, Command]]:
@@ -159,8 +163,9 @@ def _missing(package: str, words: Sequence[str]) -> str:
     command = next((word for word in words if not word.startswith("-")), "")
     top = package.partition(".")[0]
     extra = _EXTRA_OF_PACKAGE.get(top) or _EXTRA_OF_COMMAND.get(command, "train")
-    return _("This needs the package {name}: pip install 'holdfast[{extra}]'", name=top,
-             extra=extra)  # fmt: skip
+    return _(
+        "This needs the package {name}: pip install 'holdfast[{extra}]'", name=top, extra=extra
+    )
 
 
 def _fail(message: str, status: int, error: BaseException, debug: bool) -> int:

@@ -64,11 +64,9 @@ def _once(given: argparse.Namespace) -> int:
     if all(view.state == EMPTY for view in views):
         look(root, cached=True)  # says what is wrong with it
         raise HoldfastError(
-            _(
-                "There is no run in {directory} yet. Name the directory that "
-                "--checkpoint-dir named for the training.",
-                directory=root,
-            )
+            "There is no run in {directory} yet. Name the directory that "
+            "--checkpoint-dir named for the training.",
+            directory=root,
         )
     probe = Probe()
     for view in views:  # a process is measured from the first question on
@@ -87,7 +85,7 @@ def _watch(given: argparse.Namespace, prog: str) -> int:
     streams = (sys.stdin, sys.stdout, sys.stderr)  # Textual draws on the last
     if not all(stream.isatty() for stream in streams) or os.environ.get("TERM") == "dumb":
         raise ConfigError(
-            _("{prog} needs a terminal; for a pipe or a script: {prog} --once", prog=prog)
+            "{prog} needs a terminal; for a pipe or a script: {prog} --once", prog=prog
         )
     root = Path(given.directory)
     if root.exists() and not root.is_dir():
@@ -100,12 +98,10 @@ def _watch(given: argparse.Namespace, prog: str) -> int:
         if (error.name or "holdfast").startswith("holdfast"):
             raise
         raise ConfigError(
-            _(
-                "{prog} needs the package {name}: pip install 'holdfast[desk]'; without it: "
-                "{prog} --once",
-                prog=prog,
-                name=error.name,
-            )
+            "{prog} needs the package {name}: pip install 'holdfast[desk]'; without it: "
+            "{prog} --once",
+            prog=prog,
+            name=error.name,
         ) from error
     screen = Monitor(root)
     screen.run()

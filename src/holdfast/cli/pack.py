@@ -139,11 +139,9 @@ def run_unpack(argv: Sequence[str], prog: str) -> int:
     given = parser.parse_args(argv)
     if given.directory is not None and (given.list or given.check):
         raise ConfigError(
-            _(
-                "{prog} --list and --check unpack nothing: leave {directory} out",
-                prog=prog,
-                directory=given.directory,
-            )
+            "{prog} --list and --check unpack nothing: leave {directory} out",
+            prog=prog,
+            directory=given.directory,
         )
     if given.list:
         found = unpack.contents_of(given.file)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from holdfast.errors import ConfigError
 from holdfast.formatting import wrap_cells
-from holdfast.i18n import LANGUAGES, N_, _
+from holdfast.i18n import LANGUAGES, N_
 
 # argparse's own words, which it looks up in the same catalogue; listed so that they get into it.
 ARGPARSE_WORDS = (
@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of printing and exiting: one place prints all errors."""
-        raise ConfigError(_("{problem}; see {prog} --help", problem=message, prog=self.prog))
+        raise ConfigError("{problem}; see {prog} --help", problem=message, prog=self.prog)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

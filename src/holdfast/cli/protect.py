@@ -156,23 +156,19 @@ def _parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, lis
             _("unknown: {words}", words=" ".join(rest)) if rest else _("there is no command to run")
         )
         raise ConfigError(
-            _(
-                "{problem}; write it as {prog} [options] -- COMMAND ...",
-                problem=problem,
-                prog=parser.prog,
-            )
+            "{problem}; write it as {prog} [options] -- COMMAND ...",
+            problem=problem,
+            prog=parser.prog,
         )
     smallest = {"give_up_after": 1, "backoff": 0}
     for name, least in smallest.items():
         value = getattr(given, name)
         if not least <= value < 1e9:
             raise ConfigError(
-                _(
-                    "--{option} {value}: expected a number from {least}",
-                    option=name.replace("_", "-"),
-                    value=value,
-                    least=least,
-                )
+                "--{option} {value}: expected a number from {least}",
+                option=name.replace("_", "-"),
+                value=value,
+                least=least,
             )
     return given, command
 
@@ -204,9 +200,7 @@ def _found(command: Sequence[str]) -> _Found:
         words[:1] = [sys.executable, "-m", "holdfast"]
     program = shutil.which(words[0])
     if program is None:
-        raise ConfigError(
-            _("There is no program {name}. Check the command after --.", name=words[0])
-        )
+        raise ConfigError("There is no program {name}. Check the command after --.", name=words[0])
     return _Found(words, program)
 
 
@@ -261,11 +255,9 @@ def _refuse_beginning_anew(command: Sequence[str]) -> None:
     wrong = [flag for flag, said in flags.items() if said]
     if wrong:
         raise ConfigError(
-            _(
-                "With {flags} every boot would begin anew. Leave it out: the first start goes on "
-                "from what lies in the run directory.",
-                flags=", ".join(wrong),
-            )
+            "With {flags} every boot would begin anew. Leave it out: the first start goes on "
+            "from what lies in the run directory.",
+            flags=", ".join(wrong),
         )
 
 

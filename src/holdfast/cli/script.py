@@ -35,8 +35,11 @@ def find_packages(root: Path) -> None:
     from holdfast.i18n import _, detect_language, set_language
 
     set_language(detect_language())
-    line = _("holdfast: {python} lacks {names}. Install everything with: make -C {root} install",
-             python=sys.executable, names=", ".join(missing),
-             root=shlex.quote(str(root)))  # fmt: skip
+    line = _(
+        "holdfast: {python} lacks {names}. Install everything with: make -C {root} install",
+        python=sys.executable,
+        names=", ".join(missing),
+        root=shlex.quote(str(root)),
+    )
     print(line, file=sys.stderr)
     sys.exit(2)

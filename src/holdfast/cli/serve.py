@@ -130,11 +130,9 @@ def _sources(given: argparse.Namespace) -> list[Path]:
     for source in sources:
         if not source.exists():
             raise CheckpointError(
-                _(
-                    "There is no checkpoint at {path} yet: train first (holdfast train), or name "
-                    "another FILE or RUN.",
-                    path=source,
-                )
+                "There is no checkpoint at {path} yet: train first (holdfast train), or name "
+                "another FILE or RUN.",
+                path=source,
             )
     return sources
 
@@ -147,7 +145,7 @@ def _settings(given: argparse.Namespace) -> Settings:
 
     key = given.api_key or os.environ.get(_KEY) or None
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(_("--api-key has characters that no header can carry."))
+        raise ConfigError("--api-key has characters that no header can carry.")
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     settings = Settings(
         host=given.host,
@@ -175,11 +173,9 @@ def _device(name: str | None) -> torch.device | None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            _(
-                "--device {name} is not there: {reason}",
-                name=name,
-                reason=str(error).strip().partition("\n")[0],
-            )
+            "--device {name} is not there: {reason}",
+            name=name,
+            reason=str(error).strip().partition("\n")[0],
         ) from error
     return device
 

@@ -44,7 +44,7 @@ def run_rollback(argv: Sequence[str], prog: str) -> int:
     parser.add_argument("-y", "--yes", action="store_true", help=_("do not ask"))
     given = parser.parse_args(argv)
     if given.json and not (given.yes or given.dry_run):
-        raise ConfigError(_("{prog} --json asks no questions: add --yes or --dry-run", prog=prog))
+        raise ConfigError("{prog} --json asks no questions: add --yes or --dry-run", prog=prog)
     directory = _directory(given)
     look(directory, cached=True)  # says what is wrong with it before a lock makes a file in it
     with nullcontext() if given.dry_run else run_lock(directory):

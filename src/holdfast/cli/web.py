@@ -100,10 +100,10 @@ def run_report(argv: Sequence[str], prog: str) -> int:
 
     out = given.out or Path(f"report-{_file_name(directory)}.html")
     if out.is_dir():
-        raise ConfigError(_("--out {path}: a directory; name a file", path=out))
+        raise ConfigError("--out {path}: a directory; name a file", path=out)
     if not out.parent.is_dir():
         raise ConfigError(
-            _("--out {path}: there is no directory {directory}", path=out, directory=out.parent)
+            "--out {path}: there is no directory {directory}", path=out, directory=out.parent
         )
     size = write_report(directory, out, lang=language())
     if given.json:

@@ -167,42 +167,34 @@ def _check_request(form: str, dtype: str | None) -> None:
     if form not in FORMATS:
         meant = _MEANT.get(form.lower()) or nearest(form, FORMATS)
         raise ConfigError(
-            _(
-                "--to {value}: expected one of {choices}{hint}",
-                value=form,
-                choices=", ".join(FORMATS),
-                hint=did_you_mean(meant),
-            )
+            "--to {value}: expected one of {choices}{hint}",
+            value=form,
+            choices=", ".join(FORMATS),
+            hint=did_you_mean(meant),
         )
     if dtype is not None and dtype not in DTYPES:
         meant = _MEANT.get(dtype.lower()) or nearest(dtype, DTYPES)
         raise ConfigError(
-            _(
-                "--dtype {value}: expected one of {choices}{hint}",
-                value=dtype,
-                choices=", ".join(DTYPES),
-                hint=did_you_mean(meant),
-            )
+            "--dtype {value}: expected one of {choices}{hint}",
+            value=dtype,
+            choices=", ".join(DTYPES),
+            hint=did_you_mean(meant),
         )
     if form == "onnx":
         export_onnx.check_packages()
         if dtype == "bf16":
             raise ConfigError(
-                _(
-                    "--to onnx --dtype bf16: onnxruntime does not compute in bf16 on "
-                    "a CPU; take fp16 or fp32"
-                )
+                "--to onnx --dtype bf16: onnxruntime does not compute in bf16 on "
+                "a CPU; take fp16 or fp32"
             )
 
 
 def _only_weights(error: ForeignCheckpoint, path: Path) -> ForeignCheckpoint:
     return ForeignCheckpoint(
-        _(
-            "{error} Its weights alone can be exported, with --to safetensors or --to weights. To "
-            "make a run of it: holdfast import {path} --model-config FILE --tokenizer DIR",
-            error=error,
-            path=path,
-        )
+        "{error} Its weights alone can be exported, with --to safetensors or --to weights. To "
+        "make a run of it: holdfast import {path} --model-config FILE --tokenizer DIR",
+        error=error,
+        path=path,
     )
 
 

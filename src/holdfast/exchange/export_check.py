@@ -113,11 +113,9 @@ def compare(text: Text, expected: torch.Tensor, found: torch.Tensor, share: floa
     """Compare logits; a difference up to `share` of the largest logit is allowed."""
     if found.shape != expected.shape:
         raise Deviation(
-            _(
-                "The export gives logits of shape {found} instead of {expected}; it was not kept.",
-                found=list(found.shape),
-                expected=list(expected.shape),
-            )
+            "The export gives logits of shape {found} instead of {expected}; it was not kept.",
+            found=list(found.shape),
+            expected=list(expected.shape),
         )
     largest = expected.abs().max().item()
     difference = (found - expected).abs().max().item()
@@ -131,10 +129,8 @@ def insist(check: Check) -> None:
         return
     if not math.isfinite(check.largest):
         raise Deviation(
-            _(
-                "The model's own logits are {value}: its weights are ruined. Nothing was exported; "
-                "`holdfast list` shows other checkpoints.",
-                value=check.largest,
-            )
+            "The model's own logits are {value}: its weights are ruined. Nothing was exported; "
+            "`holdfast list` shows other checkpoints.",
+            value=check.largest,
         )
-    raise Deviation(_("The export is not the model, and was not kept: {line}.", line=check.line()))
+    raise Deviation("The export is not the model, and was not kept: {line}.", line=check.line())

@@ -16,7 +16,6 @@ import torch
 
 from holdfast.errors import ConfigError, HoldfastError
 from holdfast.exchange.export_formats import quiet
-from holdfast.i18n import _
 
 OPSET = 18  # what torch's exporter writes without converting; onnxruntime knows it since 1.14
 MODEL = "model.onnx"
@@ -31,10 +30,7 @@ def check_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            _(
-                "This needs the package {name}: pip install 'holdfast[export]'",
-                name=", ".join(missing),
-            )
+            "This needs the package {name}: pip install 'holdfast[export]'", name=", ".join(missing)
         )
 
 
@@ -58,11 +54,9 @@ def write_onnx(model: Any, folder: Path) -> bool:
         return _export(model, folder, [])
     except _FAILURES as error:
         raise HoldfastError(
-            _(
-                "torch cannot make an ONNX graph of this model ({kind}): {reason}",
-                kind=type(model).__name__,
-                reason=_first_line(error),
-            )
+            "torch cannot make an ONNX graph of this model ({kind}): {reason}",
+            kind=type(model).__name__,
+            reason=_first_line(error),
         ) from error
 
 
@@ -185,7 +179,7 @@ class Session:
             )
         except Exception as error:  # its errors have no common class of their own
             raise HoldfastError(
-                _("onnxruntime does not open the graph: {reason}", reason=_first_line(error))
+                "onnxruntime does not open the graph: {reason}", reason=_first_line(error)
             ) from error
         self._past = [i for i in self._session.get_inputs() if i.name.startswith("past_")]
 

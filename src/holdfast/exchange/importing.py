@@ -143,21 +143,16 @@ def import_model(
 def _tokenizer_of(found: Source, path: Path) -> TextTokenizer:
     if found.tokenizer is None:
         raise ConfigError(
-            _(
-                "There is no tokenizer in {path}, and the model knows only the tokens of its own: "
-                "--tokenizer DIR",
-                path=path,
-            )
+            "There is no tokenizer in {path}, and the model knows only the tokens of its own: "
+            "--tokenizer DIR",
+            path=path,
         )
     rows = int(found.model.config.vocab_size)
     if found.tokenizer.vocab_size > rows:
         raise StateMismatch(
-            _(
-                "The tokenizer has {tokens} tokens, and the model knows {rows}: it is another "
-                "model's.",
-                tokens=f"{found.tokenizer.vocab_size:,}",
-                rows=f"{rows:,}",
-            )
+            "The tokenizer has {tokens} tokens, and the model knows {rows}: it is another model's.",
+            tokens=f"{found.tokenizer.vocab_size:,}",
+            rows=f"{rows:,}",
         )
     return found.tokenizer
 

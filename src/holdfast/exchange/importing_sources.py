@@ -60,7 +60,7 @@ def read_source(path: Path, model_config: str | None, tokenizer: str | None) -> 
     where it cannot be read, StateMismatch, by name, where weights do not fit.
     """
     if not path.exists():
-        raise CheckpointError(_("There is nothing at {path}.", path=path))
+        raise CheckpointError("There is nothing at {path}.", path=path)
     given = None if tokenizer is None else TextTokenizer.from_directory(tokenizer)
     found = _read_directory(path) if path.is_dir() else _read_file(path, model_config)
     return found if given is None else replace(found, tokenizer=given)
@@ -73,11 +73,9 @@ def _read_directory(path: Path) -> Source:
     if not (path / "config.json").is_file() or (path / EVENTS).is_file():
         hint = _("it is a run already: holdfast train --checkpoint-dir {path} --resume", path=path)
         raise ConfigError(
-            _(
-                "{path} is no Hugging Face directory: {reason}",
-                path=path,
-                reason=hint if (path / EVENTS).is_file() else _("it has no config.json"),
-            )
+            "{path} is no Hugging Face directory: {reason}",
+            path=path,
+            reason=hint if (path / EVENTS).is_file() else _("it has no config.json"),
         )
     with contextlib.suppress(OSError, ValueError):  # transformers says what is wrong with it
         said = json.loads((path / "config.json").read_text("utf-8"))
@@ -153,12 +151,10 @@ def _check_nanogpt(
     largest, allowed = (expected - found).abs().max(), 1e-4 * expected.abs().max()
     if not largest <= allowed:
         raise StateMismatch(
-            _(
-                "{path} is no model of nanoGPT, though it has its model_args: as a GPT-2 it "
-                "computes other logits (difference {difference}).",
-                path=path,
-                difference=f"{largest:.3g}",
-            )
+            "{path} is no model of nanoGPT, though it has its model_args: as a GPT-2 it "
+            "computes other logits (difference {difference}).",
+            path=path,
+            difference=f"{largest:.3g}",
         )
 
 
@@ -181,7 +177,7 @@ def _weights_in(state: Any, path: Path) -> tuple[str, Mapping[str, torch.Tensor]
             tensors = {k: v for k, v in inner.items() if isinstance(v, torch.Tensor)}
             if tensors and (key is not None or len(tensors) == len(inner)):
                 return key or "bare", tensors
-    raise ForeignCheckpoint(_("{path} holds no weights that could be found.", path=path))
+    raise ForeignCheckpoint("{path} holds no weights that could be found.", path=path)
 
 
 def _configuration(state: Any, path: Path, file: str | None) -> dict[str, Any]:
@@ -193,11 +189,9 @@ def _configuration(state: Any, path: Path, file: str | None) -> dict[str, Any]:
         if isinstance(found, Mapping) and isinstance(found.get("model_type"), str):
             return dict(found)
     raise ConfigError(
-        _(
-            "{path} does not say what its model is. Give the config.json that transformers would "
-            "write for it (model_type, sizes): --model-config FILE",
-            path=path,
-        )
+        "{path} does not say what its model is. Give the config.json that transformers would "
+        "write for it (model_type, sizes): --model-config FILE",
+        path=path,
     )
 
 
@@ -206,10 +200,10 @@ def _read_configuration(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(_("--model-config {path}: {reason}", path=path, reason=error)) from error
+        raise ConfigError("--model-config {path}: {reason}", path=path, reason=error) from error
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise ConfigError(
-            _("--model-config {path}: it names no model_type (gpt2, llama, ...)", path=path)
+            "--model-config {path}: it names no model_type (gpt2, llama, ...)", path=path
         )
     for name in ("transformers_version", "dtype", "torch_dtype", "_name_or_path"):
         found.pop(name, None)
@@ -263,11 +257,9 @@ def _shapes(name: str, theirs: Any, ours: Any) -> str:
 def _refuse(path: Path, wrong: list[str]) -> None:
     if wrong:
         raise StateMismatch(
-            _(
-                "The weights in {path} do not fit the model: {problems}",
-                path=path,
-                problems=_some(wrong, "; "),
-            )
+            "The weights in {path} do not fit the model: {problems}",
+            path=path,
+            problems=_some(wrong, "; "),
         )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from holdfast.checkpoint.system import SignalGuard, drafts, filesystem
 from holdfast.errors import ConfigError, Interrupted, ResourceError
 from holdfast.formatting import format_bytes
-from holdfast.i18n import _
 
 
 def check_target(target: Path) -> None:
@@ -18,7 +17,7 @@ def check_target(target: Path) -> None:
     if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
         return
     if target.exists() or target.is_symlink():
-        raise ConfigError(_("{path} is there already. Choose another --out.", path=target))
+        raise ConfigError("{path} is there already. Choose another --out.", path=target)
 
 
 def check_room(target: Path, needed: int) -> None:
@@ -29,13 +28,11 @@ def check_room(target: Path, needed: int) -> None:
     free = filesystem.free_bytes(place)
     if free < needed + filesystem.RESERVE:
         raise ResourceError(
-            _(
-                "The disk of {directory} has {free} free, and {needed} are needed. Free some "
-                "space, or choose --out on another disk.",
-                directory=place,
-                free=format_bytes(free),
-                needed=format_bytes(needed + filesystem.RESERVE),
-            )
+            "The disk of {directory} has {free} free, and {needed} are needed. Free some "
+            "space, or choose --out on another disk.",
+            directory=place,
+            free=format_bytes(free),
+            needed=format_bytes(needed + filesystem.RESERVE),
         )
 
 

@@ -37,10 +37,8 @@ def choose(run: RunDirectory, wanted: str) -> Choice:
     files = [path for path in (Path(wanted), run.directory / wanted) if path.is_file()]
     if not files:
         raise CheckpointError(
-            _(
-                "There is no checkpoint at {source}; `holdfast list` shows what is there.",
-                source=wanted,
-            )
+            "There is no checkpoint at {source}; `holdfast list` shows what is there.",
+            source=wanted,
         )
     for path in files:
         found = _here(run, path) or _archived(run, path)
@@ -49,13 +47,11 @@ def choose(run: RunDirectory, wanted: str) -> Choice:
     for name, why in run.contents.damaged:
         path = run.directory / name
         if any(filesystem.same_data(path, file) for file in files):
-            raise DamagedCheckpoint(_("{path} is damaged: {why}.", path=path, why=why), why)
+            raise DamagedCheckpoint("{path} is damaged: {why}.", path=path, why=why)
     raise CheckpointError(
-        _(
-            "{path} is no checkpoint of {directory}; `holdfast list` shows what is there.",
-            path=files[0],
-            directory=run.directory,
-        )
+        "{path} is no checkpoint of {directory}; `holdfast list` shows what is there.",
+        path=files[0],
+        directory=run.directory,
     )
 
 
@@ -74,9 +70,7 @@ def _of_step(run: RunDirectory, step: int) -> Entry:
         if entry.step == step:
             return entry
     if not run.entries:
-        raise CheckpointError(
-            _("There are no checkpoints in {directory}.", directory=run.directory)
-        )
+        raise CheckpointError("There are no checkpoints in {directory}.", directory=run.directory)
     near = sorted({entry.step for entry in run.entries}, key=lambda other: abs(other - step))
     message = _(
         "There is no checkpoint of step {step} in {directory}; the nearest are of step {steps}.",

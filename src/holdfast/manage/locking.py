@@ -21,21 +21,17 @@ def catalogue_lock(catalog: Catalog) -> Iterator[None]:
         lock.acquire()
     except RunLocked:
         raise RunLocked(
-            _(
-                "Another process is changing {directory} ({owner}) and has not ended within "
-                "{seconds} s. Try again.",
-                directory=catalog.directory,
-                owner=lock.owner() or _("unknown process"),
-                seconds=round(WAIT),
-            )
+            "Another process is changing {directory} ({owner}) and has not ended within "
+            "{seconds} s. Try again.",
+            directory=catalog.directory,
+            owner=lock.owner() or _("unknown process"),
+            seconds=round(WAIT),
         ) from None
     except OSError as error:
         raise ResourceError(
-            _(
-                "{directory} cannot be written: {error}.",
-                directory=catalog.directory,
-                error=error.strerror or error,
-            )
+            "{directory} cannot be written: {error}.",
+            directory=catalog.directory,
+            error=error.strerror or error,
         ) from error
     try:
         yield

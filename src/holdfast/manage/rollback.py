@@ -144,7 +144,7 @@ def plan(directory: str | os.PathLike[str], wanted: str) -> Plan:
     run = look(directory)
     if run.contents.unreadable:
         name, reason = run.contents.unreadable[0]
-        raise CheckpointError(_("{name} cannot be read now: {reason}", name=name, reason=reason))
+        raise CheckpointError("{name} cannot be read now: {reason}", name=name, reason=reason)
     choice = choose(run, wanted)
     entry, back = choice.entry, run.catalog.history.known.pending
     here = _run_of(run)
@@ -172,7 +172,7 @@ def execute(shown: Plan) -> Plan:
     else:
         error = rollback.damage_of(shown.directory / shown.source)
         if error is not None:
-            raise DamagedCheckpoint(str(error), error.why)
+            raise DamagedCheckpoint(str(error), why=error.why)
     with signals.deferred_interrupt():
         if _left(catalog):
             from holdfast.checkpoint.save import rescue  # which needs torch

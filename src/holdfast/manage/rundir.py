@@ -61,14 +61,12 @@ def look(
     if not path.exists():
         filesystem.check_links(path)
         raise HoldfastError(
-            _(
-                "There is no directory {directory}. Name the run directory, the one that "
-                "--checkpoint-dir named for the training.",
-                directory=path,
-            )
+            "There is no directory {directory}. Name the run directory, the one that "
+            "--checkpoint-dir named for the training.",
+            directory=path,
         )
     if not path.is_dir():
-        raise HoldfastError(_("{path} is not a directory: name the run directory.", path=path))
+        raise HoldfastError("{path} is not a directory: name the run directory.", path=path)
     catalog = catalog or Catalog(path)
     contents = catalog.scan(cached=cached)
     return RunDirectory(path, catalog, contents, frozenset(catalog.history.known.damaged))

@@ -10,7 +10,6 @@ from typing import Any
 
 from holdfast.checkpoint.format import ARCHIVE, plain_state
 from holdfast.errors import ForeignCheckpoint
-from holdfast.i18n import _
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ def tensors_of(manifest: Mapping[str, Any], path: Path) -> list[Tensor]:
             first.setdefault(place, name)
     except (KeyError, TypeError, ValueError) as error:
         raise ForeignCheckpoint(
-            _("The manifest's index of tensors makes no sense ({error}).", error=error)
+            "The manifest's index of tensors makes no sense ({error}).", error=error
         ) from error
     return found
 

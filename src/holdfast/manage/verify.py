@@ -102,7 +102,7 @@ def targets_of(
         elif source.is_file():
             found.append(Target((source,), _run_directory_of(source)))
         else:
-            raise HoldfastError(_("There is no checkpoint at {path}.", path=source))
+            raise HoldfastError("There is no checkpoint at {path}.", path=source)
     return found
 
 

@@ -350,7 +350,7 @@ def _packed(error: BaseException) -> bytes:
 
 def _failure(status: int, said: bytes) -> HoldfastError:
     if not said:
-        return HoldfastError(_("The process of the run ended with status {status}.", status=status))
+        return HoldfastError("The process of the run ended with status {status}.", status=status)
     return revived(*json.loads(said))
 
 

@@ -154,11 +154,9 @@ class Library:
         cards = self._cards_of(source)
         if not cards:
             raise CheckpointError(
-                _(
-                    "There is no checkpoint in {directory} yet: train first (holdfast train), or "
-                    "name another run.",
-                    directory=source,
-                )
+                "There is no checkpoint in {directory} yet: train first (holdfast train), or "
+                "name another run.",
+                directory=source,
             )
         name = cards[0].name
         cards = list({card.path: card for card in cards}.values())  # one file has several names
@@ -194,7 +192,7 @@ class Library:
 
     def _load(self, card: Card) -> Served:
         options = self.options
-        moved = Moved(_("{path} was replaced just now; ask again.", path=card.path))
+        moved = Moved("{path} was replaced just now; ask again.", path=card.path)
         try:
             loaded = load_for_inference(card.path, device=options.device, dtype=options.dtype)
         except HoldfastError as error:
@@ -224,7 +222,7 @@ class Library:
         """Return the names of a source, the one that it is served by first."""
         if not source.is_dir():
             if not source.exists():
-                raise CheckpointError(_("There is no checkpoint at {path}.", path=source))
+                raise CheckpointError("There is no checkpoint at {path}.", path=source)
             entry = summary(read_manifest(source), source.stat().st_size)
             return [Card(self._labels[source], source, entry)]
         catalog, prefix = Catalog(source), self._prefix(source)

@@ -66,11 +66,9 @@ def check(settings: Settings) -> None:
     """Raise ConfigError where these settings would leave the server open to everybody."""
     if settings.api_key is None and not is_loopback(settings.host):
         raise ConfigError(
-            _(
-                "--host {host} can be reached from other machines: it needs an --api-key (or "
-                "HOLDFAST_API_KEY in the environment).",
-                host=settings.host,
-            )
+            "--host {host} can be reached from other machines: it needs an --api-key (or "
+            "HOLDFAST_API_KEY in the environment).",
+            host=settings.host,
         )
 
 

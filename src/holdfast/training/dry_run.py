@@ -208,7 +208,7 @@ def _time_steps(workshop: Workshop, signals: guard.SignalGuard) -> float:
         if number >= WARM_UP_STEPS:
             times.append(time.perf_counter() - start)
         if signals.requested is not None:
-            raise Interrupted(_("The dry run was stopped; nothing was saved."), signals.requested)
+            raise Interrupted("The dry run was stopped; nothing was saved.", signals.requested)
         if times and time.perf_counter() - began > TIMED_SECONDS:
             break
     return statistics.fmean(times)

@@ -33,13 +33,10 @@ def stop(trainer: Trainer, number: int) -> None:
     )
     trainer.tell()
     raise Interrupted(
-        _(
-            "Stopped at step {step}; step {durable} is durable. The same command goes on from "
-            "there.",
-            step=step,
-            durable=manager.saved_step,
-        ),
+        "Stopped at step {step}; step {durable} is durable. The same command goes on from there.",
         number,
+        step=step,
+        durable=manager.saved_step,
     )
 
 

@@ -107,13 +107,11 @@ def check_model_exists(name: str) -> None:
 
     near = None if "/" in name else nearest(name, SHAPES)
     problem = ConfigError(
-        _(
-            "--model {model}: none of {names}, no folder with a config.json, and no model that "
-            "transformers finds{hint}",
-            model=name,
-            names=", ".join(SHAPES),
-            hint=did_you_mean(near),
-        )
+        "--model {model}: none of {names}, no folder with a config.json, and no model that "
+        "transformers finds{hint}",
+        model=name,
+        names=", ".join(SHAPES),
+        hint=did_you_mean(near),
     )
     if near is not None:
         raise problem
@@ -133,7 +131,7 @@ def load_model(config: ModelConfig) -> Any:
         model, info = read_pretrained(config.model, **_dropout(config))
     except CheckpointError as error:
         raise ConfigError(
-            _("--model {model} cannot be loaded: {error}", model=config.model, error=error.why)
+            "--model {model} cannot be loaded: {error}", model=config.model, error=error.why
         ) from error
     missing = sorted({*info["missing_keys"], *(name for name, *_shapes in info["mismatched_keys"])})
     if missing:
@@ -170,7 +168,10 @@ def read_pretrained(name: str | Path, **options: Any) -> tuple[Any, dict[str, An
     except Exception as error:  # of files that a stranger wrote it raises whatever they make it
         reason = why_not_loaded(error)
         raise CheckpointError(
-            _("{path} cannot be loaded by transformers: {reason}", path=name, reason=reason), reason
+            "{path} cannot be loaded by transformers: {reason}",
+            path=name,
+            reason=reason,
+            why=reason,
         ) from error
     _keep_ends(model)
     return model, info

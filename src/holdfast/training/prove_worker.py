@@ -147,7 +147,7 @@ class _Watch(Console):
         deadline = time.monotonic() + SAVE_WITHIN
         while not any(event["step"] == step for event in catalog.history.known.announced.values()):
             if time.monotonic() > deadline:
-                raise SaveFailed(_("Step {step} has not become durable.", step=step))
+                raise SaveFailed("Step {step} has not become durable.", step=step)
             time.sleep(_POLL)
         _tell(self._answers, durable=step)
         while True:

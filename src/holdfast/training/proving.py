@@ -271,5 +271,5 @@ def _death(status: int, errors: IO[bytes]) -> CheckpointError:
     lines = errors.read().decode("utf-8", "replace").strip().splitlines()
     words = lines[-1].strip() if lines else _("it said nothing")
     return CheckpointError(
-        _("The training ended by itself with status {status}: {words}", status=status, words=words)
+        "The training ended by itself with status {status}: {words}", status=status, words=words
     )

@@ -135,7 +135,7 @@ def _find(catalog: Catalog, start: Start, reporter: Reporter) -> recovery.Found 
         if start.named:
             raise
         raise DamagedCheckpoint(
-            _("{error} Or begin a new run with --fresh.", error=error), error.why
+            "{error} Or begin a new run with --fresh.", error=error, why=error.why
         ) from error
 
 
@@ -256,7 +256,7 @@ def _heed(guard: guards.SignalGuard) -> None:
     """Raise `Interrupted` if a signal has come; called between two stages before the first step."""
     if guard.requested is not None:
         raise Interrupted(
-            _("Stopped before the first step; what was saved before is as it was."), guard.requested
+            "Stopped before the first step; what was saved before is as it was.", guard.requested
         )
 
 
@@ -348,7 +348,7 @@ def _data(
     def progress(label: str, done: int, total: int) -> None:
         if guard.requested is not None:
             raise Interrupted(
-                _("Stopped while preparing the data; nothing had been trained."), guard.requested
+                "Stopped while preparing the data; nothing had been trained.", guard.requested
             )
         console.working(label, done, total)
 

@@ -285,7 +285,7 @@ class Trainer:
         problem = self.watch.problem(loss, norm, (progress.epoch, progress.position))
         if problem:
             self.optimizer.zero_grad(set_to_none=True)
-            raise Diverged(_("Step {step}: {problem}.", step=progress.step + 1, problem=problem))
+            raise Diverged("Step {step}: {problem}.", step=progress.step + 1, problem=problem)
 
     def _account(self, loss: float, seconds: float) -> None:
         progress, status = self.progress, self.console.status

@@ -159,12 +159,10 @@ class Reader:
             raise self._senseless()
         if version > FORMAT_VERSION:
             raise NewerFormat(
-                _(
-                    "{path} has format version {version}; this holdfast reads {ours}: update it.",
-                    path=self.path,
-                    version=version,
-                    ours=FORMAT_VERSION,
-                )
+                "{path} has format version {version}; this holdfast reads {ours}: update it.",
+                path=self.path,
+                version=version,
+                ours=FORMAT_VERSION,
             )
         return manifest, Record(MANIFEST, -1, offset, size, crc32, xxh3)
 
@@ -204,14 +202,14 @@ class Reader:
         if not any(head):
             return self._damaged(_("it begins with zeros: its data never reached the disk"))
         return ForeignCheckpoint(
-            _("{path} was not written by holdfast.", path=self.path), _("not written by holdfast")
+            "{path} was not written by holdfast.", path=self.path, why=_("not written by holdfast")
         )
 
     def _senseless(self) -> ForeignCheckpoint:
-        return ForeignCheckpoint(_("{path} has a manifest that makes no sense.", path=self.path))
+        return ForeignCheckpoint("{path} has a manifest that makes no sense.", path=self.path)
 
     def _damaged(self, why: str) -> DamagedCheckpoint:
-        return DamagedCheckpoint(_("{path} is damaged: {why}.", path=self.path, why=why), why)
+        return DamagedCheckpoint("{path} is damaged: {why}.", path=self.path, why=why)
 
     # ---------------------------------------------------------------------------- what is checked
 

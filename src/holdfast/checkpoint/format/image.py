@@ -28,7 +28,6 @@ from holdfast.checkpoint.format.layout import (
 )
 from holdfast.checkpoint.system import PAGE, Buffer
 from holdfast.errors import UnsupportedValue
-from holdfast.i18n import _
 
 FORMAT_VERSION = 1
 
@@ -86,10 +85,8 @@ def design(
     length = len(_text(manifest, records))
     if length + reserve > MAX_MANIFEST:
         raise UnsupportedValue(
-            _(
-                "The plain values of the state take {size} MB; keep such data in tensors.",
-                size=(length + reserve) >> 20,
-            )
+            "The plain values of the state take {size} MB; keep such data in tensors.",
+            size=(length + reserve) >> 20,
         )
     data_end = max((r.end for r in records if _is_data(r.name)), default=0)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ForeignCheckpoint
-from holdfast.i18n import _
 
 # What a decoder raises over a manifest that no encoder wrote.
 NONSENSE = (
@@ -132,6 +131,6 @@ def plain_state(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> di
         state = Decoder(manifest["tensors"])(manifest["tree"])
     except NONSENSE as error:
         raise ForeignCheckpoint(
-            _("{path} has a manifest that makes no sense.", path=Path(path))
+            "{path} has a manifest that makes no sense.", path=Path(path)
         ) from error
     return state if isinstance(state, dict) else {}

@@ -10,7 +10,6 @@ from typing import Any
 from holdfast.checkpoint.policy import Candidate, KeepBest, Order
 from holdfast.checkpoint.rundir.history import Known, Rollback, is_later
 from holdfast.errors import ForeignCheckpoint
-from holdfast.i18n import _
 
 LATEST, MAIN, BEST = "latest.pt", "model.pt", "best_model.pt"
 ROLES = (BEST, LATEST, MAIN)  # names that move from checkpoint to checkpoint
@@ -154,7 +153,7 @@ def summary(manifest: Mapping[str, Any], size: int) -> Entry:
         return sane(entry)
     except NONSENSE as error:
         raise ForeignCheckpoint(
-            _("The manifest describes no checkpoint ({error}).", error=error)
+            "The manifest describes no checkpoint ({error}).", error=error
         ) from error
 
 

@@ -19,7 +19,6 @@ from typing import Protocol
 
 from holdfast.checkpoint.system import end_workers, filesystem
 from holdfast.errors import RunLocked
-from holdfast.i18n import _
 
 log = logging.getLogger("holdfast")
 
@@ -84,20 +83,16 @@ def take_over(directory: Path) -> bool:
     if manager is not None:
         if found.thread is not threading.current_thread() and found.thread.is_alive():
             raise RunLocked(
-                _(
-                    "Another thread of this process works in {directory}. Close its manager first, "
-                    "or choose another directory.",
-                    directory=directory,
-                )
+                "Another thread of this process works in {directory}. Close its manager first, "
+                "or choose another directory.",
+                directory=directory,
             )
         manager.give_way()
     elif not found.over.wait(PATIENCE):  # garbage, which is given back in the background
         raise RunLocked(
-            _(
-                "An earlier manager of this process is still saving in {directory}. Try again when "
-                "it is done, or choose another directory.",
-                directory=directory,
-            )
+            "An earlier manager of this process is still saving in {directory}. Try again when "
+            "it is done, or choose another directory.",
+            directory=directory,
         )
     return True
 

@@ -15,7 +15,6 @@ from holdfast.checkpoint.rundir.entries import EVENTS, METADATA, ROLES
 from holdfast.checkpoint.rundir.reporter import Reporter
 from holdfast.checkpoint.system import LOCKS, FileLock, filesystem
 from holdfast.errors import DirectoryLost, ResourceError
-from holdfast.i18n import _
 
 
 class Place:
@@ -73,20 +72,16 @@ class Place:
             moved_to = Path(f"/proc/self/fd/{self._fd}").readlink()
             if os.path.samestat(moved_to.stat(), os.fstat(self._fd)):
                 return DirectoryLost(
-                    _(
-                        "The run directory {directory} was renamed to {moved_to} while training: "
-                        "its checkpoints and its history are there. Rename it back, and the next "
-                        "step is saved.",
-                        directory=directory,
-                        moved_to=moved_to,
-                    )
+                    "The run directory {directory} was renamed to {moved_to} while training: "
+                    "its checkpoints and its history are there. Rename it back, and the next "
+                    "step is saved.",
+                    directory=directory,
+                    moved_to=moved_to,
                 )
         return DirectoryLost(
-            _(
-                "The run directory {directory} was deleted or replaced while training. If it can "
-                "be moved back, the next step is saved; a new directory is not written to.",
-                directory=directory,
-            )
+            "The run directory {directory} was deleted or replaced while training. If it can "
+            "be moved back, the next step is saved; a new directory is not written to.",
+            directory=directory,
         )
 
 
@@ -131,14 +126,12 @@ def _not_yours(path: Path, directory: Path) -> Exception:
     if path.stat().st_uid == _user():  # only the permission is missing
         return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     return ResourceError(
-        _(
-            "{path} belongs to {owner}, and {user} may not write it: nothing could be saved there. "
-            "Give it to this user (chown -R {user} {directory}), or choose another directory.",
-            path=path,
-            owner=_name_of(path.stat().st_uid),
-            user=_name_of(_user()),
-            directory=directory,
-        )
+        "{path} belongs to {owner}, and {user} may not write it: nothing could be saved there. "
+        "Give it to this user (chown -R {user} {directory}), or choose another directory.",
+        path=path,
+        owner=_name_of(path.stat().st_uid),
+        user=_name_of(_user()),
+        directory=directory,
     )
 
 

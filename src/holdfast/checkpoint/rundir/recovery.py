@@ -21,7 +21,6 @@ from holdfast.checkpoint.rundir.history import Known
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from holdfast.formatting import seconds_of
-from holdfast.i18n import _
 
 Tell = Callable[..., None]
 
@@ -104,7 +103,7 @@ def find(catalog: Catalog, choice: Choice, tell: Tell) -> Found | None:
     if choice.named:
         name, why = aside.skipped[-1]
         path = catalog.directory / name
-        raise DamagedCheckpoint(_("{path} is damaged: {why}.", path=path, why=why), why)
+        raise DamagedCheckpoint("{path} is damaged: {why}.", path=path, why=why)
     _refuse_to_start_over(catalog, aside.names)
     return None
 
@@ -112,12 +111,10 @@ def find(catalog: Catalog, choice: Choice, tell: Tell) -> Found | None:
 def cannot_read(path: Path, reason: object) -> CheckpointError:
     """Return the error to raise for a checkpoint that the system cannot read now."""
     return CheckpointError(
-        _(
-            "{path} cannot be read now ({reason}). It may be intact, so nothing older is taken in "
-            "its place: try again, or name another checkpoint to go on from.",
-            path=path,
-            reason=reason,
-        )
+        "{path} cannot be read now ({reason}). It may be intact, so nothing older is taken in "
+        "its place: try again, or name another checkpoint to go on from.",
+        path=path,
+        reason=reason,
     )
 
 
@@ -177,13 +174,11 @@ def _refuse_to_start_over(catalog: Catalog, damaged: Collection[str]) -> None:
     names = sorted(damaged) or sorted(path.name for path in place.rglob("*.pt"))
     if names:
         raise DamagedCheckpoint(
-            _(
-                "Every checkpoint in {directory} is damaged ({names}); they lie in quarantine/. "
-                "Training does not start over by itself: to begin anew, move quarantine/ away or "
-                "choose another directory.",
-                directory=catalog.directory,
-                names=", ".join(names),
-            )
+            "Every checkpoint in {directory} is damaged ({names}); they lie in quarantine/. "
+            "Training does not start over by itself: to begin anew, move quarantine/ away or "
+            "choose another directory.",
+            directory=catalog.directory,
+            names=", ".join(names),
         )
 
 
@@ -213,7 +208,7 @@ def _read(path: Path, choice: Choice) -> Found:
         payload = codec.read(reader, arrays=True)
         entry = summary(reader.manifest, reader.size)
         if not isinstance(payload, Mapping):
-            raise ForeignCheckpoint(_("{path} holds no state of a training.", path=path))
+            raise ForeignCheckpoint("{path} holds no state of a training.", path=path)
         return Found(entry, path, reader.manifest, payload, choice, choice.contents)
 
 
@@ -270,7 +265,7 @@ def _files(directory: Path, source: str | os.PathLike[str]) -> list[Path]:
                 files.append(each)
         if files:
             return sorted(files, key=_order, reverse=True) if len(files) > 1 else files
-    raise CheckpointError(_("There is no checkpoint at {source}.", source=text))
+    raise CheckpointError("There is no checkpoint at {source}.", source=text)
 
 
 def _matches(pattern: str, base: Path) -> list[Path]:

@@ -40,7 +40,7 @@ def intact(catalog: Catalog, entry: Entry) -> None:
             damaged[name] = error
     if len(damaged) == len(checked):
         error = next(iter(damaged.values()))
-        raise DamagedCheckpoint(str(error), error.why)
+        raise DamagedCheckpoint(str(error), why=error.why)
     with catalog.lock():
         for name, error in damaged.items():
             catalog.quarantine([name], error.why)

@@ -346,12 +346,10 @@ def _await_free(found: Remains) -> None:
     while owner := found.lock.owner():
         if time.monotonic() >= deadline:
             raise RunLocked(
-                _(
-                    "Snapshots of this run in shared memory ({path}) are in use by another process "
-                    "({owner}). Stop it and start again.",
-                    path=found.directory,
-                    owner=owner,
-                )
+                "Snapshots of this run in shared memory ({path}) are in use by another process "
+                "({owner}). Stop it and start again.",
+                path=found.directory,
+                owner=owner,
             )
         time.sleep(0.02)
 
@@ -415,7 +413,7 @@ def opened(left: Left) -> Iterator[tuple[Mapping[str, Any], memoryview]]:
         raise DamagedCheckpoint(str(error)) from error
     if manifest["identity"] != left.identity:
         why = _("it holds another checkpoint")
-        raise DamagedCheckpoint(_("{path} is damaged: {why}.", path=left.path, why=why), why)
+        raise DamagedCheckpoint("{path} is damaged: {why}.", path=left.path, why=why)
     with left.path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, size)  # reading a hole of a full tmpfs is a SIGBUS
         # Never closed by hand: views of it in the traceback of an error that is on its way would

@@ -16,7 +16,6 @@ from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.checkpoint.rundir.entries import Contents, Entry
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import ResourceError
-from holdfast.i18n import _
 
 
 def check_room(catalog: Catalog, contents: Contents, needed: int) -> None:
@@ -34,13 +33,11 @@ def check_space(directory: Path, needed: int, *, spare: int = 0) -> None:
     free, wanted = filesystem.free_bytes(directory) + spare, needed + filesystem.RESERVE
     if free < wanted:
         raise ResourceError(
-            _(
-                "The disk of {directory} has {free} MB free; the next checkpoint needs {needed} "
-                "MB. Free some space, or keep fewer checkpoints.",
-                directory=directory,
-                free=(free - spare) >> 20,
-                needed=wanted >> 20,
-            )
+            "The disk of {directory} has {free} MB free; the next checkpoint needs {needed} "
+            "MB. Free some space, or keep fewer checkpoints.",
+            directory=directory,
+            free=(free - spare) >> 20,
+            needed=wanted >> 20,
         )
 
 

@@ -48,8 +48,9 @@ def verify_back(entry: Entry, target: Path) -> None:
             reader.verify(crc=False)
             if reader.manifest["identity"]["id"] != entry.id:
                 raise DamagedCheckpoint(
-                    _("{path} holds another checkpoint.", path=target),
-                    _("it holds another checkpoint"),
+                    "{path} holds another checkpoint.",
+                    path=target,
+                    why=_("it holds another checkpoint"),
                 )
     except FileNotFoundError as error:
         raise DamagedCheckpoint(str(error)) from error

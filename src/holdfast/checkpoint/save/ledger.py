@@ -22,7 +22,6 @@ from holdfast.errors import (
     ResourceError,
     SaveFailed,
 )
-from holdfast.i18n import _
 
 RETRY = "retry"  # the reason of a save that takes the place of one that has failed
 
@@ -108,9 +107,7 @@ class Ledger:
             fields = {"step": save.step, "reason": why, "attempts": attempts}
             self.reporter.record("failed", **fields, repeated=not news)
             self.reporter.tell("failed", **fields, repeated=not news, durable=self.step or None)
-        failure = SaveFailed(
-            _("Step {step} could not be saved: {error}", step=save.step, error=why)
-        )
+        failure = SaveFailed("Step {step} could not be saved: {error}", step=save.step, error=why)
         failure.__cause__ = error
         self.over(save, failure)
 

@@ -153,7 +153,7 @@ class Publisher:
             tidy.verify_back(entry, saved.path)
         except CheckpointError as error:
             self._take_back(entry, saved.path, kept, error.why)
-            raise DamagedCheckpoint(str(error), error.why) from error
+            raise DamagedCheckpoint(str(error), why=error.why) from error
         except (OSError, MemoryError) as error:  # it stays what was announced; nothing older goes
             reason = in_words(error)
             self._reporter.report("unverified", id=entry.id, step=entry.step, reason=reason)

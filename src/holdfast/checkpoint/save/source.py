@@ -40,17 +40,13 @@ class Source:
         project.state()  # git is asked here, where no training step waits for it
         if options.rng and "rng" in state:
             raise UnsupportedValue(
-                _(
-                    "A state has no key 'rng' of its own: the random streams are saved under that "
-                    "name. Call it otherwise, or use rng=False."
-                )
+                "A state has no key 'rng' of its own: the random streams are saved under that "
+                "name. Call it otherwise, or use rng=False."
             )
         if gradients.KEY in state:
             raise UnsupportedValue(
-                _(
-                    "A state has no key 'gradients' of its own: gradients in progress are saved "
-                    "under that name. Call it otherwise."
-                )
+                "A state has no key 'gradients' of its own: gradients in progress are saved "
+                "under that name. Call it otherwise."
             )
         self._said: set[str] = set()  # keys of the state and metrics of which a warning was given
         self._once_given = {k: v for k, v in state.items() if calls.is_state_once_given(v)}

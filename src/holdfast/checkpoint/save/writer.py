@@ -13,7 +13,6 @@ from holdfast.checkpoint.save.publisher import Publisher
 from holdfast.checkpoint.save.slots import Slots
 from holdfast.checkpoint.system import Worker, yield_the_disk
 from holdfast.errors import SaveFailed
-from holdfast.i18n import _
 
 
 class _Abandoned(Exception):
@@ -73,7 +72,7 @@ class Writer:
             self.ledger.failed(save, error)
         finally:
             # Does nothing where the save was told: an exception must not leave waiters behind.
-            self.ledger.over(save, SaveFailed(_("The save was given up.")))
+            self.ledger.over(save, SaveFailed("The save was given up."))
             # Views of the slot would keep its memory.
             save.ranges, save.sealer, save.ready = [], None, None
             self.slots.written(save)

@@ -18,7 +18,6 @@ import torch
 from holdfast.checkpoint.format import ARCHIVE, Reader, Record, plain, reading
 from holdfast.checkpoint.state.tree import DTYPES, EmptyBytes, TensorLeaf, Tree
 from holdfast.errors import ForeignCheckpoint
-from holdfast.i18n import _
 
 _INT64 = 1 << 63
 _SHAREABLE = (dict, list, tuple, set, bytearray)
@@ -143,11 +142,11 @@ def read(reader: Reader, *, only: str | None = None, arrays: bool = False) -> An
             state = Decoder(tensors, _definitions(tree))(part[0]) if part else None
     except plain.NONSENSE as error:
         raise ForeignCheckpoint(
-            _("{path} has a manifest that makes no sense.", path=reader.path)
+            "{path} has a manifest that makes no sense.", path=reader.path
         ) from error
     reader.load(tensors.buffers, rest=only is None)
     if only is not None and not part:
-        raise ForeignCheckpoint(_("{path} holds no {name}.", path=reader.path, name=only))
+        raise ForeignCheckpoint("{path} holds no {name}.", path=reader.path, name=only)
     return state
 
 
@@ -238,7 +237,7 @@ class OneByOne:
             tensor: torch.Tensor = self._source(index)
         except plain.NONSENSE as error:
             raise ForeignCheckpoint(
-                _("{path} has a manifest that makes no sense.", path=self._reader.path)
+                "{path} has a manifest that makes no sense.", path=self._reader.path
             ) from error
         while self._source.buffers:
             self._reader.fill(*self._source.buffers.pop())

@@ -21,7 +21,6 @@ from holdfast.checkpoint.state import codec, numpy_pickles
 from holdfast.checkpoint.state.randomness import RandomState
 from holdfast.checkpoint.state.tree import normalise
 from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
-from holdfast.i18n import _
 
 # Where the usual training scripts put the weights: ours and the original guides', the PyTorch
 # tutorials', Lightning's, DeepSpeed's.
@@ -85,7 +84,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         else {}
     )
     if not tensors:
-        raise ForeignCheckpoint(_("{path} holds no weights that could be found.", path=path))
+        raise ForeignCheckpoint("{path} holds no weights that could be found.", path=path)
     return tensors
 
 
@@ -99,14 +98,14 @@ def load_foreign(source: str | os.PathLike[str]) -> Any:
     try:
         if not zipfile.is_zipfile(path):
             raise ForeignCheckpoint(
-                _("{path} is no PyTorch checkpoint, or a very old or damaged one.", path=path)
+                "{path} is no PyTorch checkpoint, or a very old or damaged one.", path=path
             )
         with zipfile.ZipFile(path) as archive:
             # torch stores and never compresses: whatever inflates is not its file but a bomb.
             claimed = sum(item.file_size for item in archive.infolist())
         if claimed > path.stat().st_size:
             raise ForeignCheckpoint(
-                _("{path} claims more bytes than it has; it was not loaded.", path=path)
+                "{path} claims more bytes than it has; it was not loaded.", path=path
             )
         return numpy_pickles.load(path)
     except pickle.UnpicklingError as error:
@@ -114,12 +113,10 @@ def load_foreign(source: str | os.PathLike[str]) -> Any:
         if refused is None:
             raise _damaged(path, error) from error
         raise ForeignCheckpoint(
-            _(
-                "{path} wants to run code when it is loaded ({name}); it was not. Only files of "
-                "tensors and plain values are read: save it again without what needs {name}.",
-                path=path,
-                name=refused[1],
-            )
+            "{path} wants to run code when it is loaded ({name}); it was not. Only files of "
+            "tensors and plain values are read: save it again without what needs {name}.",
+            path=path,
+            name=refused[1],
         ) from error
     except _FAILURES as error:
         raise _damaged(path, error) from error
@@ -142,4 +139,4 @@ _FAILURES = (
 
 def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
     why = str(error).strip().split("\n", maxsplit=1)[0] or type(error).__name__
-    return DamagedCheckpoint(_("{path} is damaged: {why}.", path=path, why=why), why)
+    return DamagedCheckpoint("{path} is damaged: {why}.", path=path, why=why)

@@ -22,7 +22,6 @@ from torch.optim.optimizer import (
 from holdfast.checkpoint.state import names
 from holdfast.checkpoint.state.paths import walk
 from holdfast.errors import StateMismatch
-from holdfast.i18n import _
 
 KEY = "gradients"  # in a checkpoint; absent where there are none
 _USED = "_holdfast_used"  # on a gradient: its version when an optimizer used it
@@ -114,11 +113,9 @@ def plan(state: Any, saved: Any, *, strict: bool = True) -> SetGradients:
             wanted.append((tensor, None))
     if left and strict:
         raise StateMismatch(
-            _(
-                "The checkpoint was saved between two micro-batches, and its gradient of {name} "
-                "has no place here; nothing was changed.",
-                name=min(left),
-            )
+            "The checkpoint was saved between two micro-batches, and its gradient of {name} "
+            "has no place here; nothing was changed.",
+            name=min(left),
         )
     return SetGradients(wanted)
 

@@ -70,10 +70,8 @@ def plan_restore(
         lines = planner.transaction.problems
         more = _(" … and {count} more", count=len(lines) - 8) if len(lines) > 8 else ""
         raise StateMismatch(
-            _(
-                "The checkpoint does not fit; nothing was changed: {lines}",
-                lines="; ".join(lines[:8]) + more,
-            )
+            "The checkpoint does not fit; nothing was changed: {lines}",
+            lines="; ".join(lines[:8]) + more,
         )
     return planner.transaction
 

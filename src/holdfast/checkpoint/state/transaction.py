@@ -196,11 +196,9 @@ def _refusals(path: str) -> Iterator[None]:
         yield
     except Exception as error:  # a user's object or hook may raise anything
         raise StateMismatch(
-            _(
-                "{path} refused its state from the checkpoint ({error}); nothing was changed.",
-                path=path,
-                error=f"{type(error).__name__}: {error}",
-            )
+            "{path} refused its state from the checkpoint ({error}); nothing was changed.",
+            path=path,
+            error=f"{type(error).__name__}: {error}",
         ) from error
 
 

@@ -24,7 +24,6 @@ from holdfast.checkpoint.state.names import plain_state
 from holdfast.checkpoint.state.randomness import stream_of
 from holdfast.checkpoint.system import Buffer
 from holdfast.errors import UnsupportedValue
-from holdfast.i18n import _
 
 PICKLE = f"{ARCHIVE}/data.pkl"
 
@@ -245,10 +244,10 @@ class _Normaliser:
         if scalar is not None:
             return scalar
         if id(value) in self.open:
-            raise UnsupportedValue(_("{path} contains itself.", path=path or "state"))
+            raise UnsupportedValue("{path} contains itself.", path=path or "state")
         if len(self.open) >= MAX_DEPTH:
             raise UnsupportedValue(
-                _("{path} lies more than {depth} containers deep.", path=path, depth=MAX_DEPTH)
+                "{path} lies more than {depth} containers deep.", path=path, depth=MAX_DEPTH
             )
         self.open.add(id(value))
         result = self._compound(value, path)
@@ -273,12 +272,10 @@ class _Normaliser:
         if isinstance(value, int):
             if value.bit_length() > _LONGEST_INT:
                 raise UnsupportedValue(
-                    _(
-                        "{path} is an integer of {bits} bits; torch.load reads at most {most}.",
-                        path=path,
-                        bits=value.bit_length(),
-                        most=_LONGEST_INT,
-                    )
+                    "{path} is an integer of {bits} bits; torch.load reads at most {most}.",
+                    path=path,
+                    bits=value.bit_length(),
+                    most=_LONGEST_INT,
                 )
             return int.__index__(value)
         if isinstance(value, float):
@@ -319,18 +316,16 @@ class _Normaliser:
         if isinstance(value, set | frozenset):
             items = [self(item, f"{path}/{i}") for i, item in enumerate(value)]
             if any(isinstance(item, TensorLeaf) for item in items):
-                raise UnsupportedValue(_("{path} is a set of tensors; use a list.", path=path))
+                raise UnsupportedValue("{path} is a set of tensors; use a list.", path=path)
             if not all(_hashable(item) for item in items):
-                raise UnsupportedValue(_("{path} is a set of sets; use a list.", path=path))
+                raise UnsupportedValue("{path} is a set of sets; use a list.", path=path)
             return set(items)
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise UnsupportedValue(
-            _(
-                "{path} is a {kind}, which a checkpoint cannot hold; give it a state_dict() "
-                "or store plain values and tensors.",
-                path=path or "state",
-                kind=kind,
-            )
+            "{path} is a {kind}, which a checkpoint cannot hold; give it a state_dict() "
+            "or store plain values and tensors.",
+            path=path or "state",
+            kind=kind,
         )
 
     def _mapping(self, value: Mapping[Any, Any], path: str) -> Any:
@@ -340,10 +335,10 @@ class _Normaliser:
             here = f"{path}/{key}" if path else str(key)
             plain = key if type(key) is str else self(key, here)
             if isinstance(plain, TensorLeaf) or not _hashable(plain):
-                raise UnsupportedValue(_("{path} has a key that is no plain value.", path=path))
+                raise UnsupportedValue("{path} has a key that is no plain value.", path=path)
             result[plain] = self(item, here)
         if len(result) != len(value):
-            raise UnsupportedValue(_("{path} has keys that become one when saved.", path=path))
+            raise UnsupportedValue("{path} has keys that become one when saved.", path=path)
         if ordered and vars(value):  # state_dict() hangs `_metadata` on its OrderedDict
             for name, item in vars(value).items():
                 setattr(result, name, self(item, f"{path}.{name}"))
@@ -355,11 +350,7 @@ class _Normaliser:
         if not _is_dense(value):
             kind = f"{type(value).__name__} ({value.layout}, {value.dtype}, {value.device})"
             raise UnsupportedValue(
-                _(
-                    "{path} is a {kind}; only plain dense tensors can be saved.",
-                    path=path,
-                    kind=kind,
-                )
+                "{path} is a {kind}; only plain dense tensors can be saved.", path=path, kind=kind
             )
         if value.requires_grad:
             value = value.detach()
@@ -375,13 +366,11 @@ class _Normaliser:
             self.slices[key] = known
         elif known.dtype != value.dtype:
             raise UnsupportedValue(
-                _(
-                    "{path} views the memory of another tensor as a different dtype ({a}, {b}); "
-                    "save one of them, or a clone.",
-                    path=path,
-                    a=value.dtype,
-                    b=known.dtype,
-                )
+                "{path} views the memory of another tensor as a different dtype ({a}, {b}); "
+                "save one of them, or a clone.",
+                path=path,
+                a=value.dtype,
+                b=known.dtype,
             )
         elif start < stop:
             if storage.nbytes() > known.source.nbytes():
@@ -403,11 +392,9 @@ class _Normaliser:
             tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
         except (TypeError, ValueError) as error:
             raise UnsupportedValue(
-                _(
-                    "{path} is a NumPy array of {dtype}, which torch does not know.",
-                    path=path,
-                    dtype=value.dtype,
-                )
+                "{path} is a NumPy array of {dtype}, which torch does not know.",
+                path=path,
+                dtype=value.dtype,
             ) from error
         known = self.slices.get((tensor.device, tensor.data_ptr()))
         return tensor.clone() if known is not None and known.dtype != tensor.dtype else tensor

@@ -153,19 +153,14 @@ class FileLock:
         directory, owner = self.path.parent, self._owner()
         if owner == _("this process"):
             return RunLocked(
-                _(
-                    "{directory} is in use by this process already. Close what works there, or "
-                    "choose another directory.",
-                    directory=directory,
-                )
+                "{directory} is in use by this process already. Close what works there, or "
+                "choose another directory.",
+                directory=directory,
             )
         return RunLocked(
-            _(
-                "Another process works in {directory} ({owner}). Stop it, or choose another "
-                "directory.",
-                directory=directory,
-                owner=owner,
-            )
+            "Another process works in {directory} ({owner}). Stop it, or choose another directory.",
+            directory=directory,
+            owner=owner,
         )
 
     def _owner(self) -> str:

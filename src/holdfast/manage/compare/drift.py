@@ -18,7 +18,6 @@ import torch
 from holdfast.checkpoint.format import Reader
 from holdfast.checkpoint.state import OneByOne
 from holdfast.errors import HoldfastError
-from holdfast.i18n import _
 from holdfast.manage.compare.sums import Sums, is_numeric
 from holdfast.manage.progress import Progress
 from holdfast.manage.tensors import Tensor, tensors_of
@@ -269,11 +268,9 @@ def _sections(states: Iterable[Mapping[str, Any]], wanted: Sequence[str]) -> lis
     strange = [name for name in wanted if name not in known and name != ALL]
     if strange:
         raise HoldfastError(
-            _(
-                "There are no tensors in a section {name}; these have some: {known}.",
-                name=", ".join(strange),
-                known=", ".join(known) or "-",
-            )
+            "There are no tensors in a section {name}; these have some: {known}.",
+            name=", ".join(strange),
+            known=", ".join(known) or "-",
         )
     return usual if ALL in wanted else [section for section in known if section in wanted]
 

@@ -196,10 +196,10 @@ def _subject(label: str, source: Path) -> Subject:
         run = look(source)
         entry = run.contents.best or run.contents.newest
         if entry is None:
-            raise HoldfastError(_("There are no checkpoints in {directory}.", directory=source))
+            raise HoldfastError("There are no checkpoints in {directory}.", directory=source)
         path, chosen = run.catalog.path(entry), "best" if run.contents.best else "newest"
     if not path.is_file():  # a pipe would be waited for
-        raise HoldfastError(_("There is no checkpoint at {path}.", path=path))
+        raise HoldfastError("There is no checkpoint at {path}.", path=path)
     with Reader(path) as reader:
         manifest, size = reader.manifest, reader.size
     entry = summary(manifest, size)

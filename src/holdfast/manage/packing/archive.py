@@ -100,10 +100,8 @@ def zstandard() -> Any:
         import zstandard as package
     except ModuleNotFoundError:
         raise ConfigError(
-            _(
-                "A .tar.zst needs the package zstandard: pip install 'holdfast[desk]'. A plain "
-                ".tar needs nothing."
-            )
+            "A .tar.zst needs the package zstandard: pip install 'holdfast[desk]'. A plain "
+            ".tar needs nothing."
         ) from None
     return package
 
@@ -205,7 +203,7 @@ class PackedRun:
             raise self._damaged(MANIFEST) from None
         if contents is None:
             raise CheckpointError(
-                _("{path} was packed by a newer holdfast: update it.", path=self.path)
+                "{path} was packed by a newer holdfast: update it.", path=self.path
             )
         if contents.top != member.name.partition("/")[0]:
             raise self._damaged(MANIFEST)
@@ -283,10 +281,10 @@ class PackedRun:
 
     def _damaged(self, name: str, why: str = "") -> DamagedCheckpoint:
         why = why or _("{name} is not what it should be", name=name)
-        return DamagedCheckpoint(_("{path} is damaged: {why}.", path=self.path, why=why))
+        return DamagedCheckpoint("{path} is damaged: {why}.", path=self.path, why=why)
 
     def _foreign(self) -> ForeignCheckpoint:
-        return ForeignCheckpoint(_("{path} is no run that holdfast has packed.", path=self.path))
+        return ForeignCheckpoint("{path} is no run that holdfast has packed.", path=self.path)
 
 
 def check(path: str | os.PathLike[str], count: Count = lambda _bytes: None) -> Contents:

@@ -128,9 +128,7 @@ class Taken:
                 damaged = True
                 if self.newest is None:
                     path = self.run.directory / data.names[0]
-                    raise DamagedCheckpoint(
-                        _("{path} is damaged: {why}.", path=path, why=error.why), error.why
-                    )
+                    raise DamagedCheckpoint("{path} is damaged: {why}.", path=path, why=error.why)
         return damaged
 
 
@@ -185,7 +183,7 @@ def _link(found: Taken, *, slim: bool) -> Taken:
     contents = found.run.contents
     if contents.unreadable:
         name, reason = contents.unreadable[0]
-        raise CheckpointError(_("{name} cannot be read now: {reason}", name=name, reason=reason))
+        raise CheckpointError("{name} cannot be read now: {reason}", name=name, reason=reason)
     found.left_out += contents.damaged
     out = {name for name, _why in contents.damaged}
     both = [entry for entry in (contents.newest, contents.best) if entry is not None]
@@ -290,9 +288,6 @@ def run_of(directory: str | os.PathLike[str]) -> RunDirectory:
     run = look(directory)
     if not run.entries:
         raise HoldfastError(
-            _(
-                "There is no checkpoint in {directory}: nothing to pack.",
-                directory=run.directory,
-            )
+            "There is no checkpoint in {directory}: nothing to pack.", directory=run.directory
         )
     return run

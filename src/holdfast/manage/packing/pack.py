@@ -132,19 +132,13 @@ def target_of(directory: str | os.PathLike[str], given: str | None) -> Path:
         target = target / name
     if not target.name.endswith(SUFFIXES):
         raise ConfigError(
-            _(
-                "{path}: an archive is called something.tar, or something.tar.zst to be "
-                "compressed.",
-                path=target,
-            )
+            "{path}: an archive is called something.tar, or something.tar.zst to be compressed.",
+            path=target,
         )
     if run in target.resolve().parents:
         raise ConfigError(
-            _(
-                "{path} lies in the run directory, which it would have to hold: name a place "
-                "outside.",
-                path=target,
-            )
+            "{path} lies in the run directory, which it would have to hold: name a place outside.",
+            path=target,
         )
     return target
 
@@ -168,7 +162,7 @@ def pack(
     """
     if target.exists() and not force:
         raise HoldfastError(
-            _("{path} exists: name another file, or add --force to replace it.", path=target)
+            "{path} exists: name another file, or add --force to replace it.", path=target
         )
     if target.name.endswith(COMPRESSED):
         zstandard()  # missing: said before anything long begins
@@ -199,10 +193,7 @@ def _write(found: Taken, target: Path, meter: Meter, *, damaged: bool) -> Packed
                         writer.file(Item(data.names[0], data.size, mtime=data.mtime), source, meter)
                     except tarfile.ReadError as error:
                         raise HoldfastError(
-                            _(
-                                "{path} has become shorter while it was packed: try again.",
-                                path=path,
-                            )
+                            "{path} has become shorter while it was packed: try again.", path=path
                         ) from error
                 for name in data.names[1:]:
                     writer.link(Item(name, data.size, data.names[0], mtime=data.mtime))
@@ -233,12 +224,10 @@ def check_room(target: Path, needed: int) -> None:
     free = filesystem.free_bytes(target.absolute().parent)
     if free < needed:
         raise ResourceError(
-            _(
-                "The disk of {path} has {free} free, and {needed} are needed.",
-                path=target,
-                free=format_bytes(free),
-                needed=format_bytes(needed),
-            )
+            "The disk of {path} has {free} free, and {needed} are needed.",
+            path=target,
+            free=format_bytes(free),
+            needed=format_bytes(needed),
         )
 
 

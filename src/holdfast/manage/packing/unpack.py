@@ -16,7 +16,6 @@ from holdfast.checkpoint.rundir import Catalog
 from holdfast.checkpoint.system import drafts, filesystem
 from holdfast.errors import HoldfastError
 from holdfast.formatting import format_bytes
-from holdfast.i18n import _
 from holdfast.manage.packing.archive import Chunks, Contents, Item, PackedRun, check
 from holdfast.manage.packing.pack import Packed, check_room
 from holdfast.manage.progress import Meter, Show
@@ -92,12 +91,10 @@ def _own_name(found: Packed) -> str:
     name = found.contents.top
     if name[0] in ".-":
         raise HoldfastError(
-            _(
-                "{path} calls its run {name}, which is no name for a run directory: name the one "
-                "to unpack into.",
-                path=found.path,
-                name=name,
-            )
+            "{path} calls its run {name}, which is no name for a run directory: name the one "
+            "to unpack into.",
+            path=found.path,
+            name=name,
         )
     return name
 
@@ -106,25 +103,20 @@ def _check_ratio(found: Packed) -> None:
     """Raise HoldfastError where a small archive wants to fill the disk with zeros."""
     if found.contents.size > _MOST_SMALL + _MOST_RATIO * found.size:
         raise HoldfastError(
-            _(
-                "{path} has {size} and would take {unpacked}: no run can be packed so small. "
-                "Nothing was unpacked.",
-                path=found.path,
-                size=format_bytes(found.size),
-                unpacked=format_bytes(found.contents.size),
-            )
+            "{path} has {size} and would take {unpacked}: no run can be packed so small. "
+            "Nothing was unpacked.",
+            path=found.path,
+            size=format_bytes(found.size),
+            unpacked=format_bytes(found.contents.size),
         )
 
 
 def _check_target(target: Path) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise HoldfastError(_("{path} exists and is no directory: name another.", path=target))
+        raise HoldfastError("{path} exists and is no directory: name another.", path=target)
     if target.is_dir() and any(target.iterdir()):
         raise HoldfastError(
-            _(
-                "{path} exists and is not empty: name a directory that is not there yet.",
-                path=target,
-            )
+            "{path} exists and is not empty: name a directory that is not there yet.", path=target
         )
 
 

@@ -131,14 +131,11 @@ def show(source: str | os.PathLike[str]) -> Shown:
     if path.is_dir():
         run = look(path)
         if run.contents.newest is None:
-            raise CheckpointError(_("There are no checkpoints in {directory}.", directory=path))
+            raise CheckpointError("There are no checkpoints in {directory}.", directory=path)
         path = run.catalog.path(run.contents.newest)
     elif not path.is_file():  # a pipe would be waited for
         raise CheckpointError(
-            _(
-                "There is no checkpoint at {source}; `holdfast list` shows what is there.",
-                source=path,
-            )
+            "There is no checkpoint at {source}; `holdfast list` shows what is there.", source=path
         )
     else:
         place = directory_of(str(path))

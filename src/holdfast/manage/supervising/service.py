@@ -49,19 +49,15 @@ class Service:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ConfigError(
-                _(
-                    "--name {name}: expected letters, digits and the characters : _ . @ -",
-                    name=printable(self.name),
-                )
+                "--name {name}: expected letters, digits and the characters : _ . @ -",
+                name=printable(self.name),
             )
         for text in (str(self.directory), *self.command, *self.environment.values()):
             _check(text)
         if "\n" in str(self.directory) or str(self.directory).endswith(("\\", " ")):
             raise ConfigError(
-                _(
-                    "systemd cannot work in a directory with such a name: {directory}",
-                    directory=printable(str(self.directory)),
-                )
+                "systemd cannot work in a directory with such a name: {directory}",
+                directory=printable(str(self.directory)),
             )
 
     @property
@@ -152,5 +148,5 @@ def _check(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ConfigError(
-            _("{text} is not UTF-8, and such a file must be.", text=printable(text))
+            "{text} is not UTF-8, and such a file must be.", text=printable(text)
         ) from None

@@ -292,11 +292,9 @@ class Supervisor:
             )
         except OSError as error:
             raise ConfigError(
-                _(
-                    "{command} cannot be started: {reason}. Check the command after --.",
-                    command=printable(self._command[0]),
-                    reason=error.strerror or error,
-                )
+                "{command} cannot be started: {reason}. Check the command after --.",
+                command=printable(self._command[0]),
+                reason=error.strerror or error,
             ) from error
         self._deliver()
         self._log(
@@ -338,13 +336,11 @@ class Supervisor:
         if decision.gave_up:
             self._log.keep(_("gave up: {why}", why=decision.why))
             raise GaveUp(
-                _(
-                    "Gave up ({why}); it ended last with: {how}. Its messages above, or "
-                    "{log}, say why; when that is mended, run the same command again.",
-                    why=decision.why,
-                    how=ending(end.status),
-                    log=self._directory / "logs",
-                )
+                "Gave up ({why}); it ended last with: {how}. Its messages above, or "
+                "{log}, say why; when that is mended, run the same command again.",
+                why=decision.why,
+                how=ending(end.status),
+                log=self._directory / "logs",
             )
         if end.status:
             self._log(_("not started again: {why}", why=decision.why))
@@ -356,9 +352,7 @@ class Supervisor:
             time.sleep(min(rest, 0.1))
         if self._asked is not None:
             self._log.keep(_("stopped while waiting to start it again"))
-            raise Interrupted(
-                _("Stopped between two starts; the same command goes on."), self._asked
-            )
+            raise Interrupted("Stopped between two starts; the same command goes on.", self._asked)
 
     # -------------------------------------------------------------------------------- signals
 

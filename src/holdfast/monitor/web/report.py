@@ -17,7 +17,6 @@ from typing import Any
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import HoldfastError
 from holdfast.guarding import EMPTY_STYLE
-from holdfast.i18n import _
 from holdfast.monitor.run_view import EMPTY, RunView
 from holdfast.monitor.web import data as web_data
 from holdfast.monitor.web.files import SCRIPTS, WEB, plotting_script
@@ -35,11 +34,9 @@ def report_data(directory: Path) -> dict[str, Any]:
     view.refresh()
     if view.state == EMPTY and not view.events:
         raise HoldfastError(
-            _(
-                "{directory} is no run directory: name the one that --checkpoint-dir named for the "
-                "training.",
-                directory=directory,
-            )
+            "{directory} is no run directory: name the one that --checkpoint-dir named for the "
+            "training.",
+            directory=directory,
         )
     name = directory.resolve().name
     run = web_data.detail(view, web_data.run_id(directory), name)

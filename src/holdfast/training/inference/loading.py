@@ -94,12 +94,12 @@ def find_checkpoint(source: str | os.PathLike[str]) -> tuple[Path, Entry | None]
     contents = catalog.scan()
     entry = contents.best or contents.newest
     if entry is None:
-        raise HoldfastError(_("There are no checkpoints in {directory}.", directory=path))
+        raise HoldfastError("There are no checkpoints in {directory}.", directory=path)
     return catalog.path(entry), entry
 
 
 def _nothing_at(path: Path) -> HoldfastError:
-    return HoldfastError(_("There is no checkpoint at {path}.", path=path))
+    return HoldfastError("There is no checkpoint at {path}.", path=path)
 
 
 def _load(
@@ -232,7 +232,7 @@ def _fill(model: Any, weights: Any, path: Path, dtype: torch.dtype | None) -> No
     Raises CheckpointError where they do not fit.
     """
     if not isinstance(weights, dict):
-        raise ForeignCheckpoint(_("{path} holds no weights that could be found.", path=path))
+        raise ForeignCheckpoint("{path} holds no weights that could be found.", path=path)
     if dtype is not None:
         _cast(weights, dtype)
     try:
@@ -266,9 +266,7 @@ def _misfit(path: Path, names: list[str]) -> CheckpointError:
     if len(names) > _LISTED:
         shown += _(" … and {count} more", count=len(names) - _LISTED)
     return CheckpointError(
-        _(
-            "The weights in {path} do not fit the model that it describes: {names}",
-            path=path,
-            names=shown,
-        )
+        "The weights in {path} do not fit the model that it describes: {names}",
+        path=path,
+        names=shown,
     )

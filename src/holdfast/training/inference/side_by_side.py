@@ -135,7 +135,7 @@ def read_text(source: str, warn: Callable[[str], None] = lambda _note: None) -> 
     for note in damage.notes():
         warn(note)
     if not documents:
-        raise DataError(_("{where}: there is no text in it.", where=source))
+        raise DataError("{where}: there is no text in it.", where=source)
     return documents
 
 

@@ -215,7 +215,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(_unreadable(path, error)) from error
     if len(raw) > _MAX_FILE:
-        raise ConfigError(_("{file} is too large to be a config file; is it data?", file=path))
+        raise ConfigError("{file} is too large to be a config file; is it data?", file=path)
     try:
         data = json.loads(
             raw.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
@@ -231,15 +231,15 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(message) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
-            _("{file} is not UTF-8 text; save it as UTF-8 or name another file", file=path)
+            "{file} is not UTF-8 text; save it as UTF-8 or name another file", file=path
         ) from error
     except _NotPlain as error:
         raise ConfigError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
-        raise ConfigError(_("{file}: no config file looks like this", file=path)) from error
+        raise ConfigError("{file}: no config file looks like this", file=path) from error
     if not isinstance(data, dict):
         raise ConfigError(
-            _('{file}: expected an object such as {{"epochs": 3}}, not a bare value', file=path)
+            '{file}: expected an object such as {{"epochs": 3}}, not a bare value', file=path
         )
     return data
 

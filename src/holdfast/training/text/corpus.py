@@ -224,7 +224,7 @@ class Corpus:
         yield from self._cut.applied(self._parts(damage, label or _("Reading the text")))
         if content_hash(self.paths, self._progress) != self.content:
             raise DataError(
-                _("The data changed while it was read. Try again when nobody writes to it.")
+                "The data changed while it was read. Try again when nobody writes to it."
             )
 
     def _parts(self, damage: Damage, label: str) -> Iterator[Part]:
@@ -259,7 +259,7 @@ class Corpus:
         count = len(self.paths)
         where = str(self.paths[0]) if count == 1 else _("These {count} files", count=count)
         if not self.characters:
-            raise DataError(_("{where}: empty, there is no text to train on.", where=where))
+            raise DataError("{where}: empty, there is no text to train on.", where=where)
         if self.characters < MIN_CHARACTERS:
             message = _(
                 "{where}: {characters} characters of text, too few to train on; "

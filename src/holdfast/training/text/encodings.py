@@ -123,13 +123,11 @@ def _not_text(path: Path, offset: int, line: int, reason: str, *, zeros: int) ->
     if reason == ZERO:
         return DataError(not_a_character(path, "utf-8", offset, line, reason))
     return DataError(
-        _(
-            "{path} is neither UTF-8 nor GB18030 nor Big5 text: byte {offset} (line {line}) is "
-            "where it stops being UTF-8. Save the file as UTF-8 and try again.",
-            path=path,
-            offset=offset,
-            line=line,
-        )
+        "{path} is neither UTF-8 nor GB18030 nor Big5 text: byte {offset} (line {line}) is "
+        "where it stops being UTF-8. Save the file as UTF-8 and try again.",
+        path=path,
+        offset=offset,
+        line=line,
     )
 
 

@@ -126,14 +126,12 @@ class DataFile:
     def _unreadable(self, error: Exception, suffix: str) -> DataError:
         if suffix not in COMPRESSIONS or (isinstance(error, OSError) and error.errno is not None):
             reason = getattr(error, "strerror", None) or error
-            return DataError(_("Cannot read {path}: {reason}.", path=self.path, reason=reason))
+            return DataError("Cannot read {path}: {reason}.", path=self.path, reason=reason)
         return DataError(
-            _(
-                "{path} is damaged or not a {suffix} file ({reason}). Fetch or compress it again.",
-                path=self.path,
-                suffix=suffix,
-                reason=error,
-            )
+            "{path} is damaged or not a {suffix} file ({reason}). Fetch or compress it again.",
+            path=self.path,
+            suffix=suffix,
+            reason=error,
         )
 
     # --------------------------------------------------------------------------------- as JSON

@@ -94,7 +94,7 @@ class TextTokenizer:
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if not 0 <= eos_id < self.vocab_size:
             raise DataError(
-                _("The tokenizer has no token {token}, which is to end a text.", token=eos_id)
+                "The tokenizer has no token {token}, which is to end a text.", token=eos_id
             )
 
     def encode(self, text: str) -> list[int]:
@@ -199,7 +199,7 @@ class TextTokenizer:
         files = {name: text for name in _FILES if isinstance(text := state.get(name), str)}
         eos_id = state.get("eos_id")
         if "tokenizer.json" not in files or not isinstance(eos_id, int):
-            raise DataError(_("The checkpoint holds no complete tokenizer."))
+            raise DataError("The checkpoint holds no complete tokenizer.")
         _check_loads(files, _("the checkpoint"))
         return cls(files, eos_id)
 
@@ -396,7 +396,7 @@ def _converted(name: str) -> dict[str, str]:
         tokenizer.save_pretrained(folder)
         files = _read_files(Path(folder))
     if "tokenizer.json" not in files:
-        raise DataError(_("The tokenizer of {path} has no fast form (tokenizer.json).", path=name))
+        raise DataError("The tokenizer of {path} has no fast form (tokenizer.json).", path=name)
     return files
 
 
