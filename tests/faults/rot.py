@@ -113,20 +113,22 @@ def _bits(directory: Path, points: int | None, rng: random.Random) -> list[tuple
     """A bit of each byte of both files, or of `points` of them; first those that make one number
     of an order another, and those of the line that pins."""
     orders = re.compile(rb'"(?:sequence|generation)": (\d)')
-    telling, others = [], []
+    telling, pins, others = [], [], []
     for name in ("metadata.json", "events.jsonl"):
         data = (directory / name).read_bytes()
         digits = {found.start(1) for found in orders.finditer(data) if name == "metadata.json"}
         telling += [(name, offset, rng.randrange(3)) for offset in sorted(digits)]
         if name == "events.jsonl":
             pin = range(data.rindex(b"\n", 0, -1) + 1, len(data))
-            telling += [(name, offset, rng.randrange(8)) for offset in pin]
+            pins = [(name, offset, rng.randrange(8)) for offset in pin]
         others += [(name, offset, rng.randrange(8)) for offset in range(len(data))]
     rng.shuffle(telling)
+    rng.shuffle(pins)
     rng.shuffle(others)
     if points is None:
         return telling + others
-    return telling[: points // 2] + others[: points - points // 2]
+    chosen = telling[: points // 2] + pins[: points // 4]
+    return chosen + others[: points - len(chosen)]
 
 
 def slot_rot(saver: type[Ours], *, points: int, seed: int) -> Tally:
