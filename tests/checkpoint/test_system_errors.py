@@ -241,6 +241,31 @@ def test_an_older_one_that_cannot_be_read_is_told_and_stays(
         start(tmp_path)
 
 
+def test_behind_a_damaged_newest_one_that_cannot_be_read_is_not_passed_over(
+    tmp_path: Path, trouble: Trouble
+) -> None:
+    make_run(tmp_path, 3)
+    damage(tmp_path / "latest.pt")
+    trouble.meet(tmp_path / "checkpoint_step_2.pt")
+    for _again in range(2):
+        with pytest.raises(CheckpointError, match=r"checkpoint_step_2\.pt cannot be read now"):
+            start(tmp_path)
+    trouble.times = 0
+    assert start(tmp_path)[0].now == 2
+
+
+def test_one_that_cannot_be_read_is_no_damage_where_all_others_are_damaged(
+    tmp_path: Path, trouble: Trouble
+) -> None:
+    make_run(tmp_path, 2)
+    damage(tmp_path / "latest.pt")
+    trouble.meet(tmp_path / "checkpoint_step_1.pt")
+    with pytest.raises(CheckpointError, match="cannot be read now"):
+        start(tmp_path)
+    trouble.times = 0
+    assert start(tmp_path)[0].now == 1
+
+
 def test_nothing_is_started_over_where_all_cannot_be_read(tmp_path: Path, trouble: Trouble) -> None:
     make_run(tmp_path, 1)
     trouble.meet(tmp_path / "latest.pt")

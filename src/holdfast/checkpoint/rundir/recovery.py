@@ -66,8 +66,7 @@ def choose(
     """
     wanted: Sequence[Entry] = contents.entries
     if source is None:
-        for name, reason in _perhaps_newest(directory, contents):
-            raise cannot_read(directory / name, reason)
+        _refuse_older(directory, contents, contents.newest)
     else:
         files = _files(directory, source)
         wanted = [entry for entry in wanted if _is_one_of(directory, entry, files)]
@@ -95,6 +94,8 @@ def find(catalog: Catalog, choice: Choice, tell: Tell) -> Found | None:
         for name, reason in contents.damaged:
             aside.put(name, reason)
         for entry in choice.entries:
+            if aside.skipped and not choice.named:  # what was chosen first is damaged
+                _refuse_older(catalog.directory, contents, entry)
             found = _read_entry(catalog, choice, entry, aside)
             if found is not None:
                 found.contents = contents.without(aside.names)
@@ -104,6 +105,7 @@ def find(catalog: Catalog, choice: Choice, tell: Tell) -> Found | None:
         name, why = aside.skipped[-1]
         path = catalog.directory / name
         raise DamagedCheckpoint("{path} is damaged: {why}.", path=path, why=why)
+    _refuse_older(catalog.directory, contents, None)
     _refuse_to_start_over(catalog, aside.names)
     return None
 
@@ -118,26 +120,25 @@ def cannot_read(path: Path, reason: object) -> CheckpointError:
     )
 
 
-def _perhaps_newest(directory: Path, contents: Contents) -> list[tuple[str, str]]:
-    """Return the files that cannot be read now and may be newer than all that can, with the reason.
+def _refuse_older(directory: Path, contents: Contents, wanted: Entry | None) -> None:
+    """Raise if a file that cannot be read now may be newer than `wanted`, the newest that is left.
 
-    The history may say of a file that it is older: that one is left out.
+    The history may say of a file that it is older: that one is no reason.
     """
-    newest, perhaps = contents.newest, contents.unreadable
-    if newest is None or not perhaps:
-        return perhaps
-    announced = contents.known.announced.values()
+    perhaps = contents.unreadable
+    announced = contents.known.announced.values() if wanted is not None and perhaps else ()
     last = {name: event for event in announced for name in event["names"]}
     older = [
         directory / name
         for name, _reason in perhaps
-        if name in last and name not in ROLES and not newest.precedes(last[name])
+        if wanted is not None
+        and name in last
+        and name not in ROLES
+        and not wanted.precedes(last[name])
     ]
-    return [
-        (name, reason)
-        for name, reason in perhaps
-        if not any(filesystem.same_data(directory / name, path) for path in older)
-    ]
+    for name, reason in perhaps:
+        if not any(filesystem.same_data(directory / name, path) for path in older):
+            raise cannot_read(directory / name, reason)
 
 
 def lost(known: Known, entry: Entry) -> tuple[int, float]:
