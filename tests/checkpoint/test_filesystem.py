@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import re
 import shutil
@@ -57,6 +58,21 @@ def test_a_file_is_written_whole_and_read_only(tmp_path: Path) -> None:
     assert path.read_bytes() == b"abcdefg"
     assert stat.S_IMODE(path.stat().st_mode) == 0o444
     assert names(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.parametrize("size", [4096, 5000], ids=["pages", "no whole pages"])
+def test_bytes_are_written_only_after_they_were_said_to_be_final(tmp_path: Path, size: int) -> None:
+    """Whatever the buffer's size: a file that is not sealed by then would be a damaged one."""
+    data, asked = mmap.mmap(-1, 8192), []
+
+    def seal(end: int) -> None:
+        asked.append(end)
+        data[:end] = b"s" * end
+
+    view = memoryview(data)[:size]
+    write_file(tmp_path / "a.pt", [(0, view)], size, ready=seal)
+    assert (tmp_path / "a.pt").read_bytes() == b"s" * size
+    assert asked == [size]
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -150,9 +150,9 @@ def write_file(
 
     `pieces` are `(offset, bytes)` in ascending order without gaps, `size` bytes together. The
     space is claimed before the first byte, so a full disk is known at once. A single page-aligned
-    piece goes past the page cache where the file system can do that; `ready(end)` is called before
-    its bytes up to `end` are taken. `limit` is bytes a second, 0 for none. `OSError` as it comes;
-    the temporary file is gone then.
+    piece goes past the page cache where the file system can do that, at `limit` bytes a second, 0
+    for any number. `ready(end)` is called before the bytes up to `end` are taken. `OSError` as it
+    comes; the temporary file is gone then.
     """
     with replacing(target) as file:
         fd = file.fileno()
@@ -162,6 +162,8 @@ def write_file(
             if offset == 0 and len(view) == size and direct.is_aligned(view):
                 _write_image(fd, view, ready, limit)
             else:
+                if ready is not None:
+                    ready(offset + len(view))
                 write_all(fd, view, offset)
         if hasattr(os, "fchmod"):
             os.fchmod(fd, mode)
