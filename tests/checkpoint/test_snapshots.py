@@ -18,6 +18,7 @@ from holdfast import CheckpointManager, load
 from holdfast.checkpoint import EverySteps
 from holdfast.checkpoint.format import container
 from holdfast.checkpoint.format.layout import Record
+from holdfast.checkpoint.rundir import shared_memory
 from holdfast.checkpoint.save import copy as copies
 from holdfast.checkpoint.save import staging
 from holdfast.checkpoint.system import filesystem, slots
@@ -316,6 +317,32 @@ def test_with_one_buffer_a_dropped_save_is_made_up_for(
         assert manager.after_step(7) is not None, "no multiple of 2: the dropped one was owed"
         manager.wait()
         assert manager.saved_step == 7
+
+
+@pytest.mark.skipif(not shared_memory.usable(), reason="nothing outlives a process here")
+def test_training_is_safe_once_a_snapshot_took_the_place_of_a_dropped_save(
+    tmp_path: Path, slow_disk: threading.Event
+) -> None:
+    toy, told = Toy(), []
+    with toy.manager(
+        tmp_path,
+        memory_every=1,
+        max_unsafe=0.2 / 60,
+        on_event=lambda event, _fields: told.append(event),
+    ) as manager:
+        first, second = manager.save_async(step=1), manager.save_async(step=2)
+        for step in (3, 4):  # the second of them needs the buffer of step 2, which waits
+            manager.after_step(step)
+        assert second.durable.result(30) is None
+        slow_disk.set()
+        manager.wait()
+        assert first.durable.result() is not None
+        assert manager.saved_step == 4
+        time.sleep(0.3)
+        told.clear()
+        manager.after_step(5)
+        assert not manager.unsafe
+        assert "unsafe" not in told, "nothing that was wanted is missing"
 
 
 def test_training_goes_on_while_it_is_written(tmp_path: Path, slow_disk: threading.Event) -> None:

@@ -31,7 +31,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What training goes on from."""
+    """The checkpoint that training goes on from."""
 
     entry: Entry
     path: Path
@@ -70,8 +70,10 @@ class PendingSave:
     `staged` is done when the live state may change: what is saved is a copy of exactly this step.
     `durable` is done when the copy is on the disk under its names, with a `Saved`; with None where
     a newer save has taken its place; it raises `SaveFailed` where it could not be saved.
-    `settled` is done when it has been read back as well and old checkpoints are gone. None of them
-    needs to be waited for.
+    `settled` is done when it has been read back as well and old checkpoints are gone. Where the
+    system could not read it back, `settled` has a `Saved` whose entry is not `verified`, and old
+    ones stay. Where it was read and found damaged, and a second file did not help, `settled` raises
+    `SaveFailed`, though `durable` was done and stays so. None of them needs to be waited for.
     """
 
     step: int
@@ -103,7 +105,8 @@ class Save:
     # From staging. `ranges` are parts of the file, `(offset, bytes)`: one, with all of it, today.
     slot: Slot | None = None
     stager: int = 0  # the thread that completes the image
-    whole: threading.Event = field(default_factory=threading.Event)  # staging is done with the slot
+    # Set when staging is done with the slot: the snapshot is complete, or the copy was torn.
+    released: threading.Event = field(default_factory=threading.Event)
     stall: float = 0.0  # seconds that training has stood still for it
     processors: float = 0.0  # seconds of processors that its background threads have taken
     size: int = 0  # of the file

@@ -1,8 +1,8 @@
 """Take one `Save` on its way: `saver.request(save)`, `staging.take(save)`, `writer.write(save)`,
 `publisher.publish(save)`. Each stage fills in its own fields and reads the earlier ones.
 
-Nothing climbs back up except the promises *staged*, *durable* and *failed*, which the `Ledger`
-below all of them keeps.
+What has become of a save climbs back up through the `Ledger` below all of them, which keeps its
+promises; save/ledger.py has the table.
 """
 
 from __future__ import annotations

@@ -1,12 +1,24 @@
-"""What has become of the saves: their promises, the newest durable step, the best, the failures.
+"""Account of the saves: their promises, the newest durable step, the best, the failures.
 
-Every stage below the saver tells it *staged*, *durable* and *failed*; nothing else climbs back up.
+A save that is meant for the disk ends in `over`, once; one for the memory alone does so only where
+it was not taken or failed. The promises are those of `PendingSave`; what stages tell:
+
+    told        by the thread            true by then                                 promises kept
+    asked       of training              nothing yet: a durable state is wanted
+    staged      of training, or staging  the live state may change                    staged
+    durable     of the disk              on the disk, named and announced             durable
+    over        of the disk, or training read back, or could not be read; or dropped  all
+    failed      any of the three         the cause is told; `over` with `SaveFailed`  all
+
+Two more things climb back up outside of it: `Save.ready`, by which the disk waits for the copy, and
+`Save.released`, by which it and training wait for the snapshot in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import time
 from concurrent.futures import Future, InvalidStateError
@@ -42,18 +54,18 @@ class Ledger:
         self.watch = Watch(max_unsafe, self.at)
         self._best: float | None = None  # score, lower is better, of all that is durable
         self._hoped: dict[Save, float] = {}  # scores of what is on its way
-        self._asked_step = 0
+        self._asked_at = -math.inf  # when a save for the disk was last asked for
 
     def resumed(self, step: int, best: float | None) -> None:
         """Note that training goes on from `step`; `best` is the lowest score of the run."""
         self._hoped.clear()
-        self._best, self.kept_failed, self._asked_step = best, False, 0
+        self._best, self.kept_failed, self._asked_at = best, False, -math.inf
         self.step, self.at = step, time.monotonic()
         self.watch.saved(self.at)
 
     def asked(self, save: Save, score: float | None) -> None:
         """Note a save that is to become durable."""
-        self._asked_step = save.step
+        self._asked_at = save.asked
         if score is not None:
             self._hoped[save] = score
         self.watch.asked(save.asked)
@@ -67,16 +79,18 @@ class Ledger:
 
     def staged(self, save: Save) -> None:
         """Keep the first promise: the live state may change."""
-        _keep(save.promises.staged, None)
+        _keep_promise(save.promises.staged, None)
 
     def durable(self, save: Save, saved: Saved) -> None:
         """Keep the second promise: the save is on the disk under its names."""
         self.step, self.at = saved.entry.step, time.monotonic()
         self.usual = saved.seconds
-        _keep(save.promises.durable, saved)  # kept already on a second try, after a disk that lied
+        _keep_promise(
+            save.promises.durable, saved
+        )  # kept already on a second try, after a disk that lied
 
     def over(self, save: Save, outcome: Saved | SaveFailed | None) -> None:
-        """Keep what is left of the promises: verified, failed, or None: dropped for a newer one."""
+        """Keep what is left of the promises: saved, failed, or None: dropped for a newer one."""
         promises = save.promises
         if promises.settled.done():
             return
@@ -88,9 +102,9 @@ class Ledger:
             self.kept_failed = saved is None
         if saved is not None:
             self._succeeded(save, saved)
-        _keep(promises.staged, None)
-        _keep(promises.durable, outcome)
-        _keep(promises.settled, outcome)
+        _keep_promise(promises.staged, None)
+        _keep_promise(promises.durable, outcome)
+        _keep_promise(promises.settled, outcome)
 
     def failed(self, save: Save, error: Exception) -> None:
         """Tell that a save has failed. A retry that fails for the same cause again is no news."""
@@ -116,8 +130,9 @@ class Ledger:
         # Half of it is the cost before: one slow save must not put the next one off for long.
         before = lost if self.cost is None else self.cost.training
         self.cost = Cost((before + lost) / 2, saved.seconds, saved.entry.size)
-        newest = self._asked_step == save.step
-        failures, seconds = self.watch.saved(time.monotonic(), wanted=not newest)
+        # By the time, not the step: it may be a later one that took the place of what was asked.
+        newer = self._asked_at > save.asked
+        failures, seconds = self.watch.saved(time.monotonic(), wanted=newer)
         if failures:
             minutes = round(seconds / 60, 1)
             self.reporter.report("recovered", step=save.step, failures=failures, minutes=minutes)
@@ -130,7 +145,7 @@ def is_transient(error: Exception) -> bool:
     return isinstance(error, DamagedCheckpoint)
 
 
-def _keep(promise: Future[Any], outcome: Saved | SaveFailed | None) -> None:
+def _keep_promise(promise: Future[Any], outcome: Saved | SaveFailed | None) -> None:
     """Keep a promise that two threads may come to keep."""
     with contextlib.suppress(InvalidStateError):
         if isinstance(outcome, SaveFailed):

@@ -44,7 +44,7 @@ class Publisher:
     def __init__(self, ledger: Ledger, options: Options) -> None:
         self.ledger = ledger
         self._catalog, self._reporter = ledger.catalog, ledger.reporter
-        self._keep, self._limit = options.keep, options.io_limit
+        self._retention, self._limit = options.keep, options.io_limit
         self._make_room = options.make_room or bool(options.keep)
 
     def publish(self, save: Save) -> Saved:
@@ -71,8 +71,8 @@ class Publisher:
         entry = summary(save.manifest, save.size)
         entry = replace(entry, names=(name_of(entry),))
         target = catalog.path(entry)
-        kept = self._write(save, target, contents)
-        how = self._name(entry, contents, target if kept is None else None)
+        old = self._write(save, target, contents)
+        how = self._name(entry, contents, target if old is None else None)
         best = contents.of(entry.run_id).best
         saved = Saved(
             entry=entry,
@@ -85,24 +85,24 @@ class Publisher:
         )
         self._announce(saved)
         self.ledger.durable(save, saved)
-        return self._verify(saved, contents, kept)
+        return self._verify(saved, contents, old)
 
     def _write(self, save: Save, target: Path, contents: Contents) -> Path | None:
         """Write the file. Return the second name of what had its name, which stays until this one
         is verified."""
         filesystem.make_directory(target.parent)
         name = target.relative_to(self._catalog.directory).as_posix()
-        kept = tidy.keep_old(self._catalog, target, name, contents)
+        old = tidy.keep_old(self._catalog, target, name, contents)
         try:
             filesystem.write_file(
                 target, save.ranges, save.size, ready=save.ready, limit=self._limit
             )
         except BaseException:  # an interrupt, too
-            if kept is not None and filesystem.same_data(kept, target):
+            if old is not None and filesystem.same_data(old, target):
                 # The target still has its old data, so the saved second name is not needed.
-                filesystem.remove(kept)
+                filesystem.remove(old)
             raise
-        return kept
+        return old
 
     def _name(self, entry: Entry, contents: Contents, new: Path | None) -> dict[str, str]:
         """Give a durable file its other names; return how each name was made. `new` is the file
@@ -143,43 +143,43 @@ class Publisher:
         )
         self._reporter.tell("durable", saved=saved)
 
-    def _verify(self, saved: Saved, before: Contents, kept: Path | None) -> Saved:
+    def _verify(self, saved: Saved, before: Contents, old: Path | None) -> Saved:
         """Read back what is announced; only then may anything that lay here before go.
 
-        `kept` is the second name of what had the same name. Raises `DamagedCheckpoint`.
+        `old` is the second name of what had the same name. Raises `DamagedCheckpoint`.
         """
         entry = saved.entry
         try:
             tidy.verify_back(entry, saved.path)
         except CheckpointError as error:
-            self._take_back(entry, saved.path, kept, error.why)
+            self._take_back(entry, saved.path, old, error.why)
             raise DamagedCheckpoint(str(error), why=error.why) from error
         except (OSError, MemoryError) as error:  # it stays what was announced; nothing older goes
             reason = in_words(error)
             self._reporter.report("unverified", id=entry.id, step=entry.step, reason=reason)
             return saved
         self._reporter.report("verified", id=entry.id, step=entry.step)
-        self._let_go(entry, before, kept)
+        self._let_go(entry, before, old)
         return replace(saved, entry=replace(entry, verified=True))
 
-    def _let_go(self, entry: Entry, before: Contents, kept: Path | None) -> None:
+    def _let_go(self, entry: Entry, before: Contents, old: Path | None) -> None:
         """Let go what need not stay now that `entry` is verified: what had its name, what is of
         other runs, and what no policy keeps."""
         catalog = self._catalog
         try:
-            if kept is not None:
-                tidy.settle_old(catalog, entry, before, kept)
+            if old is not None:
+                tidy.settle_old(catalog, entry, before, old)
             if not all(earlier.verified for earlier in before.entries[:2]):
-                self._verify_owed()
-            if self._keep:
+                self._verify_earlier()
+            if self._retention:
                 others = tidy.archive_others(catalog, entry.run_id)
                 if others is not None:
                     self._reporter.tell("archived", count=others[0], to=str(others[1]))
-                tidy.prune(catalog, self._keep)
+                tidy.prune(catalog, self._retention)
         except (OSError, HoldfastError) as error:  # what cannot go now goes after the next save
             log.warning("%s: %s", catalog.directory, error)
 
-    def _verify_owed(self) -> None:
+    def _verify_earlier(self) -> None:
         """Read back what could not be when it was saved, because the system failed or the process
         was killed: the newest two, which the floor would count."""
         for entry in self._catalog.scan().entries[1:3]:
@@ -195,8 +195,8 @@ class Publisher:
             else:
                 self._take_back(entry, path, None, reason)
 
-    def _take_back(self, entry: Entry, path: Path, kept: Path | None, reason: str) -> None:
-        names = tidy.take_back(self._catalog, entry, path, kept, reason)
+    def _take_back(self, entry: Entry, path: Path, old: Path | None, reason: str) -> None:
+        names = tidy.take_back(self._catalog, entry, path, old, reason)
         self._reporter.tell("quarantined", names=names, reason=reason, step=entry.step)
 
     def _made_room(self, error: Exception, save: Save) -> bool:

@@ -47,7 +47,7 @@ def rescue(catalog: Catalog, reporter: Reporter, *, make_room: bool = False) -> 
         return contents
     rescued: list[Entry] = []
     intact: set[str] = set()  # ids of what has been read here: once each
-    for snapshot in reversed(_owed(catalog, reporter, left, intact)):
+    for snapshot in reversed(_unwritten(catalog, reporter, left, intact)):
         entry = _make_durable(catalog, reporter, snapshot, make_room=make_room)
         rescued += [entry] if entry is not None else []
     for snapshot in left:
@@ -66,7 +66,7 @@ def rescue(catalog: Catalog, reporter: Reporter, *, make_room: bool = False) -> 
     return catalog.scan()
 
 
-def _owed(
+def _unwritten(
     catalog: Catalog, reporter: Reporter, left: Sequence[shared_memory.Left], intact: set[str]
 ) -> list[shared_memory.Left]:
     """Return the kept saves among what is `left` that the disk never had whole. What was verified

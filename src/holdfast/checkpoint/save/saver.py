@@ -71,7 +71,8 @@ class Saver:
         self._counted = 0  # the step that was last saved, or asked for, since steps began to count
         self._epoch: int | None = None  # in which was last saved, or the first one that was seen
         self._remembered = 0  # the step of the last snapshot that was for the memory alone
-        self._owed = False  # a save was dropped: the next step that finds room takes its place
+        # A save for the disk found no slot: the first step at which the disk is idle is saved.
+        self._turned_away = False
         self._stepped: tuple[float, float] | None = None  # when, and stalled until then
         # Seconds of processors and of training, spent on snapshots when the last one was asked for.
         self._background = self._stalled = 0.0
@@ -95,9 +96,9 @@ class Saver:
                 self._source.look(save)
                 save.tree = self._source.tree(save.step, save.epoch)
                 self._staging.open_memory(self.run, save.tree)
-                to_disk, taken = save.to_disk, self._staging.take(save)
-                if to_disk:
-                    self._owed = not taken
+                taken = self._staging.take(save)
+                if save.to_disk:  # as asked for, or in place of a save that was dropped
+                    self._turned_away = not taken
             except Exception as error:  # noqa: BLE001 - whatever it is: saving never kills training
                 self._ledger.failed(save, error)
             except BaseException as error:  # an interrupt is the caller's
@@ -195,7 +196,7 @@ class Saver:
             ledger.cost,
         )
         self._look()
-        due = self._when(moment) or (self._owed and slots.idle)
+        due = self._when(moment) or (self._turned_away and slots.idle)
         if ledger.watch.failures:  # a full disk is not tried at every step, but soon again
             if slots.idle and ledger.watch.retry_due(moment.now):
                 save.reason = RETRY

@@ -35,8 +35,8 @@ class NoRoom(Exception):
 class Slots:
     """The slots of one manager, and the saves that are in them. `change` guards all of it.
 
-    A save stands in `staging` until its copy and its checksums are complete, and meanwhile already
-    in `waiting` and `writing`: the disk follows the copy.
+    A save stands in `staging` until the staging thread is done with it, and meanwhile already in
+    `waiting` and `writing`: the disk follows the copy.
     """
 
     def __init__(self, ledger: Ledger, reserve: int) -> None:
@@ -51,7 +51,9 @@ class Slots:
         self._slots: list[Slot] = []
         self._outlived: list[Slot] = []  # closed; the next start may still want their snapshots
         self._unsaved: list[Slot] = []  # with a kept save that the disk has not taken
-        self._dropped = False  # True if a save was dropped whose place the next snapshot takes
+        # True if a waiting save was dropped: the save that gets the next slot is written instead.
+        # (A save that got no slot at all is the saver's to ask for again.)
+        self._successor_due = False
         self._layout: tuple[list[tuple[str, int]], list[Record]] = ([], [])
         self._making = threading.Lock()
         self._preparing: Helper | None = None
@@ -86,7 +88,12 @@ class Slots:
 
     def take(self, save: Save, *, patient: bool) -> bool:
         """Give `save` a slot. Return False where all are taken by what must be kept and the caller
-        is not `patient`. Raises `NoRoom` where there is no memory for a copy."""
+        is not `patient`. Raises `NoRoom` where there is no memory for a copy.
+
+        A save that goes to the disk takes the place of those that wait for it. Where one of them
+        was dropped for a save that was for the memory alone, this one goes to the disk from now on:
+        `save.to_disk` may have changed when this returns True.
+        """
         assert save.tree is not None
         if save.to_disk:
             with self.change:
@@ -94,7 +101,8 @@ class Slots:
         slot = self._free_slot(self.capacity(save.tree), patient=patient)
         if slot is None:
             return False
-        save.to_disk, self._dropped = save.to_disk or self._dropped, False
+        if self._successor_due:
+            save.to_disk, self._successor_due = True, False
         with self.change:
             self._unsaved = [each for each in self._unsaved if each is not slot]
         slot.begin()
@@ -102,17 +110,18 @@ class Slots:
         return True
 
     def begin(self, save: Save) -> None:
-        """Note that the slot of a save is being filled, until `staged`."""
+        """Note that the slot of a save is being filled, until it is `released`."""
         with self.change:
             self.staging.append(save)
 
-    def staged(self, save: Save) -> None:
-        """Note that the staging thread is done with a save and its slot. Only that thread knows:
-        the disk, which follows the copy, may have failed long before."""
+    def released(self, save: Save) -> None:
+        """Note that the staging thread is done with a save and its slot: the snapshot there is
+        complete, or the copy was torn. Only that thread knows: the disk, which follows the copy,
+        may have failed long before."""
         with self.change:
             if save in self.staging:  # else an interrupt has come, and it was dropped
                 self.staging.remove(save)
-            save.whole.set()
+            save.released.set()
             self.change.notify_all()
 
     def remember(self, save: Save) -> None:
@@ -254,19 +263,20 @@ class Slots:
         while True:
             with self.change:
                 free = self._idle_slot()
-                under_way = bool(self.staging or self.waiting or self.writing)
-                full = crowded is not None or len(self._slots) >= self._most()
-                if free is None and crowded is not None and not under_way:
-                    raise crowded  # nothing is under way that would free one
-                # What is only on its way to its place is there in a moment.
-                moving = bool(self.staging) or (bool(self.waiting) and self.writing is None)
-                if free is None and full and not self._drop_waiting():
-                    if not patient and not moving:
+                if free is not None:
+                    return free
+                one_more = crowded is None and len(self._slots) < self._most()
+                if not one_more:
+                    if crowded is not None and not (self.staging or self.waiting or self.writing):
+                        raise crowded  # nothing is under way that would free one
+                    if self._drop_waiting():
+                        continue
+                    # A copy that ends, or a write that begins, changes the picture in a moment.
+                    soon = bool(self.staging) or (bool(self.waiting) and self.writing is None)
+                    if not patient and not soon:
                         return None
                     self.change.wait()
-            if free is not None:
-                return free
-            if not full:
+            if one_more:
                 try:
                     self._new_slot(capacity)
                 except NoRoom as error:
@@ -315,15 +325,15 @@ class Slots:
             raise NoRoom(str(error)) from error
 
     def _drop_waiting(self) -> bool:
-        """Drop the saves that wait for the disk and need not be kept: a newer one takes their
-        place. Return True if there were any. `change` is held."""
+        """Drop the saves that wait for the disk and need not be kept: the one that gets a slot next
+        takes their place. Return True if there were any. `change` is held."""
         if self.writing is None:
             return False  # the disk is free: what waits is about to be written
         dropped = [save for save in self.waiting if not save.kept]
         for save in dropped:
             self.waiting.remove(save)
             self._ledger.over(save, None)
-        self._dropped = self._dropped or bool(dropped)
+        self._successor_due = self._successor_due or bool(dropped)
         return bool(dropped)
 
 

@@ -70,7 +70,7 @@ class Staging:
     @property
     def copying(self) -> bool:
         """True while a snapshot is being taken."""
-        return self._copying is not None and not self._copying[0].whole.is_set()
+        return self._copying is not None and not self._copying[0].released.is_set()
 
     def take(self, save: Save) -> bool:
         """Copy the tree of `save` and see to the rest in the background. Return False, and nothing
@@ -93,12 +93,10 @@ class Staging:
                 self._ledger.reporter.tell("staging_off", reason=str(error))
             self._take_uncopied(save)
             return True
-        save.stall = time.monotonic() - save.asked
+        self._stalled(save, time.monotonic() - save.asked)  # the disk may ask for it from here on
         copy = self._begin(save)
         self._copying = save, copy
-        spent = time.monotonic() - save.asked
-        save.stall = 0.0  # what it has been until now is part of it
-        self._stalled(save, spent)
+        self._stalled(save, time.monotonic() - save.asked - save.stall)
         return True
 
     def wait(self) -> None:
@@ -108,7 +106,9 @@ class Staging:
         (save, copy), began = self._copying, time.monotonic()
         copy.wait()
         if self.in_memory:
-            save.whole.wait()  # or a kill after the step would cost two
+            # A kill in the next step, N + 1, falls back to the newest complete snapshot. If that of
+            # step N were not complete by then, it would be that of N - 1: two steps lost.
+            save.released.wait()
         self._copying = None  # last: another thread that asks meanwhile waits as well
         self._stalled(save, time.monotonic() - began)
 
@@ -181,14 +181,20 @@ class Staging:
         copy = Copy(save.slot, list(zip(save.tree.storages, records, strict=False)), later)
         try:
             self._slots.begin(save)
+            stage = partial(self._stage, save, copy)
             if later:
-                # The staging thread would take the interpreter lock from the little that is left.
+                # Overlapped: little is copied here, and the staging thread, which copies the rest,
+                # would take the interpreter lock from it. That thread comes second.
                 copy.run(self._threads)
-            self._stager.submit(partial(self._stage, save, copy))  # the disk follows the copy
-            copy.run(self._threads)
+                self._stager.submit(stage)
+            else:
+                # Eager: everything is copied here. The staging thread comes first, so that the disk
+                # follows the copy.
+                self._stager.submit(stage)
+                copy.run(self._threads)
         except BaseException:  # an interrupt: what waits for this save must not wait for ever
             copy.give_up()
-            self._stager.submit(partial(self._slots.staged, save))
+            self._stager.submit(partial(self._slots.released, save))
             raise
         if copy.finished:
             self._ledger.staged(save)
@@ -207,7 +213,7 @@ class Staging:
             spent = time.thread_time() - began
             save.processors += spent
             self.background_seconds += spent
-            self._slots.staged(save)
+            self._slots.released(save)
 
     def _complete(self, save: Save, copy: Copy) -> None:
         """Complete a save: values and manifest first, then what is left of the tensors. The disk

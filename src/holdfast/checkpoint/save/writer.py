@@ -78,12 +78,20 @@ class Writer:
             self.slots.written(save)
 
     def _ready(self, save: Save, writing: int, end: int) -> None:
-        """Return when the first `end` bytes of the file are final; `writing` is the thread that
-        writes, which other threads help."""
+        """Return when the first `end` bytes of the file are final, and before its last ones are
+        written, when its snapshot in memory is complete too; `writing` is the thread of the writer,
+        which other threads help.
+
+        Else: the file is announced as durable; the process is killed before it has read the file
+        back; the disk has lied, and the file is damaged. The next start would then find neither it
+        nor its snapshot, and lose the step that was announced.
+        """
         if self._abandoned:
             raise _Abandoned
         if save.sealer is not None:
             save.sealer.advance(end)
-            # A disk that lies may lose what is announced: by then a kill must leave the snapshot.
-            if end >= save.size and save.stager != writing:
-                save.whole.wait()
+            # Without a staging thread, staging has called us: it completes the snapshot after this,
+            # and to wait for it here would be for ever.
+            staging_goes_on = save.stager != writing
+            if end >= save.size and staging_goes_on:
+                save.released.wait()
