@@ -263,12 +263,12 @@ class CheckpointManager:
 
     @property
     def failing(self) -> bool:
-        """Whether a save has failed since the newest durable state."""
+        """True if a save has failed since the newest durable state."""
         return self._ledger.watch.failures > 0
 
     @property
     def unsafe(self) -> bool:
-        """Whether "unsafe" was told, and nothing has become durable since."""
+        """True if "unsafe" was told, and nothing has become durable since."""
         return self._ledger.watch.alarmed
 
     @property
@@ -287,7 +287,7 @@ class CheckpointManager:
         return self._saver.run.generation
 
     def improves(self, metrics: Mapping[str, float]) -> bool:
-        """Whether `metrics` are better than those of all that is durable or on its way there."""
+        """Return True if `metrics` are better than all that is durable or on its way there."""
         return self._saver.improves(metrics)
 
     def wait_for_copy(self) -> None:
@@ -472,15 +472,17 @@ class CheckpointManager:
             except BaseException:  # too little memory, an interrupt
                 transaction.forget()
                 raise
+            # The generation that ends here, if one does. Read before the commit: going back writes
+            # the next one into the history, and `contents` counts that from then on.
+            last = found.contents.generation
             if found.newer:
-                transaction.acts.append(rollback.GoBack(self.catalog, found))
-            known = found.contents.generation
+                transaction.acts.append(rollback.GoBack(self.catalog, found, last + 1))
             with guard.deferred_interrupt():
                 transaction.commit()
                 if transaction.decisions:
                     changes = [str(decision) for decision in transaction.decisions]
                     self._reporter.tell("configured", changes=changes)
-                return self._go_on_from(found, known, branch=branch)
+                return self._go_on_from(found, last, branch=branch)
 
     def begin(self, contents: Contents | None = None) -> None:
         """Begin a new run; `contents` as a scan has just found it. What lies here goes to the
@@ -488,8 +490,9 @@ class CheckpointManager:
         self._saver.settle(contents)
         self._reporter.tell("began", run_id=self.run_id, generation=self.generation)
 
-    def _go_on_from(self, found: recovery.Found, known: int, *, branch: bool) -> Resumed:
-        """Settle identity and names after the state has been restored.
+    def _go_on_from(self, found: recovery.Found, last: int, *, branch: bool) -> Resumed:
+        """Settle identity and names after the state has been restored; `last` is the highest
+        generation that was begun before.
 
         The state is whole now: a full disk costs links and cache here, never the resume.
         """
@@ -505,12 +508,12 @@ class CheckpointManager:
         # It never comes again, whatever is gone: the newest of a generation is known by it.
         run.sequence = max(run.sequence, contents.known.sequence, *(e.sequence for e in past))
         if found.newer:
-            place = self.catalog.directory / archive_of(entry, known)
+            place = self.catalog.directory / archive_of(entry, last)
             self._reporter.tell("archived", count=len(found.newer), to=str(place))
         branches = (
             branch or found.newer or found.skipped or found.choice.unread or steps or not found.here
         )
-        run.generation = known + 1 if branches else max(known, 1)
+        run.generation = last + 1 if branches else max(last, 1)
         if found.here:
             run.run_id = entry.run_id
         try:
@@ -558,7 +561,7 @@ class CheckpointManager:
         return None
 
     def _restore_threads(self, manifest: Mapping[str, Any]) -> None:
-        """The number of threads changes the bits of CPU sums: it belongs to the state."""
+        """Use as many threads as the save did: their number changes the bits of CPU sums."""
         said, live = manifest.get("environment"), torch.get_num_threads()
         saved = said.get("threads") if isinstance(said, Mapping) else None
         if isinstance(saved, int) and 0 < saved <= _MOST_THREADS and saved != live:
@@ -628,7 +631,8 @@ class CheckpointManager:
         with guard.deferred_interrupt():
             pending = self._own().request(Save(step, epoch, metrics, kind, reason, kept=True))
             self.wait()
-            failure = pending.settled.exception()  # one that was not found right is not saved
+            # Not that of `durable`, which stays kept where the file was found damaged afterwards.
+            failure = pending.settled.exception()
             if failure is not None and strict:
                 raise failure
             return pending.durable.result() if failure is None else None

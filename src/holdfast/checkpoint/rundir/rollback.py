@@ -77,7 +77,7 @@ def roll_back(catalog: Catalog, entry: Entry, source: str | None = None) -> None
         contents = catalog.scan()
         back = contents.known.pending
         if back is None or back.id != entry.id:
-            _decide(catalog, contents, entry, source)
+            _decide(catalog, entry, contents.generation + 1, source)
         contents = _carry_out(catalog, contents)
         catalog.write_cache(catalog.assign_roles(contents))
 
@@ -89,9 +89,10 @@ class GoBack:
 
     catalog: Catalog
     found: Found
+    generation: int  # the one that begins
 
     def commit(self) -> None:
-        _decide(self.catalog, self.found.contents, self.found.entry)
+        _decide(self.catalog, self.found.entry, self.generation)
         self.found.contents = _carry_out(self.catalog, self.found.contents)
 
     def undo(self) -> None:
@@ -107,14 +108,14 @@ def finish(catalog: Catalog, contents: Contents) -> Contents:
         return _carry_out(catalog, contents)
 
 
-def _decide(catalog: Catalog, contents: Contents, entry: Entry, source: str | None = None) -> None:
-    """Write the line that makes `entry` the newest, and begins the next generation."""
+def _decide(catalog: Catalog, entry: Entry, generation: int, source: str | None = None) -> None:
+    """Write the line that makes `entry` the newest, and begins `generation`."""
     catalog.record(
         ROLLED_BACK,
         id=entry.id,
         run_id=entry.run_id,
         step=entry.step,
-        generation=contents.generation + 1,
+        generation=generation,
         source=source,
         order=[entry.generation, entry.step, entry.sequence],
     )
