@@ -62,8 +62,8 @@ class KeepBest:
 
 @dataclass(frozen=True, slots=True)
 class KeepEvery:
-    """Those whose number, the one in their name, is a multiple of `interval`: the epoch of epoch
-    checkpoints, the step of step checkpoints. Other kinds have no such number."""
+    """Keep those whose number, the one in their name, is a multiple of `interval`: the epoch of
+    epoch checkpoints, the step of step checkpoints. Other kinds have no such number."""
 
     interval: int
 
@@ -89,7 +89,7 @@ class KeepRollingTemps:
 
 
 def select(candidates: Sequence[Candidate], policies: Sequence[Policy]) -> list[bool]:
-    """Which candidates stay: what any policy keeps, and the floor. Without policies: the floor.
+    """Return which candidates stay: the floor, and what any policy keeps.
 
     The floor: the newest, the best, the pinned, and the two newest verified states, of two distinct
     steps. Nothing goes at all before there are two, nor anything newer than the newest verified.

@@ -25,7 +25,7 @@ MOST_OFTEN, RAREST = "shortest", "longest"
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one save has taken, in seconds and bytes."""
+    """The price of one save, in seconds and bytes."""
 
     training: float  # seconds that training lost: standing still, and processors taken from it
     seconds: float  # from the request until it was durable
@@ -34,12 +34,12 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Where training stands after a step. Times are seconds of one monotonic clock."""
+    """The place of training after a step. Times are seconds of one monotonic clock."""
 
     step: int
     now: float
     last_saved_step: int
-    last_saved_at: float  # or when a save last failed
+    last_saved_at: float  # when one last became durable or, if that is later, was asked for
     epoch: int | None = None
     last_saved_epoch: int | None = None  # of the last save, or the first one that was seen
     improved: bool = False  # True if this step's metrics are the best so far
@@ -65,7 +65,7 @@ class SavePolicy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EverySteps:
-    """At every step that is a multiple of `steps`."""
+    """Save at every step that is a multiple of `steps`."""
 
     steps: int
 
@@ -78,7 +78,7 @@ class EverySteps:
 
 @dataclass(frozen=True, slots=True)
 class EveryMinutes:
-    """When `minutes` have passed since anything was saved, or a save has failed."""
+    """Save when `minutes` have passed since anything was saved, or asked to be."""
 
     minutes: float
 
@@ -94,8 +94,8 @@ class EveryMinutes:
 
 @dataclass(frozen=True, slots=True)
 class EveryEpoch:
-    """Once an epoch: after its first step, where nothing has been saved in it yet. The first epoch
-    that is seen does not count: what it began from is there already."""
+    """Save once an epoch: after its first step, where nothing has been saved in it yet. The first
+    epoch that is seen does not count: what it began from is there already."""
 
     def __call__(self, moment: Moment) -> bool:
         if moment.epoch is None or moment.last_saved_epoch is None:
@@ -105,7 +105,7 @@ class EveryEpoch:
 
 @dataclass(frozen=True, slots=True)
 class OnBest:
-    """When the metrics of a step are better than all before them."""
+    """Save when the metrics of a step are better than all before them."""
 
     def __call__(self, moment: Moment) -> bool:
         return moment.improved
@@ -113,7 +113,7 @@ class OnBest:
 
 @dataclass(frozen=True, slots=True)
 class AnyOf:
-    """When any of `policies` says so; never where there are none."""
+    """Save when any of `policies` says so; never where there are none."""
 
     policies: Sequence[SavePolicy]
 
@@ -123,7 +123,7 @@ class AnyOf:
 
 @dataclass(frozen=True, slots=True)
 class RiskAware:
-    """When `max(60 s, cost / time_share)` has passed since the last save of whatever kind.
+    """Save when `max(60 s, cost / time_share)` has passed since the last save of whatever kind.
 
     The cost is what the last saves took from training, as measured. The interval is also
 
@@ -164,8 +164,8 @@ class RiskAware:
 
 
 class MemoryPace:
-    """How many steps from one snapshot in memory to the next: `every`, or as many as it costs at
-    most `share` of the training's time.
+    """The number of steps from one snapshot in memory to the next: `every`, or as many as it costs
+    at most `share` of the training's time.
 
     Costs and steps are told in seconds as they are measured. The first `AT_FIRST` steps after a
     start have one each, whatever it costs: most of what kills a training kills it there, and a
@@ -180,18 +180,13 @@ class MemoryPace:
         self._cost: float | None = None
         self._told = 0
 
-    @property
-    def promised(self) -> bool:
-        """Whether a number of steps was asked for: then training waits rather than skip one."""
-        return self._every is not None
-
     def step(self, seconds: float) -> None:
-        """A step took so long."""
+        """Note that a step took so long."""
         self._step = seconds if self._step is None else self._step + 0.2 * (seconds - self._step)
 
     def cost(self, seconds: float) -> None:
-        """A snapshot has cost training so much. The first one, which has touched every page of its
-        memory for the first time, says nothing about the others."""
+        """Note that a snapshot has cost training so much. The first one, which has touched every
+        page of its memory for the first time, says nothing about the others."""
         self._told += 1
         if self._told > 1:
             self._cost = (

@@ -29,11 +29,11 @@ def keep_old(catalog: Catalog, target: Path, name: str, before: Contents) -> Pat
     stays = any(name in entry.names for entry in before.entries) or name in dict(before.unreadable)
     place = target.parent if stays else catalog.directory / ARCHIVE / REPLACED
     filesystem.make_directory(place)
-    kept = place / f"{target.stem}-{uuid.uuid4().hex[:8]}.pt"
+    old = place / f"{target.stem}-{uuid.uuid4().hex[:8]}.pt"
     with catalog.lock():
-        filesystem.publish(target, kept)
+        filesystem.publish(target, old)
     filesystem.sync_directory(place)
-    return kept
+    return old
 
 
 def verify_back(entry: Entry, target: Path) -> None:
@@ -57,19 +57,19 @@ def verify_back(entry: Entry, target: Path) -> None:
 
 
 def take_back(
-    catalog: Catalog, entry: Entry, target: Path, kept: Path | None, why: str
+    catalog: Catalog, entry: Entry, target: Path, old: Path | None, why: str
 ) -> list[str]:
     """Quarantine a file that reading back has found damaged, and give the names back to what they
-    stood for before. `kept` as `keep_old` gave it. Return the quarantined names."""
+    stood for before. `old` as `keep_old` gave it. Return the quarantined names."""
     with catalog.lock():
         names = catalog.quarantine(entry.names, why)
-        if kept is not None:
-            filesystem.move(kept, target)
+        if old is not None:
+            filesystem.move(old, target)
         catalog.assign_roles(catalog.scan())
     return names
 
 
-def settle_old(catalog: Catalog, entry: Entry, before: Contents, kept: Path) -> None:
+def settle_old(catalog: Catalog, entry: Entry, before: Contents, old: Path) -> None:
     """Remove the predecessor of the same name if it is the same moment of the same run, saved
     again.
 
@@ -77,12 +77,12 @@ def settle_old(catalog: Catalog, entry: Entry, before: Contents, kept: Path) -> 
     gave it, and retention decides; so does a pinned one.
     """
     name, last = entry.names[0], before.newest
-    if kept.parent.name == REPLACED:
-        catalog.record("archived", names=[name], to=f"{ARCHIVE}/{REPLACED}/{kept.name}")
+    if old.parent.name == REPLACED:
+        catalog.record("archived", names=[name], to=f"{ARCHIVE}/{REPLACED}/{old.name}")
     elif last is not None and name in last.names and not last.pinned:
         moments = [(e.run_id, e.generation, e.epoch, e.step) for e in (last, entry)]
         if moments[0] == moments[1]:
-            filesystem.remove(kept)
+            filesystem.remove(old)
 
 
 def archive_others(catalog: Catalog, run_id: str) -> tuple[int, Path] | None:

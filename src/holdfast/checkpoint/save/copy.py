@@ -101,11 +101,11 @@ class Copy:
 
     @property
     def finished(self) -> bool:
-        """Whether every byte has been copied."""
+        """True once every byte has been copied."""
         return not self._unfinished and not self._events
 
     def help(self) -> None:
-        """Copy segments until none is left that nobody has begun."""
+        """Copy segments until each of them has been begun by a thread."""
         try:
             self._copy_all(self._now)
             self._copy_all(self._rest)
@@ -198,7 +198,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _segments(moves: Sequence[_Move]) -> list[list[_Move]]:
-    """Portions of about `SEGMENT` bytes: large storages cut up, small ones put together."""
+    """Return portions of about `SEGMENT` bytes: large storages cut up, small ones put together."""
     segments: list[list[_Move]] = []
     room = 0
     for target, source, size in moves:
@@ -233,7 +233,7 @@ def stable_storages(state: Any, *, cpu: bool) -> set[int]:
 
 
 def optimizers_of(state: Any) -> list[Optimizer]:
-    """The optimizers anywhere in `state`."""
+    """Return the optimizers anywhere in `state`."""
     if isinstance(state, Optimizer):
         return [state]
     if isinstance(state, Mapping):

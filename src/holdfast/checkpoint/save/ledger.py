@@ -79,15 +79,14 @@ class Ledger:
 
     def staged(self, save: Save) -> None:
         """Keep the first promise: the live state may change."""
-        _keep_promise(save.promises.staged, None)
+        _fulfil(save.promises.staged, None)
 
     def durable(self, save: Save, saved: Saved) -> None:
         """Keep the second promise: the save is on the disk under its names."""
         self.step, self.at = saved.entry.step, time.monotonic()
         self.usual = saved.seconds
-        _keep_promise(
-            save.promises.durable, saved
-        )  # kept already on a second try, after a disk that lied
+        # On a second try, after a disk that lied, it has been kept already.
+        _fulfil(save.promises.durable, saved)
 
     def over(self, save: Save, outcome: Saved | SaveFailed | None) -> None:
         """Keep what is left of the promises: saved, failed, or None: dropped for a newer one."""
@@ -102,9 +101,9 @@ class Ledger:
             self.kept_failed = saved is None
         if saved is not None:
             self._succeeded(save, saved)
-        _keep_promise(promises.staged, None)
-        _keep_promise(promises.durable, outcome)
-        _keep_promise(promises.settled, outcome)
+        _fulfil(promises.staged, None)
+        _fulfil(promises.durable, outcome)
+        _fulfil(promises.settled, outcome)
 
     def failed(self, save: Save, error: Exception) -> None:
         """Tell that a save has failed. A retry that fails for the same cause again is no news."""
@@ -145,8 +144,8 @@ def is_transient(error: Exception) -> bool:
     return isinstance(error, DamagedCheckpoint)
 
 
-def _keep_promise(promise: Future[Any], outcome: Saved | SaveFailed | None) -> None:
-    """Keep a promise that two threads may come to keep."""
+def _fulfil(promise: Future[Any], outcome: Saved | SaveFailed | None) -> None:
+    """Keep a promise that two threads may come to keep: the first of them does."""
     with contextlib.suppress(InvalidStateError):
         if isinstance(outcome, SaveFailed):
             promise.set_exception(outcome)

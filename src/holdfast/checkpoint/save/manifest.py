@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself in its manifest, besides the state: plain values only."""
+"""The part of a manifest that is not the state, as plain values: a checkpoint describes itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from holdfast.version import __version__
 
 
 def environment() -> dict[str, Any]:
-    """What the bits of a training depend on besides its state; `git` only where it is known."""
+    """Return what the bits of a training depend on besides its state; `git` only where known."""
     git = project.state()
     return {
         "holdfast": __version__,

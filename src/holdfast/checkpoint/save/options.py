@@ -1,4 +1,4 @@
-"""What the user has asked of saving: one place for the settings that several stages read."""
+"""The settings of saving that the user has chosen, and several stages read."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class Staging:
                 self._ledger.reporter.tell("staging_off", reason=str(error))
             self._take_uncopied(save)
             return True
-        self._stalled(save, time.monotonic() - save.asked)  # the disk may ask for it from here on
+        self._stalled(save, time.monotonic() - save.asked)
         copy = self._begin(save)
         self._copying = save, copy
         self._stalled(save, time.monotonic() - save.asked - save.stall)
@@ -274,7 +274,7 @@ class Staging:
         self.stalled += time.monotonic() - save.asked
 
     def _stalled(self, save: Save, seconds: float) -> None:
-        save.stall += seconds
+        save.stall += seconds  # never taken back: the disk's thread reads it meanwhile
         self.stalled += seconds
         if not save.to_disk:
             self.stalled_for_memory += seconds
