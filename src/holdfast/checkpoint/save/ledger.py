@@ -10,6 +10,7 @@ it was not taken or failed. The promises are those of `PendingSave`; what stages
     over        of the disk, or training read back, or could not be read; or dropped  all
     failed      any of the three         the cause is told; `over` with `SaveFailed`  all
 
+Where there are no other threads, as after `end_threads`, that of training does it all.
 Two more things climb back up outside of it: `Save.ready`, by which the disk waits for the copy, and
 `Save.released`, by which it and training wait for the snapshot in memory.
 """
