@@ -115,7 +115,9 @@ class Ledger:
         news = self.watch.failed(_cause(error), why, time.monotonic())
         if isinstance(error, DamagedCheckpoint | DirectoryLost):  # announced, and is not there
             run_id = save.manifest["identity"]["run_id"]
-            newest = self.catalog.scan().of(run_id).newest
+            newest = None
+            with contextlib.suppress(OSError):  # else nothing is known to be durable
+                newest = self.catalog.scan().of(run_id).newest
             self.step = newest.step if newest is not None else 0
         if news or save.reason != RETRY:
             fields = {"step": save.step, "reason": why, "attempts": attempts}

@@ -181,7 +181,7 @@ class Slots:
         tensors = records[-1].end if records else 0
         self._values = 2 * (size - tensors)
         with self._making:
-            new = self._make_slot(tensors + self._values)
+            new = self._make_slot(self.capacity(save.tree))
             ctypes.memmove(new.address, old.address, tensors)
             with self.change:
                 self._slots[self._slots.index(old)] = save.slot = new
