@@ -159,9 +159,9 @@ class Known:
                 self.back = self.pending = back
         elif kind == "archived":
             self._left(event, gone=False)
-        elif kind == ROTTEN["event"]:
-            self.rotten += 1  # it may have pinned any of them, and what is pinned is never removed
-            self.pinned |= self.saved
+        elif kind == "rotten":
+            self.rotten += event.get("lines", 1)
+            self.pinned |= self.saved  # it may have pinned any of them; these are never removed
 
     def _announced(self, event: Event) -> None:
         names = _names(event)
@@ -194,7 +194,12 @@ def _lasting(lines: list[bytes]) -> list[bytes]:
 
     They are most of a long history, and parsing them costs ten times as much as this look. No
     number is lost: the newest checkpoint of a generation, which has the highest, is never removed.
+    Of damaged lines the last stands for all: it says the same of more checkpoints.
     """
+    if rotten := lines.count(ROTTEN):
+        last_one = len(lines) - 1 - lines[::-1].index(ROTTEN)
+        lines = [line for i, line in enumerate(lines) if line != ROTTEN or i == last_one]
+        lines[lines.index(ROTTEN)] = b'{"event": "rotten", "lines": %d}' % rotten
     marks = [_mark(line) for line in lines]
     last = {mark[2]: mark[1] for mark in marks if mark}
     begun = {mark[2] for mark in marks if mark and mark[1] == b"durable"}

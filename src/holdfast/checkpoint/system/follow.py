@@ -21,8 +21,8 @@ _DEEPEST = 8  # mappings and lists in one another
 LARGEST = 1 << 63
 _TAIL = 64  # bytes before the position by which the file is known again
 _BEGINNING = b'{"time"'  # of every line that holdfast writes; never inside one: quotes are escaped
-# A damaged line stands for this object: what it said is lost, and a reader may have to know that.
-ROTTEN = {"event": "rotten"}
+# Takes the place of a damaged line: what it said is lost, and a reader may have to know that.
+ROTTEN = b'{"event": "rotten"}'
 _SEAL_SIZE = len(', "crc": "00000000"}')
 # One flipped bit in a seal leaves one half of it.
 _was_seal = re.compile(rb', "cr.{15}|.{5}c": "[0-9a-f]{8}"}', re.DOTALL).fullmatch
@@ -95,13 +95,14 @@ def _checked(line: bytes) -> tuple[bytes, ...]:
     """Return `line` without its checksum, or `ROTTEN` where that is wrong. Lines of earlier
     versions have none, and neither has one that a crash has torn."""
     head, seal = line[:-_SEAL_SIZE], line[-_SEAL_SIZE:]
-    if seal == _seal(head):
+    if seal.startswith(b', "crc"') and seal == _seal(head):
         return (head + b"}",)
     if b'"crc": "' not in line and _was_seal(seal) is None:
         return (line,)
-    rotten = json.dumps(ROTTEN).encode()
-    behind = head[max(0, head.rfind(_BEGINNING)) :]  # the line feed before it may be what rotted
-    return (rotten, behind + b"}") if seal == _seal(behind) else (rotten,)
+    start = head.rfind(_BEGINNING)
+    if start > 0 and seal == _seal(head[start:]):  # the line feed before it is what rotted
+        return (ROTTEN, head[start:] + b"}")
+    return (ROTTEN,)
 
 
 def objects(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
