@@ -43,7 +43,7 @@ def start(
         "cwd": ROOT,
         **popen,
     }
-    if torch.cuda.is_available():  # which no fork survives
+    if torch.cuda.is_available() or _has_threads_of_libraries():  # which no fork survives
         call = [sys.executable, "-m", *argv]
         return subprocess.Popen(call, env=given, preexec_fn=first, **popen)  # noqa: PLW1509
     _import_everything()
@@ -80,6 +80,13 @@ def become(argv: list[str]) -> None:
             except OSError:
                 status = status or 120
         os._exit(status)
+
+
+def _has_threads_of_libraries() -> bool:
+    """Return True if a library runs threads here, as OpenMP does once a test has computed with two:
+    a fork would wait for them for ever."""
+    tasks = Path("/proc/self/task")
+    return tasks.is_dir() and len(list(tasks.iterdir())) > len(sys._current_frames())
 
 
 @functools.cache
