@@ -130,9 +130,7 @@ def test_the_dashboard_shows_its_other_runs(name: str, tmp_path: Path, original:
     async def looked() -> tuple[list[str], dict[str, str]]:
         hub = Hub([tmp_path])
         await hub.fresh()
-        rows, troubles = [row["name"] for row in hub.rows()], hub.problems()
-        hub.shut()
-        return rows, troubles
+        return [row["name"] for row in hub.rows()], hub.problems()
 
     rows, troubles = asyncio.run(looked())
     assert rows == ["good"]
