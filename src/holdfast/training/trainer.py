@@ -177,6 +177,8 @@ class Trainer:
         """Write a line of `note` into the records, and say it on the console."""
         values = {name: value for name, value in line.items() if name not in ("event", "step")}
         console, event, step = self.console, line["event"], line["step"]
+        if event == "epoch":  # before its line, which tells a start after a kill that it is written
+            self.records.history(self.state["history"])
         if event == "step":
             status = console.status
             values["tokens_per_second"] = status.tokens_per_second
@@ -190,7 +192,6 @@ class Trainer:
         if event == "evaluation":
             telling.tell_evaluation(console, step, values, self.progress)
         elif event == "epoch":
-            self.records.history(self.state["history"])
             seconds = time.monotonic() - self.epoch_began
             self.epoch_began = time.monotonic()
             telling.tell_epoch(console, values, self.plan.epochs, seconds)
