@@ -139,11 +139,15 @@ def _import(modules: list[str]) -> None:
 
 
 def _strikes(rng: random.Random, length: float) -> Iterator[tuple[str, Strike]]:
-    """What ends one life after the other, and when; `length` is how long a whole training takes."""
+    """Yield what ends one life after the other, and when; a whole training takes `length` seconds.
+
+    Most of that is the start of a small training: strikes that all came before its first step
+    would let no training get on.
+    """
     ends = [name for name in ENDS if name != "out of memory" or group() is not None]
     for _life in range(1000):
         name = rng.choice(ends)
-        yield name, Strike(rng.uniform(0, 0.7 * length), ENDS[name])
+        yield name, Strike(rng.uniform(0, 1.2 * length), ENDS[name])
 
 
 def _until_finished(
