@@ -1,4 +1,4 @@
-"""Where a server of ours listens, and its connections: few, and none that stays for ever.
+"""Open the socket of a server and bound its connections: in number and in time.
 
 The dashboard and the API server share it. uvicorn alone waits for ever for a request and for a
 client that reads nothing, and open files are few.

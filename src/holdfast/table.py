@@ -31,14 +31,14 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """Where text goes: `width` in cells, None for a pipe, which has none."""
+    """The place that text goes to: `width` in cells, None for a pipe, which has none."""
 
     width: int | None = None
     colour: bool = False
 
     @classmethod
     def of(cls, stream: TextIO) -> Screen:
-        """What `stream` is: a terminal of some width, or a pipe or file."""
+        """Return the screen behind `stream`: a terminal of some width, or a pipe or file."""
         if not stream.isatty():
             return cls()
         plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
@@ -81,7 +81,7 @@ def _fitting(
     widths: Sequence[int],
     width: int | None,
 ) -> list[int]:
-    """Which columns are shown: all in a pipe, what fits and says something on a terminal."""
+    """Choose the columns to show: all in a pipe; on a terminal those that fit and are not empty."""
     shown = list(range(len(columns)))
     if width is None:
         return shown

@@ -61,8 +61,7 @@ from holdfast.checkpoint.state import (
     plan_restore,
     verify,
 )
-from holdfast.checkpoint.system import filesystem, run_lock
-from holdfast.checkpoint.system import signals as guard
+from holdfast.checkpoint.system import filesystem, run_lock, signals
 from holdfast.errors import DamagedCheckpoint, SaveFailed, StateMismatch
 from holdfast.i18n import _
 
@@ -170,7 +169,7 @@ class CheckpointManager:
         self.catalog = catalog or Catalog(directory)
         self.state = state
         self._pid = os.getpid()
-        self._guard: guard.SignalGuard | None = None
+        self._guard: signals.SignalGuard | None = None
         self._held: list[Callable[[], None]] = []  # what gives everything back, the last first
         self._open = self._superseded = False
         options = Options(
@@ -221,7 +220,7 @@ class CheckpointManager:
             )
 
     def __enter__(self) -> CheckpointManager:
-        self._guard = guard.SignalGuard()
+        self._guard = signals.SignalGuard()
         return self
 
     def __exit__(
@@ -230,16 +229,16 @@ class CheckpointManager:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        signals, self._guard = self._guard, None
+        guard, self._guard = self._guard, None
         try:
             if error is not None:
-                self._end_with(error, at_once=signals is not None and signals.requested is not None)
+                self._end_with(error, at_once=guard is not None and guard.requested is not None)
             self.close(save=error is None)
         finally:
-            if signals is not None:
-                signals.__exit__()
-        if error is None and signals is not None and signals.requested is not None:
-            raise guard.stopped(signals.requested)  # it came after the last step
+            if guard is not None:
+                guard.__exit__()
+        if error is None and guard is not None and guard.requested is not None:
+            raise signals.stopped(guard.requested)  # it came after the last step
 
     def __del__(self) -> None:
         """Give everything back in the background: this may run in any thread, at any moment."""
@@ -318,7 +317,7 @@ class CheckpointManager:
         if save and self._lock.held:
             self._end()
         self.wait()
-        with guard.deferred_interrupt():
+        with signals.deferred_interrupt():
             ownership.give_back(self._held)
             self._lock.release()
             self._open = False
@@ -326,9 +325,9 @@ class CheckpointManager:
     def give_way(self) -> None:
         """Close, since another manager of this process is about to work in the directory."""
         self._superseded = True
-        signals, self._guard = self._guard, None
-        if signals is not None:
-            signals.__exit__()  # no loop reads its flag any more: Ctrl-C would be lost
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.__exit__()  # no loop reads its flag any more: Ctrl-C would be lost
         self.close(save=False)
 
     def end_threads(self) -> None:
@@ -361,7 +360,7 @@ class CheckpointManager:
         Never raises an error of its own: the exception that ends the training is to be seen.
         """
         told = self._saver.told
-        if isinstance(error, guard.Stopped) or told is None or not self._lock.held:
+        if isinstance(error, signals.Stopped) or told is None or not self._lock.held:
             return
         if at_once and isinstance(error, KeyboardInterrupt):
             self.abandon()
@@ -403,7 +402,7 @@ class CheckpointManager:
                 durable=self.saved_step,
             )
         )
-        raise guard.stopped(self._guard.requested)
+        raise signals.stopped(self._guard.requested)
 
     # ------------------------------------------------------------------------------------ resume
 
@@ -477,7 +476,7 @@ class CheckpointManager:
             last = found.contents.generation
             if found.newer:
                 transaction.acts.append(rollback.GoBack(self.catalog, found, last + 1))
-            with guard.deferred_interrupt():
+            with signals.deferred_interrupt():
                 transaction.commit()
                 if transaction.decisions:
                     changes = [str(decision) for decision in transaction.decisions]
@@ -628,7 +627,7 @@ class CheckpointManager:
             ConfigError: step, epoch or kind are none that can be meant.
         """
         calls.check_save(step, epoch, kind, metrics)
-        with guard.deferred_interrupt():
+        with signals.deferred_interrupt():
             pending = self._own().request(Save(step, epoch, metrics, kind, reason, kept=True))
             self.wait()
             # Not that of `durable`, which stays kept where the file was found damaged afterwards.
@@ -668,7 +667,7 @@ class CheckpointManager:
         Raises:
             SaveFailed: after `close()`, or in a forked child.
         """
-        with guard.deferred_interrupt():
+        with signals.deferred_interrupt():
             pending = self._own().save_newest()
             if pending is None or pending.settled.exception() is not None:
                 return None

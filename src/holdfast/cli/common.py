@@ -64,7 +64,7 @@ def before_torch() -> None:
 
 
 def add_directory(made: Parser) -> None:
-    """The one run directory that a command looks at, the trainer's own where none is named."""
+    """Add the argument for the one run directory of a command; the trainer's own by default."""
     made.add_argument(
         "directory",
         nargs="?",

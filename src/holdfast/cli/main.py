@@ -116,7 +116,10 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def command_of(name: str, prog: str) -> Command:
-    """What runs the command `name`; raises ConfigError, with what was perhaps meant."""
+    """Return the function of the command `name`.
+
+    Raises ConfigError, with what was perhaps meant.
+    """
     for room, names in ROOMS.items():
         if name in names:
             command: Command = import_module(f"holdfast.cli.{room}").COMMANDS[name][1]

@@ -1,4 +1,4 @@
-"""What lies in a model from elsewhere: its weights, what it is, its tokenizer, its optimizer.
+"""Read a model from elsewhere: its weights, its configuration, its tokenizer, its optimizer.
 
 Files of others are read with `weights_only`, and no code of theirs is run.
 """

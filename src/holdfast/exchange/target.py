@@ -1,4 +1,4 @@
-"""Where an export goes: it is there whole or not at all, and replaces nothing. No torch here."""
+"""Put an export at its target whole or not at all, and replace nothing. No torch here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has measured and met, as its view hands it out: plain values, nothing that reads."""
+"""The figures and events of a run as its view hands them out: plain values that read nothing."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ class RunView:
 
     @property
     def _last_time(self) -> str:
-        """That of the last line of metrics or history."""
+        """The time of the last line of metrics or history."""
         times = [self._last_line, *(str(event.get("time")) for event in self.events[-1:])]
         return max(times, key=seconds_of)
 

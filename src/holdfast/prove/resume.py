@@ -180,7 +180,7 @@ class _Experiment:
         return proof if proof.equal else self._explained(proof, a)
 
     def _explained(self, proof: Proof, straight: Any) -> Proof:
-        """Why the two differ: what only more runs can tell."""
+        """Find out by more runs why the two differ."""
         end = self.steps + self.more
         self.runs.finish(self._straight("again", end))
         if first_difference(straight, self._state("again", end)) is not None:

@@ -1,4 +1,4 @@
-"""What the server counts, in the form that Prometheus reads."""
+"""The counters of the server, in the form that Prometheus reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be asked for: the names of checkpoints, and what tells those of several runs apart."""
+"""Name the checkpoints that can be asked for, and tell those of several runs apart."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def split(command: str | None) -> list[str]:
 
 
 def _told(error: Exception) -> str:
-    """The one line of a crash: unexpected errors are known by their kind."""
+    """Return a crash in one line: unexpected errors are known by their kind."""
     text = str(error).strip()
     first = text.splitlines()[0] if text else ""
     return first if isinstance(error, HoldfastError) else f"{type(error).__name__}: {first}"

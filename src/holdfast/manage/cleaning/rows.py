@@ -96,7 +96,7 @@ class Row:
 
 
 def rows_of(run: RunDirectory, wish: Wish) -> list[Row]:
-    """Everything in `run` that `wish` is about."""
+    """Return a row for everything in `run` that `wish` is about."""
     rows = _checkpoints(run, wish)
     if wish.temp:
         rows += _leftovers(run)

@@ -45,7 +45,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def disk_checks(place: Path, needed: int) -> Iterator[Finding]:
-    """Everything about the disk of `place`, an existing directory.
+    """Check the disk of `place`, an existing directory.
 
     `needed` is the size in bytes of the run's checkpoints, 0 where it is not known.
     """

@@ -34,7 +34,7 @@ _NVIDIA = Path("/proc/driver/nvidia/version")
 
 
 def machine_checks(needed: int) -> Iterator[Finding]:
-    """Everything about this machine; `needed` as in `disk_checks`."""
+    """Check this machine; `needed` as in `disk_checks`."""
     yield main_memory(available_memory(), needed)
     yield snapshots_in_memory(needed)
     yield from removal_at_logout()

@@ -274,7 +274,7 @@ class PackedRun:
             raise self._damaged(SUMS)
 
     def _end(self) -> None:
-        """Nothing but zeros may follow: what else there is was not announced."""
+        """Refuse what follows the last file, but for zeros: it was not announced."""
         self._expected = SUMS
         if self._next() is not None:
             raise self._damaged(SUMS, _("more follows after {name}", name=SUMS))

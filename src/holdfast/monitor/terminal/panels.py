@@ -1,4 +1,4 @@
-"""What each part of the terminal monitor shows, as lines of text that fit its width.
+"""Write each part of the terminal monitor as lines of text that fit its width.
 
 Pure: a snapshot and a width in, lines out. Nothing is cut in the middle of a number: a part that
 does not fit goes to the next line or stays away as a whole. Widths are cells: Chinese takes two.

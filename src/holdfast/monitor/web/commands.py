@@ -1,4 +1,4 @@
-"""What a page proposes to do with a run: commands to copy. The page itself only reads."""
+"""The commands that a page offers for copying. The page itself only reads."""
 
 from __future__ import annotations
 

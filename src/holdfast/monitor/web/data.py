@@ -1,4 +1,4 @@
-"""What a page gets to see of a run: plain JSON from a RunView, curves thinned to fit a screen.
+"""Give a page the data of a run: plain JSON from a RunView, curves thinned to fit a screen.
 
 Everything here is data; words are made in the page, in the reader's language. No torch here.
 """

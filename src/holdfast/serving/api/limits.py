@@ -1,4 +1,4 @@
-"""How much may be asked: what is refused before a request is read.
+"""Refuse requests that are too large or too slow, before they are read.
 
 An ASGI layer around the application: the size of the body, and the time until it has come.
 Who may ask at all is decided by holdfast.guarding.
@@ -64,7 +64,7 @@ def answer_of(error: ApiError) -> Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How much a server lets in."""
+    """The sizes and times that a server accepts."""
 
     max_body: int = 1 << 20
     """Bytes of a request's body."""

@@ -1,4 +1,4 @@
-"""The one definition of every option of a training run: its name, type, default, help and bounds.
+"""Define every option of a training run once: its name, type, default, help and bounds.
 
 Config files, presets, flags and `--help` all come from the four dataclasses here. `presets.py`
 reads the layers and lets the strongest win; what may change on resume is the trainer's business.
@@ -334,7 +334,7 @@ def suggest(word: str, also: Iterable[str] = ()) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Everything a run was asked to do, checked. Made by `presets.resolve` and
+    """All options of a run, checked. Made by `presets.resolve` and
     `config_files.from_mapping`.
 
     `epochs` is None exactly where the run is counted in steps (`num_steps`). `sources` tells for

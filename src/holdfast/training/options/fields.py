@@ -213,7 +213,7 @@ def flag_of(name: str) -> str:
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """The one of `candidates` that `word` was probably meant to be."""
+    """Return the candidate that `word` was probably meant to be, or None."""
     return next(iter(get_close_matches(word, list(candidates), n=1, cutoff=0.6)), None)
 
 

@@ -41,7 +41,7 @@ TOKENIZER_RULES = 2
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Everything the trainer has to know about the data."""
+    """The data as the trainer needs it."""
 
     tokenizer: TextTokenizer
     train: TokenStream
