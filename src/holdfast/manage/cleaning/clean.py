@@ -18,12 +18,13 @@ from typing import Any
 from holdfast.checkpoint.rundir import ARCHIVE, QUARANTINE, Catalog
 from holdfast.checkpoint.system import filesystem, run_lock, signals
 from holdfast.errors import RunLocked
-from holdfast.formatting import NOTHING, format_bytes
+from holdfast.formatting import format_bytes
 from holdfast.i18n import _
+from holdfast.manage.cleaning.plan_table import plan_lines
 from holdfast.manage.cleaning.rows import Row, Wish, rows_of, too_few_verified
 from holdfast.manage.locking import catalogue_lock
 from holdfast.manage.rundir import look, reclaimable
-from holdfast.table import Column, Screen, printable, render
+from holdfast.table import Screen, printable
 
 __all__ = ["Plan", "Row", "Wish", "execute", "plan"]
 
@@ -79,31 +80,8 @@ class Plan:
         if not self.rows:
             nothing = _("There is nothing to clean in {directory}.", directory=self.directory)
             return [printable(nothing)]
-        table = [
-            [
-                _("stays") if row.stays else _("goes"),
-                row.names[0],
-                NOTHING if row.step is None else str(row.step),
-                format_bytes(row.size),
-                self.why(row),
-            ]
-            for row in sorted(self.rows, key=lambda row: row.stays)
-        ]
-        columns = [
-            Column(""),
-            Column(_("file")),
-            Column(_("step"), right=True, hide=2),
-            Column(_("size"), right=True, hide=1),
-            Column(_("why")),
-        ]
-        going = len(self.going)
-        footer = _(
-            "goes: {going} of {all}, {size} come back",
-            going=going,
-            all=len(self.rows),
-            size=format_bytes(self.freed),
-        )
-        return [*render(columns, table, screen), "", footer if going else _("Nothing goes.")]
+        lines = [(row.stays, row.names[0], row.step, row.size, self.why(row)) for row in self.rows]
+        return plan_lines(_("file"), lines, self.freed, screen)
 
 
 def plan(directory: str | os.PathLike[str], wish: Wish) -> Plan:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.rundir import Catalog, rollback, shared_memory
-from holdfast.formatting import NOTHING, format_bytes
+from holdfast.formatting import NOTHING
 from holdfast.i18n import N_, _
-from holdfast.table import Column, Screen, printable, render
+from holdfast.manage.cleaning.plan_table import plan_lines
+from holdfast.table import Screen, printable
 
 _REASONS = {
     "in_use": N_("a training uses it"),
@@ -72,31 +73,17 @@ class Plan:
         """Write what lies there, of which run, how large, and what becomes of it."""
         if not self.rows:
             return [_("There is nothing of holdfast in shared memory.")]
-        table = [
-            [
-                _("stays") if row.stays else _("goes"),
+        lines = [
+            (
+                row.stays,
                 NOTHING if row.run is None else printable(str(row.run)),
-                NOTHING if row.step is None else str(row.step),
-                format_bytes(row.remains.size),
+                row.step,
+                row.remains.size,
                 _(_REASONS[row.reason]),
-            ]
-            for row in sorted(self.rows, key=lambda row: row.stays)
+            )
+            for row in self.rows
         ]
-        columns = [
-            Column(""),
-            Column(_("run directory")),
-            Column(_("step"), right=True, hide=2),
-            Column(_("size"), right=True, hide=1),
-            Column(_("why")),
-        ]
-        going = len(self.going)
-        footer = _(
-            "goes: {going} of {all}, {size} come back",
-            going=going,
-            all=len(self.rows),
-            size=format_bytes(self.freed),
-        )
-        return [*render(columns, table, screen), "", footer if going else _("Nothing goes.")]
+        return plan_lines(_("run directory"), lines, self.freed, screen)
 
 
 def plan() -> Plan:
