@@ -4,6 +4,7 @@ done once, whatever comes: the end is that of the undisturbed run, and so is all
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -108,6 +109,25 @@ def test_a_kill_at_any_moment_of_a_step_changes_nothing_of_the_end(
         assert run.start(), place
         assert difference(undisturbed.comes_to, run.comes_to()) is None, place
         assert run.shown() == undisturbed.run.shown(), place
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_kill_at_the_end_kept_from_the_records_is_written_by_the_next_start(
+    kind: str, tmp_path: Path, corpus: Path
+) -> None:
+    run = Run(tmp_path / "run", corpus, kind)
+    assert run.start()
+    wrote, comes_to = run.wrote(), run.comes_to()
+    metrics = run.directory / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    last = json.loads(lines[-1])["step"]
+    metrics.write_text("".join(line for line in lines if json.loads(line)["step"] < last))
+    (run.directory / "training_history.json").unlink(missing_ok=True)
+    for _again in range(2):
+        assert run.start()
+        assert run.wrote() == wrote
+        assert difference(comes_to, run.comes_to()) is None
+    assert len(lines_of(run.directory, "finished")) == 1
 
 
 def kill_once_more_is_shown(directory: Path, lines: int) -> None:

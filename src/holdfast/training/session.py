@@ -6,6 +6,7 @@ run, then the model, then the state, and only then training.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -284,6 +285,7 @@ def _train(
     trainer, config = workshop.trainer, workshop.config
     directory = Path(config.checkpoint.checkpoint_dir)
     if trainer.finished:
+        _write_missing(workshop, manager, directory)
         _tell_finished(trainer, console, command, before=True)
         return
     _heed(trainer.guard)
@@ -315,6 +317,21 @@ def _train(
         raise
     finally:
         records.close()
+
+
+def _write_missing(workshop: Workshop, manager: CheckpointManager, directory: Path) -> None:
+    """Write what a kill after the last save of a finished run kept from its records."""
+    trainer = workshop.trainer
+    step, tensorboard = trainer.progress.step, workshop.config.training.tensorboard
+    lines = [*trainer.progress.lines, {"event": "finished", "step": step}]
+    if not Records(directory, tensorboard=False, resumed_step=step).missing(step, lines):
+        return
+    with contextlib.closing(
+        Records(directory, tensorboard=tensorboard, resumed_step=step)
+    ) as records:
+        trainer.bind(manager, records)
+        trainer.tell()
+        records.event("finished", step)
 
 
 # --------------------------------------------------------------------------------------- the parts
