@@ -40,7 +40,7 @@ install: $(VENV)/.train  ## make .venv with everything that training needs
 train-chinese: install  ## train a small Chinese model on data/zh_sample.txt; again: go on
 	$(BIN)/python train_chinese.py --preset quick $(ARGS)
 
-test: $(VENV)/.dev lint  ## the test suite (about 12 minutes on 2 free cores)
+test: $(VENV)/.dev lint  ## the test suite (about 14 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(VENV)/.dev lint  ## the same with the slow tests
