@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 SERVE_PORT ?= 8000
 
 .DEFAULT_GOAL := help
-.PHONY: help install train-chinese test test-all browser faults lint i18n bench serve clean
+.PHONY: help install train-chinese test test-all browser faults lint i18n bench dist serve clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,11 @@ bench: $(VENV)/.train  ## saving and training beside the peers; hours; NANOGPT=D
 	$(BIN)/python -m benchmarks.engine --out benchmarks/results $(ARGS)
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/prepare_speed.py data/zh_sample.txt
+
+dist: $(VENV)/.dev  ## build wheel and sdist into dist/, install each into an empty environment, train with it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build uv
+	rm -rf dist && $(BIN)/python -m build --outdir dist .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/dist.py dist
 
 serve: $(VENV)/.serve  ## serve a trained model: LLM_CHECKPOINT=checkpoints/best_model.pt make serve
 	@$(BIN)/holdfast serve --port $(SERVE_PORT) $(ARGS)

@@ -106,7 +106,7 @@ def test_without_plotext_the_table_stands_and_the_extra_is_named(
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = desk("history", runs[0], "--plot", env={"PYTHONPATH": path})
-    assert done.returncode == 2 and "pip install 'holdfast[desk]'" in done.stderr
+    assert done.returncode == 2 and "pip install 'holdfast-train[desk]'" in done.stderr
     assert "model_epoch_2.pt" in done.stdout
 
 

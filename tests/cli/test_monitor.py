@@ -284,7 +284,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
     terminal.until("plotext")
     assert terminal.ended() == 2
     said = "".join(line for line in terminal.screen.display)  # a long line goes on in the next
-    assert "pip install 'holdfast[desk]'" in said
+    assert "pip install 'holdfast-train[desk]'" in said
 
 
 # -------------------------------------------------------------------------------------- the script

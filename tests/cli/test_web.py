@@ -122,7 +122,7 @@ def test_a_missing_package_names_the_extra(tmp_path: Path) -> None:
         [sys.executable, "-c", code, "dashboard", str(tmp_path)], capture_output=True, text=True,
         timeout=60, check=False, env={**os.environ, "HOLDFAST_LANG": "en"},
     )  # fmt: skip
-    assert done.returncode == 2 and "holdfast[web]" in done.stderr
+    assert done.returncode == 2 and "holdfast-train[web]" in done.stderr
 
 
 def test_help_has_an_example_in_both_languages() -> None:

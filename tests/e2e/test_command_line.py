@@ -126,7 +126,7 @@ def test_without_the_extra_training_says_what_to_install(tmp_path: Path, package
         env={**ENVIRONMENT, "HOLDFAST_CACHE": str(tmp_path / "cache")}, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "holdfast[train]" in done.stderr
+    assert "holdfast-train[train]" in done.stderr
     assert "Traceback" not in done.stderr
 
 

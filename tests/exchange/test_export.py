@@ -360,7 +360,7 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name)
     )
-    with pytest.raises(ConfigError, match=r"onnxruntime: pip install 'holdfast\[export\]'"):
+    with pytest.raises(ConfigError, match=r"onnxruntime: pip install 'holdfast-train\[export\]'"):
         export(str(run), "onnx", out=str(inside / "onnx"))
 
 

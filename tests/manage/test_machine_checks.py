@@ -82,7 +82,9 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"transformers": "5.0"}
     monkeypatch.setattr(machine_checks, "_version", installed.get)
     extras = machine_checks.extras()
-    assert extras.state == WARN and extras.advice == "pip install 'holdfast[train,tensorboard]'"
+    assert (
+        extras.state == WARN and extras.advice == "pip install 'holdfast-train[train,tensorboard]'"
+    )
     assert "train: missing tokenizers, psutil" in extras.found
 
 

@@ -305,7 +305,7 @@ def test_without_zstandard_it_says_what_helps(
         return original(name, *given, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r"holdfast\[desk\].*plain \.tar"):
+    with pytest.raises(ConfigError, match=r"holdfast-train\[desk\].*plain \.tar"):
         pack(run, tmp_path / "a.tar.zst")
     assert pack(run, tmp_path / "a.tar").contents.step == 400
 

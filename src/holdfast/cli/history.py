@@ -115,6 +115,4 @@ def _draw(runs: Sequence[Curves], screen: Screen, *, asked: bool) -> None:
     except ModuleNotFoundError as error:
         if asked or error.name != "plotext":
             raise
-        show(
-            ["", _("With the package plotext the curves stand here: pip install 'holdfast[desk]'")]
-        )
+        show(["", _("With plotext the curves stand here: pip install 'holdfast-train[desk]'")])

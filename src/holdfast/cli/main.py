@@ -167,7 +167,9 @@ def _missing(package: str, words: Sequence[str]) -> str:
     top = package.partition(".")[0]
     extra = _EXTRA_OF_PACKAGE.get(top) or _EXTRA_OF_COMMAND.get(command, "train")
     return _(
-        "This needs the package {name}: pip install 'holdfast[{extra}]'", name=top, extra=extra
+        "This needs the package {name}: pip install 'holdfast-train[{extra}]'",
+        name=top,
+        extra=extra,
     )
 
 

@@ -98,7 +98,7 @@ def _watch(given: argparse.Namespace, prog: str) -> int:
         if (error.name or "holdfast").startswith("holdfast"):
             raise
         raise ConfigError(
-            "{prog} needs the package {name}: pip install 'holdfast[desk]'; without it: "
+            "{prog} needs the package {name}: pip install 'holdfast-train[desk]'; without it: "
             "{prog} --once",
             prog=prog,
             name=error.name,

@@ -30,7 +30,8 @@ def check_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            "This needs the package {name}: pip install 'holdfast[export]'", name=", ".join(missing)
+            "This needs the package {name}: pip install 'holdfast-train[export]'",
+            name=", ".join(missing),
         )
 
 

@@ -48,7 +48,7 @@ class Records:
             except ImportError as error:
                 message = _(
                     "--tensorboard needs the package tensorboard: pip install "
-                    "'holdfast[tensorboard]'"
+                    "'holdfast-train[tensorboard]'"
                 )
                 raise ConfigError(message) from error
             # Hide the points of steps that will be done again, and all of an earlier run here. The

@@ -160,7 +160,7 @@ def extras() -> Finding:
         else:
             parts.append(_("{extra}: installed", extra=extra))
     state = WARN if "train" in absent else OK
-    advice = f"pip install 'holdfast[{','.join(absent)}]'" if absent else ""
+    advice = f"pip install 'holdfast-train[{','.join(absent)}]'" if absent else ""
     return Finding("extras", state, "; ".join(parts), advice)
 
 

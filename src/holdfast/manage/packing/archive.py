@@ -100,7 +100,7 @@ def zstandard() -> Any:
         import zstandard as package
     except ModuleNotFoundError:
         raise ConfigError(
-            "A .tar.zst needs the package zstandard: pip install 'holdfast[desk]'. A plain "
+            "A .tar.zst needs the package zstandard: pip install 'holdfast-train[desk]'. A plain "
             ".tar needs nothing."
         ) from None
     return package

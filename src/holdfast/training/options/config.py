@@ -178,7 +178,7 @@ class TrainingConfig:
         48, help=N_("length of that sample; 0 for none"), metavar="TOKENS", ge=0, le=1_000_000
     )
     tensorboard: bool = option(
-        False, help=N_("also write TensorBoard event files (extra: holdfast[tensorboard])")
+        False, help=N_("also write TensorBoard event files (extra: holdfast-train[tensorboard])")
     )
     price_per_hour: float | None = option(
         None, help=N_("price of an hour of this machine, for the cost in --dry-run"), ge=0
