@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from holdfast.checkpoint import Saved as Saved
     from holdfast.checkpoint import SignalGuard as SignalGuard
     from holdfast.checkpoint import load as load
+    from holdfast.checkpoint import peek as peek
+    from holdfast.checkpoint import save_file as save
     from holdfast.checkpoint import verify as verify
     from holdfast.prove import Proof as Proof
     from holdfast.prove import prove_resume as prove_resume
@@ -46,7 +48,9 @@ __all__ = [
     "SignalGuard",
     "__version__",
     "load",
+    "peek",
     "prove_resume",
+    "save",
     "verify",
 ]
 
@@ -56,4 +60,5 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
     from holdfast import checkpoint, prove
 
-    return getattr(prove if name in prove.__all__ else checkpoint, name)
+    room = prove if name in prove.__all__ else checkpoint
+    return getattr(room, "save_file" if name == "save" else name)  # `checkpoint.save` is a room

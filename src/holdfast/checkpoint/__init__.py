@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from holdfast.checkpoint.records import Saved as Saved
     from holdfast.checkpoint.rundir import Catalog as Catalog
     from holdfast.checkpoint.rundir import Entry as Entry
+    from holdfast.checkpoint.rundir import peek as peek
+    from holdfast.checkpoint.save import save_file as save_file
     from holdfast.checkpoint.state import checkpoint_size as checkpoint_size
     from holdfast.checkpoint.state import load as load
     from holdfast.checkpoint.state import verify as verify
@@ -45,6 +47,8 @@ _WHERE = {
     "SignalGuard": "system",
     "checkpoint_size": "state",
     "load": "state",
+    "peek": "rundir",
+    "save_file": "save",
     "verify": "state",
 }
 
@@ -64,6 +68,8 @@ __all__ = [
     "SignalGuard",
     "checkpoint_size",
     "load",
+    "peek",
+    "save_file",
     "verify",
 ]
 

@@ -59,6 +59,7 @@ from holdfast.checkpoint.state import (
     gradients,
     load,
     plan_restore,
+    seeded_anew,
     verify,
 )
 from holdfast.checkpoint.system import filesystem, run_lock, signals
@@ -171,6 +172,7 @@ class CheckpointManager:
         self._pid = os.getpid()
         self._guard: signals.SignalGuard | None = None
         self._held: list[Callable[[], None]] = []  # what gives everything back, the last first
+        self._restored: torch.Tensor | None = None  # torch's stream, until the first step
         self._open = self._superseded = False
         options = Options(
             save_when=save_when,
@@ -478,6 +480,8 @@ class CheckpointManager:
                 transaction.acts.append(rollback.GoBack(self.catalog, found, last + 1))
             with signals.deferred_interrupt():
                 transaction.commit()
+                if random is not None and "rng" in found.payload:
+                    self._restored = torch.get_rng_state()
                 if transaction.decisions:
                     changes = [str(decision) for decision in transaction.decisions]
                     self._reporter.tell("configured", changes=changes)
@@ -533,7 +537,14 @@ class CheckpointManager:
             minutes_lost=round(minutes, 2),
         )
         resumed = Resumed(
-            entry, found.path, self.generation, found.skipped, steps, minutes, contents
+            entry,
+            found.path,
+            self.generation,
+            found.skipped,
+            steps,
+            minutes,
+            contents,
+            found.payload.get("rng") if self._source.random is not None else None,
         )
         self._reporter.tell("resumed", resumed=resumed)
         return resumed
@@ -588,7 +599,7 @@ class CheckpointManager:
             SaveFailed: after `close()`, or in a forked child.
         """
         saver = self._own()
-        calls.check_save(step, epoch, "temp", metrics)
+        self._check_save(step, epoch, "temp", metrics)
         self._reporter.deliver()
         save = Save(step, epoch, metrics)
         saver.done(save.step, epoch, keep_streams=self._guard is not None)
@@ -626,7 +637,7 @@ class CheckpointManager:
             SaveFailed: with `strict`, or after `close()`, or in a forked child.
             ConfigError: step, epoch or kind are none that can be meant.
         """
-        calls.check_save(step, epoch, kind, metrics)
+        self._check_save(step, epoch, kind, metrics)
         with signals.deferred_interrupt():
             pending = self._own().request(Save(step, epoch, metrics, kind, reason, kept=True))
             self.wait()
@@ -656,7 +667,7 @@ class CheckpointManager:
         Raises:
             SaveFailed: after `close()`, or in a forked child.
         """
-        calls.check_save(step, epoch, kind, metrics)
+        self._check_save(step, epoch, kind, metrics)
         return self._own().request(Save(step, epoch, metrics, kind, reason, kept=kind != "temp"))
 
     def save_snapshot(self) -> Saved | None:
@@ -687,7 +698,7 @@ class CheckpointManager:
             SaveFailed: after `close()`, or in a forked child.
         """
         saver = self._own()
-        calls.check_save(step, epoch, "temp")
+        self._check_save(step, epoch, "temp")
         saver.save_last(Save(step, epoch, reason=reason, kept=True), within)
         self._reporter.deliver()
 
@@ -699,6 +710,16 @@ class CheckpointManager:
         """Make the buffers for snapshots in the background, so that the first is as fast as the
         others; called by `after_step` after a `resume()`."""
         self._own().prepare()
+
+    def _check_save(
+        self, step: Any, epoch: Any, kind: str, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Raise `ConfigError` where a save cannot be meant like this. At the first after a resume,
+        tell if the loop has seeded what was restored."""
+        calls.check_save(step, epoch, kind, metrics)
+        restored, self._restored = self._restored, None
+        if restored is not None and seeded_anew(restored):
+            self._reporter.tell("reseeded")
 
     def _own(self) -> Saver:
         """The saver, where this process may save. Raises `SaveFailed`."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.checkpoint.rundir import Contents, Entry
+from holdfast.errors import ConfigError
 
 if TYPE_CHECKING:
     from holdfast.checkpoint.format import Sealer
@@ -40,6 +41,7 @@ class Resumed:
     steps_lost: int = 0
     minutes_lost: float = 0.0
     contents: Contents = field(default_factory=Contents, repr=False)  # here, now
+    rng: Mapping[str, Any] | None = field(default=None, repr=False)  # the streams in it
 
     @property
     def step(self) -> int:
@@ -48,6 +50,25 @@ class Resumed:
     @property
     def epoch(self) -> int | None:
         return self.entry.epoch
+
+    def restore_rng(self) -> None:
+        """Restore the random streams of Python, NumPy and torch once more, for a loop that seeds
+        itself after `resume()`: call it right before the first step.
+
+            resumed = manager.resume()
+            seed_everything(1337 + epoch)           # the loop's own
+            if resumed is not None:
+                resumed.restore_rng()
+
+        Raises `ConfigError` where the checkpoint has none.
+        """
+        from holdfast.checkpoint.state import RandomState  # needs torch: records do without
+
+        if self.rng is None:
+            raise ConfigError(
+                "{path} has no random streams: it was saved with rng=False.", path=self.path
+            )
+        RandomState().load_state_dict(self.rng)
 
 
 @dataclass(frozen=True, slots=True)

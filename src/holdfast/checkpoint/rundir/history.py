@@ -219,7 +219,7 @@ def _tell_rotten(path: Path, lines: int) -> None:
     """Tell it once in this process."""
     message = _(
         "{path}: damaged lines: {lines}. What they said is lost. Checkpoints that were here before "
-        "them count as pinned, since they may have been; `holdfast pin --remove` lets them go.",
+        "them count as pinned, since they may have been; `holdfast pin` can let them go.",
         path=path,
         lines=lines,
     )

@@ -66,7 +66,7 @@ def choose(
     """
     wanted: Sequence[Entry] = contents.entries
     if source is None:
-        _refuse_older(directory, contents, contents.newest)
+        refuse_older(directory, contents, contents.newest)
     else:
         files = _files(directory, source)
         wanted = [entry for entry in wanted if _is_one_of(directory, entry, files)]
@@ -95,7 +95,7 @@ def find(catalog: Catalog, choice: Choice, tell: Tell) -> Found | None:
             aside.put(name, reason)
         for entry in choice.entries:
             if aside.skipped and not choice.named:  # what was chosen first is damaged
-                _refuse_older(catalog.directory, contents, entry)
+                refuse_older(catalog.directory, contents, entry)
             found = _read_entry(catalog, choice, entry, aside)
             if found is not None:
                 found.contents = contents.without(aside.names)
@@ -105,8 +105,8 @@ def find(catalog: Catalog, choice: Choice, tell: Tell) -> Found | None:
         name, why = aside.skipped[-1]
         path = catalog.directory / name
         raise DamagedCheckpoint("{path} is damaged: {why}.", path=path, why=why)
-    _refuse_older(catalog.directory, contents, None)
-    _refuse_to_start_over(catalog, aside.names)
+    refuse_older(catalog.directory, contents, None)
+    refuse_to_start_over(catalog, aside.names)
     return None
 
 
@@ -120,7 +120,7 @@ def cannot_read(path: Path, reason: object) -> CheckpointError:
     )
 
 
-def _refuse_older(directory: Path, contents: Contents, wanted: Entry | None) -> None:
+def refuse_older(directory: Path, contents: Contents, wanted: Entry | None) -> None:
     """Raise if a file that cannot be read now may be newer than `wanted`, the newest that is left.
 
     The history may say of a file that it is older: that one is no reason.
@@ -168,7 +168,7 @@ def lost(known: Known, entry: Entry) -> tuple[int, float]:
     return steps, max(0.0, minutes)
 
 
-def _refuse_to_start_over(catalog: Catalog, damaged: Collection[str]) -> None:
+def refuse_to_start_over(catalog: Catalog, damaged: Collection[str]) -> None:
     """Raise if all checkpoints of a run are damaged, now or at an earlier start: a job that is
     started again and again must not end with an empty run in place of the lost one."""
     place = catalog.directory / QUARANTINE

@@ -127,17 +127,35 @@ def _carry_out(catalog: Catalog, contents: Contents) -> Contents:
     back = catalog.history.known.pending
     if back is None:
         return contents
-    source = None
-    if back.source is not None and all(entry.id != back.id for entry in contents.entries):
-        source = _source(catalog, back, back.source)
-        if source is None:  # removed since: stay with the checkpoints here
-            return contents
-    abandoned = contents.abandoned(back)
+    abandoned, source = _changes(catalog, contents, back)
     if abandoned:
         catalog.archive(abandoned, back.generation - 1)
     if source is not None:
         catalog.give_name(catalog.directory / source.names[0], source)
     return catalog.scan() if abandoned or source is not None else contents
+
+
+def foreseen(catalog: Catalog, contents: Contents) -> list[Entry]:
+    """Return the checkpoints that will be here when a roll-back that a crash interrupted is
+    finished. Nothing is moved."""
+    back = contents.known.pending
+    if back is None:
+        return contents.entries
+    abandoned, source = _changes(catalog, contents, back)
+    stays = [entry for entry in contents.entries if entry not in abandoned]
+    return stays if source is None else [*stays, source]
+
+
+def _changes(
+    catalog: Catalog, contents: Contents, back: Rollback
+) -> tuple[list[Entry], Entry | None]:
+    """Return the checkpoints that `back` abandons, and the archived one that it brings back."""
+    source = None
+    if back.source is not None and all(entry.id != back.id for entry in contents.entries):
+        source = _source(catalog, back, back.source)
+        if source is None:  # removed since: stay with the checkpoints here
+            return [], None
+    return contents.abandoned(back), source
 
 
 def _source(catalog: Catalog, back: Rollback, name: str) -> Entry | None:

@@ -23,6 +23,10 @@ _SENTENCES = {
     ),
     "quarantined": N_("{names}: {reason}. Moved to quarantine/."),
     "configured": N_("Settings that you have changed take effect: {changes}"),
+    "reseeded": N_(
+        "The random streams that resume() restored were seeded anew before the first step: this "
+        "run draws other numbers than it would have. Call resumed.restore_rng() after the seeding."
+    ),
     "archived": N_("📦 {count} checkpoints were moved to {to}."),
     "step_back": "{reason}",
     "room_made": N_(

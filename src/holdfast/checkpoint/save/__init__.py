@@ -13,6 +13,7 @@ from holdfast.checkpoint.save.options import Options, Overlap
 from holdfast.checkpoint.save.publisher import Publisher
 from holdfast.checkpoint.save.rescue import rescue
 from holdfast.checkpoint.save.saver import Saver
+from holdfast.checkpoint.save.single import save_file
 from holdfast.checkpoint.save.slots import MEMORY_SLOTS, Slots, lack_of_shared_memory
 from holdfast.checkpoint.save.source import Source
 from holdfast.checkpoint.save.staging import Staging
@@ -32,4 +33,5 @@ __all__ = [
     "environment",
     "lack_of_shared_memory",
     "rescue",
+    "save_file",
 ]

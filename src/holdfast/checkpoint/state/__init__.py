@@ -18,7 +18,7 @@ from holdfast.checkpoint.state.files import (
     verify,
 )
 from holdfast.checkpoint.state.names import OptimizerNames, bare, unwrapped
-from holdfast.checkpoint.state.randomness import RandomState
+from holdfast.checkpoint.state.randomness import RandomState, seeded_anew
 from holdfast.checkpoint.state.restore import plan_restore
 from holdfast.checkpoint.state.transaction import LoadObject
 from holdfast.checkpoint.state.tree import StorageSlice, Tree, normalise
@@ -41,6 +41,7 @@ __all__ = [
     "load_weights",
     "normalise",
     "plan_restore",
+    "seeded_anew",
     "unwrapped",
     "verify",
 ]

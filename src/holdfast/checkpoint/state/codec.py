@@ -150,6 +150,16 @@ def read(reader: Reader, *, only: str | None = None, arrays: bool = False) -> An
     return state
 
 
+def keys(reader: Reader) -> list[str]:
+    """The top-level keys of the state in an open checkpoint. Raises `ForeignCheckpoint`."""
+    try:
+        return [key for key, _item in reader.manifest["tree"]["dict"] if isinstance(key, str)]
+    except plain.NONSENSE as error:
+        raise ForeignCheckpoint(
+            "{path} has a manifest that makes no sense.", path=reader.path
+        ) from error
+
+
 def _definitions(tree: Any) -> dict[Any, Any]:
     """Every node that defines a shared container, by its name."""
     found: dict[Any, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,39 @@ import numpy as np
 import torch
 
 _python: random.Random = random.getstate.__self__  # type: ignore[attr-defined]
+
+
+_LOOKED = 1 << 20  # draws after a seed that are searched: about 10 ms
+
+
+def seeded_anew(restored: torch.Tensor) -> bool:
+    """Return True if torch's stream on the CPU was seeded since it was `restored` (its state).
+
+    Drawing goes forward from `restored` under the same seed. A stream that has another seed, or is
+    nearer to its seed now, was seeded. False where more was drawn than is searched.
+    """
+    before, now = torch.Generator(), torch.Generator()
+    before.set_state(restored)
+    now.set_state(torch.get_rng_state())
+    seed = now.initial_seed()
+    if before.initial_seed() != seed:
+        return True
+    drawn = torch.Generator().manual_seed(seed)
+    stream = _draws(drawn, _LOOKED)
+    restored_at, now_at = (_find(stream, _draws(each, 8)) for each in (before, now))
+    return now_at < restored_at
+
+
+def _draws(generator: torch.Generator, count: int) -> torch.Tensor:
+    return torch.empty(count, dtype=torch.int32).random_(generator=generator)
+
+
+def _find(stream: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return where `wanted` begins in `stream`; infinity where it is not."""
+    for place in (stream == wanted[0]).nonzero().flatten().tolist():
+        if torch.equal(stream[place : place + len(wanted)], wanted):
+            return float(place)
+    return math.inf
 
 
 def stream_of(value: Any) -> Any:
