@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint.state.names import matched
+from holdfast.checkpoint.state.names import matched, plain_names
 from holdfast.checkpoint.state.restore import plan_restore
 from holdfast.errors import StateMismatch
 from tests.support import assert_same
@@ -357,3 +357,64 @@ def test_senseless_names_in_a_manifest_do_not_matter_or_are_refused(junk: Any) -
     live = {"m": model, "o": torch.optim.AdamW(model.parameters())}
     saved = {"m": dict(model.state_dict()), "o": live["o"].state_dict()}
     plan_restore(live, saved, manifest={"parameters": junk}).commit()
+
+
+# -------------------------------------------------------------------------------------------- PEFT
+
+
+def small_lm(seed: int) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2)
+    return transformers.LlamaForCausalLM(config)
+
+
+def with_lora(seed: int) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"], r=2)
+    return peft.get_peft_model(small_lm(seed), config)
+
+
+def with_prompt(seed: int) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    return peft.get_peft_model(small_lm(seed), config)
+
+
+@pytest.mark.parametrize("make", [with_lora, with_prompt])
+@pytest.mark.parametrize("wrap", [lambda m: m, compiled, nn.DataParallel])
+def test_adapters_of_peft_lie_beside_the_plain_names_of_the_model(
+    make: Any, wrap: Any, tmp_path: Path
+) -> None:
+    """The model without PEFT loads its part; the same model goes on under another wrapper."""
+    model = make(0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.square().mean().backward()
+    optimizer.step()
+    with CheckpointManager(tmp_path, {"model": wrap(model), "optimizer": optimizer}) as manager:
+        manager.save(step=1, strict=True)
+    saved = torch.load(tmp_path / "latest.pt", weights_only=True)["model"]
+    bare_model = small_lm(5)
+    missing = bare_model.load_state_dict(saved, strict=False).missing_keys
+    assert missing == []
+    assert_same(dict(bare_model.state_dict()), dict(small_lm(0).state_dict()))
+    again = make(5)
+    second = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=0.1)
+    with CheckpointManager(tmp_path, {"model": again, "optimizer": second}) as manager:
+        manager.resume()
+    assert_same(dict(again.state_dict()), dict(model.state_dict()))
+    assert_same(second.state_dict(), optimizer.state_dict())
+
+
+def test_a_file_with_the_names_of_peft_is_restored() -> None:
+    """As older versions have written them, an optimizer's parameters too."""
+    model, saved = with_lora(0), with_lora(3).state_dict()
+    plan_restore({"m": model}, {"m": {k: v.clone() for k, v in saved.items()}}).commit()
+    assert_same(dict(model.state_dict()), dict(saved))
+    raw = [f"m/{name}" for name, _p in model.named_parameters()]
+    plain = [
+        f"m/{name}" for name in plain_names(model, [n.removeprefix("m/") for n in raw]).values()
+    ]
+    assert raw != plain
+    assert matched(plain, raw) == dict(zip(plain, raw, strict=True))

@@ -1,7 +1,7 @@
 """Name parameters: without the words of wrappers, and in the order of an optimizer's groups.
 
-`torch.compile`, DistributedDataParallel, Fabric, FSDP and activation checkpointing put a word of
-theirs into every name. A checkpoint is written without them, and read with or without.
+`torch.compile`, DistributedDataParallel, Fabric, FSDP, PEFT and activation checkpointing put a word
+of theirs into every name. A checkpoint is written without them, and read with or without.
 """
 
 from __future__ import annotations
@@ -18,17 +18,27 @@ from torch.optim.lr_scheduler import LRScheduler
 from holdfast.checkpoint.state.paths import walk
 from holdfast.i18n import _
 
-# These words are never a user's. `module` may be: it is dropped on the word of the wrapper's type,
-# or where the names fit only without it.
+# These words are never a user's. The others may be: they are dropped on the word of the wrapper's
+# type, or where the names fit only without them.
 _CERTAIN = "_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 _CERTAIN_PART = re.compile(rf"(?:(?<=^)|(?<=[./]))(?:{_CERTAIN})\.")
-_ANY_PART = re.compile(rf"(?:(?<=^)|(?<=[./]))(?:{_CERTAIN}|module)\.")
-_has_words = re.compile(rf"(?:{_CERTAIN}|module)\.").search  # one search over many names
+_OTHERS = r"module|base_model\.model|base_layer|original_module"
+_ANY_PART = re.compile(rf"(?:(?<=^)|(?<=[./]))(?:{_CERTAIN}|{_OTHERS})\.")
+_has_words = re.compile(rf"(?:{_CERTAIN}|{_OTHERS}|base_model)\.").search  # once for many names
 _MODULE_PART = re.compile(r"(?:(?<=^)|(?<=[./]))module\.")
 _SEARCHED = 1000  # entries of a container that is searched for optimizers and schedulers
 _ATOMS = {type(None), bool, int, float, str, torch.Tensor, torch.nn.Parameter}
 GroupNames = list[list[str | None]]  # the names of the parameters of each group, None: not known
-_OF_MODULE = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
+# The child of a wrapper that is the wrapped module, by the wrapper's class.
+_CHILDREN = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "PeftModel": "base_model",
+    "BaseTuner": "model",  # of PEFT, as the next two
+    "BaseTunerLayer": "base_layer",
+    "AuxiliaryTrainingWrapper": "original_module",
+}
 
 
 # ------------------------------------------------------------------------------ without wrappers
@@ -45,7 +55,7 @@ def plain_state(module: torch.nn.Module) -> Any:
     result = OrderedDict((names[name], value) for name, value in state.items())
     metadata = getattr(state, "_metadata", None)
     if isinstance(metadata, Mapping):
-        plain = _without_wrappers_of(module)  # a wrapper's version gives way to the inner module's
+        plain = without_wrappers_of(module)  # a wrapper's version gives way to the inner module's
         versions = {plain(f"{name}.").removesuffix("."): item for name, item in metadata.items()}
         result._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
     return result
@@ -57,18 +67,20 @@ def plain_names(module: torch.nn.Module, names: Sequence[str]) -> dict[str, str]
     Names that would become one stay as they are.
     """
     if _has_words("\n".join(names)):
-        plain = _without_wrappers_of(module)
+        plain = without_wrappers_of(module)
         result = {name: plain(name) for name in names}
         if len(set(result.values())) == len(result):
             return result
     return {name: name for name in names}
 
 
-def _without_wrappers_of(module: torch.nn.Module) -> Callable[[str], str]:
+def without_wrappers_of(module: torch.nn.Module) -> Callable[[str], str]:
+    """Return the function that takes the words of the wrappers inside of `module` out of a name."""
     dropped = {
-        _CERTAIN_PART.sub("", f"{prefix}.module" if prefix else "module")
+        _CERTAIN_PART.sub("", f"{prefix}.{child}" if prefix else child)
         for prefix, inner in module.named_modules(remove_duplicate=False)
-        if any(kind.__name__ in _OF_MODULE for kind in type(inner).__mro__)
+        for child in (_CHILDREN.get(kind.__name__) for kind in type(inner).__mro__)
+        if child is not None
     }
 
     def plain(name: str) -> str:
@@ -80,6 +92,19 @@ def _without_wrappers_of(module: torch.nn.Module) -> Callable[[str], str]:
         return ".".join(kept)
 
     return plain
+
+
+def matched_in(
+    module: torch.nn.Module, here: Sequence[str], there: Sequence[str]
+) -> dict[str, str] | None:
+    """Match as `matched`, where `here` are names in `module`, with or without its wrappers."""
+    pairs = matched(here, there)
+    if pairs is None and all(isinstance(name, str) for name in here):
+        plain = plain_names(module, here)
+        pairs = matched(list(plain.values()), there)
+        if pairs is not None:
+            pairs = {name: pairs[plain[name]] for name in here}
+    return pairs
 
 
 def bare(name: str) -> str:

@@ -195,7 +195,7 @@ class _Planner:
             self._problem(_("{path} is no model in the checkpoint", path=path))
             return
         mine = live.state_dict()
-        pairs = names.matched(list(mine), list(saved))
+        pairs = names.matched_in(live, list(mine), list(saved))
         fits = pairs is not None and all(_fits(mine[n], saved[s]) for n, s in pairs.items())
         if not fits and _converts(live):  # it may know how to load what is of another form
             self._load_module(live, saved, path, whole=True)
@@ -207,7 +207,7 @@ class _Planner:
                 self._problem(_("{path}/{name} is only in the checkpoint", path=path, name=name))
             pairs = {name: name for name in mine if name in saved}
         found = OrderedDict((name, saved[there]) for name, there in pairs.items())
-        _keep_metadata(found, mine, saved)
+        _keep_metadata(live, found, mine, saved)
         extra = {name for name in mine if str(name).rpartition(".")[2] == _EXTRA_STATE}
         if not _is_memory_of(live, [v for name, v in mine.items() if name not in extra]):
             # state_dict() gives copies here: bytes exchanged with those would change nothing.
@@ -241,16 +241,18 @@ def _fits(live: Any, saved: Any) -> bool:
     return live.shape == saved.shape and live.dtype == saved.dtype
 
 
-def _keep_metadata(found: Any, mine: Any, saved: Any) -> None:
+def _keep_metadata(live: torch.nn.Module, found: Any, mine: Any, saved: Any) -> None:
     """Hang the versions of the modules that were saved on the state that their hooks will see."""
     said, own = getattr(saved, "_metadata", None), getattr(mine, "_metadata", None)
     if isinstance(said, Mapping) and isinstance(own, Mapping):
         pairs = names.matched([f"{n}." for n in own], [f"{n}." for n in said])
-        if pairs is not None:
-            said = {
-                here.removesuffix("."): said[there.removesuffix(".")]
-                for here, there in pairs.items()
-            }
+        if pairs is None:  # several wrappers' versions gave way to that of one inner module
+            plain = names.without_wrappers_of(live)
+            pairs = {f"{n}.": plain(f"{n}.") for n in own}
+            pairs = {n: there for n, there in pairs.items() if there.removesuffix(".") in said}
+        said = {
+            here.removesuffix("."): said[there.removesuffix(".")] for here, there in pairs.items()
+        }
         found._metadata = OrderedDict(said)
 
 
