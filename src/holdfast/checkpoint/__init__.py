@@ -1,9 +1,9 @@
 """The engine: saves and restores the complete state of any PyTorch training.
 
 Nothing in here knows that a trainer, a tokenizer or a terminal exists. Its rooms, from the bottom
-up: `policy` and `system`, `format`, `state`, `rundir`, `save`, and the façade `manager.py`; a room
-imports from those before it only, and through their faces. Names are loaded when first used: what
-only reads manifests never imports torch.
+up: `policy` and `system`, `format`, `state`, `rundir`, `save`, and the façade, `manager.py` and
+`peeking.py`; a room imports from those before it only, and through their faces. Names are loaded
+when first used: what only reads manifests never imports torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from holdfast.checkpoint.manager import CheckpointManager as CheckpointManager
+    from holdfast.checkpoint.peeking import peek as peek
     from holdfast.checkpoint.policy import AnyOf as AnyOf
     from holdfast.checkpoint.policy import EveryEpoch as EveryEpoch
     from holdfast.checkpoint.policy import EveryMinutes as EveryMinutes
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from holdfast.checkpoint.records import Saved as Saved
     from holdfast.checkpoint.rundir import Catalog as Catalog
     from holdfast.checkpoint.rundir import Entry as Entry
-    from holdfast.checkpoint.rundir import peek as peek
     from holdfast.checkpoint.save import save_file as save_file
     from holdfast.checkpoint.state import checkpoint_size as checkpoint_size
     from holdfast.checkpoint.state import load as load
@@ -47,7 +47,7 @@ _WHERE = {
     "SignalGuard": "system",
     "checkpoint_size": "state",
     "load": "state",
-    "peek": "rundir",
+    "peek": "peeking",
     "save_file": "save",
     "verify": "state",
 }

@@ -34,7 +34,6 @@ from holdfast.checkpoint.rundir.entries import (
     summary,
 )
 from holdfast.checkpoint.rundir.history import now
-from holdfast.checkpoint.rundir.peeking import peek
 from holdfast.checkpoint.rundir.place import Place, check_rights
 from holdfast.checkpoint.rundir.recovery import cannot_read
 from holdfast.checkpoint.rundir.reporter import EventHandler, Reporter
@@ -64,7 +63,6 @@ __all__ = [
     "name_of",
     "now",
     "ownership",
-    "peek",
     "recovery",
     "rollback",
     "sentence",

@@ -11,9 +11,16 @@ from typing import Any
 from holdfast.checkpoint import calls
 from holdfast.checkpoint.format import Reader
 from holdfast.checkpoint.policy import Order
-from holdfast.checkpoint.rundir import recovery, rollback, shared_memory
-from holdfast.checkpoint.rundir.catalog import Catalog
-from holdfast.checkpoint.rundir.entries import Contents, summary
+from holdfast.checkpoint.rundir import (
+    Catalog,
+    Contents,
+    cannot_read,
+    recovery,
+    rollback,
+    shared_memory,
+    summary,
+)
+from holdfast.checkpoint.state import codec
 from holdfast.errors import ConfigError, DamagedCheckpoint, ForeignCheckpoint
 
 log = logging.getLogger("holdfast")
@@ -71,7 +78,7 @@ def peek(directory: str | os.PathLike[str], name: str) -> Any:
             except (DamagedCheckpoint, ForeignCheckpoint) as error:
                 damaged[os.path.relpath(path, place)] = error.why
             except OSError as error:  # says nothing about the file
-                unread = unread or recovery.cannot_read(path, error)
+                unread = unread or cannot_read(path, error)
         if unread is not None:
             raise unread
     recovery.refuse_older(place, contents, None)
@@ -107,8 +114,6 @@ def _tell(place: Path, damaged: Mapping[str, str]) -> None:
 
 
 def _value(reader: Reader, name: str) -> Any:
-    from holdfast.checkpoint.state import codec  # needs torch: listing does without
-
     keys = codec.keys(reader)
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
