@@ -1,11 +1,13 @@
 """Holdfast: train a model and never lose a step.
 
-`from holdfast import CheckpointManager` is the whole API that a training loop needs. Names are
-loaded when first used, so that `import holdfast` and the command line answer without torch.
+`holdfast.protect` is all that a training loop needs; `CheckpointManager` is what it stands on, for
+loops that decide more by themselves. Names are loaded when first used, so that `import holdfast`
+and the command line answer without torch.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from holdfast.version import __version__
@@ -28,8 +30,17 @@ if TYPE_CHECKING:
     from holdfast.checkpoint import peek as peek
     from holdfast.checkpoint import save_file as save
     from holdfast.checkpoint import verify as verify
+    from holdfast.protection import Protected as Protected
+    from holdfast.protection import protect as protect
     from holdfast.prove import Proof as Proof
     from holdfast.prove import prove_resume as prove_resume
+
+_WHERE = {
+    "Proof": "prove",
+    "Protected": "protection",
+    "protect": "protection",
+    "prove_resume": "prove",
+}
 
 __all__ = [
     "AnyOf",
@@ -42,6 +53,7 @@ __all__ = [
     "OnBest",
     "PendingSave",
     "Proof",
+    "Protected",
     "Resumed",
     "RiskAware",
     "Saved",
@@ -49,6 +61,7 @@ __all__ = [
     "__version__",
     "load",
     "peek",
+    "protect",
     "prove_resume",
     "save",
     "verify",
@@ -58,7 +71,5 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
-    from holdfast import checkpoint, prove
-
-    room = prove if name in prove.__all__ else checkpoint
+    room = importlib.import_module(f"holdfast.{_WHERE.get(name, 'checkpoint')}")
     return getattr(room, "save_file" if name == "save" else name)  # `checkpoint.save` is a room

@@ -20,6 +20,7 @@ LANGUAGES = ("en", "zh")
 
 _current = "en"
 _catalogue: gettext.NullTranslations = gettext.NullTranslations()
+_chosen = False  # True once a language has been set
 
 
 def language() -> str:
@@ -55,15 +56,26 @@ def detect_language(environ: Mapping[str, str] | None = None) -> str:
 
 def set_language(lang: str) -> None:
     """Speak `lang` ("en" or "zh") from now on, in this process."""
-    global _current, _catalogue
-    assert lang in LANGUAGES, lang
-    _current = lang
-    _catalogue = gettext.translation(DOMAIN, LOCALE_DIR, languages=[lang], fallback=True)
+    _speak(lang)
     # argparse asks gettext's default domain: point it at the same catalogue. LANGUAGE is what
     # gettext reads; setting it also makes child processes speak the language of their parent.
     os.environ["LANGUAGE"] = lang
     gettext.bindtextdomain(DOMAIN, LOCALE_DIR)
     gettext.textdomain(DOMAIN)
+
+
+def follow_environment() -> None:
+    """Speak the language of the environment, unless one was set; in the program of somebody else,
+    whose own messages and child processes stay as they are."""
+    if not _chosen:
+        _speak(detect_language())
+
+
+def _speak(lang: str) -> None:
+    global _current, _catalogue, _chosen
+    assert lang in LANGUAGES, lang
+    _current, _chosen = lang, True
+    _catalogue = gettext.translation(DOMAIN, LOCALE_DIR, languages=[lang], fallback=True)
 
 
 def _(message: str, /, **values: object) -> str:

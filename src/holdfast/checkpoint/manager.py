@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -63,7 +64,7 @@ from holdfast.checkpoint.state import (
     verify,
 )
 from holdfast.checkpoint.system import filesystem, run_lock, signals
-from holdfast.errors import DamagedCheckpoint, SaveFailed, StateMismatch
+from holdfast.errors import ConfigError, DamagedCheckpoint, SaveFailed, StateMismatch
 from holdfast.i18n import _
 
 __all__ = [
@@ -81,6 +82,7 @@ __all__ = [
 log = logging.getLogger("holdfast")
 
 _MOST_THREADS = 1024  # a manifest may say anything
+_IDLE, _IDLE_STEPS = 30.0, 10  # seconds, and usual steps, without a step: the loop may be over
 
 
 class CheckpointManager:
@@ -174,6 +176,7 @@ class CheckpointManager:
         self._held: list[Callable[[], None]] = []  # what gives everything back, the last first
         self._restored: torch.Tensor | None = None  # torch's stream, until the first step
         self._open = self._superseded = False
+        self._pace = 0.0, 0.0, 0  # when the first and the last step were told, and how many
         options = Options(
             save_when=save_when,
             keep=(KeepLast("epoch", keep_last), KeepLast("step", keep_last), KeepRollingTemps(2)),
@@ -222,7 +225,7 @@ class CheckpointManager:
             )
 
     def __enter__(self) -> CheckpointManager:
-        self._guard = signals.SignalGuard()
+        self.guard()
         return self
 
     def __exit__(
@@ -231,6 +234,18 @@ class CheckpointManager:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.end(error)
+
+    def guard(self) -> None:
+        """Take care of signals, as a `with` block does, until `end()`; from the next `after_step`
+        on, since before it nothing reads the flag."""
+        self._guard = signals.SignalGuard(self._stop_if_idle)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End as a `with` block does, which `error` has ended: save what is whole, and `close()`.
+
+        Raises `SystemExit` with 128 + n where signal n has come after the last step of a clean end.
+        """
         guard, self._guard = self._guard, None
         try:
             if error is not None:
@@ -276,6 +291,11 @@ class CheckpointManager:
     def stalled(self) -> float:
         """Seconds that training has stood still for saving, ever."""
         return self._staging.stalled
+
+    @property
+    def closed(self) -> bool:
+        """True after `close()`, or once a newer manager has taken over."""
+        return not self._open
 
     @property
     def run_id(self) -> str:
@@ -353,6 +373,8 @@ class CheckpointManager:
                     step=told.step if told else 0,
                 )
             )
+            if told is not None and not told.durable:
+                self.save_snapshot()
         elif told is not None and not told.durable:
             self._saver.save_told("step", "end")
 
@@ -362,7 +384,10 @@ class CheckpointManager:
         Never raises an error of its own: the exception that ends the training is to be seen.
         """
         told = self._saver.told
-        if isinstance(error, signals.Stopped) or told is None or not self._lock.held:
+        if told is None or not self._lock.held:
+            return
+        if isinstance(error, signals.Stopped):
+            self._end()
             return
         if at_once and isinstance(error, KeyboardInterrupt):
             self.abandon()
@@ -385,6 +410,14 @@ class CheckpointManager:
                 durable=self.saved_step,
             )
         )
+
+    def _stop_if_idle(self, number: int) -> None:
+        """End the process at signal `number` where training tells no steps any more: the flag would
+        not be read before the end of whatever goes on."""
+        began, last, steps = self._pace
+        usual = (last - began) / max(1, steps)
+        if steps and time.monotonic() - last > max(_IDLE, _IDLE_STEPS * usual):
+            raise signals.stopped(number)
 
     def _stop_if_asked(self, step: int, epoch: int | None) -> None:
         """Save this step and end the process if a signal has come in a `with` block."""
@@ -601,6 +634,9 @@ class CheckpointManager:
         saver = self._own()
         self._check_save(step, epoch, "temp", metrics)
         self._reporter.deliver()
+        began, _last, steps = self._pace
+        now = time.monotonic()
+        self._pace = (began, now, steps + 1) if steps else (now, now, 1)
         save = Save(step, epoch, metrics)
         saver.done(save.step, epoch, keep_streams=self._guard is not None)
         self._stop_if_asked(save.step, epoch)
@@ -610,6 +646,8 @@ class CheckpointManager:
         self, epoch: int, *, step: int, metrics: Mapping[str, float] | None = None
     ) -> PendingSave:
         """Save at the end of `epoch`, as the loop counts it, as `model_epoch_<epoch>.pt`."""
+        if self._guard is not None:
+            self._own().done(step, epoch, keep_streams=True)  # what ends now ends after the epoch
         return self.save_async(
             step=step, epoch=epoch, metrics=metrics, kind="epoch", reason="epoch"
         )
@@ -646,6 +684,28 @@ class CheckpointManager:
             if failure is not None and strict:
                 raise failure
             return pending.durable.result() if failure is None else None
+
+    def save_told(self, *, metrics: Mapping[str, float] | None = None) -> Saved | None:
+        """Make the step durable that `after_step` was told last, as it was then: where signals are
+        guarded, with its random streams, whatever has been drawn since. Returns as `save` does.
+
+        Raises:
+            ConfigError: no step was told, or an optimizer has begun another one since.
+            SaveFailed: after `close()`, or in a forked child.
+        """
+        saver = self._own()
+        told = saver.told
+        if told is None or self._staging.stepping:
+            raise ConfigError(
+                "There is no whole step to save: save right after a step was told, before an "
+                "optimizer begins the next one."
+            )
+        calls.check_save(told.step, told.epoch, "step", metrics)
+        saver.save_told("step", "requested", metrics)
+        self._reporter.deliver()
+        assert told.save is not None
+        pending = told.save.promises
+        return None if pending.settled.exception() else pending.durable.result()
 
     def save_async(
         self,

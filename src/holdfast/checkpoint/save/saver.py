@@ -294,14 +294,14 @@ class Saver:
 
     # --------------------------------------------------------------------------------- the ends
 
-    def save_told(self, kind: str, reason: str) -> None:
+    def save_told(self, kind: str, reason: str, metrics: Mapping[str, float] | None = None) -> None:
         """Save the live state as that of the step that was told last, and wait for it."""
         told = self.told
         assert told is not None
-        save = Save(told.step, told.epoch, kind=kind, reason=reason, kept=True)
+        save = Save(told.step, told.epoch, metrics, kind, reason, kept=True)
         if told.failed and told.save is not None:
             wish = told.save
-            save.epoch, save.metrics = wish.epoch, wish.metrics
+            save.epoch, save.metrics = wish.epoch, metrics or wish.metrics
             save.kind = kind if wish.kind == "temp" else wish.kind
         self._source.streams = told.random
         try:
