@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast import CheckpointManager, EveryMinutes, EverySteps, RiskAware
+from holdfast import AnyOf, CheckpointManager, EveryMinutes, EverySteps, RiskAware
 from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.errors import ConfigError, SaveFailed, UnsupportedValue
 
@@ -29,6 +29,8 @@ from holdfast.errors import ConfigError, SaveFailed, UnsupportedValue
     ({"io_limit": -5}, "io_limit=-5"),
     ({"max_unsafe": "10"}, "max_unsafe='10'"),
     ({"reserve": float("nan")}, "reserve=nan"),
+    ({"metric": None}, "metric=None"),
+    ({"on_event": 3}, "on_event=3"),
 ])  # fmt: skip
 def test_an_option_that_cannot_be_meant(options: Any, word: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=word):
@@ -60,6 +62,8 @@ def test_a_policy_that_cannot_be_meant(make: Any) -> None:
     ({"step": "7"}, "step='7'"),
     ({"step": 1.5}, "step=1.5"),
     ({"step": None}, "step=None"),
+    ({"step": torch.ones(2)}, "step=tensor"),
+    ({"step": 1, "reason": 3}, "reason=3"),
     ({"step": 1, "epoch": "first"}, "epoch='first'"),
 ])  # fmt: skip
 @pytest.mark.parametrize("method", ["save", "save_async"])
@@ -70,6 +74,13 @@ def test_a_save_that_cannot_be_meant(
         with pytest.raises(ConfigError, match=word):
             getattr(manager, method)(**arguments)
         assert manager.save(step=1, strict=True) is not None
+
+
+def test_what_is_no_source_and_no_policy(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, {"n": 1}) as manager, pytest.raises(ConfigError, match="glob"):
+        manager.resume(5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="list of policies"):
+        AnyOf(EverySteps(3))  # type: ignore[arg-type]
 
 
 def test_numbers_of_numpy_and_torch_are_steps(tmp_path: Path) -> None:

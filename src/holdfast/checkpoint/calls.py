@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -63,9 +64,11 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 def check_number(name: str, value: Any, least: float, *, whole: bool = False) -> None:
     """Raise `ConfigError` where `value` is no (`whole`) number of at least `least`."""
     known = isinstance(value, int | float) or hasattr(value, "__index__")
-    if known and whole and not float(value).is_integer():
-        known = False
-    if not known or isinstance(value, bool) or not float(value) >= least:
+    try:
+        number = float(value) if known else math.nan
+    except (ValueError, RuntimeError):  # a tensor of several numbers
+        number = math.nan
+    if (whole and not number.is_integer()) or isinstance(value, bool) or not number >= least:
         kind = _("a whole number") if whole else _("a number")
         raise ConfigError(
             "{name}={value}: it is {kind} of at least {least}.",
@@ -73,6 +76,29 @@ def check_number(name: str, value: Any, least: float, *, whole: bool = False) ->
             value=repr(value),
             kind=kind,
             least=least,
+        )
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raise `ConfigError` where `value` is no text."""
+    if not isinstance(value, str):
+        raise ConfigError("{name}={value}: it is a text.", name=name, value=repr(value))
+
+
+def check_handler(name: str, value: Any) -> None:
+    """Raise `ConfigError` where `value` is neither None nor a function."""
+    if value is not None and not callable(value):
+        raise ConfigError("{name}={value}: it is a function.", name=name, value=repr(value))
+
+
+def check_source(source: Any) -> None:
+    """Raise `ConfigError` where `source` names nothing to resume from."""
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(
+            "resume(source) takes a file, a glob or a directory, such as {example}; this is "
+            "{value}.",
+            example='"runs/a/best_model.pt"',
+            value=repr(source),
         )
 
 

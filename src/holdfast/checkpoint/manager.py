@@ -168,6 +168,8 @@ class CheckpointManager:
             ("max_unsafe", max_unsafe),
         ):
             calls.check_number(name, value, 0)
+        calls.check_text("metric", metric)
+        calls.check_handler("on_event", on_event)
         ranks.refuse()
         self.catalog = catalog or Catalog(directory)
         self.state = state
@@ -470,6 +472,8 @@ class CheckpointManager:
             StateMismatch: it does not fit; nothing was changed.
             SaveFailed: after `close()`, or in a forked child.
         """
+        if source is not None and not isinstance(source, recovery.Found):
+            calls.check_source(source)
         self._own()
         self.wait()
         if isinstance(source, recovery.Found):
@@ -675,6 +679,7 @@ class CheckpointManager:
             SaveFailed: with `strict`, or after `close()`, or in a forked child.
             ConfigError: step, epoch or kind are none that can be meant.
         """
+        calls.check_text("reason", reason)
         self._check_save(step, epoch, kind, metrics)
         with signals.deferred_interrupt():
             pending = self._own().request(Save(step, epoch, metrics, kind, reason, kept=True))
@@ -727,6 +732,7 @@ class CheckpointManager:
         Raises:
             SaveFailed: after `close()`, or in a forked child.
         """
+        calls.check_text("reason", reason)
         self._check_save(step, epoch, kind, metrics)
         return self._own().request(Save(step, epoch, metrics, kind, reason, kept=kind != "temp"))
 

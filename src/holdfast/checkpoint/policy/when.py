@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Protocol
 
-from holdfast.checkpoint.calls import check_number, check_positive
+from holdfast.checkpoint.calls import check_number, check_policies, check_positive
 
 TIME_SHARE = 0.01  # of training that saving may cost
 WRITE_BUDGET = 200e9  # bytes a day: wears out a consumer SSD rated for 300 TB in 4 years
@@ -116,6 +116,9 @@ class AnyOf:
     """Save when any of `policies` says so; never where there are none."""
 
     policies: Sequence[SavePolicy]
+
+    def __post_init__(self) -> None:
+        check_policies(self.policies)
 
     def __call__(self, moment: Moment) -> bool:
         return any(policy(moment) for policy in self.policies)
