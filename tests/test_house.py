@@ -29,6 +29,7 @@ OTHERS = [
         "serving",
         "serving/engine",
         "serving/api",
+        "adapters",
         "cli",
     )
 ]

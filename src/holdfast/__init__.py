@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from holdfast.version import __version__
 
 if TYPE_CHECKING:
+    from holdfast.adapters.data import ResumableLoader as ResumableLoader
     from holdfast.checkpoint import AnyOf as AnyOf
     from holdfast.checkpoint import Catalog as Catalog
     from holdfast.checkpoint import CheckpointManager as CheckpointManager
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Proof": "prove",
     "Protected": "protection",
+    "ResumableLoader": "adapters.data",
     "protect": "protection",
     "prove_resume": "prove",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "PendingSave",
     "Proof",
     "Protected",
+    "ResumableLoader",
     "Resumed",
     "RiskAware",
     "Saved",

@@ -95,8 +95,8 @@ class CheckpointManager:
     saved, and the process ends with 128 + the signal's number (a second Ctrl-C ends it at once). At
     an exception the newest step is saved that is whole: the live state if no optimizer in it has
     begun another step, else the newest snapshot in memory. Random streams are saved as they were
-    after that step; what else a broken step has changed (running statistics of a batch norm, a
-    position in the data) is saved as it is.
+    after that step, and so is what has a `state_at_step()`, as `ResumableLoader` has; what else a
+    broken step has changed (running statistics of a batch norm) is saved as it is.
 
     Where a manager of the same thread works in `directory` already (a notebook cell that is run
     again) the new one takes over, and the old one refuses to save.

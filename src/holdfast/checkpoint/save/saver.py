@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from holdfast.checkpoint.policy import AnyOf, MemoryPace, Moment, RiskAware
 from holdfast.checkpoint.records import PendingSave, Run, Save
@@ -20,7 +21,6 @@ from holdfast.checkpoint.save.ledger import RETRY
 from holdfast.checkpoint.save.options import Options
 from holdfast.checkpoint.save.source import Source
 from holdfast.checkpoint.save.staging import Staging
-from holdfast.checkpoint.state import RandomState
 from holdfast.checkpoint.system import BEGINS_WITHIN, Helper, signals
 from holdfast.errors import HoldfastError, SaveFailed
 from holdfast.i18n import _
@@ -35,7 +35,7 @@ class Told:
 
     step: int
     epoch: int | None
-    random: RandomState | None  # the streams right after it, where they were kept
+    kept: dict[str, Any]  # what moves on between steps, as it was right after this one
     save: Save | None = None
 
     @property
@@ -151,7 +151,10 @@ class Saver:
         self.run.settled = True
 
     def done(self, step: int, epoch: int | None, *, keep_streams: bool = False) -> Told:
-        """Note that the loop has done `step`: the live state is that of it."""
+        """Note that the loop has done `step`: the live state is that of it.
+
+        With `keep_streams`, what moves on before the next step is kept for a save after an error.
+        """
         if step < self.seen:  # the loop counts anew: intervals are measured from here
             advice = _(
                 "Step {step} comes after step {before}. What is saved last counts as the "
@@ -162,9 +165,7 @@ class Saver:
             self._ledger.reporter.tell("step_back", step=step, before=self.seen, reason=advice)
             self._counted = self._remembered = 0
         self.seen = step
-        random = self._source.random
-        streams = random.frozen() if random is not None and keep_streams else None
-        self.told = Told(step, epoch, streams)
+        self.told = Told(step, epoch, self._source.keep() if keep_streams else {})
         self._staging.stepping = False
         return self.told
 
@@ -303,13 +304,13 @@ class Saver:
             wish = told.save
             save.epoch, save.metrics = wish.epoch, metrics or wish.metrics
             save.kind = kind if wish.kind == "temp" else wish.kind
-        self._source.streams = told.random
+        self._source.kept = told.kept
         try:
             with signals.deferred_interrupt():
                 self.request(save)
                 self.wait()
         finally:
-            self._source.streams = None
+            self._source.kept = {}
 
     def save_newest(self) -> PendingSave | None:
         """Make the newest snapshot in memory durable; None where there is nothing to gain."""

@@ -34,7 +34,7 @@ class Source:
         """Raises `UnsupportedValue` where `state` holds something that a checkpoint cannot."""
         self.state, self._options = state, options
         self.random = RandomState() if options.rng else None
-        self.streams: RandomState | None = None  # saved in place of those of this moment
+        self.kept: dict[str, Any] = {}  # saved in place of what is there at this moment
         self.configured = Configured(state)
         self._optimizer_names = OptimizerNames()
         project.state()  # git is asked here, where no training step waits for it
@@ -63,11 +63,21 @@ class Source:
         """Return the state as it is now; its tensors are the live ones."""
         payload = {"epoch": epoch, "global_step": step, **self.state}
         if self.random is not None:
-            payload["rng"] = self.streams or self.random
+            payload["rng"] = self.random
+        payload.update(self.kept)
         left = gradients.in_progress(self.state)
         if left:
             payload[gradients.KEY] = left
         return normalise(payload)
+
+    def keep(self) -> dict[str, Any]:
+        """Return what moves on between steps as it is now: random streams and places in data."""
+        moving = {
+            key: value.state_at_step()
+            for key, value in self.state.items()
+            if callable(getattr(value, "state_at_step", None))
+        }
+        return moving if self.random is None else {**moving, "rng": self.random.frozen()}
 
     def manifest(self, save: Save, run: Run) -> dict[str, Any]:
         """Return what the checkpoint of `save` says of itself, besides its state."""
