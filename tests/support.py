@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -24,7 +26,7 @@ import torch
 
 from holdfast import CheckpointManager
 from holdfast.checkpoint import Catalog, Saved
-from holdfast.checkpoint.format import container, image, layout
+from holdfast.checkpoint.format import container, image, layout, leaves
 from holdfast.checkpoint.state import codec
 from holdfast.checkpoint.state.tree import normalise
 from holdfast.checkpoint.system import filesystem
@@ -46,6 +48,32 @@ def image_of(state: Any, *, reserve: int = 0, **manifest: Any) -> image.Image:
 def write_state(path: Path, state: Any, **manifest: Any) -> Path:
     """A checkpoint of `state` with whatever else its manifest is to say."""
     return write_image(path, image_of(state, **manifest))
+
+
+def write_divided(path: Path, state: Any, cuts: Sequence[int] = (), **manifest: Any) -> Path:
+    """A file of version 2; writers' runs end at `cuts`, bytes into each storage."""
+    tree = normalise(state)
+    said = {**manifest, **codec.to_json(tree)}
+    payloads: list[tuple[str, Any]] = [(s.record, s.payload()) for s in tree.storages]
+    parts = []
+    for _name, payload in payloads:
+        edges = sorted({0, len(payload), *(cut for cut in cuts if cut < len(payload))})
+        parts.append(b"".join(leaves.entries(payload[a:b]) for a, b in itertools.pairwise(edges)))
+    payloads += [(leaves.LEAVES, b"".join(parts)), *tree.companions()]
+    blueprint = image.design([(name, len(payload)) for name, payload in payloads], said)
+    records, pieces = [], []
+    digests = [leaves.digest(part) for part in parts]
+    for record, (_name, payload) in zip(blueprint.records, payloads, strict=True):
+        crc32, xxh3 = image.checksums(payload)
+        xxh3 = digests.pop(0) if digests else xxh3
+        records.append(dataclasses.replace(record, crc32=crc32, xxh3=xxh3))
+        header = layout.local_header(records[-1])
+        pieces += [(record.header, header), (record.offset, payload)]
+    at = blueprint.slot.header
+    for part in blueprint.ending(records):
+        pieces.append((at, part))
+        at += len(part)
+    return write_image(path, image.Image(blueprint.size, blueprint.manifest, pieces))
 
 
 def identity(step: int, *, generation: int = 1, sequence: int | None = None, **more: Any) -> dict:

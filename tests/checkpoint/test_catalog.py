@@ -127,7 +127,7 @@ def test_what_was_announced_and_is_no_checkpoint_any_more_is_damaged(tmp_path: P
 
 
 def test_what_a_later_version_wrote_is_neither_damaged_nor_foreign(tmp_path: Path) -> None:
-    craft(tmp_path / "a.pt", '{"format_version":2}')
+    craft(tmp_path / "a.pt", '{"format_version":99}')
     contents = Catalog(tmp_path).scan()
     assert (contents.damaged, contents.foreign) == ([], [])
     assert contents.unreadable[0][0] == "a.pt"

@@ -14,7 +14,7 @@ import torch
 
 from holdfast.checkpoint.format import read_manifest
 from holdfast.checkpoint.state import load, load_foreign, load_weights
-from holdfast.errors import CheckpointError
+from holdfast.errors import ForeignCheckpoint
 from holdfast.exchange.export_check import Deviation
 from holdfast.exchange.export_formats import write_state
 from holdfast.i18n import _
@@ -52,7 +52,7 @@ def read(path: Path, dtype: torch.dtype | None) -> Raw:
     """Return the weights of any file, cast to `dtype` where they are floating-point numbers."""
     try:
         manifest: Mapping[str, Any] | None = read_manifest(path)
-    except CheckpointError:
+    except ForeignCheckpoint:
         manifest = None
     tensors = load_weights(path)
     if dtype is not None:

@@ -19,7 +19,6 @@ from holdfast.checkpoint.state import WEIGHT_KEYS, bare, load, load_foreign
 from holdfast.errors import (
     CheckpointError,
     ConfigError,
-    DamagedCheckpoint,
     ForeignCheckpoint,
     StateMismatch,
 )
@@ -161,9 +160,7 @@ def _check_nanogpt(
 def _load(path: Path) -> Any:
     try:
         return load(path)
-    except DamagedCheckpoint:
-        raise
-    except CheckpointError:
+    except ForeignCheckpoint:
         return load_foreign(path)
 
 

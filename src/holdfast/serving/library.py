@@ -123,6 +123,7 @@ class Library:
         self._served: dict[str, Served] = {}  # by the checkpoint's id
         self._closing: list[Served] = []  # let go, and perhaps still answering
         self._loading = asyncio.Lock()
+        self._passed_over: set[tuple[Path, str]] = set()  # files that a warning was given of
         self._refused: dict[str, float] = {}  # checkpoint's id: time.monotonic() to try it again
         self._looked = 0.0
         self._cards: list[Card] = []
@@ -227,6 +228,10 @@ class Library:
             return [Card(self._labels[source], source, entry)]
         catalog, prefix = Catalog(source), self._prefix(source)
         contents = catalog.scan(cached=True)
+        for name, reason in contents.unreadable:  # it may be the best or the newest
+            if (source, name) not in self._passed_over:
+                self._passed_over.add((source, name))
+                log.warning(_("{name} is passed over: {reason}", name=name, reason=reason))
         cards = []
         best = contents.best or contents.newest
         for name, found in (("best", best), ("latest", contents.newest)):

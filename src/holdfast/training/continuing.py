@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.format import container
+from holdfast.checkpoint.format import NewerFormat, container
 from holdfast.checkpoint.rundir import Contents, cannot_read, recovery
 from holdfast.checkpoint.state import codec
 from holdfast.errors import CheckpointError, StateMismatch
@@ -105,6 +105,8 @@ def first_readable(paths: Sequence[Path], *, named: bool = False) -> SavedRun | 
     for path in paths:
         try:
             return read_saved(path)
+        except NewerFormat:  # it may be the one that is meant
+            raise
         except (CheckpointError, FileNotFoundError):
             if named and path is paths[-1]:
                 raise

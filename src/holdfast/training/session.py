@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from holdfast.checkpoint import CheckpointManager, Resumed, checkpoint_size, ranks
+from holdfast.checkpoint.format import NewerFormat
 from holdfast.checkpoint.policy import EveryMinutes, EverySteps, RiskAware, SavePolicy
 from holdfast.checkpoint.rundir import (
     Catalog,
@@ -427,7 +428,7 @@ def _model_of(weights: Path | None) -> SavedRun | None:
         return None
     try:
         return continuing.read_saved(weights)
-    except DamagedCheckpoint:
+    except (DamagedCheckpoint, NewerFormat):
         raise
     except CheckpointError:
         return None

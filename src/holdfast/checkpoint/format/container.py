@@ -4,6 +4,7 @@ Only bytes live here: no torch, no pickle, no names of directories. `docs/en/for
 the format; this module, layout.py and image.py are the one place that implements it.
 
     checkpoint/data/0 … data/N     one record a storage, aligned
+    checkpoint/holdfast.leaves     digests of the parts of these records, where several ranks wrote
     checkpoint/data.pkl            for other programs' `torch.load`; we never unpickle it
     checkpoint/byteorder, version  what torch expects beside it
     checkpoint/holdfast.json       the manifest: identity, records with checksums, tensors, values
@@ -20,14 +21,14 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from isal import isal_zlib
 
-from holdfast.checkpoint.format import reading
+from holdfast.checkpoint.format import leaves, reading
 from holdfast.checkpoint.format.image import FORMAT_VERSION, HASH_CHUNK, MAX_MANIFEST, checksums
 from holdfast.checkpoint.format.layout import (
     ARCHIVE,
@@ -40,7 +41,7 @@ from holdfast.checkpoint.format.layout import (
     place,
     tail,
 )
-from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint
+from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import _
 
 _NAME_RE = re.compile(r"[\x21-\x7e]{1,255}")
@@ -50,22 +51,37 @@ LOADERS = 8  # threads that load: most wait for the disk, some hash, some wait f
 # ---------------------------------------------------------------------------------------- reading
 
 
-class NewerFormat(ForeignCheckpoint):
-    """A checkpoint that a later holdfast wrote: intact for all we know, and not ours to judge."""
+class NewerFormat(CheckpointError):
+    """A checkpoint that a later holdfast wrote: intact for all we know, and not ours to judge.
+
+    It is neither damaged nor foreign: code that moves, removes or passes over those must not do it
+    to this one.
+    """
+
+    def __init__(self, path: Path, version: int) -> None:
+        super().__init__(
+            "{path} has format version {version}, and this holdfast reads versions up to {ours}. "
+            "Install a newer one (pip install --upgrade holdfast); the file stays as it is.",
+            path=path,
+            version=version,
+            ours=FORMAT_VERSION,
+        )
 
 
 class Reader:
     """An open checkpoint whose manifest has been checked; headers and payloads are, when read."""
 
     def __init__(self, path: str | os.PathLike[str], *, patient: bool = True) -> None:
-        """Open `path`; raise `ForeignCheckpoint` or `DamagedCheckpoint`, `OSError` as it comes,
-        which says nothing about the file. `patient`: try again what the system refuses."""
+        """Open `path`; raise `ForeignCheckpoint`, `DamagedCheckpoint` or `NewerFormat`; `OSError`
+        as it comes, which says nothing about the file. `patient`: try again what the system
+        refuses."""
         self.path = Path(path)
         self._file = reading.File(self.path, patient=patient)
         try:
             self.size = self._file.size
             self.manifest, self._slot = self._read_manifest()
             self.records = [*self._parse_records(), self._slot]
+            self._table: dict[str, list[tuple[int, bytes]]] | None = None
         except BaseException:  # whatever ends this, an interrupt too, leaks no descriptor
             self.close()
             raise
@@ -155,15 +171,10 @@ class Reader:
             version = manifest["format_version"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._senseless() from error
-        if not isinstance(version, int) or version < FORMAT_VERSION:
+        if type(version) is not int or version < 1:
             raise self._senseless()
         if version > FORMAT_VERSION:
-            raise NewerFormat(
-                "{path} has format version {version}; this holdfast reads {ours}: update it.",
-                path=self.path,
-                version=version,
-                ours=FORMAT_VERSION,
-            )
+            raise NewerFormat(self.path, version)
         return manifest, Record(MANIFEST, -1, offset, size, crc32, xxh3)
 
     def _parse_records(self) -> list[Record]:
@@ -178,6 +189,7 @@ class Reader:
                 name, size, crc32 = entry["name"], entry["size"], int(entry["crc32"], 16)
                 offset, xxh3 = entry["offset"], entry["xxh3_128"]
                 sane = type(size) is int and size >= 0 and _NAME_RE.fullmatch(name) is not None
+                sane = sane and len(bytes.fromhex(xxh3)) == 16
             except (ValueError, KeyError, TypeError) as error:
                 raise self._senseless() from error
             if not sane or name in names or not 0 <= crc32 < 1 << 32:
@@ -192,6 +204,25 @@ class Reader:
             raise self._damaged(_("its manifest is not where it belongs"))
         self._slot = slot
         return records
+
+    def _leaves(self, record: Record) -> Iterator[tuple[int, bytes]]:
+        """Return the parts of a record that have a digest each: `(bytes, xxh3-128)`."""
+        if self._table is None:
+            self._table = {}
+            if self.manifest["format_version"] > 1:
+                self._table = self._read_table()
+        whole = [(record.size, bytes.fromhex(record.xxh3))] if record.size else []
+        return iter(self._table.get(record.name, whole))
+
+    def _read_table(self) -> dict[str, list[tuple[int, bytes]]]:
+        record = self.record(leaves.LEAVES)
+        table = bytes(self._pread(record.offset, record.size))
+        if checksums(table) != (record.crc32, record.xxh3):
+            raise self._damaged(_("the content of record {name} has changed", name=record.name))
+        try:
+            return leaves.parse(table, self.records)
+        except ValueError as error:
+            raise self._senseless() from error
 
     def _not_ours(self) -> DamagedCheckpoint | ForeignCheckpoint:
         if self.size == 0:
@@ -257,24 +288,30 @@ class Reader:
         progress: Callable[[int], None] | None = None,
     ) -> reading.Part:
         """The payload of `record`, to be hashed and compared, in `buffer` if there is one."""
-        crc32, xxh3, left = 0, xxhash.xxh3_128(), record.size
+        crc32, xxh3, parts, done = 0, xxhash.xxh3_128(), self._leaves(record), 0
+        left, digest = next(parts, (0, b""))  # of the part that is being hashed
 
         def check(found: memoryview) -> None:
-            nonlocal crc32, left
-            if not crc:
-                xxh3.update(found)
-            for start in range(0, len(found) if crc else 0, HASH_CHUNK):
-                chunk = found[start : start + HASH_CHUNK]  # both, while it is in the caches
+            nonlocal crc32, done, left, digest
+            wrong, start = False, 0
+            while start < len(found):
+                size = min(left, HASH_CHUNK) if crc else left
+                chunk = found[start : start + size]  # both, while it is in the caches
                 xxh3.update(chunk)
-                crc32 = isal_zlib.crc32(chunk, crc32)
-            left -= len(found)
-            if not left and (xxh3.hexdigest() != record.xxh3 or (crc and crc32 != record.crc32)):
+                crc32 = isal_zlib.crc32(chunk, crc32) if crc else 0
+                start, left = start + len(chunk), left - len(chunk)
+                if not left:
+                    wrong = wrong or xxh3.digest() != digest
+                    xxh3.reset()
+                    left, digest = next(parts, (0, b""))
+            done += len(found)
+            if wrong or (crc and done == record.size and crc32 != record.crc32):
                 raise self._damaged(_("the content of record {name} has changed", name=record.name))
             if progress is not None:
                 progress(len(found))
 
-        if not record.size:
-            check(memoryview(b""))
+        if not record.size and (record.crc32, record.xxh3) != checksums(b""):
+            raise self._damaged(_("the content of record {name} has changed", name=record.name))
         return reading.Part(record.offset, record.end, check, buffer)
 
     def _pread(self, offset: int, size: int, *, short: bool = False) -> bytearray:

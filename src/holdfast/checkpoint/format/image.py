@@ -19,6 +19,7 @@ from isal import isal_zlib
 
 from holdfast.checkpoint.format.layout import (
     ARCHIVE,
+    LEAVES,
     MANIFEST,
     Record,
     local_header,
@@ -29,7 +30,7 @@ from holdfast.checkpoint.format.layout import (
 from holdfast.checkpoint.system import PAGE, Buffer
 from holdfast.errors import UnsupportedValue
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the highest that is read; 1 is written where there is no table of leaves
 
 MAX_MANIFEST = 1 << 30  # bytes: more than this is neither written nor believed
 HASH_CHUNK = 1 << 18  # both checksums run over a piece while it is in the processor's cache
@@ -81,7 +82,8 @@ def design(
     Raises `UnsupportedValue` where the plain values are far too many.
     """
     records = plan(sizes)
-    manifest = {"format": "holdfast", "format_version": FORMAT_VERSION, **manifest}
+    version = FORMAT_VERSION if any(record.name == LEAVES for record in records) else 1
+    manifest = {"format": "holdfast", "format_version": version, **manifest}
     length = len(_text(manifest, records))
     if length + reserve > MAX_MANIFEST:
         raise UnsupportedValue(

@@ -17,6 +17,7 @@ from holdfast.checkpoint.system import PAGE
 
 ARCHIVE = "checkpoint"
 MANIFEST = f"{ARCHIVE}/holdfast.json"
+LEAVES = f"{ARCHIVE}/holdfast.leaves"
 
 SMALL = 64  # smaller ones on a cache line: a state with thousands of scalars stays small
 

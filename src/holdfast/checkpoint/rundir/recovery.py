@@ -250,7 +250,7 @@ def _files(directory: Path, source: str | os.PathLike[str]) -> list[Path]:
     """Return the files that `source` (file, glob, directory) means, the newest first.
 
     Looked for from the working directory, then in the run directory. Raises `CheckpointError` where
-    one of several cannot be read now, since it may be the newest.
+    one of several cannot be read now or by this version, since it may be the newest.
     """
     text = os.fspath(source)
     files: list[Path] = []
@@ -276,7 +276,7 @@ def _matches(pattern: str, base: Path) -> list[Path]:
 def _order(path: Path) -> Order:
     try:
         return summary(container.read_manifest(path), 0).order
-    except CheckpointError:
+    except (DamagedCheckpoint, ForeignCheckpoint):
         return (-1, -1)
     except OSError as error:
         raise cannot_read(path, error) from error

@@ -17,7 +17,7 @@ from holdfast.checkpoint.rundir.entries import Contents, Entry, summary
 from holdfast.checkpoint.rundir.history import ROLLED_BACK, Rollback
 from holdfast.checkpoint.rundir.recovery import Found
 from holdfast.checkpoint.system import filesystem
-from holdfast.errors import CheckpointError, DamagedCheckpoint
+from holdfast.errors import CheckpointError, DamagedCheckpoint, ForeignCheckpoint
 
 log = logging.getLogger("holdfast")
 
@@ -48,11 +48,12 @@ def intact(catalog: Catalog, entry: Entry) -> None:
 
 
 def damage_of(path: Path) -> CheckpointError | None:
-    """Read every byte of `path` from the device; return the error, or None if it is intact."""
+    """Read every byte of `path` from the device; return the error, or None if it is intact. Raises
+    `NewerFormat`: such a file is not damaged."""
     try:
         with Reader(path) as reader:
             reader.verify()
-    except CheckpointError as error:
+    except (DamagedCheckpoint, ForeignCheckpoint) as error:
         return error
     return None
 
@@ -163,7 +164,7 @@ def _source(catalog: Catalog, back: Rollback, name: str) -> Entry | None:
     path = catalog.directory / name
     try:
         entry = summary(read_manifest(path), path.stat().st_size)
-    except (FileNotFoundError, CheckpointError) as error:
+    except (FileNotFoundError, DamagedCheckpoint, ForeignCheckpoint) as error:
         log.warning("%s: %s", path, error)
         return None
     return replace(entry, names=(name,)) if entry.id == back.id else None

@@ -34,11 +34,11 @@ from typing import Any
 
 import xxhash
 
-from holdfast.checkpoint.format import Reader, read_manifest
+from holdfast.checkpoint.format import NewerFormat, Reader, read_manifest
 from holdfast.checkpoint.policy import Order
 from holdfast.checkpoint.rundir.entries import NONSENSE
 from holdfast.checkpoint.system import FileLock, Slot, filesystem
-from holdfast.errors import CheckpointError, DamagedCheckpoint, RunLocked
+from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint, RunLocked
 from holdfast.i18n import _
 
 log = logging.getLogger("holdfast")
@@ -46,6 +46,7 @@ log = logging.getLogger("holdfast")
 PLACE = Path("/dev/shm")
 _RUN, _LOCK = "run", "owner.lock"
 _PATIENCE = 2.0  # seconds; earlier versions take a lock for a moment only to ask about it
+_HEAD_VERSION = 1
 HEAD_SIZE = 4096  # the first line of a head, padded: one page is written whole or not at all
 _NAME_RE = re.compile(r"holdfast-(\d+)-(\d+)-(\d+)-([0-9a-f]{8})-g(\d+)(-[0-9a-f]+)?")
 
@@ -166,7 +167,7 @@ class SharedSlot(Slot):
         if not os.fstat(self._fd).st_nlink:  # systemd does that when its user logs out
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path))
         identity, kind = manifest["identity"], manifest["kind"]
-        head = {"holdfast": 1, "identity": identity, "kind": kind, "sealed": True}
+        head = {"holdfast": _HEAD_VERSION, "identity": identity, "kind": kind, "sealed": True}
         text = json.dumps(head).encode()
         line = text + b" " + xxhash.xxh3_128_hexdigest(text).encode() + b"\n"
         assert len(line) <= HEAD_SIZE, "an identity has a fixed size"
@@ -279,6 +280,7 @@ class Left:
     identity: Mapping[str, Any]
     remains: Remains
     kept: bool = False  # whether its checkpoint was asked for by name: not a temporary one
+    version: int = _HEAD_VERSION  # of its head
 
     @property
     def order(self) -> Order:
@@ -362,7 +364,9 @@ def _snapshots(found: Remains) -> Iterator[Left]:
             numbers = (identity.get("generation"), identity.get("step"), identity.get("sequence"))
             if all(type(number) is int for number in numbers) and "run_id" in identity:
                 kept = line.get("kind", "temp") != "temp"  # earlier versions do not say
-                yield Left(head.with_suffix(".pt"), identity, found, kept)
+                version = line.get("holdfast")
+                version = version if type(version) is int else _HEAD_VERSION
+                yield Left(head.with_suffix(".pt"), identity, found, kept, version)
 
 
 def sweep(run_directory: Path) -> None:
@@ -381,7 +385,7 @@ def _read_line(head: Path) -> dict[str, Any] | None:
     """Return the line in a head; None if its slot holds no whole snapshot.
 
     Where the head itself is rotten, the manifest in the slot says the same. `OSError` as it comes:
-    it says nothing about the slot.
+    it says nothing about the slot. Raises `NewerFormat` where a later version has filled that.
     """
     try:
         text, _blank, digest = head.read_bytes()[:HEAD_SIZE].partition(b"\n")[0].rpartition(b" ")
@@ -394,7 +398,7 @@ def _read_line(head: Path) -> dict[str, Any] | None:
         return line if isinstance(line["identity"], dict) and line["sealed"] is True else None
     except (FileNotFoundError, *NONSENSE):
         return None
-    except CheckpointError as error:
+    except (DamagedCheckpoint, ForeignCheckpoint) as error:
         log.warning("%s: %s", head, error)
         return None
 
@@ -403,8 +407,11 @@ def _read_line(head: Path) -> dict[str, Any] | None:
 def opened(left: Left) -> Iterator[tuple[Mapping[str, Any], memoryview]]:
     """Open a snapshot: its manifest and its bytes, after every byte was verified.
 
-    Raises `DamagedCheckpoint` where they are not what was written, or gone; `OSError` as it comes.
+    Raises `DamagedCheckpoint` where they are not what was written, or gone; `NewerFormat` where a
+    later version wrote them; `OSError` as it comes.
     """
+    if left.version > _HEAD_VERSION:
+        raise NewerFormat(left.path, left.version)
     try:
         with Reader(left.path) as reader:
             reader.verify()

@@ -19,7 +19,13 @@ from holdfast.checkpoint.rundir import (
 from holdfast.checkpoint.save.ledger import Ledger
 from holdfast.checkpoint.save.options import Options
 from holdfast.checkpoint.save.publisher import Publisher
-from holdfast.errors import CheckpointError, HoldfastError, ResourceError, SaveFailed
+from holdfast.errors import (
+    DamagedCheckpoint,
+    ForeignCheckpoint,
+    HoldfastError,
+    ResourceError,
+    SaveFailed,
+)
 from holdfast.i18n import _
 
 
@@ -119,7 +125,7 @@ def _publish(
     with contextlib.ExitStack() as stack:
         try:
             manifest, image = stack.enter_context(shared_memory.opened(snapshot))
-        except CheckpointError as error:
+        except (DamagedCheckpoint, ForeignCheckpoint) as error:
             raise _Rotten(str(error)) from error
         save.manifest, save.size, save.ranges = manifest, len(image), [(0, image)]
         saved = Publisher(Ledger(catalog, reporter), Options(make_room=make_room)).publish(save)

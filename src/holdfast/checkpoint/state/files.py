@@ -69,9 +69,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """
     try:
         state = load(path, only="model")
-    except DamagedCheckpoint:
-        raise
-    except CheckpointError:
+    except ForeignCheckpoint:
         state = load_foreign(path)
     if isinstance(state, Mapping):
         for key in WEIGHT_KEYS:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from holdfast.checkpoint.format import read_manifest
+from holdfast.checkpoint.format import NewerFormat, read_manifest
 from holdfast.checkpoint.policy import (
     Candidate,
     KeepBest,
@@ -23,7 +23,7 @@ from holdfast.checkpoint.policy import (
 )
 from holdfast.checkpoint.rundir import ARCHIVE, QUARANTINE, ROLES, TEMP
 from holdfast.checkpoint.system import filesystem
-from holdfast.errors import CheckpointError
+from holdfast.errors import DamagedCheckpoint, ForeignCheckpoint
 from holdfast.i18n import N_, _
 from holdfast.manage.rundir import RunDirectory, set_aside
 
@@ -51,6 +51,7 @@ _REASONS = {
     "damaged": N_("damaged, set aside"),
     "only_damaged": N_("damaged, but nothing here is verified yet"),
     "archived": N_("in the archive"),
+    "newer": N_("written by a newer holdfast: this one cannot read it"),
     "only_archived": N_("in the archive, but nothing here is verified yet"),
     "rolled_back_to": N_("a roll-back that was begun needs it"),
     "linked": N_("a symbolic link: what it leads to is left alone"),
@@ -245,7 +246,11 @@ def _archived(run: RunDirectory) -> list[Row]:
     for paths in groups.values():
         telling = sorted(paths, key=lambda path: (path.name in ROLES, path))
         row = _file_row(run, telling, stays=False, reason="archived")
-        id_, step = _identity(telling[0])
+        try:
+            id_, step = _identity(telling[0])
+        except NewerFormat:  # it may be pinned, or the one to keep
+            rows.append(replace(row, stays=True, reason="newer"))
+            continue
         reason = (
             "pinned"
             if id_ in known.pinned
@@ -265,12 +270,13 @@ def _linked(run: RunDirectory, place: str) -> Row:
 
 
 def _identity(path: Path) -> tuple[str | None, int | None]:
-    """Id and step of a checkpoint that was set aside; nothing where it does not tell."""
+    """Id and step of a checkpoint that was set aside; nothing where it does not tell. Raises
+    `NewerFormat`."""
     try:
         identity = read_manifest(path).get("identity") or {}
         step = identity.get("step")
         return str(identity.get("id")), step if isinstance(step, int) else None
-    except (CheckpointError, OSError, AttributeError):
+    except (DamagedCheckpoint, ForeignCheckpoint, OSError, AttributeError):
         return None, None
 
 

@@ -7,6 +7,7 @@ never read, nothing is unpickled, and every byte that is used has been verified.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ from holdfast.i18n import _
 from holdfast.training import models
 from holdfast.training.plausible import check_configuration
 from holdfast.training.text.tokenizer import TextTokenizer, why_not_loaded
+
+log = logging.getLogger("holdfast")
 
 _LISTED = 3  # names of weights that a message shows
 
@@ -92,6 +95,8 @@ def find_checkpoint(source: str | os.PathLike[str]) -> tuple[Path, Entry | None]
         return path, None
     catalog = Catalog(path)
     contents = catalog.scan()
+    for name, reason in contents.unreadable:  # it may be the best or the newest
+        log.warning(_("{name} is passed over: {reason}", name=name, reason=reason))
     entry = contents.best or contents.newest
     if entry is None:
         raise HoldfastError("There are no checkpoints in {directory}.", directory=path)
