@@ -1,4 +1,4 @@
-"""A reader of checkpoints made from docs/en/format.md alone: nothing of the package is used here."""
+"""A reader of checkpoints made from docs/en/format.md alone: no code of ours is used."""
 
 from __future__ import annotations
 

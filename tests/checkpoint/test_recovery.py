@@ -234,7 +234,10 @@ def test_when_everything_is_damaged_nothing_is_started_over(tmp_path: Path) -> N
 def test_what_a_later_version_wrote_is_not_passed_over(tmp_path: Path) -> None:
     make_run(tmp_path, 2)
     craft(tmp_path / "checkpoint_step_3.pt", '{"format_version":99}')
-    with Toy().manager(tmp_path) as manager, pytest.raises(CheckpointError, match="pip install --upgrade holdfast"):
+    with (
+        Toy().manager(tmp_path) as manager,
+        pytest.raises(CheckpointError, match="pip install --upgrade holdfast"),
+    ):
         manager.resume()
     assert not (tmp_path / "quarantine").exists()
 

@@ -6,7 +6,7 @@ Records, offsets, sizes and checksums. No torch enters this room, and no run dir
 from __future__ import annotations
 
 from holdfast.checkpoint.format import container, image, plain, reading
-from holdfast.checkpoint.format.container import NewerFormat, Reader, read_manifest
+from holdfast.checkpoint.format.container import NewerFormat, Reader, newer_format, read_manifest
 from holdfast.checkpoint.format.image import Blueprint, Sealer, design
 from holdfast.checkpoint.format.layout import ARCHIVE, Record, plan
 from holdfast.checkpoint.format.plain import plain_state
@@ -22,6 +22,7 @@ __all__ = [
     "container",
     "design",
     "image",
+    "newer_format",
     "patiently",
     "plain",
     "plain_state",

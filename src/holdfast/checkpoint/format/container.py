@@ -58,14 +58,16 @@ class NewerFormat(CheckpointError):
     to this one.
     """
 
-    def __init__(self, path: Path, version: int) -> None:
-        super().__init__(
-            "{path} has format version {version}, and this holdfast reads versions up to {ours}. "
-            "Install a newer one (pip install --upgrade holdfast); the file stays as it is.",
-            path=path,
-            version=version,
-            ours=FORMAT_VERSION,
-        )
+
+def newer_format(path: Path, version: int) -> NewerFormat:
+    """Return the error to raise for a file of a `version` that this holdfast cannot read."""
+    return NewerFormat(
+        "{path} has format version {version}, and this holdfast reads versions up to {ours}. "
+        "Install a newer one (pip install --upgrade holdfast); the file stays as it is.",
+        path=path,
+        version=version,
+        ours=FORMAT_VERSION,
+    )
 
 
 class Reader:
@@ -174,7 +176,7 @@ class Reader:
         if type(version) is not int or version < 1:
             raise self._senseless()
         if version > FORMAT_VERSION:
-            raise NewerFormat(self.path, version)
+            raise newer_format(self.path, version)
         return manifest, Record(MANIFEST, -1, offset, size, crc32, xxh3)
 
     def _parse_records(self) -> list[Record]:

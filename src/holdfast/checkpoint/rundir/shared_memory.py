@@ -34,7 +34,7 @@ from typing import Any
 
 import xxhash
 
-from holdfast.checkpoint.format import NewerFormat, Reader, read_manifest
+from holdfast.checkpoint.format import Reader, newer_format, read_manifest
 from holdfast.checkpoint.policy import Order
 from holdfast.checkpoint.rundir.entries import NONSENSE
 from holdfast.checkpoint.system import FileLock, Slot, filesystem
@@ -411,7 +411,7 @@ def opened(left: Left) -> Iterator[tuple[Mapping[str, Any], memoryview]]:
     later version wrote them; `OSError` as it comes.
     """
     if left.version > _HEAD_VERSION:
-        raise NewerFormat(left.path, left.version)
+        raise newer_format(left.path, left.version)
     try:
         with Reader(left.path) as reader:
             reader.verify()
