@@ -111,6 +111,8 @@ class CheckpointManager:
         metric: the name in `metrics` that decides which checkpoint is best.
         lower_is_better: whether a lower `metric` is better.
         rng: whether the random streams of this process belong to the state.
+        grads: whether gradients are saved that an optimizer has used already. Those in progress, of
+            micro-batches and of levels that step every few steps, are saved in any case.
         reserve: bytes behind the tensors that are claimed for values, so that every file of the
             run has one size; 0 rounds up to whole pages.
         overlap: True if snapshots may be copied while training goes on, up to the next step of an
@@ -145,6 +147,7 @@ class CheckpointManager:
         metric: str = "val_loss",
         lower_is_better: bool = True,
         rng: bool = True,
+        grads: bool = False,
         reserve: int = 0,
         overlap: Overlap = False,
         memory_every: int | Literal["auto"] = 0,
@@ -185,6 +188,7 @@ class CheckpointManager:
             metric=metric,
             lower_is_better=lower_is_better,
             rng=rng,
+            grads=grads,
             reserve=reserve,
             overlap=overlap,
             memory_every=memory_every,
@@ -347,7 +351,10 @@ class CheckpointManager:
             self._open = False
 
     def give_way(self) -> None:
-        """Close, since another manager of this process is about to work in the directory."""
+        """Close, since another manager of this process is about to work in the directory. What is
+        in memory becomes durable; the live objects may be the other's already."""
+        if self._lock.held:
+            self.save_snapshot()
         self._superseded = True
         guard, self._guard = self._guard, None
         if guard is not None:

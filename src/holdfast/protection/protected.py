@@ -15,20 +15,25 @@ from holdfast import i18n
 from holdfast.checkpoint import CheckpointManager, Resumed, RiskAware, Saved
 from holdfast.checkpoint.policy import SavePolicy
 from holdfast.checkpoint.rundir import words
+from holdfast.checkpoint.state import gradients
 from holdfast.checkpoint.system import signals
 from holdfast.errors import ConfigError, StateMismatch
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import _
-from holdfast.protection import plain
+from holdfast.protection import outside, plain
 
 log = logging.getLogger("holdfast")
 
-_LOOP = "loop"  # the key of the loop's own values in a checkpoint
+# Keys of a checkpoint: the values that the loop rebinds, and the objects of `also`.
+_LOOP, _ALSO = "loop", "also"
+_MOST_NAMES = 8  # in one line
 
 
 def protect(
     directory: str | os.PathLike[str],
     *,
+    also: Sequence[Any] = (),
+    grads: bool = False,
     quiet: bool = False,
     save_when: Sequence[SavePolicy] | None = None,
     keep_last: int = 3,
@@ -52,6 +57,11 @@ def protect(
 
     Args:
         directory: the run directory; created, and locked until the process ends.
+        also: objects of any class that hold what no `state_dict` has: momenta in a dataclass, a
+            clock, modules with tensors in plain attributes. All that a checkpoint can hold of them
+            is saved, and restored in place.
+        grads: whether gradients are saved that an optimizer has used already, for loops that go on
+            adding to them. Those that no optimizer has used yet are saved in any case.
         quiet: True to say nothing of saves that succeed. Else each is a line on stderr.
         save_when: policies; `RiskAware()` if not given: as often as costs 1 % of the time.
         keep_last, metric, lower_is_better, memory_every: as for `CheckpointManager`.
@@ -61,23 +71,29 @@ def protect(
     Raises: as `CheckpointManager`. ConfigError: a name is taken by the engine.
     """
     i18n.follow_environment()
-    for name in (_LOOP, "epoch", "global_step"):
+    for name in (_LOOP, _ALSO, "epoch", "global_step"):
         if name in objects:
             raise ConfigError(
                 "{name} is a name of a checkpoint's own: call that object otherwise.", name=name
             )
+    if not isinstance(also, list | tuple):
+        raise ConfigError("also is a list of objects, such as {example}.", example="also=[momenta]")
     loop = _Loop()
+    state = {**objects, _LOOP: loop}
+    if also:
+        state[_ALSO] = outside.Objects(also, objects)
     manager = CheckpointManager(
         directory,
-        {**objects, _LOOP: loop},
+        state,
         keep_last=keep_last,
         save_when=[RiskAware()] if save_when is None else save_when,
         metric=metric,
         lower_is_better=lower_is_better,
         memory_every=memory_every,
+        grads=grads,
         on_event=None if quiet else _tell,
     )
-    run = Protected(manager, loop)
+    run = Protected(manager, loop, grads=grads)
     _watch(run)
     return run
 
@@ -87,10 +103,11 @@ class _Loop:
 
     def __init__(self) -> None:
         self.values: tuple[Any, ...] = ()
+        self._encode, self._decode = plain.Encoder(), plain.Decoder(in_place=False)
         self.epoch = 0  # epochs that were ended
 
     def state_dict(self) -> dict[str, Any]:
-        values = [plain.encode(value, f"{_LOOP}/{i}") for i, value in enumerate(self.values)]
+        values = [self._encode(value, f"{_LOOP}/{i}") for i, value in enumerate(self.values)]
         return {"values": values, "epoch": self.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -101,19 +118,23 @@ class _Loop:
                 given=len(given),
                 saved=len(values),
             )
-        self.values = tuple(plain.decode(list(values), list(given)))
+        self.values = tuple(self._decode(list(values), list(given)))
         self.epoch = state["epoch"]
 
 
 class Protected:
     """A training that is protected; made by `protect`."""
 
-    def __init__(self, manager: CheckpointManager, loop: _Loop) -> None:
+    def __init__(self, manager: CheckpointManager, loop: _Loop, *, grads: bool) -> None:
         self.manager = manager
+        self._grads = grads
         self.resumed: Resumed | None = None  # what training goes on from; None: from the beginning
         self._loop = loop
         self._given = -1  # how many values `resume` was given; -1 before it
         self._step = 0
+        self._outside: outside.Watch | None = None
+        self._used: gradients.Used | None = None  # a gradient at the first save, an optimizer's
+        self._looked = False  # True once that was looked for
         self._thread, self._pid = threading.current_thread(), os.getpid()
 
     @property
@@ -143,6 +164,7 @@ class Protected:
         self.resumed = self.manager.resume()
         if self.resumed is not None:
             self._step = self.resumed.step
+        self._outside = outside.Watch(self.manager.state)
         self.manager.guard()
         values = self._loop.values
         return values[0] if len(values) == 1 else values
@@ -162,8 +184,10 @@ class Protected:
         self._check(step, values)
         self._step = step
         self._loop.values = (step, *values)
+        self._look_for_used()
         try:
-            self.manager.after_step(step, epoch=self._epoch_now, metrics=metrics)
+            if self.manager.after_step(step, epoch=self._epoch_now, metrics=metrics) is not None:
+                self._look_outside()
         except signals.Stopped as error:
             self.manager.end(error)
             raise
@@ -186,6 +210,7 @@ class Protected:
             self._loop.values = (self._step, *values)
         self._loop.epoch += 1
         self.manager.end_epoch(self._loop.epoch, step=self._step, metrics=metrics)
+        self._look_outside()
 
     def save(self, **metrics: float) -> Saved | None:
         """Make the state durable now, as that of the step that was told last.
@@ -194,6 +219,7 @@ class Protected:
 
         Raises ConfigError before the first step, and where an optimizer has begun another one.
         """
+        self._look_outside()
         return self.manager.save_told(metrics=metrics)
 
     def close(self, error: BaseException | None = None) -> None:
@@ -202,6 +228,7 @@ class Protected:
         if self in _open:
             _open.remove(self)
         if os.getpid() == self._pid:
+            self._look_outside()
             self.manager.end(error)
 
     def finish(self, error: BaseException | None) -> None:
@@ -211,6 +238,41 @@ class Protected:
         if self._thread is not threading.current_thread() and not self._thread.daemon:
             self._thread.join()  # it trains on, though the main thread is done
         self.close(error)
+
+    def _look_outside(self) -> None:
+        """Name, once each, the tensors that training changes and no checkpoint has."""
+        names = self._outside.look() if self._outside is not None else []
+        if names:
+            more = _(" … and {count} more", count=len(names) - _MOST_NAMES)
+            log.warning(
+                _(
+                    "{directory}: training changes these tensors, which no state_dict has; a "
+                    "resume would not restore them: {names}. Give what holds them to "
+                    "protect(also=[...]), or register them as buffers.",
+                    directory=self.manager.catalog.directory,
+                    names=", ".join(names[:_MOST_NAMES]) + (more if names[_MOST_NAMES:] else ""),
+                )
+            )
+
+    def _look_for_used(self) -> None:
+        """Say once that gradients stay, which an optimizer has used and no checkpoint has."""
+        if self._grads or (self._looked and self._used is None):
+            return
+        if not self._looked:
+            self._looked, self._used = True, gradients.first_used(self.manager.state)
+            return
+        assert self._used is not None
+        used, self._used = self._used, None
+        if used.stays:
+            log.warning(
+                _(
+                    "{directory}: the gradient of {name} is still there a step after an optimizer "
+                    "has used it. Where the loop adds to it, without setting it to zero, use "
+                    "protect(..., grads=True): else a resume begins without it.",
+                    directory=self.manager.catalog.directory,
+                    name=used.name,
+                )
+            )
 
     @property
     def _epoch_now(self) -> int | None:
@@ -250,10 +312,13 @@ def _watch(run: Protected) -> None:
     _open.append(run)
     if not _registered:
         _registered = True
-        # atexit is too late for thread pools and for new threads; Python has no public name for it.
         register: Callable[[Callable[[], None]], Any]
+        # atexit is late, when thread pools are closed. Python has no public name for this one.
         register = getattr(threading, "_register_atexit", atexit.register)
-        register(_finish)
+        try:
+            register(_finish)
+        except RuntimeError:  # the main thread has ended already, and this one trains on
+            atexit.register(_finish)
 
 
 def _finish() -> None:

@@ -21,6 +21,7 @@ class Options:
     metric: str = "val_loss"
     lower_is_better: bool = True
     rng: bool = True
+    grads: bool = False
     reserve: int = 0
     overlap: Overlap = False
     memory_every: int | Literal["auto"] = 0

@@ -65,7 +65,7 @@ class Source:
         if self.random is not None:
             payload["rng"] = self.random
         payload.update(self.kept)
-        left = gradients.in_progress(self.state)
+        left = gradients.in_progress(self.state, used=self._options.grads)
         if left:
             payload[gradients.KEY] = left
         return normalise(payload)

@@ -18,7 +18,8 @@ from holdfast.checkpoint.state.files import (
     verify,
 )
 from holdfast.checkpoint.state.names import OptimizerNames, bare, unwrapped
-from holdfast.checkpoint.state.randomness import RandomState, seeded_anew
+from holdfast.checkpoint.state.paths import walk
+from holdfast.checkpoint.state.randomness import RandomState, seeded_anew, stream_of
 from holdfast.checkpoint.state.restore import plan_restore
 from holdfast.checkpoint.state.transaction import LoadObject
 from holdfast.checkpoint.state.tree import StorageSlice, Tree, normalise
@@ -42,6 +43,8 @@ __all__ = [
     "normalise",
     "plan_restore",
     "seeded_anew",
+    "stream_of",
     "unwrapped",
     "verify",
+    "walk",
 ]

@@ -63,12 +63,13 @@ register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)
 
 
-def in_progress(state: Any) -> dict[str, torch.Tensor]:
-    """Return the gradients that belong to `state`, by the names of their parameters."""
+def in_progress(state: Any, *, used: bool = False) -> dict[str, torch.Tensor]:
+    """Return the gradients that belong to `state`, by the names of their parameters; with `used`,
+    those as well that an optimizer has used."""
     found = {
         name: tensor.grad
         for name, tensor in _leaves(state).items()
-        if tensor.grad is not None and getattr(tensor.grad, _USED, None) != tensor.grad._version
+        if tensor.grad is not None and (used or not _is_used(tensor.grad))
     }
     dense = [gradient for gradient in found.values() if gradient.layout is torch.strided]
     if dense and not torch.nn.utils.get_total_norm(dense, math.inf).any():
@@ -77,6 +78,32 @@ def in_progress(state: Any) -> dict[str, torch.Tensor]:
             if gradient.layout is torch.strided:
                 found[name] = gradient.new_zeros(()).expand(gradient.shape)
     return found
+
+
+def _is_used(gradient: torch.Tensor) -> bool:
+    return getattr(gradient, _USED, None) == gradient._version
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """A gradient that an optimizer has used, and that is still there."""
+
+    name: str
+    parameter: torch.Tensor
+    gradient: torch.Tensor
+
+    @property
+    def stays(self) -> bool:
+        """True if the parameter still has the same tensor as its gradient."""
+        return self.parameter.grad is self.gradient
+
+
+def first_used(state: Any) -> Used | None:
+    """Return the first gradient in a state that an optimizer has used; None if there is none."""
+    for name, tensor in _leaves(state).items():
+        if tensor.grad is not None and _is_used(tensor.grad):
+            return Used(name, tensor, tensor.grad)
+    return None
 
 
 @dataclass(slots=True)
