@@ -6,4 +6,4 @@ of `checkpoint` and `protection` only. None of them knows the trainer of this pa
 
 from __future__ import annotations
 
-__all__ = ["data"]
+__all__ = ["data", "transformers"]

@@ -1,0 +1,529 @@
+"""Protection for `transformers.Trainer` and what is made from it (Seq2SeqTrainer, TRL's SFTTrainer).
+
+    trainer = Trainer(model=model, args=args, train_dataset=data)
+    protect(trainer, "runs/a")
+    trainer.train()                     # begins, or goes on from the newest intact state
+
+A callback alone cannot do this. Trainer decides in which epoch it goes on, and at which batch,
+before it calls `on_train_begin`; it sets its sums of the losses to zero after it has loaded; and it
+calls `on_step_end` before that step is logged and evaluated. So the trainer gets a class of ours in
+front of its own: it restores once the optimizer exists, and saves when a step is logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import random
+import time
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from transformers import Trainer
+from transformers import trainer as hf_trainer
+from transformers.trainer_callback import ExportableState
+from transformers.utils import is_peft_available
+
+from holdfast.adapters.data import ResumableLoader
+from holdfast.checkpoint import CheckpointManager, Resumed, RiskAware
+from holdfast.checkpoint.policy import SavePolicy
+from holdfast.errors import ConfigError, StateMismatch
+
+__all__ = ["protect"]
+
+# What `TrainerState` counts. Its other fields are what the arguments say now.
+_COUNTED = (
+    "epoch",
+    "global_step",
+    "num_input_tokens_seen",
+    "total_flos",
+    "best_metric",
+    "best_global_step",
+)
+# What trainers count in attributes of their own; the last two are TRL's.
+_SUMS = (
+    "_tr_loss",
+    "_total_loss_scalar",
+    "_globalstep_last_logged",
+    "current_flos",
+    "_metrics",
+    "_total_train_tokens",
+)
+
+_skip = hf_trainer.skip_first_batches
+
+
+def _go_on(loader: Any, num_batches: int = 0) -> Any:
+    """Skip nothing of a loader that goes on at its place: Trainer would build another from its
+    parts."""
+    return loader if isinstance(loader, ResumableLoader) else _skip(loader, num_batches)
+
+
+hf_trainer.skip_first_batches = _go_on
+
+
+def protect(
+    trainer: Trainer,
+    directory: str | os.PathLike[str],
+    *,
+    save_when: Sequence[SavePolicy] | None = None,
+    **objects: Any,
+) -> Trainer:
+    """Protect what `trainer.train()` does; returns the same trainer.
+
+    Everything that Trainer counts is saved and restored: weights, optimizer, scheduler, scaler,
+    random streams, the place in the data, logs, sums of losses, states of callbacks. Of a PEFT
+    model only what trains is saved, and the frozen weights are checked for being the same ones.
+    `train()` goes on from the newest intact state in `directory` by itself; at SIGINT, SIGTERM,
+    SIGHUP or SIGUSR1 it saves the step and ends the process with 128 + n.
+
+    Where `save_strategy` asks for a checkpoint, Trainer writes its folder `checkpoint-N` with the
+    weights alone, for `from_pretrained`, and the state of that step is kept here. As many of both
+    are kept as `save_total_limit` says.
+
+    Args:
+        trainer: made, and not yet trained.
+        directory: the run directory, which may be `args.output_dir`.
+        save_when: policies for saving in between; None: by risk, so that saving costs at most 1 %.
+        objects: whatever else must be saved, such as an average of the weights: objects with
+            `state_dict` and `load_state_dict`, under names of yours.
+
+    Raises:
+        ConfigError: an argument of `trainer` stands against an exact resume.
+    """
+    _check(trainer, objects)
+    trainer.args.save_only_model = True
+    policies = [RiskAware()] if save_when is None else save_when
+    trainer._holdfast = _Protection(trainer, directory, policies, objects)
+    kind = type(trainer)
+    trainer.__class__ = type(kind.__name__, (_Protected, kind), {"__module__": kind.__module__})
+    return trainer
+
+
+def _check(trainer: Any, objects: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where a resume could not be exact, or would be made by another."""
+    if not isinstance(trainer, Trainer) or isinstance(trainer, _Protected):
+        raise ConfigError(
+            "protect() takes a transformers.Trainer that is not protected yet; this is a {kind}.",
+            kind=type(trainer).__name__,
+        )
+    if not hasattr(Trainer, "_run_epoch"):
+        raise ConfigError("transformers is too old to be protected: install 5.23 or newer.")
+    args = trainer.args
+    if args.enable_jit_checkpoint:
+        raise ConfigError(
+            "enable_jit_checkpoint=True: leave it out. At SIGTERM, the protected trainer saves the "
+            "step that it is at, and ends."
+        )
+    if args.ignore_data_skip:
+        raise ConfigError(
+            "ignore_data_skip=True: leave it out. No batch is loaded to be skipped, and none is "
+            "trained on twice."
+        )
+    if args.auto_find_batch_size:
+        raise ConfigError(
+            "auto_find_batch_size=True: a resume would not find the same batches. Set "
+            "per_device_train_batch_size to what fits."
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ConfigError("Trainer with DeepSpeed or FSDP cannot be protected yet.")
+    taken = sorted({"model", "optimizer", "scheduler", "scaler", "trainer", "data"} & {*objects})
+    if taken:
+        raise ConfigError("The name {name} is taken by a part of the trainer.", name=taken[0])
+
+
+class _Protected(Trainer):  # type: ignore[misc]
+    """The class in front of the trainer's own. What is private here is private in Trainer."""
+
+    _holdfast: _Protection
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        if trial is not None:
+            raise ConfigError("hyperparameter_search() makes many trainings of one: not protected.")
+        self._holdfast.named = resume_from_checkpoint or None
+        return super().train(ignore_keys_for_eval=ignore_keys_for_eval)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as self._holdfast.stack:
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        self.accelerator.prepare = _as_it_is  # the loader of Accelerate has no place to go on from
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            del self.accelerator.prepare
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._holdfast.loader = ResumableLoader(loader, seed=seed)
+        return self._holdfast.loader
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        protection = self._holdfast
+        super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, None, trial
+        )
+        # Where training goes on is decided here, and restoring needs the optimizer.
+        protection.prepared = super()._prepare_for_training(max_steps, protection.loader, None)
+        return protection.open(num_train_epochs)
+
+    def _prepare_for_training(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self._holdfast.prepared
+
+    def _run_epoch(self, **words: Any) -> None:
+        protection, epoch = self._holdfast, words["epoch"]
+        protection.begin()
+        words["start_time"] -= protection.progress.before
+        goes_on = epoch == words["epochs_trained"] and words["steps_trained_in_current_epoch"] > 0
+        if not goes_on or not protection.progress.epoch_over:
+            words["resume_from_checkpoint"] = "holdfast" if goes_on else None
+            super()._run_epoch(**words)
+            return
+        # Only the end of this epoch is left to do: Trainer's loop would train one step more.
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        norm, rate = protection.progress.last
+        names = "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"
+        self._maybe_log_save_evaluate(
+            self._tr_loss, norm, *(words[name] for name in names), learning_rate=rate
+        )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        self._holdfast.restore_rng()
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        if skip_scheduler and self.state.global_step:  # `eval_on_start`, and this is no start
+            return {}
+        metrics: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        self._holdfast.metrics = metrics
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self._holdfast.asked = True
+
+    def _maybe_log_save_evaluate(  # noqa: PLR0917 - Trainer's own
+        self,
+        tr_loss: Any,
+        grad_norm: Any,
+        model: Any,
+        trial: Any,
+        epoch: int,
+        ignore_keys_for_eval: Any,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        self._holdfast.asked, self._holdfast.metrics = False, None
+        super()._maybe_log_save_evaluate(
+            tr_loss,
+            grad_norm,
+            model,
+            trial,
+            epoch,
+            ignore_keys_for_eval,
+            start_time,
+            learning_rate=learning_rate,
+        )
+        self._holdfast.step_done(epoch, time.time() - start_time, (grad_norm, learning_rate))
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        self._holdfast.begin()
+        # The best weights may take the place of the last ones now: the last ones are saved first.
+        self._holdfast.stack.close()
+        return super()._finalize_training(
+            trial, num_train_samples, start_time - self._holdfast.progress.before
+        )
+
+
+class _Protection:
+    """The manager of one trainer, and where that trainer is."""
+
+    stack: contextlib.ExitStack
+    manager: CheckpointManager
+    loader: ResumableLoader
+    progress: _Progress
+    prepared: Any  # by `_prepare_for_training`
+    named: str | bool | None  # the checkpoint that train() was told to go on from
+    metrics: dict[str, float] | None  # of an evaluation after this step
+    asked: bool  # True if Trainer has written its folder after this step
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        directory: str | os.PathLike[str],
+        save_when: Sequence[SavePolicy],
+        objects: Mapping[str, Any],
+    ) -> None:
+        self._trainer, self._directory = trainer, directory
+        self._save_when, self._objects = save_when, objects
+        self._told = 0  # the step that was told to the manager last
+        self._streams: tuple[Any, ...] | None = None
+
+    def open(self, num_train_epochs: int) -> tuple[int, int]:
+        """Restore the newest state; returns the epoch to go on in, and how many of its batches are
+        trained on already."""
+        trainer, args = self._trainer, self._trainer.args
+        self.progress = _Progress(trainer, self.loader)
+        state: dict[str, Any] = {
+            "model": _Trainable(trainer.model) if _is_peft(trainer.model) else trainer.model,
+            "optimizer": trainer.optimizer,
+            "scheduler": trainer.lr_scheduler,
+            "trainer": self.progress,
+            **self._objects,
+        }
+        if getattr(trainer.accelerator, "scaler", None) is not None:
+            state["scaler"] = trainer.accelerator.scaler
+        metric = args.metric_for_best_model or "loss"
+        self.manager = self.stack.enter_context(
+            CheckpointManager(
+                self._directory,
+                state,
+                keep_last=args.save_total_limit or 0,
+                save_when=self._save_when,
+                metric=metric if metric.startswith("eval_") else f"eval_{metric}",
+                lower_is_better=not args.greater_is_better,
+                memory_every="auto",
+            )
+        )
+        resumed = self._resume()
+        self._told = trainer.state.global_step
+        self._streams = None
+        if resumed is None:
+            return 0, 0
+        self._streams = _streams()
+        return self.progress.place(num_train_epochs)
+
+    def _resume(self) -> Resumed | None:
+        """Restore what `train(resume_from_checkpoint=...)` means here.
+
+        A folder `checkpoint-N` of Trainer's own has weights alone: where it is named, as scripts do
+        that look for the last one, the newest state is meant.
+        """
+        source = None if self.named is True else self.named
+        folder = source is not None and (Path(source) / "trainer_state.json").is_file()
+        resumed = self.manager.resume(None if folder else source)
+        if resumed is None and folder:
+            raise ConfigError(
+                "{path} has weights alone, and {directory} has no state to go on from. To begin "
+                "with these weights, load them by from_pretrained and call train() without "
+                "resume_from_checkpoint.",
+                path=source,
+                directory=self._directory,
+            )
+        return resumed
+
+    def restore_rng(self) -> None:
+        """Set the random streams as they were after the step that was restored."""
+        if self._streams is not None:
+            python, numpy, cpu, cuda = self._streams
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(cpu)
+            torch.cuda.set_rng_state_all(cuda)
+
+    def begin(self) -> None:
+        """Put back, once, what Trainer sets to zero before its first step, and what callbacks have
+        drawn from the random streams meanwhile."""
+        if self.progress.begin():
+            self.restore_rng()
+
+    def step_done(self, epoch: int, elapsed: float, last: tuple[Any, Any]) -> None:
+        """Save after a step has been logged and evaluated, or the end of an epoch has."""
+        step = self._trainer.state.global_step
+        ended = step == self._told
+        self._told = step
+        self.progress.freeze(ended=ended, elapsed=elapsed, last=last)
+        if self.asked:
+            better = self.metrics is not None and self.manager.improves(self.metrics)
+            kind = "epoch" if ended else "best" if better else "step"
+            self.manager.save_async(
+                step=step, epoch=epoch + 1, metrics=self.metrics, kind=kind, reason="scheduled"
+            )
+        self.manager.after_step(step, epoch=epoch + 1)
+
+
+class _Progress:
+    """What Trainer counts, as an object of the state: as it was after the last step.
+
+    A save after an exception must not have half of a step: the next batches, their losses.
+    """
+
+    def __init__(self, trainer: Trainer, loader: ResumableLoader) -> None:
+        self._trainer, self._loader = trainer, loader
+        self._frozen_weights = _fingerprint(trainer.model) if _is_peft(trainer.model) else None
+        self.last: Sequence[Any] = None, None  # gradient norm and learning rate of the last step
+        self._to_begin = False  # True until the sums that were restored are in the trainer
+        self.before = 0.0  # seconds of training, in processes before this one
+        self.stopped = False  # True if no step is left to do
+        self.epoch_over = False  # True if none is left in the epoch that was restored
+        self._logged = 0
+        self._values: Mapping[str, Any] = {}
+        self.freeze(ended=False, elapsed=0.0, last=(None, None))
+
+    def freeze(self, *, ended: bool, elapsed: float, last: tuple[Any, Any]) -> None:
+        """Note what the trainer has counted, for the saves that come.
+
+        Args:
+            ended: True if the end of the epoch has been logged and evaluated.
+            elapsed: seconds of training until now, in all processes.
+            last: gradient norm and learning rate of the step; the end of the epoch logs them.
+        """
+        trainer, state, control = self._trainer, self._trainer.state, self._trainer.control
+        self._logged = len(state.log_history)
+        self._values = {
+            "counts": {name: getattr(state, name) for name in _COUNTED},
+            "sums": {n: copy.deepcopy(getattr(trainer, n)) for n in _SUMS if hasattr(trainer, n)},
+            "callbacks": [callback.state()["attributes"] for callback in self._callbacks()],
+            "data": self._loader.state_dict(),
+            "ended": ended,
+            "elapsed": elapsed,
+            "last": last,
+            "training_stopped": control.should_training_stop,
+            "epoch_stopped": control.should_epoch_stop,
+            "max_steps": state.max_steps,
+            "frozen_weights": self._frozen_weights,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._values, "log_history": self._trainer.state.log_history[: self._logged]}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        if saved["frozen_weights"] != self._frozen_weights:
+            raise StateMismatch(
+                "The frozen weights are not those that the checkpoint was trained with: load the "
+                "same base model."
+            )
+        self._loader.load_state_dict(saved["data"])
+        state = self._trainer.state
+        for name in _COUNTED:
+            setattr(state, name, saved["counts"][name])
+        state.log_history = list(saved["log_history"])
+        self._logged = len(state.log_history)
+        best = Path(self._trainer.args.output_dir, f"checkpoint-{state.best_global_step}")
+        state.best_model_checkpoint = str(best) if best.is_dir() else None
+        for callback, attributes in zip(self._callbacks(), saved["callbacks"], strict=False):
+            for name, value in attributes.items():
+                setattr(callback, name, value)
+        self._values, self._to_begin = saved, True
+        self.before, self.last = saved["elapsed"], saved["last"]
+
+    def _callbacks(self) -> list[Any]:
+        callbacks = self._trainer.callback_handler.callbacks
+        return [each for each in callbacks if isinstance(each, ExportableState)]
+
+    def place(self, epochs: int) -> tuple[int, int]:
+        """Return the epoch to go on in, and the batches of it that are done; past all `epochs`
+        where nothing is left to do."""
+        saved, state, loader = self._values, self._trainer.state, self._loader
+        # The end that `max_steps` was is none any more where there are more of them now.
+        further = saved["max_steps"] <= state.global_step < state.max_steps
+        stopped = saved["training_stopped"] and not further
+        self.stopped = stopped or state.global_step >= state.max_steps
+        complete = loader.position >= len(loader) or saved["epoch_stopped"]
+        if saved["ended"] and (self.stopped or complete):
+            return epochs if self.stopped else loader.epoch + 1, 0
+        self.epoch_over = self.stopped or complete
+        steps = self._trainer.args.gradient_accumulation_steps
+        if not self.epoch_over and loader.position % steps:
+            raise StateMismatch(
+                "Training is to go on after batch {batch} of an epoch, and "
+                "gradient_accumulation_steps is {steps} now: use that of the save until the epoch "
+                "has ended.",
+                batch=loader.position,
+                steps=steps,
+            )
+        return loader.epoch, loader.position
+
+    def begin(self) -> bool:
+        """Put back what Trainer has set to zero; returns False where there is nothing to."""
+        if not self._to_begin:
+            return False
+        self._to_begin = False
+        trainer = self._trainer
+        for name, value in self._values["sums"].items():
+            live = getattr(trainer, name, None)
+            if isinstance(live, torch.Tensor):
+                live.copy_(value)
+            elif isinstance(live, MutableMapping):
+                _refill(live, value)
+            else:
+                setattr(trainer, name, value)
+        trainer._initial_global_step = trainer._initial_num_input_tokens_seen = 0
+        trainer.control.should_training_stop = self.stopped
+        return True
+
+
+class _Trainable:
+    """The weights of a PEFT model that train, and its buffers; the others are those of its base."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        model = self._model
+        frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+        known = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+        return {n: value for n, value in model.state_dict().items() if n in known - frozen}
+
+    def load_state_dict(self, saved: Mapping[str, torch.Tensor]) -> None:
+        here = self.state_dict()
+        if here.keys() != saved.keys():
+            odd = ", ".join(sorted(here.keys() ^ saved.keys())[:3])
+            raise StateMismatch("Other weights train here than in the checkpoint: {names}", names=odd)
+        self._model.load_state_dict(saved, strict=False)
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """Return what tells the frozen weights from others: names, shapes, dtypes and a few values."""
+    digest = xxhash.xxh3_128()
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            few = weight.detach().flatten()[:: max(1, weight.numel() // 8)].cpu()
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            digest.update(few.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _is_peft(model: Any) -> bool:
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def _refill(live: MutableMapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Give `live` the content of `saved`; mappings in it stay the objects that they are."""
+    for name in live.keys() - saved.keys():
+        del live[name]
+    for name, value in saved.items():
+        if isinstance(live.get(name), MutableMapping):
+            _refill(live[name], value)
+        else:
+            live[name] = value
+
+
+def _streams() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002
