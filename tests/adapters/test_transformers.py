@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.adapters import trainings
 from tests.adapters.trainings import FINAL, causal, run, seq2seq, sft_lora
 from tests.support import assert_same
 

@@ -82,14 +82,15 @@ class Counting:
         return super().training_step(model, inputs, *more)  # type: ignore[misc]
 
 
+def gpt2(size: int) -> GPT2LMHeadModel:
+    words = {"vocab_size": 64, "n_positions": 32, "eos_token_id": 1, "bos_token_id": 1}
+    return GPT2LMHeadModel(GPT2Config(**words, n_embd=size, n_layer=2, n_head=2))
+
+
 def causal(out: Path, **settings: Any) -> Trainer:
     set_seed(0)
-    size = settings.pop("size", 32)
-    config = GPT2Config(
-        vocab_size=64, n_positions=32, n_embd=size, n_layer=2, n_head=2, eos_token_id=1, bos_token_id=1
-    )
     return type("Own", (Counting, Trainer), {})(
-        model=GPT2LMHeadModel(config),
+        model=gpt2(settings.pop("size", 32)),
         args=TrainingArguments(str(out), **{**SETTINGS, **settings}),
         train_dataset=Data(26, noise=True),
         eval_dataset=Data(4, noise=False),
@@ -128,13 +129,9 @@ def sft_lora(out: Path, **settings: Any) -> Trainer:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *map(str, range(62))])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    size = settings.pop("size", 32)
-    config = GPT2Config(
-        vocab_size=64, n_positions=32, n_embd=size, n_layer=2, n_head=2, eos_token_id=1, bos_token_id=1
-    )
     texts = [{"text": " ".join(str((i * j) % 62) for j in range(1, 12))} for i in range(26)]
     return type("Own", (Counting, SFTTrainer), {})(
-        model=GPT2LMHeadModel(config),
+        model=gpt2(settings.pop("size", 32)),
         args=SFTConfig(str(out), max_length=32, **{**SETTINGS, **settings}),
         train_dataset=Dataset.from_list(texts),
         eval_dataset=Dataset.from_list(texts[:4]),

@@ -1,4 +1,4 @@
-"""Protection for `transformers.Trainer` and what is made from it (Seq2SeqTrainer, TRL's SFTTrainer).
+"""Protection for `transformers.Trainer` and its kin: Seq2SeqTrainer, TRL's SFTTrainer.
 
     trainer = Trainer(model=model, args=args, train_dataset=data)
     protect(trainer, "runs/a")
@@ -15,13 +15,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import random
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import xxhash
 from transformers import Trainer
@@ -29,10 +27,12 @@ from transformers import trainer as hf_trainer
 from transformers.trainer_callback import ExportableState
 from transformers.utils import is_peft_available
 
+from holdfast import i18n
 from holdfast.adapters.data import ResumableLoader
 from holdfast.checkpoint import CheckpointManager, Resumed, RiskAware
 from holdfast.checkpoint.policy import SavePolicy
 from holdfast.errors import ConfigError, StateMismatch
+from holdfast.protection import tell
 
 __all__ = ["protect"]
 
@@ -71,6 +71,7 @@ def protect(
     trainer: Trainer,
     directory: str | os.PathLike[str],
     *,
+    quiet: bool = False,
     save_when: Sequence[SavePolicy] | None = None,
     **objects: Any,
 ) -> Trainer:
@@ -89,6 +90,7 @@ def protect(
     Args:
         trainer: made, and not yet trained.
         directory: the run directory, which may be `args.output_dir`.
+        quiet: True to say nothing of saves that succeed. Else each is a line on stderr.
         save_when: policies for saving in between; None: by risk, so that saving costs at most 1 %.
         objects: whatever else must be saved, such as an average of the weights: objects with
             `state_dict` and `load_state_dict`, under names of yours.
@@ -96,10 +98,11 @@ def protect(
     Raises:
         ConfigError: an argument of `trainer` stands against an exact resume.
     """
+    i18n.follow_environment()
     _check(trainer, objects)
     trainer.args.save_only_model = True
     policies = [RiskAware()] if save_when is None else save_when
-    trainer._holdfast = _Protection(trainer, directory, policies, objects)
+    trainer._holdfast = _Protection(trainer, directory, policies, objects, quiet=quiet)
     kind = type(trainer)
     trainer.__class__ = type(kind.__name__, (_Protected, kind), {"__module__": kind.__module__})
     return trainer
@@ -141,6 +144,7 @@ class _Protected(Trainer):  # type: ignore[misc]
     """The class in front of the trainer's own. What is private here is private in Trainer."""
 
     _holdfast: _Protection
+    control: Any
 
     def train(
         self,
@@ -199,12 +203,11 @@ class _Protected(Trainer):  # type: ignore[misc]
         self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
         norm, rate = protection.progress.last
         names = "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"
-        self._maybe_log_save_evaluate(
-            self._tr_loss, norm, *(words[name] for name in names), learning_rate=rate
-        )
+        same = {name: words[name] for name in names}
+        self._maybe_log_save_evaluate(self._tr_loss, norm, **same, learning_rate=rate)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        self._holdfast.restore_rng()
+        """Do nothing: the streams were restored before the first batch, and that draws none."""
 
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
@@ -260,7 +263,7 @@ class _Protection:
     loader: ResumableLoader
     progress: _Progress
     prepared: Any  # by `_prepare_for_training`
-    named: str | bool | None  # the checkpoint that train() was told to go on from
+    named: str | Literal[True] | None  # the checkpoint that train() was told to go on from
     metrics: dict[str, float] | None  # of an evaluation after this step
     asked: bool  # True if Trainer has written its folder after this step
 
@@ -270,11 +273,13 @@ class _Protection:
         directory: str | os.PathLike[str],
         save_when: Sequence[SavePolicy],
         objects: Mapping[str, Any],
+        *,
+        quiet: bool,
     ) -> None:
-        self._trainer, self._directory = trainer, directory
+        self._trainer, self._directory, self._quiet = trainer, directory, quiet
         self._save_when, self._objects = save_when, objects
         self._told = 0  # the step that was told to the manager last
-        self._streams: tuple[Any, ...] | None = None
+        self._resumed: Resumed | None = None  # until training has begun
 
     def open(self, num_train_epochs: int) -> tuple[int, int]:
         """Restore the newest state; returns the epoch to go on in, and how many of its batches are
@@ -300,15 +305,12 @@ class _Protection:
                 metric=metric if metric.startswith("eval_") else f"eval_{metric}",
                 lower_is_better=not args.greater_is_better,
                 memory_every="auto",
+                on_event=None if self._quiet else tell,
             )
         )
-        resumed = self._resume()
+        self._resumed = self._resume()
         self._told = trainer.state.global_step
-        self._streams = None
-        if resumed is None:
-            return 0, 0
-        self._streams = _streams()
-        return self.progress.place(num_train_epochs)
+        return (0, 0) if self._resumed is None else self.progress.place(num_train_epochs)
 
     def _resume(self) -> Resumed | None:
         """Restore what `train(resume_from_checkpoint=...)` means here.
@@ -329,20 +331,13 @@ class _Protection:
             )
         return resumed
 
-    def restore_rng(self) -> None:
-        """Set the random streams as they were after the step that was restored."""
-        if self._streams is not None:
-            python, numpy, cpu, cuda = self._streams
-            random.setstate(python)
-            np.random.set_state(numpy)
-            torch.set_rng_state(cpu)
-            torch.cuda.set_rng_state_all(cuda)
-
     def begin(self) -> None:
         """Put back, once, what Trainer sets to zero before its first step, and what callbacks have
         drawn from the random streams meanwhile."""
-        if self.progress.begin():
-            self.restore_rng()
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            self.progress.begin()
+            resumed.restore_rng()
 
     def step_done(self, epoch: int, elapsed: float, last: tuple[Any, Any]) -> None:
         """Save after a step has been logged and evaluated, or the end of an epoch has."""
@@ -369,7 +364,6 @@ class _Progress:
         self._trainer, self._loader = trainer, loader
         self._frozen_weights = _fingerprint(trainer.model) if _is_peft(trainer.model) else None
         self.last: Sequence[Any] = None, None  # gradient norm and learning rate of the last step
-        self._to_begin = False  # True until the sums that were restored are in the trainer
         self.before = 0.0  # seconds of training, in processes before this one
         self.stopped = False  # True if no step is left to do
         self.epoch_over = False  # True if none is left in the epoch that was restored
@@ -421,7 +415,7 @@ class _Progress:
         for callback, attributes in zip(self._callbacks(), saved["callbacks"], strict=False):
             for name, value in attributes.items():
                 setattr(callback, name, value)
-        self._values, self._to_begin = saved, True
+        self._values = saved
         self.before, self.last = saved["elapsed"], saved["last"]
 
     def _callbacks(self) -> list[Any]:
@@ -451,11 +445,8 @@ class _Progress:
             )
         return loader.epoch, loader.position
 
-    def begin(self) -> bool:
-        """Put back what Trainer has set to zero; returns False where there is nothing to."""
-        if not self._to_begin:
-            return False
-        self._to_begin = False
+    def begin(self) -> None:
+        """Put back what Trainer has set to zero."""
         trainer = self._trainer
         for name, value in self._values["sums"].items():
             live = getattr(trainer, name, None)
@@ -467,37 +458,50 @@ class _Progress:
                 setattr(trainer, name, value)
         trainer._initial_global_step = trainer._initial_num_input_tokens_seen = 0
         trainer.control.should_training_stop = self.stopped
-        return True
 
 
-class _Trainable:
-    """The weights of a PEFT model that train, and its buffers; the others are those of its base."""
+class _Trainable(torch.nn.Module):
+    """What of a PEFT model is saved: the weights that train, and buffers. The others are the base
+    model's."""
+
+    model: torch.nn.Module
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
+        super().__init__()
+        vars(self)["model"] = model  # not as a child, which would put a word into every name
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        model = self._model
-        frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-        known = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
-        return {n: value for n, value in model.state_dict().items() if n in known - frozen}
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        yield from self.model.named_modules(*args, **kwargs)
 
-    def load_state_dict(self, saved: Mapping[str, torch.Tensor]) -> None:
-        here = self.state_dict()
-        if here.keys() != saved.keys():
-            odd = ", ".join(sorted(here.keys() ^ saved.keys())[:3])
-            raise StateMismatch("Other weights train here than in the checkpoint: {names}", names=odd)
-        self._model.load_state_dict(saved, strict=False)
+    def state_dict(self, *_args: Any, **_words: Any) -> dict[str, Any]:  # type: ignore[override]
+        known = [*self.named_parameters(), *self.named_buffers()]
+        kept = {name for name, tensor in known if _trains(tensor)}
+        return {n: value for n, value in self.model.state_dict().items() if n in kept}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        odd = sorted(state_dict.keys() ^ self.state_dict().keys())
+        if odd:
+            raise StateMismatch(
+                "other weights train here than did when this was saved: {names}",
+                names=", ".join(odd[:3]),
+            )
+        return self.model.load_state_dict(state_dict, strict=False)
+
+
+def _trains(tensor: torch.Tensor) -> bool:
+    return tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter)
 
 
 def _fingerprint(model: torch.nn.Module) -> str:
     """Return what tells the frozen weights from others: names, shapes, dtypes and a few values."""
     digest = xxhash.xxh3_128()
     for name, weight in model.named_parameters():
-        if not weight.requires_grad:
+        if not _trains(weight):
             few = weight.detach().flatten()[:: max(1, weight.numel() // 8)].cpu()
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            digest.update(few.contiguous().view(torch.uint8).numpy())
+            digest.update(few.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -522,8 +526,3 @@ def _refill(live: MutableMapping[str, Any], saved: Mapping[str, Any]) -> None:
             _refill(live[name], value)
         else:
             live[name] = value
-
-
-def _streams() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002

@@ -12,6 +12,6 @@ It stands on the public face of the engine and knows of no framework.
 
 from __future__ import annotations
 
-from holdfast.protection.protected import Protected, protect
+from holdfast.protection.protected import Protected, protect, tell
 
-__all__ = ["Protected", "protect"]
+__all__ = ["Protected", "protect", "tell"]

@@ -91,7 +91,7 @@ def protect(
         lower_is_better=lower_is_better,
         memory_every=memory_every,
         grads=grads,
-        on_event=None if quiet else _tell,
+        on_event=None if quiet else tell,
     )
     run = Protected(manager, loop, grads=grads)
     _watch(run)
@@ -331,7 +331,7 @@ def _finish() -> None:
             log.exception("%s", run.manager.catalog.directory)
 
 
-def _tell(event: str, fields: dict[str, Any]) -> None:
+def tell(event: str, fields: dict[str, Any]) -> None:
     """Say on stderr what the manager has done: a line for each save, and all that went wrong."""
     if event == "durable":
         saved: Saved = fields["saved"]
