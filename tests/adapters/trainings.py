@@ -18,6 +18,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import numpy as np
 import torch
+import trl
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -123,16 +124,15 @@ def sft_lora(out: Path, **settings: Any) -> Trainer:
     from peft import LoraConfig
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
 
     set_seed(0)
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *map(str, range(62))])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     texts = [{"text": " ".join(str((i * j) % 62) for j in range(1, 12))} for i in range(26)]
-    return type("Own", (Counting, SFTTrainer), {})(
+    return type("Own", (Counting, trl.SFTTrainer), {})(
         model=gpt2(settings.pop("size", 32)),
-        args=SFTConfig(str(out), max_length=32, **{**SETTINGS, **settings}),
+        args=trl.SFTConfig(str(out), max_length=32, **{**SETTINGS, **settings}),
         train_dataset=Dataset.from_list(texts),
         eval_dataset=Dataset.from_list(texts[:4]),
         processing_class=PreTrainedTokenizerFast(

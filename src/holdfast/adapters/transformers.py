@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -25,7 +26,6 @@ import xxhash
 from transformers import Trainer
 from transformers import trainer as hf_trainer
 from transformers.trainer_callback import ExportableState
-from transformers.utils import is_peft_available
 
 from holdfast import i18n
 from holdfast.adapters.data import ResumableLoader
@@ -510,11 +510,8 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _is_peft(model: Any) -> bool:
-    if not is_peft_available():
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
+    peft = sys.modules.get("peft")  # else there is no such model
+    return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def _refill(live: MutableMapping[str, Any], saved: Mapping[str, Any]) -> None:
