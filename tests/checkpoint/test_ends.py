@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from holdfast import CheckpointManager, EverySteps, load
-from holdfast.checkpoint import ranks
 from holdfast.checkpoint.system.signals import Stopped
 from holdfast.errors import ConfigError
 from tests.support import Toy, after, assert_same, events, in_child, snapshot
@@ -329,8 +328,9 @@ def test_a_save_while_the_interpreter_ends_is_done(
 
 
 def test_a_save_when_most_of_python_is_gone_is_refused_at_once(tmp_path: Path) -> None:
+    # torch imports dill if it is there, which keeps the program's module until all others are gone.
     code = AT_EXIT.format(
-        first="atexit", before="", options="",
+        first="sys; sys.modules['dill'] = None", before="", options="",
         after="class Last:\n        def __del__(self): save()\n    last = Last()",
     )  # fmt: skip
     out, error = start(code, tmp_path / "run").communicate(timeout=60)
@@ -382,4 +382,4 @@ def test_ranks_that_begin_after_the_manager_are_refused(tmp_path: Path) -> None:
         assert in_child(lambda: rank(0)) == 0
     finally:
         os.waitpid(other, 0)
-    assert ranks._of_environment() == (1, 0)
+    assert "WORLD_SIZE" not in os.environ, "torch.distributed was asked, not the environment"

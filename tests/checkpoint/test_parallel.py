@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -80,7 +81,8 @@ def test_nobody_waits_for_a_thread_that_died_before_its_first_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As where memory has run out: the system gave a thread, and Python had nothing left for it."""
-    monkeypatch.setattr(_thread, "start_new_thread", lambda *_args: 1)
+    begun: list[Callable[[], None]] = []
+    monkeypatch.setattr(_thread, "start_new_thread", lambda run, _args: begun.append(run))
     calls: list[int] = []
     together(lambda: calls.append(1), 4)
     assert calls == [1]
@@ -88,7 +90,7 @@ def test_nobody_waits_for_a_thread_that_died_before_its_first_line(
     assert not helper.busy
     assert not helper.wait(0.01)
     helper.finish()
-    helper._run()
+    begun[-1]()
     assert calls == [1], "what was finished before it had begun does nothing any more"
 
 
@@ -114,9 +116,9 @@ def test_an_interrupt_stops_the_others_first(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a system call of Linux")
 def test_threads_inherit_the_low_priority_of_the_disk_thread() -> None:
-    if platform.machine() not in threads._IOPRIO_SET:
+    if platform.machine() not in threads.IOPRIO_SET:
         pytest.skip(f"the number of the system call is not known for {platform.machine()}")
-    get = threads._IOPRIO_SET[platform.machine()] + 1
+    get = threads.IOPRIO_SET[platform.machine()] + 1
     found: list[int] = []
 
     both = threading.Barrier(2)

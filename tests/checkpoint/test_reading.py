@@ -103,8 +103,7 @@ class Reads:
 
 
 def needs_direct(file: File) -> None:
-    file.open_direct()
-    if file._direct < 0:
+    if not file.open_direct():
         pytest.skip("this file system has no direct I/O")
 
 

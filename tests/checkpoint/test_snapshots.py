@@ -3,7 +3,9 @@ kept or waited for as promised."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -69,8 +71,8 @@ class Busy:
 
 
 class Held:
-    """The copier begins when training goes on, and stops in the middle until training has come to
-    the end of its step without it, or has had `patience` seconds to do so."""
+    """The thread that copies what may wait begins when training goes on, and stops in the middle
+    until training has come to the end of its step without it, or has had `patience` seconds."""
 
     def __init__(self) -> None:
         self.patience = 1.0
@@ -79,21 +81,14 @@ class Held:
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Held:
-    """Small segments, every snapshot overlapped, and its copier held at its second segment."""
-    state, copy_all, move = Held(), copies.Copy._copy_all, copies._move
+    """Small segments, and one thread beside training, which is held at its second segment."""
+    state, move = Held(), ctypes.memmove
     copied = 0
 
-    def in_copier() -> bool:
-        return threading.current_thread() is not threading.main_thread()
-
-    def copy_late(copy: copies.Copy, segments: Any) -> None:
-        if in_copier() and segments is copy._rest:
-            assert state.asked.wait(30)
-        copy_all(copy, segments)
-
-    def move_slowly(target: int, source: int, size: int) -> None:
+    def move_late(target: int, source: int, size: int) -> None:
         nonlocal copied
-        if in_copier() and state.asked.is_set():
+        if threading.current_thread() is not threading.main_thread():
+            assert state.asked.wait(30)
             copied += 1
             if copied == 2:
                 state.begun.set()
@@ -101,8 +96,8 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Held:
         move(target, source, size)
 
     monkeypatch.setattr(copies, "SEGMENT", 512)
-    monkeypatch.setattr(copies.Copy, "_copy_all", copy_late)
-    monkeypatch.setattr(copies, "_move", move_slowly)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(ctypes, "memmove", move_late)
     return state
 
 
@@ -143,7 +138,7 @@ def test_without_the_wait_the_snapshot_would_be_of_two_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: Held
 ) -> None:
     """The test above can fail: it does when the hook waits for nothing."""
-    monkeypatch.setattr(staging, "_before_step", lambda _owner: lambda *_arguments: None)
+    monkeypatch.setattr(staging.Staging, "before_step", lambda *_arguments: None)
     held.patience = 30.0
     expected, found = disturbed_save(tmp_path, held)
     with pytest.raises(AssertionError):

@@ -196,9 +196,9 @@ def test_texts_fit_a_terminal_and_are_whole_in_a_pipe(tmp_path: Path) -> None:
     }
     from rich.cells import cell_len
 
-    shown = command._texts(subjects, "今", told, Screen(60))
+    shown = command.texts(subjects, "今", told, Screen(60))
     assert shown[1] == "A" and all(cell_len(line) <= 60 for line in shown)
-    pipe = command._texts(subjects, "今", told, Screen())
+    pipe = command.texts(subjects, "今", told, Screen())
     assert pipe[1:4] == ["A", "天气很好。", "天" * 60]
     for lines in (shown, pipe):
         text = "\n".join(lines)

@@ -12,7 +12,6 @@ from holdfast.cli import protect
 from holdfast.cli.main import main
 from holdfast.cli.protect import COMMANDS
 from holdfast.i18n import language
-from holdfast.manage.supervising.supervisor import Supervisor
 from tests.manage.runs import desk
 
 
@@ -21,9 +20,18 @@ def began(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What a supervisor was begun with; it runs nothing."""
     seen: dict[str, object] = {}
 
-    class Spy(Supervisor):
+    class Spy:
+        def __init__(
+            self,
+            command: object,
+            directory: object,
+            limits: object,
+            *_more: object,
+            **_named: object,
+        ) -> None:
+            seen.update(command=command, directory=directory, limits=limits)
+
         def run(self) -> int:
-            seen.update(command=self._command, directory=self._directory, limits=self._limits)
             return 0
 
     monkeypatch.setattr(protect.supervisor, "Supervisor", Spy)

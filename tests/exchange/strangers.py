@@ -44,6 +44,8 @@ def settings(kind: str, **changes: Any) -> Any:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
              "tie_word_embeddings": False}  # fmt: skip
+    if kind == "mistral":
+        return transformers.MistralConfig(**{**common, **sizes, "sliding_window": 8, **changes})
     return transformers.LlamaConfig(**{**common, **sizes, **changes})
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from holdfast import CheckpointManager
 from holdfast.errors import (
@@ -244,21 +245,17 @@ def test_what_a_stranger_s_file_cannot_become_is_said(
 # ------------------------------------------------------------------------------- where it fails
 
 
-def spoil(function: Any) -> Any:
-    """Let a writer change one weight on its way to the disk."""
-
-    def write(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            next(model.parameters())[0, 0] += 0.5
-        return function(model, *args, **kwargs)
-
-    return write
-
-
 def test_one_wrong_weight_is_found_and_nothing_is_left(
     run: Path, inside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_formats, "_save", spoil(export_formats._save))
+    write = PreTrainedModel.save_pretrained
+
+    def spoiled(model: Any, *args: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            next(model.parameters())[0, 0] += 0.5
+        write(model, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", spoiled)
     with pytest.raises(Deviation, match=r"not the model.*largest difference"):
         export(str(run), "hf", out=str(inside / "hf"))
     assert Deviation.exit_code != 0
@@ -368,14 +365,14 @@ def test_a_missing_package_is_named_with_its_extra(
 def test_a_signal_leaves_nothing(
     run: Path, inside: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    save = export_formats._save
+    write = PreTrainedModel.save_pretrained
 
-    def interrupted(*args: Any) -> None:
-        save(*args)
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        write(*args, **kwargs)
         assert [p.name[0] for p in inside.iterdir()] == ["."], "it is being written"
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(export_formats, "_save", interrupted)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupted)
     with pytest.raises(Interrupted, match="nothing was exported") as caught:
         export(str(run), "hf", out=str(inside / "hf"))
     assert caught.value.exit_code == 128 + number

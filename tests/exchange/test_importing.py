@@ -321,10 +321,10 @@ def test_a_damaged_file_of_ours_is_not_read_as_anybody_s(tmp_path: Path) -> None
 def test_nothing_is_left_where_it_goes_wrong_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_args: object) -> None:
+    def stop(*_args: object, **_named: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importing, "_check", stop)
+    monkeypatch.setattr(importing, "load_for_inference", stop)  # what is written is read back
     from holdfast.errors import Interrupted
 
     with pytest.raises(Interrupted, match="nothing was imported"):

@@ -249,18 +249,18 @@ class Disk:
             yield self.state(changes, data)
         for inode in files:
             yield from (self.state(everything, {**new, inode: part}) for part in inode.parts)
-        for changes in self._sets():
+        for changes in self.sets():
             yield from (self.state(changes, data) for data in (new, old, zeros))
         for _ in range(more):
             mixed = {i: rng.choice([*i.parts, *i.versions, zeros[i]]) for i in files}
-            yield self.state(self._random_set(rng), mixed)
+            yield self.state(self.random_set(rng), mixed)
 
     def _reachable(self) -> Iterable[Inode]:
         """Files that some state may show."""
         later = (inode for change in self.pending for inode in change.slots.values())
         return dict.fromkeys(i for i in (*self.durable.values(), *later) if i and i.versions)
 
-    def _sets(self) -> Iterator[Sequence[Change]]:
+    def sets(self) -> Iterator[Sequence[Change]]:
         pending = self.pending
         if len(pending) <= _EXHAUSTIVE:
             for count in range(len(pending) + 1):
@@ -278,7 +278,7 @@ class Disk:
                 [change for change in pending if any(s[0] is directory for s in change.slots)]
             )
 
-    def _random_set(self, rng: random.Random) -> list[Change]:
+    def random_set(self, rng: random.Random) -> list[Change]:
         likely = rng.choice((0.2, 0.5, 0.8))
         chosen: list[Change] = []
         for change in self.pending:

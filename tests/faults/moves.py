@@ -69,8 +69,11 @@ def _one(
     return True
 
 
+_commit = rollback.GoBack.commit
+
+
 def _move_first(self: rollback.GoBack) -> None:
     newer = [each for each in self.catalog.scan().entries if each.order > self.found.entry.order]
     for entry in newer:
         self.catalog.archive([entry], entry.generation)
-    rollback._decide(self.catalog, self.catalog.scan(), self.found.entry)
+    _commit(self)

@@ -14,16 +14,16 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import xxhash
 
 from holdfast import CheckpointManager, load
-from holdfast.checkpoint.format import container, reading
-from holdfast.checkpoint.rundir import catalog, recovery, rollback, tidy
+from holdfast.checkpoint.format import container, layout, reading
+from holdfast.checkpoint.rundir import catalog, rollback, tidy
 from holdfast.checkpoint.system import filesystem
 from holdfast.errors import DamagedCheckpoint
 from tests.support import bits
@@ -275,17 +275,24 @@ class TrustsBytes(Ours):
 
     @staticmethod
     def _blind() -> None:
-        payload = container.Reader._payload
+        place = layout.place
 
-        def unchecked(reader: Any, record: Any, *args: Any, **keywords: Any) -> Any:
-            return payload(
-                reader, replace(record, xxh3=_Equal()), *args, **{**keywords, "crc": False}
-            )
+        def unchecked(at: int, name: str, size: int, crc32: int, xxh3: str) -> layout.Record:
+            return place(at, name, size, _Equal(crc32), _EqualText(xxh3))
 
-        container.Reader._payload = unchecked  # type: ignore[method-assign]
+        container.place = unchecked  # type: ignore[attr-defined]
 
 
-class _Equal(str):
+class _Equal(int):
+    """Equal to every CRC-32."""
+
+    def __ne__(self, _other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
+
+
+class _EqualText(str):
     """Equal to every digest."""
 
     __slots__ = ()
@@ -332,18 +339,27 @@ class Condemns(Ours):
     @staticmethod
     def _condemn() -> None:
         reading.PAUSES = ()
-        for room, name in ((tidy, "verify_back"), (recovery, "_read")):
-            setattr(room, name, _condemning(getattr(room, name)))
+        reading.File = _Condemning  # type: ignore[misc]
 
 
-def _condemning(real: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        try:
-            return real(*args)
-        except OSError as error:
-            raise DamagedCheckpoint(str(error)) from error
+class _Condemning(reading.File):
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        with _condemning():
+            super().__init__(*args, **keywords)
 
-    return call
+    def read(self, *args: Any, **keywords: Any) -> int:
+        with _condemning():
+            return super().read(*args, **keywords)
+
+
+@contextlib.contextmanager
+def _condemning() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedCheckpoint(str(error)) from error
 
 
 class PrunesUnread(Ours):
@@ -370,16 +386,18 @@ class BelievesTheCache(Ours):
     def resume(self) -> int:
         real = catalog.Catalog.scan
         catalog.Catalog.scan = lambda self, **_how: real(self, cached=True)  # type: ignore[method-assign]
-        catalog.Catalog._read_cache = _unchecked_cache  # type: ignore[method-assign]
+        with contextlib.suppress(OSError):
+            self._seal(self.directory / "metadata.json")
         return super().resume()
 
-
-def _unchecked_cache(self: catalog.Catalog) -> dict[tuple[str, str], catalog.Entry]:
-    try:
-        files = json.loads((self.directory / "metadata.json").read_bytes())["files"]
-        return {(name, entry.pop("stamp")): catalog.Entry(**entry) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError):
-        return {}
+    @staticmethod
+    def _seal(cache: Path) -> None:
+        """Give the cache the checksum of what stands in it now."""
+        _head, _found, rest = cache.read_bytes().partition(b'"files": ')
+        digest = xxhash.xxh3_128_hexdigest(rest.removesuffix(b"\n}\n")).encode()
+        text = b'{\n"format_version": 2,\n"xxh3_128": "%s",\n"files": %s' % (digest, rest)
+        cache.chmod(0o644)
+        cache.write_bytes(text)
 
 
 class BelievesTheDisk(Remembering):

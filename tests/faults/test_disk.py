@@ -229,7 +229,7 @@ def test_every_offered_set_of_changes_is_legal(count: int) -> None:
     for number in range(count):
         write(disk, f"t{number}", NEW)
         disk.rename(f"t{number}", "latest")
-    for chosen in [*disk._sets(), *(disk._random_set(random.Random(n)) for n in range(50))]:
+    for chosen in [*disk.sets(), *(disk.random_set(random.Random(n)) for n in range(50))]:
         for change in chosen:
             assert all(earlier in chosen for earlier in change.follows)
 

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -484,10 +485,14 @@ def test_a_directory_that_cannot_be_written_is_one_line(
     run = make_run(tmp_path / "run", (1.0, 4.0, 5.0, 3.0, 3.5))
     shown, before = plan(run, Wish(1)), names_in(run)
 
-    def refuse(self: FileLock) -> bool:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(run / ".catalog.lock"))
+    open_ = os.open
 
-    monkeypatch.setattr(FileLock, "_try", refuse)
+    def refuse(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return open_(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(ResourceError, match=r"run cannot be written: Read-only file system\."):
         execute(shown)
     assert names_in(run) == before

@@ -11,6 +11,7 @@ import pytest
 from holdfast.checkpoint.rundir import shared_memory
 from holdfast.checkpoint.system.lock import FileLock
 from holdfast.errors import HoldfastError
+from holdfast.formatting import format_bytes
 from holdfast.manage.doctor import examine as doctor
 from holdfast.manage.doctor.findings import BAD, OK, WARN, Finding
 from holdfast.manage.rundir import look
@@ -38,9 +39,9 @@ def test_a_healthy_run(run: Path) -> None:
 
 
 def test_what_the_run_needs_is_known_to_every_check(run: Path) -> None:
-    needed = look(run).entries[0].size
-    assert doctor._checkpoint_size(look(run)) == needed > 0
+    needed = format_bytes(look(run).entries[0].size)
     found = {finding.name: finding for finding in doctor.examine(run)}
+    assert f"a checkpoint of this run has {needed}" in found["free_space"].found
     for name in ("free_space", "memory", "shared_memory", "write_speed"):
         assert "of this run" in found[name].found, name
 

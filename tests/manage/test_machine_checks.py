@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import types
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def test_shared_memory_holds_three_snapshots(
 
 
 def test_the_number_of_snapshots_is_the_engines() -> None:
-    assert machine_checks._SLOTS == MEMORY_SLOTS
+    assert machine_checks.SNAPSHOTS == MEMORY_SLOTS
 
 
 def test_shared_memory_that_is_off_or_closed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +80,12 @@ def test_an_old_torch_is_not_safe(version: str, state: str) -> None:
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"transformers": "5.0"}
-    monkeypatch.setattr(machine_checks, "_version", installed.get)
+    def version(name: str) -> str:
+        if name == "transformers":
+            return "5.0"
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     extras = machine_checks.extras()
     assert (
         extras.state == WARN and extras.advice == "pip install 'holdfast-train[train,tensorboard]'"

@@ -22,7 +22,6 @@ from holdfast import load
 from holdfast.checkpoint.rundir import shared_memory
 from holdfast.checkpoint.rundir.catalog import Catalog
 from holdfast.checkpoint.system import drafts, filesystem
-from holdfast.checkpoint.system.lock import FileLock
 from holdfast.errors import ConfigError, DamagedCheckpoint, HoldfastError, RunLocked
 from holdfast.manage import locking
 from holdfast.manage.packing.archive import MANIFEST, SUMS
@@ -216,14 +215,14 @@ def test_a_directory_that_cannot_be_written_is_packed_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run")
-    take = FileLock._try
+    open_ = os.open
 
-    def refuse(self: FileLock) -> bool:
-        if self.path == run / ".catalog.lock":
-            raise PermissionError(13, "Permission denied", str(self.path))
-        return take(self)
+    def refuse(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if path == run / ".catalog.lock" and flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_(path, flags, *more, **named)
 
-    monkeypatch.setattr(FileLock, "_try", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     assert pack(run, tmp_path / "a.tar").contents.step == 400
 
 

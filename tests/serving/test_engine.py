@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from holdfast.serving.engine.engine import _PREFILL, Engine, Inbox, QueueFull, Text
+from holdfast.serving.engine.engine import PREFILL, Engine, Inbox, QueueFull, Text
 from holdfast.serving.engine.sampling import Sampling
 
 
@@ -91,7 +91,7 @@ def test_who_is_under_way_gets_a_token_between_two_passes_of_new_prompts() -> No
     async def run() -> tuple[list[str], list[int]]:
         batch = Counting()
         batch.capacity = 1 << 20
-        half, all_of_it = [1] * (_PREFILL // 2), [1] * (3 * _PREFILL)
+        half, all_of_it = [1] * (PREFILL // 2), [1] * (3 * PREFILL)
         prompts = [[1], half, half, all_of_it, half, [1]]
         return await finishes(started(batch), prompts, tokens=9), batch.passes
 
@@ -99,7 +99,7 @@ def test_who_is_under_way_gets_a_token_between_two_passes_of_new_prompts() -> No
     assert ends == ["length"] * 6
     begun = [tokens for tokens in passes if tokens]
     # In the order they came, none left behind; one that is longer than a pass goes in alone.
-    assert begun == [1 + _PREFILL // 2, _PREFILL // 2, 3 * _PREFILL, 1 + _PREFILL // 2]
+    assert begun == [1 + PREFILL // 2, PREFILL // 2, 3 * PREFILL, 1 + PREFILL // 2]
     assert passes[:8] == [begun[0], 0, begun[1], 0, begun[2], 0, begun[3], 0]
 
 

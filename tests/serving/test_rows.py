@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from holdfast.serving.engine.rows import Batch, Rows, Single, batch_for
 from holdfast.training.text.tokenizer import TextTokenizer
@@ -168,16 +169,25 @@ def test_memory_for_the_cache_is_what_the_rows_of_now_need(
     batch = batch_for(model, 32, 128)
     assert isinstance(batch, Rows) and 0 < batch.capacity < 1 << 40
 
-    def tokens() -> int:
-        keys = batch._cache.layers[0].keys  # type: ignore[union-attr]
-        return int(keys.shape[0] * keys.shape[2])
+    made: list[int] = []  # rows x length of what is made for keys or values, in order
 
-    batch.add([[5]] * 20)
-    assert tokens() == 24 * 64
-    for _row in range(19):
-        batch.remove(0)
-    batch.add([[5] * 100])
-    assert tokens() == 8 * 128, "not 24 rows of 128"
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **kwargs or {})
+            if func is torch.ops.aten.new_zeros.default and result.dim() == 4:
+                made.append(result.shape[0] * result.shape[2])
+            return result
+
+    with Watch():
+        batch.add([[5]] * 20)
+        assert set(made) == {24 * 64}
+        for _row in range(19):
+            batch.remove(0)
+        made.clear()
+        batch.add([[5] * 100])
+        assert set(made) == {8 * 128}, "not 24 rows of 128"
     truth = model(input_ids=torch.tensor([[5] * 101])).logits[0, -1]
     torch.testing.assert_close(batch.step([5, 5])[1], truth, rtol=0, atol=CLOSE)
 

@@ -11,7 +11,7 @@ import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from holdfast.serving.engine.json_text import JsonText
-from holdfast.serving.engine.sampling import LogProb, Sampler, Sampling, _limit
+from holdfast.serving.engine.sampling import LogProb, Sampler, Sampling, limit
 
 SIZE = 3000  # more than are sorted at first
 
@@ -44,14 +44,14 @@ def test_the_limits_are_those_of_transformers(
 ) -> None:
     expected = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, logits))
     count = len(logits)
-    found = _limit(logits, torch.tensor([top_k] * count), torch.tensor([top_p] * count))
+    found = limit(logits, torch.tensor([top_k] * count), torch.tensor([top_p] * count))
     assert torch.equal(found > -torch.inf, expected > -torch.inf)
 
 
 def test_each_row_has_limits_of_its_own(logits: torch.Tensor) -> None:
     none = 1 << 40
     top_k, top_p = torch.tensor([none, 3, none, none]), torch.tensor([1.0, 1.0, 0.5, 0.0])
-    kept = (_limit(logits, top_k, top_p) > -torch.inf).sum(-1).tolist()
+    kept = (limit(logits, top_k, top_p) > -torch.inf).sum(-1).tolist()
     half = int((TopPLogitsWarper(0.5)(None, logits[2:3]) > -torch.inf).sum())
     assert kept == [SIZE, 3, half, 1]
 

@@ -35,8 +35,9 @@ def on_a_terminal(columns: int, talk: object) -> list[str]:
     screen = pyte.HistoryScreen(columns, 24, history=1000)
     stream = pyte.Stream(screen)
     said = io.StringIO()
-    console = Console(stream=said, terminal=True)
-    console._rich.width = columns  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(columns))
+        console = Console(stream=said, terminal=True)
     with console:
         talk(console)  # type: ignore[operator]
     stream.feed(said.getvalue().replace("\n", "\r\n"))
@@ -255,13 +256,12 @@ def test_the_log_takes_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     assert "caf\\udce9.txt" in log.read_text("utf-8") and "after" in log.read_text("utf-8")
 
 
-def test_a_line_on_a_narrow_terminal_is_copied_as_one() -> None:
+def test_a_line_on_a_narrow_terminal_is_copied_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The terminal breaks it, which a copy does not see; a line feed would make two commands."""
     command = "holdfast train --checkpoint-dir a-directory --resume --num-steps 24 --epochs none"
     said = io.StringIO()
-    console = Console(stream=said, terminal=True)
-    console._rich.width = 40
-    with console:
+    monkeypatch.setenv("COLUMNS", "40")
+    with Console(stream=said, terminal=True) as console:
         console.start_bar()
         console.say(f"   To train further: {command}", important=True)
         console.warn(f"It was saved. Go on: {command}")

@@ -52,13 +52,13 @@ Loss = Callable[[Trainer, torch.Tensor], torch.Tensor]
 
 def change_loss(monkeypatch: pytest.MonkeyPatch, change: Loss) -> None:
     """Let training losses (not those of an evaluation) be what `change` makes of them."""
-    original = Trainer._loss
+    original = Trainer.loss
 
     def loss(self: Trainer, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         found = original(self, inputs, targets)
         return change(self, found) if self.model.training else found
 
-    monkeypatch.setattr(Trainer, "_loss", loss)
+    monkeypatch.setattr(Trainer, "loss", loss)
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *places: tuple[int, int], by: float = math.nan) -> None:
@@ -211,13 +211,13 @@ def test_a_roll_back_leaves_nothing_of_the_abandoned_way_in_memory(
 ) -> None:
     spoil(monkeypatch, (1, 6))
     run, found = tmp_path / "run", []
-    original = ending._settle
+    original = Trainer.settle
 
-    def look(*arguments: Any) -> None:
+    def look(self: Trainer, saved: dict[str, Any]) -> list[str]:
         found.append([each.directory.name for each in shared_memory.remains() if each.run == run])
-        original(*arguments)
+        return original(self, saved)
 
-    monkeypatch.setattr(ending, "_settle", look)
+    monkeypatch.setattr(Trainer, "settle", look)
     train(config_for(run, corpus, memory_every=1, on_nan="rollback", epochs=1))
     assert found == [[]]
     assert [each for each in shared_memory.remains() if each.run == run] == []
@@ -351,12 +351,12 @@ def test_a_signal_within_its_grace_saves_the_step(
 def test_a_signal_before_the_first_step_is_heeded(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    from holdfast.training import session
+    from holdfast.training import models, session
 
     run = tmp_path / "run"
     owner, name = {
         "preparing": (session, "prepare_data"),
-        "model": (session, "_model"),
+        "model": (models, "free_memory"),
         "begin": (CheckpointManager, "begin"),
     }[place]
     original = getattr(owner, name)

@@ -194,7 +194,7 @@ def optimizer_not_restored(patch: pytest.MonkeyPatch) -> None:
 
 def accumulation_cut_in_the_middle(patch: pytest.MonkeyPatch) -> None:
     """Save between two micro-batches: the gradients so far are in nobody's state."""
-    original = Trainer._loss
+    original = Trainer.loss
 
     def loss(self: Trainer, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         result = original(self, inputs, targets)
@@ -202,7 +202,7 @@ def accumulation_cut_in_the_middle(patch: pytest.MonkeyPatch) -> None:
             self.manager.save(step=self.progress.step, epoch=self.progress.epoch, kind="temp")
         return result
 
-    patch.setattr(Trainer, "_loss", loss)
+    patch.setattr(Trainer, "loss", loss)
 
 
 def epoch_loss_forgotten(patch: pytest.MonkeyPatch) -> None:

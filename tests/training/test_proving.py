@@ -201,7 +201,7 @@ def test_a_waiting_worker_ends_when_its_parent_does() -> None:
     if pid == 0:
         os.close(writing)
         os.dup2(reading, 0)
-        prove_worker._end_with_parent()
+        prove_worker.end_with_parent()
         os._exit(9)
     os.close(writing)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1

@@ -51,7 +51,7 @@ def test_a_full_disk_costs_lines_and_one_warning(
 
 
 def test_a_board_whose_writer_has_died_is_left_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Dead:
         calls = 0
@@ -63,13 +63,14 @@ def test_a_board_whose_writer_has_died_is_left_alone(
         def close(self) -> None:
             raise OSError(28, "No space left on device")
 
-    records = Records(tmp_path, tensorboard=False, resumed_step=0)
-    records._board = Dead()
+    board = Dead()
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *_args, **_named: board)
+    records = Records(tmp_path, tensorboard=True, resumed_step=0)
     with caplog.at_level(logging.WARNING, "holdfast"):
         for step in range(1, 5):
             records.step(step, loss=1.0)
             records.event("evaluation", step, val_loss=2.0)
         records.close()
-    assert Dead.calls + records._board.calls == 1
+    assert board.calls == 1
     assert len(caplog.records) == 1
     assert len(lines(tmp_path / METRICS)) == 8

@@ -200,7 +200,7 @@ def _ask_models(
         }
     if not given.json:
         if continued:
-            common.show(["", *_texts(subjects, given.prompt, continued, screen)])
+            common.show(["", *texts(subjects, given.prompt, continued, screen)])
         if measured:
             common.show(["", *_evaluations(given.evaluate, measured, screen)])
     return document
@@ -262,13 +262,13 @@ def _comparing(progress: Progress) -> str:
 # ----------------------------------------------------------------------------------------- texts
 
 
-def _texts(
+def texts(
     subjects: Sequence[compare.Subject],
     prompt: str,
     continued: Mapping[str, Continuation],
     screen: Screen,
 ) -> list[str]:
-    """The texts one below the other."""
+    """Return the lines that show the continuations, one below the other."""
     lines = [screen.bold(printable(_("Continuations of “{prompt}”", prompt=prompt)))]
     for subject in subjects:
         lines += [screen.bold(subject.label), *_told(continued[subject.label], screen.width)]

@@ -134,7 +134,7 @@ class Trainer:
             inputs, targets = self.batches.batch(
                 progress.epoch, progress.position * accumulation + micro
             )
-            loss = self._loss(inputs, targets)
+            loss = self.loss(inputs, targets)
             (loss / accumulation).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             progress.tokens += inputs.numel()
@@ -148,6 +148,15 @@ class Trainer:
         progress.count_step()
         self._account(mean.item(), time.perf_counter() - began)
         self.whole = True
+
+    def loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss in nats a token of one batch, int64 [rows, length] each."""
+        inputs = inputs.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        wide = self.precision is torch.float32
+        with torch.autocast(self.device.type, self.precision, enabled=not wide):
+            logits = self._forward(input_ids=inputs).logits
+            return next_token_loss(logits, targets)
 
     def note(self, event: str, **values: Any) -> None:
         """Have `tell` write a line about the last step. It is part of the state, so that a kill
@@ -219,7 +228,7 @@ class Trainer:
                 if self.guard.requested:
                     return {}
                 counted = int((targets != IGNORED).sum())
-                nats += self._loss(inputs, targets).item() * counted
+                nats += self.loss(inputs, targets).item() * counted
                 count += counted
         finally:
             self.model.train()
@@ -262,14 +271,6 @@ class Trainer:
         return " ".join(text.replace("\ufffd", "").split())
 
     # ------------------------------------------------------------------------------------- details
-
-    def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        inputs = inputs.to(self.device, non_blocking=True)
-        targets = targets.to(self.device, non_blocking=True)
-        wide = self.precision is torch.float32
-        with torch.autocast(self.device.type, self.precision, enabled=not wide):
-            logits = self._forward(input_ids=inputs).logits
-            return next_token_loss(logits, targets)
 
     def _clip(self) -> torch.Tensor | None:
         """Clip the gradient. Return its norm before that if it is watched."""

@@ -14,9 +14,9 @@ from holdfast.monitor.terminal.plot import (
     SMOOTHED,
     TRAINING,
     VALIDATION,
-    _ticks,
     lines,
     losses,
+    ticks,
 )
 from holdfast.table import Screen
 from tests.monitor.views import curves, run_with_metrics
@@ -101,11 +101,11 @@ def test_a_label_cannot_drive_the_terminal() -> None:
 
 
 def test_ticks_are_round_and_within() -> None:
-    assert _ticks(0, 412, 6) == [0, 100, 200, 300, 400]
-    assert _ticks(6.1, 7.3, 8) == [6.2, 6.4, 6.6, 6.8, 7.0, 7.2]
-    assert _ticks(0.1, 0.5, 4) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert ticks(0, 412, 6) == [0, 100, 200, 300, 400]
+    assert ticks(6.1, 7.3, 8) == [6.2, 6.4, 6.6, 6.8, 7.0, 7.2]
+    assert ticks(0.1, 0.5, 4) == [0.1, 0.2, 0.3, 0.4, 0.5]
     for low, high in ((0, 1e-9), (-5, 7e12), (2.9999, 3.0001)):
-        found = _ticks(low, high, 5)
+        found = ticks(low, high, 5)
         assert 1 <= len(found) <= 7 and all(low * 1.01 - 1 <= t <= high * 1.01 for t in found)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -300,8 +301,10 @@ def test_it_ends_with_a_key_and_leaves_no_thread_behind(directory: Path, key: st
 
     app = play(directory, story)
     assert app.return_value == 0
-    app._watcher.join(20)
-    assert not app._watcher.is_alive()
+    for thread in threading.enumerate():
+        if thread.name == "watcher":
+            thread.join(20)
+            assert not thread.is_alive()
 
 
 def test_what_has_not_changed_is_not_drawn_again(directory: Path) -> None:

@@ -11,10 +11,10 @@ from holdfast.training import models
 from holdfast.training.inference.generate import (
     CONTEXT,
     LENGTH,
+    Draw,
+    Pieces,
     Sampling,
     TextStream,
-    _Draw,
-    _Pieces,
     sample_text,
 )
 from holdfast.training.options.config import ModelConfig
@@ -153,7 +153,7 @@ def test_a_character_of_four_bytes_is_given_out_when_it_is_complete(
     parts: tuple[torch.nn.Module, TextTokenizer],
 ) -> None:
     _model, tokenizer = parts
-    pieces = _Pieces(tokenizer, tokenizer.encode("今天"))
+    pieces = Pieces(tokenizer, tokenizer.encode("今天"))
     given = [pieces.add(token) for token in tokenizer.encode("🦀𠮷!") * 30]
     assert "".join(given) == "🦀𠮷!" * 30
     assert given[:4] == ["", "", "", "🦀"]
@@ -165,7 +165,7 @@ def test_bytes_that_are_no_characters_are_shown_while_they_come(
     """A broken model may draw the same byte for ever: a person sees that it writes."""
     _model, tokenizer = parts
     half = tokenizer.encode("🦀")[0]
-    pieces = _Pieces(tokenizer, tokenizer.encode("今天"))
+    pieces = Pieces(tokenizer, tokenizer.encode("今天"))
     given = "".join(pieces.add(token) for token in [half] * 900)
     assert 890 < len(given) < 900
     assert set(given) == {"\ufffd"}
@@ -226,7 +226,7 @@ def test_temperature_top_p_and_the_penalty_do_what_they_say(
 def test_top_p_keeps_the_fewest_tokens_with_that_share() -> None:
     logits = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3]))
     for share, kept in ((0.39, {1}), (0.41, {1, 3}), (0.71, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
-        draw = _Draw(Sampling(seed=0, temperature=1, top_k=0, top_p=share), forbidden=None)
+        draw = Draw(Sampling(seed=0, temperature=1, top_k=0, top_p=share), forbidden=None)
         assert {draw(logits.clone()) for _ in range(200)} == kept
 
 

@@ -486,7 +486,7 @@ def reference_split(
 def reference_pieces(text: str, size: int) -> list[str]:
     pieces, start = [], 0
     while len(text) - start > size * 3 // 2:
-        end = corpus._SENTENCE_END.search(text, start + size, start + size * 3 // 2)
+        end = corpus.SENTENCE_END.search(text, start + size, start + size * 3 // 2)
         cut = end.end() if end else start + size
         pieces.append(text[start:cut].strip())
         start = cut

@@ -183,18 +183,20 @@ def test_a_signal_is_heard_while_the_library_trains(monkeypatch: pytest.MonkeyPa
         if began.is_set():
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(tokenizers, "Tokenizer", lambda _model: Slow())
     with pytest.raises(KeyboardInterrupt):
-        tokenizers._train(Slow(), None, stories(5), stop)
+        train_tokenizer(stories(5), 300, progress=stop)
     may_end.set()
 
 
-def test_what_goes_wrong_in_the_library_is_raised() -> None:
+def test_what_goes_wrong_in_the_library_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def train_from_iterator(self, _documents: Iterator[list[str]], _trainer: Any) -> None:
             raise ValueError("merges")
 
+    monkeypatch.setattr(tokenizers, "Tokenizer", lambda _model: Broken())
     with pytest.raises(ValueError, match="merges"):
-        tokenizers._train(Broken(), None, stories(5), None)
+        train_tokenizer(stories(5), 300)
 
 
 def test_the_state_is_plain_and_brings_the_same_tokenizer_back(tokenizer: TextTokenizer) -> None:

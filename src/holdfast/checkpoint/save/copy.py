@@ -25,7 +25,6 @@ from holdfast.errors import HoldfastError
 from holdfast.i18n import _
 
 SEGMENT = 32 << 20  # bytes that one thread copies before it asks for more
-_move = ctypes.memmove  # gives the interpreter lock away while it works
 
 
 class Torn(HoldfastError):
@@ -158,7 +157,7 @@ class Copy:
 
     def _copy(self, segment: list[_Move], *, first: bool) -> None:
         for target, source, size in segment:
-            _move(target, source, size)
+            ctypes.memmove(target, source, size)  # gives the interpreter lock away meanwhile
         with self._change:
             self._unfinished.discard(segment[0][0])
             self._first -= first

@@ -26,7 +26,7 @@ Job = Callable[[], None]
 
 BEGINS_WITHIN = 5.0  # seconds; a thread that has not by then has died of a lack of memory
 
-_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}  # the number of the system call, by processor
+IOPRIO_SET = {"x86_64": 251, "aarch64": 30}  # the number of the system call, by processor
 _THIS_THREAD, _BEST_EFFORT, _LOWEST = 1, 2 << 13, 7  # linux/ioprio.h
 
 
@@ -35,7 +35,7 @@ def yield_the_disk() -> bool:
 
     Return True if the system accepts it. Not every disk scheduler knows priorities.
     """
-    number = _IOPRIO_SET.get(platform.machine())
+    number = IOPRIO_SET.get(platform.machine())
     if not sys.platform.startswith("linux") or number is None:
         return False
     return int(ctypes.CDLL(None).syscall(number, _THIS_THREAD, 0, _BEST_EFFORT | _LOWEST)) == 0

@@ -21,7 +21,7 @@ from holdfast.i18n import _
 from holdfast.manage.doctor.findings import BAD, OK, UNKNOWN, WARN, Finding, unknown
 from holdfast.version import __version__
 
-_SLOTS = 3  # snapshots in shared memory (checkpoint/save/writer.py, which would import torch)
+SNAPSHOTS = 3  # in shared memory; the engine's own number would import torch
 _OLDEST_TORCH = (2, 10)
 _EXTRAS = {
     "train": ("transformers", "tokenizers", "psutil", "pyarrow", "zstandard"),
@@ -84,7 +84,7 @@ def snapshots_in_memory(needed: int) -> Finding:
         size=size,
         path=shared_memory.PLACE,
     )
-    wanted = _SLOTS * needed
+    wanted = SNAPSHOTS * needed
     if needed:
         found += _("; three snapshots of this run take {size}", size=format_bytes(wanted))
     short = free < wanted or free <= _SMALL_SHM

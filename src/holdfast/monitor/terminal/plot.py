@@ -152,8 +152,8 @@ class _Panel:
         self._low, self._high = _span(values)
         self._last = max([1, last, *steps])
         self._rows = height - 3
-        xs = _ticks(0, self._last, max(2, width // 12))
-        ys = _ticks(self._low, self._high, height // 2)
+        xs = ticks(0, self._last, max(2, width // 12))
+        ys = ticks(self._low, self._high, height // 2)
         self._figure.ruler("x").lim(0, self._last)
         self._figure.ruler("x").ticks(xs, [f"{x:g}" for x in xs])
         self._figure.ruler("y").lim(self._low, self._high)
@@ -203,7 +203,7 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     return low - room if low - room > 0 or low < 0 else 0.0, high + room
 
 
-def _ticks(low: float, high: float, most: int) -> list[float]:
+def ticks(low: float, high: float, most: int) -> list[float]:
     """Return round numbers between `low` and `high`, at most `most` and at least one."""
     rough = (high - low) / max(1, most)
     unit = 10.0 ** math.floor(math.log10(rough))

@@ -30,7 +30,7 @@ log = logging.getLogger("holdfast")
 # reader sees the difference, and a piece costs more on its way to the client than a token in the
 # model.
 _FEW, _TOGETHER = 4, 0.02
-_PREFILL = 512  # tokens of new prompts that one step may take in: those under way wait for them
+PREFILL = 512  # tokens of new prompts that one step may take in: those under way wait for them
 
 
 class QueueFull(Exception):
@@ -260,7 +260,7 @@ class Engine:
         while self._waiting and len(self._rows) + len(joining) < self._batch.limit:
             tokens += len(self._waiting[0].prompt)
             farthest = max(farthest, self._waiting[0].longest)
-            if joining and tokens > _PREFILL:
+            if joining and tokens > PREFILL:
                 break
             rows = len(self._rows) + len(joining)
             if rows and farthest * (rows + 1) > self._batch.capacity:

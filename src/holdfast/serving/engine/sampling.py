@@ -152,7 +152,7 @@ class Sampler:
         ids: that order does not change when two of them swap their rank by a rounding error."""
         scaled = logits / self._temperature.clamp(min=1e-5)[:, None]
         if self._limited:
-            scaled = _limit(scaled, self._top_k, self._top_p)
+            scaled = limit(scaled, self._top_k, self._top_p)
         total = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
         point = dice.to(total.device)[:, None] * total[:, -1:]
         return torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
@@ -172,7 +172,7 @@ class Sampler:
         orders = [scores]
         if row.sampling.temperature:
             scores = scores / self._temperature[i].clamp(min=1e-5)
-            limited = _limit(scores[None], self._top_k[i : i + 1], self._top_p[i : i + 1])[0]
+            limited = limit(scores[None], self._top_k[i : i + 1], self._top_p[i : i + 1])[0]
             own = torch.Generator().manual_seed(row.random.getrandbits(63))
             dice = torch.rand(scores.shape, generator=own, dtype=torch.float64).to(logits.device)
             gumbel = -(-dice.log()).log()
@@ -220,7 +220,7 @@ def _is(a: object, b: object) -> bool:
     return a is b
 
 
-def _limit(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+def limit(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Put -inf where top-k leaves a token out, and of the rest top-p; the likeliest stays.
 
     `logits` [rows, vocabulary]; `top_k`, `top_p` [rows]. What is as likely as the last one that is

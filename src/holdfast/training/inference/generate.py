@@ -81,7 +81,7 @@ class TextStream:
 
     def __iter__(self) -> Iterator[str]:
         yield _whole(self._tokenizer.decode(self.ids))
-        pieces = _Pieces(self._tokenizer, self.ids)
+        pieces = Pieces(self._tokenizer, self.ids)
         was_training = self._model.training
         self._model.eval()
         try:
@@ -97,7 +97,7 @@ class TextStream:
     def _drawn(self) -> Iterator[int]:
         """The tokens, one by one; sets `ended`."""
         device = next(self._model.parameters()).device
-        draw = _Draw(self._sampling, forbidden=None if self._may_end else self._tokenizer.eos_id)
+        draw = Draw(self._sampling, forbidden=None if self._may_end else self._tokenizer.eos_id)
         given, cache, seen = self.ids[-self.read_tokens :], None, 0
         self.ended = LENGTH
         for _token in range(self._length):
@@ -160,7 +160,7 @@ def _kept(context_length: int) -> int:
     return max(1, context_length // 2)
 
 
-class _Draw:
+class Draw:
     """Draws tokens from logits [vocabulary] (float32, on the CPU), with a generator of its own."""
 
     def __init__(self, sampling: Sampling, forbidden: int | None) -> None:
@@ -189,7 +189,7 @@ class _Draw:
         return token
 
 
-class _Pieces:
+class Pieces:
     """Token ids to pieces of text, each of whole characters.
 
     A tokenizer may write a token differently at the beginning than after another (spaces), and a

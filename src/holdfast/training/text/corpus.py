@@ -34,7 +34,7 @@ _BLOCK = 1 << 20  # bytes hashed between two calls of progress
 LONGEST = 1 << 26  # characters of a document that is held as a whole
 _SCORES = 1 << 25  # documents whose scores are held, for a split of few documents
 _SAMPLED = 2000  # characters of a long document that are drawn into a sample together
-_SENTENCE_END = re.compile(r"(?:[\n。！？!?…]|\.(?=\s))+[”’」』）)\"]*")
+SENTENCE_END = re.compile(r"(?:[\n。！？!?…]|\.(?=\s))+[”’」』）)\"]*")
 
 
 def discover(source: str | Path) -> list[Path]:
@@ -369,7 +369,7 @@ def _pieces_so_far(text: str, size: int) -> Generator[str, None, str]:
     """Pieces of a text that may go on; returns what is left, for the last piece at the latest."""
     start = 0
     while len(text) - start > size * 3 // 2:  # what is left over joins the last piece
-        end = _SENTENCE_END.search(text, start + size, start + size * 3 // 2)
+        end = SENTENCE_END.search(text, start + size, start + size * 3 // 2)
         cut = end.end() if end else start + size
         if piece := text[start:cut].strip():
             yield piece
