@@ -7,4 +7,4 @@ of `checkpoint` and `protection` only. None of them knows the trainer of this pa
 
 from __future__ import annotations
 
-__all__ = ["classic", "data", "transformers"]
+__all__ = ["classic", "data", "lightning", "transformers"]
