@@ -152,6 +152,18 @@ def test_stateful_data_loader_is_exact_through_its_own_state_but_for_random_samp
     assert again != rest, "where that is exact now, say so in the docs"
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_stateful_data_loader_draws_from_the_stream_of_training_without_a_generator_of_its_own(
+    own: bool,
+) -> None:
+    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="pip install torchdata")
+    options = {"generator": torch.Generator()} if own else {}
+    loader = stateful.StatefulDataLoader(range(24), 4, shuffle=True, **options)
+    before = torch.get_rng_state()
+    next(iter(loader))
+    assert torch.equal(torch.get_rng_state(), before) == own, "see the docs"
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("buffer", [1, 4])
 def test_a_streamed_dataset_of_hugging_face_is_exact_through_its_own_state_but_for_its_buffer(
