@@ -1,4 +1,4 @@
-"""Faults at single system calls of a forked process, through shim.c, which is compiled on demand.
+"""Faults at single system calls of a forked process, through the shim of holdfast.prove.
 
 A process that has imported everything once is forked for each point: tens of milliseconds instead
 of seconds. The shim must be in the process from its start, so `preloaded()` begins it anew with
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import enum
 import errno
 import faulthandler
 import functools
@@ -17,9 +16,7 @@ import hashlib
 import json
 import os
 import select
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,27 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).with_name("shim.c")
+from holdfast.prove.recorder import SOURCE, Call, How, compile_shim, read_log
+
 _SECONDS = 90  # after which a forked process is hung, and that is a failure of the run
 HUNG = "hung"
-
-
-class How(enum.IntEnum):
-    """What is done at a call; the numbers are those of shim.c."""
-
-    OFF = 0
-    COUNT = 1  # every call is logged, nothing else
-    KILL = 2  # the process is gone before the call
-    KILL_HALF = 3  # ... in the middle of a write
-    FAIL = 4  # the call fails, this once
-    FAIL_FROM = 5  # it and all after it fail
-    SHORT = 6  # a write writes half of what it was given, and says so
-    LIE = 7  # a write changes a bit and says that all is well
-    DROP = 8  # a write keeps nothing and says that all is well
-    RECORD = 9  # every call is logged with its data
-    COUNT_READ = 10  # as COUNT, of the calls that open, read and list
-    FAIL_READ = 11  # such a call fails, this once
-    FAIL_READ_FROM = 12  # ... and whatever its error lasts for: this file, or the whole process
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +44,6 @@ class Fault:
     def __str__(self) -> str:
         name = errno.errorcode.get(self.error, "") if self.error else ""
         return f"{self.how.name.lower()} {name} at call {self.nth}".replace("  ", " ")
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A line of the shim's log; `data` with RECORD only, and so the calls named "said": `path` was
-    announced, and had been read, before the next."""
-
-    number: int
-    thread: int
-    name: str
-    inode: int
-    offset: int
-    path: str
-    other: str
-    data: bytes = b""
 
 
 @dataclass(slots=True)
@@ -110,18 +75,9 @@ def compiled() -> Path | None:
     HOLDFAST_FAULTS=seam says to do without."""
     if os.environ.get("HOLDFAST_FAULTS") == "seam":
         return None
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not sys.platform.startswith("linux") or compiler is None:
-        return None
     key = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"holdfast-faults-{os.getuid()}-{key}.so"
-    if not library.exists():
-        fresh = library.with_suffix(f".{os.getpid()}.so")
-        command = [compiler, "-shared", "-fPIC", "-O1", "-o", fresh, SOURCE, "-ldl", "-pthread"]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            return None
-        fresh.replace(library)
-    return library
+    return library if library.exists() or compile_shim(library) else None
 
 
 def environment() -> dict[str, str]:
@@ -196,16 +152,6 @@ def answer(outcome: Outcome) -> Any:
     if not last.startswith("= "):
         raise RuntimeError(f"no answer (status {outcome.status}): {outcome.error}")
     return json.loads(last[2:])
-
-
-def read_log(path: Path) -> Iterator[Call]:
-    """The calls that the shim has logged at `path`, in the order of their effects."""
-    with path.open("rb") as file:
-        for line in file:
-            fields = line.rstrip(b"\n").decode("utf-8", "surrogateescape").split("\t")
-            number, thread, name, inode, offset, length, place, other = fields
-            data = file.read(int(length))
-            yield Call(int(number), int(thread), name, int(inode), int(offset), place, other, data)
 
 
 @contextlib.contextmanager

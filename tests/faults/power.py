@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from holdfast.prove.disk import Disk, State
 from tests.faults import cycle
-from tests.faults.disk import Disk, State
 from tests.faults.inject import Call, Fault, How
 from tests.faults.savers import Saver
 from tests.faults.tally import Tally

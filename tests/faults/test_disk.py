@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.disk import BLOCK, SECTOR, Disk, State, mix
+from holdfast.prove.disk import BLOCK, SECTOR, Disk, State, mix
 from tests.faults.inject import Call
 
 OLD, NEW = b"old", b"new"

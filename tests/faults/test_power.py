@@ -3,8 +3,8 @@ caught is a row of the matrix."""
 
 from __future__ import annotations
 
+from holdfast.prove.disk import Disk
 from tests.faults import power
-from tests.faults.disk import Disk
 from tests.faults.inject import Call
 
 

@@ -6,12 +6,15 @@ No torch here, and nothing of any one command: whatever this imports, `holdfast 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from holdfast.cli.parsing import Parser
@@ -130,6 +133,56 @@ def _origin(text: str) -> str:
             )
         )
     return text
+
+
+def parse_with_command(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options before `--` and the command after it. Raises ConfigError."""
+    words = list(argv)
+    at = words.index("--") if "--" in words else len(words)
+    given, rest = parser.parse_known_args(words[:at])
+    command = words[at + 1 :]
+    if not command or rest:
+        problem = (
+            _("unknown: {words}", words=" ".join(rest)) if rest else _("there is no command to run")
+        )
+        raise ConfigError(
+            "{problem}; write it as {prog} [options] -- COMMAND ...",
+            problem=problem,
+            prog=parser.prog,
+        )
+    return given, command
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Words of a command, and where its program lies."""
+
+    words: list[str]
+    program: str
+
+
+def find_command(command: Sequence[str]) -> Command:
+    """Find the program of a command; `holdfast` is found where it is not on the PATH.
+
+    Raises ConfigError.
+    """
+    words = list(command)
+    if words[0] == "holdfast" and shutil.which("holdfast") is None:
+        words[:1] = [sys.executable, "-m", "holdfast"]
+    program = shutil.which(words[0])
+    if program is None:
+        raise ConfigError("There is no program {name}. Check the command after --.", name=words[0])
+    return Command(words, program)
+
+
+@contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Treat SIGTERM as Ctrl-C, so that temporary files are removed then too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def agreed(question: str, without: str) -> bool:

@@ -7,9 +7,8 @@ Arguments and printing; what is looked at lives in holdfast.manage, the proof in
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,11 @@ _PROVE = "--prove-resume"
 def run_doctor(argv: Sequence[str], prog: str) -> int:
     """`holdfast doctor`: 0, also with warnings; 6 where something is bad. With `--prove-resume` 0
     where the runs are equal, 4 where they are not."""
-    with _ended_like_ctrl_c():
+    if _PROVE in argv and "--" in argv:  # somebody's own command
+        from holdfast.cli.prove import run_prove
+
+        return run_prove([word for word in argv if word != _PROVE], f"{prog} {_PROVE}")
+    with common.ended_like_ctrl_c():
         if _PROVE in argv and not {"-h", "--help"} & set(argv):
             return _prove(argv, prog)
         return _examine(argv, prog)
@@ -83,7 +86,8 @@ def _doctor_parser(prog: str) -> Parser:
         _(
             "Examples:\n  {prog}\n  {prog} runs/a --json\n"
             "  {prog} --prove-resume --preset quick\n"
-            "  {prog} --prove-resume --config run.json --steps 50 --more 20",
+            "  {prog} --prove-resume --config run.json --steps 50 --more 20\n"
+            "  {prog} --prove-resume -- python train.py    (see holdfast prove --help)",
             prog=prog,
         ),
     )
@@ -115,16 +119,6 @@ def _add_proof_options(parser: Parser) -> None:
         group.add_argument(flag, type=int, default=default, metavar=metavar, help=text)
     place_help = _("where the temporary runs go (default: beside the run directory)")
     group.add_argument("--dir", type=Path, metavar="DIR", help=place_help)
-
-
-@contextlib.contextmanager
-def _ended_like_ctrl_c() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, so that temporary files are removed then too."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # ------------------------------------------------------------------------------------- the proof

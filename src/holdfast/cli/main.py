@@ -37,6 +37,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "export": ("export", "import"),
     "pack": ("pack", "unpack"),
     "doctor": ("doctor",),
+    "prove": ("prove",),
     "completion": ("completion",),
 }
 # Which extra brings what a command may find missing: a command's own, else the package's, else the

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.cli import common
@@ -33,7 +31,7 @@ def run_run(argv: Sequence[str], prog: str) -> int:
     directory = _directory_of(given, command)
     limits = supervisor.Limits(given.give_up_after, given.backoff)
     return supervisor.Supervisor(
-        _found(command).words,
+        common.find_command(command).words,
         directory or Path(common.DIRECTORY),
         limits,
         _say,
@@ -44,7 +42,7 @@ def run_run(argv: Sequence[str], prog: str) -> int:
 def run_service(argv: Sequence[str], prog: str) -> int:
     """`holdfast service`: 0."""
     given, command = _parse(_service_parser(prog), argv)
-    found = _found(command)
+    found = common.find_command(command)
     _refuse_beginning_anew(command)
     again = [sys.executable, "-m", "holdfast", "run", *_limits_of(given)]
     if given.checkpoint_dir is not None:
@@ -147,19 +145,7 @@ def _add_limits(parser: Parser) -> None:
 
 def _parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options before `--` and the command after it. Raises ConfigError."""
-    words = list(argv)
-    at = words.index("--") if "--" in words else len(words)
-    given, rest = parser.parse_known_args(words[:at])
-    command = words[at + 1 :]
-    if not command or rest:
-        problem = (
-            _("unknown: {words}", words=" ".join(rest)) if rest else _("there is no command to run")
-        )
-        raise ConfigError(
-            "{problem}; write it as {prog} [options] -- COMMAND ...",
-            problem=problem,
-            prog=parser.prog,
-        )
+    given, command = common.parse_with_command(parser, argv)
     smallest = {"give_up_after": 1, "backoff": 0}
     for name, least in smallest.items():
         value = getattr(given, name)
@@ -185,23 +171,6 @@ def _limits_of(given: argparse.Namespace) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------- the command
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    words: list[str]
-    program: str
-
-
-def _found(command: Sequence[str]) -> _Found:
-    """The command and where its program lies; `holdfast` is found where it is not on the PATH."""
-    words = list(command)
-    if words[0] == "holdfast" and shutil.which("holdfast") is None:
-        words[:1] = [sys.executable, "-m", "holdfast"]
-    program = shutil.which(words[0])
-    if program is None:
-        raise ConfigError("There is no program {name}. Check the command after --.", name=words[0])
-    return _Found(words, program)
 
 
 def _own_arguments(command: Sequence[str]) -> list[str] | None:

@@ -7,24 +7,29 @@ step of a save are other ones: what makes a training repeatable, or not, is left
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from holdfast.checkpoint.rundir import shared_memory
 from holdfast.checkpoint.state import load
 from holdfast.errors import CheckpointError
 from holdfast.i18n import _, language
-from holdfast.prove import NOT_REPEATABLE, OUTSIDE, Proof, explain, first_difference, judge, revived
+from holdfast.prove import (
+    NOT_REPEATABLE,
+    OUTSIDE,
+    Proof,
+    explain,
+    first_difference,
+    judge,
+    revived,
+    workshop,
+)
 from holdfast.training.options.config import OPTIONS, Config
 from holdfast.training.prove_worker import Order
 
@@ -102,22 +107,8 @@ def prove(
     `start` begins a process (a Python of its own where not given). Raises ConfigError where the run
     has fewer steps, or whatever a training raises.
     """
-    with _workshop(place) as directory:
+    with workshop(place) as directory:
         return _Proving(config, steps, more, directory, progress, start or _start).run()
-
-
-@contextlib.contextmanager
-def _workshop(place: Path) -> Iterator[Path]:
-    """A directory for the runs; with it goes what they have in shared memory."""
-    directory = Path(tempfile.mkdtemp(prefix=".holdfast-prove-", dir=place))
-    try:
-        yield directory
-    finally:
-        for run in directory.iterdir():
-            for left in shared_memory.remains():
-                if left.belongs_to(run):
-                    left.remove()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @dataclass(slots=True)

@@ -27,14 +27,16 @@ import itertools
 import os
 import random
 import stat
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults.inject import Call
+from holdfast.prove.recorder import Call
 
 SECTOR, BLOCK = 512, 4096  # bytes: what a drive writes whole, and what a file system does
 _EXHAUSTIVE = 6  # pending changes up to which every legal set of them is tried
+_AGO = 3600.0  # seconds since the first call, in the times of the files that are built
 _TORN = 6  # random mixtures of blocks for each file with pending data
 
 
@@ -45,6 +47,7 @@ class Inode:
     mode: int
     versions: list[bytes] = field(default_factory=list)  # durable, then after each call since
     parts: list[bytes] = field(default_factory=list)  # what else may be on the disk, once asked for
+    changed: int = 0  # the number of the call that changed its data last; 0: none
 
     @property
     def is_directory(self) -> bool:
@@ -69,6 +72,7 @@ class State:
 
     directories: tuple[str, ...]
     files: tuple[tuple[tuple[str, ...], bytes, int], ...]  # paths of one inode, content, mode
+    order: tuple[int, ...] = ()  # of each file, when it was written: a script may ask for that
 
     @property
     def digest(self) -> bytes:
@@ -80,10 +84,12 @@ class State:
         """Make it in the empty directory `place`."""
         for path in self.directories:
             (place / path).mkdir()
-        for paths, content, mode in self.files:
+        start = time.time() - _AGO
+        for (paths, content, mode), when in zip(self.files, self.order, strict=True):
             first = place / paths[0]
             first.write_bytes(content)
             first.chmod(mode)
+            os.utime(first, (start + when / 1000, start + when / 1000))
             for path in paths[1:]:
                 (place / path).hardlink_to(first)
 
@@ -97,17 +103,21 @@ class Disk:
         self.live: dict[Slot, Inode] = {}
         self.pending: list[Change] = []
         self._by_number: dict[int, Inode] = {}  # of the recorded file system
+        self._calls = 0  # that have changed data
 
     @classmethod
     def read(cls, directory: Path) -> Disk:
-        """What lies in `directory`, all of it durable."""
-        disk, seen = cls(), {}
+        """What lies in `directory`, all of it durable; symbolic links are left out."""
+        disk = cls()
+        seen: dict[int, Inode] = {}
 
         def enter(place: Path, parent: Inode) -> None:
             for path in sorted(place.iterdir()):
                 found = path.lstat()
                 inode = Inode(stat.S_IMODE(found.st_mode))
-                if path.is_dir() and not path.is_symlink():
+                if path.is_symlink():
+                    continue
+                if path.is_dir():
                     enter(path, inode)
                 else:
                     inode = seen.setdefault(found.st_ino, inode)
@@ -204,14 +214,21 @@ class Disk:
         for change in self.pending:
             change.follows = [earlier for earlier in change.follows if earlier not in done]
 
+    def settle(self) -> None:
+        """Make everything durable, as time does."""
+        for inode in self._reachable():
+            self.sync(inode)
+        self.durable, self.pending = dict(self.live), []
+
     def _file(self, call: Call, path: str) -> Inode:
         try:
             return self.find(path)
         except KeyError:  # it is open and has no name any more
             return self._by_number[call.inode]
 
-    @staticmethod
-    def _now(inode: Inode, content: bytes) -> None:
+    def _now(self, inode: Inode, content: bytes) -> None:
+        self._calls += 1
+        inode.changed = self._calls
         if content != inode.versions[-1]:
             inode.versions.append(content)
             inode.parts = []
@@ -249,8 +266,8 @@ class Disk:
             yield self.state(changes, data)
         for inode in files:
             yield from (self.state(everything, {**new, inode: part}) for part in inode.parts)
-        for changes in self.sets():
-            yield from (self.state(changes, data) for data in (new, old, zeros))
+        for legal in self.sets():
+            yield from (self.state(legal, data) for data in (new, old, zeros))
         for _ in range(more):
             mixed = {i: rng.choice([*i.parts, *i.versions, zeros[i]]) for i in files}
             yield self.state(self.random_set(rng), mixed)
@@ -264,9 +281,9 @@ class Disk:
         pending = self.pending
         if len(pending) <= _EXHAUSTIVE:
             for count in range(len(pending) + 1):
-                for chosen in itertools.combinations(pending, count):
-                    if _is_legal(chosen):
-                        yield chosen
+                for some in itertools.combinations(pending, count):
+                    if _is_legal(some):
+                        yield some
             return
         for change in pending:
             yield _without(pending, change)
@@ -339,7 +356,7 @@ def _state(root: Inode, names: Names, content: Callable[[Inode], bytes]) -> Stat
 
     enter(root, "")
     files = [(tuple(where), content(inode), inode.mode) for inode, where in paths.items()]
-    return State(tuple(directories), tuple(files))
+    return State(tuple(directories), tuple(files), tuple(inode.changed for inode in paths))
 
 
 def _unwritten(inode: Inode) -> bytes:
@@ -363,10 +380,9 @@ def _parts(inode: Inode, rng: random.Random) -> list[bytes]:
     count = len(inode.versions)
     for number in range(_TORN):
         grain = SECTOR if number % 2 else BLOCK
-        chances: dict[int, int] = {}
-        found.append(
-            mix(inode, grain, lambda at, of=chances: of.setdefault(at, rng.randrange(count)))
-        )
+        pieces = -(-len(new) // grain)
+        chances = [rng.randrange(count) for _piece in range(pieces)]
+        found.append(mix(inode, grain, chances.__getitem__))
     return list(dict.fromkeys(found))
 
 

@@ -4,7 +4,8 @@
    chosen the process is killed, or the call fails, is cut short, or lies; or every call is recorded
    with its data, so that what a power cut may leave can be built afterwards. The READ modes count
    what opens, reads and lists instead. A process that has not armed it pays one comparison a call.
-   Made by tests/faults/inject.py. */
+   The fault matrix arms it by a call (tests/faults/inject.py). A proof of somebody's script arms it
+   by the environment, to record (recorder.py). */
 
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -34,6 +35,8 @@ static size_t root_length;
 static long chosen, seen, fired;
 static int error_number, log_fd = -1;
 static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
+static int by_environment; /* several processes may share the log, and output is noted in it */
+static long long room = 1LL << 29; /* bytes that the log of a script may take */
 
 #define REAL(name) ((__typeof__(&name))real(#name))
 
@@ -45,7 +48,7 @@ static void *real(const char *name)
     return found;
 }
 
-/* ---------------------------------------------------------------- what tests/faults/inject.py calls */
+/* ---------------------------------------------------------------- what arms it */
 
 void fault_arm(int how, const char *directory, long nth, int number, int log)
 {
@@ -56,6 +59,20 @@ void fault_arm(int how, const char *directory, long nth, int number, int log)
 }
 
 void fault_disarm(void) { mode = OFF; }
+
+__attribute__((constructor)) static void arm_by_environment(void)
+{
+    const char *directory = getenv("HOLDFAST_RECORD"), *log = getenv("HOLDFAST_RECORD_LOG");
+    if (!directory || !log)
+        return;
+    int fd = syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return;
+    int high = fcntl(fd, F_DUPFD_CLOEXEC, 200); /* the script finds the numbers that it expects */
+    by_environment = 1;
+    fault_arm(RECORD, directory, 0, 0, high < 0 ? fd : high);
+}
+
 long fault_seen(void) { return seen; }
 long fault_fired(void) { return fired; }
 
@@ -110,6 +127,23 @@ static void note(const char *name, unsigned long inode, long long offset, size_t
     int n = snprintf(line, sizeof line, "%ld\t%ld\t%s\t%lu\t%lld\t%zu\t%s\t%s\n", seen,
                      (long)syscall(SYS_gettid), name, inode, offset, bytes, path, other);
     put(line, n);
+}
+
+/* Hold the turn over call and note, so that the log is in the order of effects. */
+static void take_turn(void)
+{
+    struct flock whole = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    pthread_mutex_lock(&turn);
+    while (by_environment && fcntl(log_fd, F_SETLKW, &whole) && errno == EINTR)
+        ;
+}
+
+static void give_turn(void)
+{
+    struct flock whole = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
+    if (by_environment)
+        fcntl(log_fd, F_SETLK, &whole);
+    pthread_mutex_unlock(&turn);
 }
 
 static void die(void)
@@ -213,16 +247,15 @@ static int refused_fd(int fd)
 
 /* -------------------------------------------------------------------------------------- the calls */
 
-/* RECORD holds the turn over call and note, so that the log is in the order of effects. */
 #define NAMES(name, path, other, call)                                                             \
     do {                                                                                           \
         if (mode == RECORD) {                                                                      \
-            pthread_mutex_lock(&turn);                                                             \
+            take_turn();                                                                           \
             __typeof__(call) result_ = call;                                                       \
             int saved_ = errno;                                                                    \
             if (result_ == 0)                                                                      \
                 seen++, note(name, 0, 0, 0, path, other);                                          \
-            pthread_mutex_unlock(&turn);                                                           \
+            give_turn();                                                                           \
             errno = saved_;                                                                        \
             return result_;                                                                        \
         }                                                                                          \
@@ -250,12 +283,12 @@ static int open_any(int dirfd, const char *path, int flags, mode_t permissions)
     if (!below(full))
         return openat_(dirfd, path, flags, permissions);
     if (mode == RECORD) {
-        pthread_mutex_lock(&turn);
+        take_turn();
         int fd = openat_(dirfd, path, flags, permissions);
         int saved = errno;
         if (fd >= 0)
             seen++, note(flags & O_TRUNC ? "truncating" : "open", inode_of(fd), 0, 0, full, "");
-        pthread_mutex_unlock(&turn);
+        give_turn();
         errno = saved;
         return fd;
     }
@@ -291,11 +324,11 @@ static FILE *fopen_any(const char *path, const char *how, const char *name)
     if (!below(full))
         return fopen_(path, how);
     if (mode == RECORD) {
-        pthread_mutex_lock(&turn);
+        take_turn();
         FILE *file = fopen_(path, how);
         if (file)
             seen++, note(strchr(how, 'w') ? "truncating" : "open", inode_of(fileno(file)), 0, 0, full, "");
-        pthread_mutex_unlock(&turn);
+        give_turn();
         return file;
     }
     if (enter("open", full, 0) == STOP)
@@ -331,7 +364,7 @@ static ssize_t put_bytes(int fd, const struct iovec *parts, int count, off_t off
     if (verdict == FLIP && length)
         joined[length / 2] ^= 1;
     if (mode == RECORD)
-        pthread_mutex_lock(&turn);
+        take_turn();
     ssize_t result;
     const char *source = count == 1 && verdict != FLIP ? parts[0].iov_base : joined; /* direct I/O: alignment */
     void *aligned = NULL;
@@ -345,9 +378,14 @@ static ssize_t put_bytes(int fd, const struct iovec *parts, int count, off_t off
     if (mode == RECORD) {
         if (result >= 0) {
             off_t begin = offset >= 0 ? offset : lseek(fd, 0, SEEK_CUR) - result;
-            seen++, note("write", inode_of(fd), begin, result, path, ""), put(joined, result);
+            if (by_environment && (room -= result) < 0) { /* the rest cannot be told */
+                note("full", 0, 0, 0, path, "");
+                mode = OFF;
+            } else {
+                seen++, note("write", inode_of(fd), begin, result, path, ""), put(joined, result);
+            }
         }
-        pthread_mutex_unlock(&turn);
+        give_turn();
     }
     free(joined);
     free(aligned);
@@ -359,10 +397,21 @@ static ssize_t put_bytes(int fd, const struct iovec *parts, int count, off_t off
 
 static int watched(int fd, char *path) { return mode != OFF && path_of(fd, path) && below(path); }
 
+/* What a script says goes between its calls, so that a step can be found among them. */
+static void overhear(int fd, const void *data, size_t length)
+{
+    if (mode != RECORD || !by_environment || (fd != 1 && fd != 2))
+        return;
+    take_turn();
+    note("out", 0, fd, length, "", ""), put(data, length);
+    give_turn();
+}
+
 ssize_t write(int fd, const void *data, size_t length)
 {
     char path[4096];
     struct iovec part = {(void *)data, length};
+    overhear(fd, data, length);
     if (!watched(fd, path))
         return syscall(SYS_write, fd, data, length);
     return put_bytes(fd, &part, 1, -1, path);
@@ -493,11 +542,11 @@ int ioctl(int fd, unsigned long request, ...)
         char path[4096];                                                                           \
         if (watched(fd, path)) {                                                                   \
             if (mode == RECORD) {                                                                  \
-                pthread_mutex_lock(&turn);                                                         \
+                take_turn();                                                                       \
                 int result_ = call, saved_ = errno;                                                \
                 if (result_ == 0)                                                                  \
                     seen++, note(name, inode_of(fd), offset, 0, path, "");                         \
-                pthread_mutex_unlock(&turn);                                                       \
+                give_turn();                                                                       \
                 errno = saved_;                                                                    \
                 return result_;                                                                    \
             }                                                                                      \
@@ -517,11 +566,11 @@ int posix_fallocate(int fd, off_t from, off_t length)
     char path[4096];
     if (watched(fd, path)) {
         if (mode == RECORD) {
-            pthread_mutex_lock(&turn);
+            take_turn();
             int result = syscall(SYS_fallocate, fd, 0, from, length) ? errno : 0;
             if (result == 0)
                 seen++, note("fallocate", inode_of(fd), from + length, 0, path, "");
-            pthread_mutex_unlock(&turn);
+            give_turn();
             return result;
         }
         if (enter("fallocate", path, 0) == STOP)
