@@ -48,7 +48,7 @@ def _of_moment(cause: str, moment: Moment) -> Iterator[str]:
         yield _(
             "A file that was not whole was taken or was in the way. Write to a temporary name in "
             "the same directory, fsync the file, os.replace it, fsync the directory, and only then "
-            "move a pointer or remove the one before. holdfast.CheckpointManager does all of it."
+            "move a pointer or remove the one before. holdfast.save(obj, path) does the first four."
         )
     if cause == ANEW:
         yield _(

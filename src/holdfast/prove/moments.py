@@ -236,7 +236,7 @@ def _cuts_of(
         cuts.setdefault(at, []).append((BOUNDARY if boundary else BETWEEN, name, n + 1))
     if into >= 0:
         save = story.saves[into]
-        name = _("SIGKILL during save {number}, before its next file call", number=into + 1)
+        name = _("SIGKILL during save {number}, between two of its file calls", number=into + 1)
         renames = [
             at
             for at in range(save.first, save.end)
