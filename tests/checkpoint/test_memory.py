@@ -929,3 +929,19 @@ def test_going_back_passes_over_what_is_damaged_or_too_new(tmp_path: Path) -> No
         assert [entry.step for entry in manager.list()] == [3, 2, 1]
         assert manager.go_back(1, "x") is None
         assert (manager.generation, toy.now) == (2, 3)
+
+
+def test_a_state_whose_tensors_grow_and_shrink_fits_its_slots(tmp_path: Path) -> None:
+    """Values between two optimizer steps, such as gradients in progress, come and go."""
+
+    def run() -> None:
+        state: dict[str, Any] = {"w": torch.zeros(4), "more": []}
+        manager = CheckpointManager(tmp_path, state, memory_every=1)
+        manager.resume()
+        for step in range(1, 25):
+            large = step // MEMORY_SLOTS % 2 or step == 1
+            state["more"] = [torch.ones(1 << 17)] if large else []
+            manager.after_step(step)
+        manager.close()
+
+    assert in_child(run) == 0

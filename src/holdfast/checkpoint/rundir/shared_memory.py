@@ -153,8 +153,10 @@ class SharedSlot(Slot):
             if fd >= 0:
                 os.close(fd)
 
-    def begin(self) -> None:
+    def begin(self, size: int) -> None:
         os.pwrite(self._head, bytes(HEAD_SIZE), 0)
+        if size > self._size:  # writing behind the end of a mapped file is a SIGBUS
+            self.fit(size)
 
     def fit(self, size: int) -> None:
         if size != self._size:

@@ -105,7 +105,11 @@ class Slots:
             save.to_disk, self._successor_due = True, False
         with self.change:
             self._unsaved = [each for each in self._unsaved if each is not slot]
-        slot.begin()
+        records = self.records(save.tree)
+        try:
+            slot.begin(records[-1].end if records else 0)
+        except OSError as error:
+            raise NoRoom(str(error)) from error
         save.slot = slot
         return True
 

@@ -85,8 +85,9 @@ class Slot:
 
     # Only a slot in shared memory has to do something here.
 
-    def begin(self) -> None:
-        """Say that the content is about to change: it is no snapshot any more."""
+    def begin(self, size: int) -> None:
+        """Say that the content is about to change, its first `size` bytes at once: it is no
+        snapshot any more. Raises `OSError` where there is no room for them."""
 
     def fit(self, size: int) -> None:
         """Make room for an image of `size` bytes. Raises `OSError` where there is none."""
