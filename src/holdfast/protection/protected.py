@@ -142,7 +142,7 @@ class Protected:
         """The number of epochs that `end_epoch` has ended, in this run: where to go on."""
         return self._loop.epoch
 
-    def resume(self, *values: Any) -> Any:
+    def resume(self, *values: Any, source: str | os.PathLike[str] | None = None) -> Any:
         """Restore the newest intact checkpoint here into the objects; return the loop's values.
 
         Args:
@@ -150,6 +150,7 @@ class Protected:
                 what the next `step` will be given, less one step. Kept by value and type: tensors
                 of any shape and device, NumPy arrays, numbers, text, None, and containers, named
                 tuples and dataclasses of them.
+            source: a file, a glob or a directory to go on from; None for the newest here.
 
         Returns the values of the checkpoint, or `values` where nothing was saved yet: a tuple, or
         the one value where there is one.
@@ -161,7 +162,7 @@ class Protected:
         self._given = len(values)
         if values and isinstance(values[0], int):
             self._step = values[0]
-        self.resumed = self.manager.resume()
+        self.resumed = self.manager.resume(source)
         if self.resumed is not None:
             self._step = self.resumed.step
         self._outside = outside.Watch(self.manager.state)
