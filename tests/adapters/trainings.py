@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,27 @@ def sft_lora(out: Path, **settings: Any) -> Trainer:
     )
 
 
+class Dice(TrainerCallback):  # type: ignore[misc]
+    """Draws from the global streams before the first step, as a logger does for a run's name."""
+
+    def on_train_begin(self, *_args: Any, **_more: Any) -> None:
+        torch.rand(1), random.random(), np.random.rand()
+
+
 class Killer(TrainerCallback):  # type: ignore[misc]
-    """Ends the process at an event of a step: "substep_end", "step_begin", "epoch_end", ..."""
+    """Ends the process at an event of a step ("substep_end", "epoch_end", ...): by a signal, or,
+    where that is 0, by an exception."""
+
+    struck = False
 
     def __init__(self, event: str, step: int, number: int) -> None:
         def strike(_args: Any, state: Any, _control: Any, **_more: Any) -> None:
-            if state.global_step == step:
+            if state.global_step == step and not self.struck:
+                self.struck = True
+                if event == "prediction_step":
+                    time.sleep(1)  # an evaluation takes longer than a snapshot
+                if not number:
+                    raise RuntimeError("a batch that cannot be computed")
                 os.kill(os.getpid(), number)
 
         setattr(self, f"on_{event}", strike)
@@ -159,16 +175,22 @@ def train(
     *,
     kill: tuple[str, int] | None = None,
     number: int = signal.SIGKILL,
-    change: Callable[[Trainer], None] = lambda _trainer: None,
+    guard: Callable[[Trainer, Path], Any] = protect,
     **settings: Any,
 ) -> None:
-    """Train as a user's script does; what it comes to goes into `FINAL`."""
+    """Train as a user's script does; what it comes to goes into `FINAL`.
+
+    Args:
+        make: makes the trainer, with `settings`.
+        kill: the event and the step at which the process ends by signal `number`.
+        guard: protects the trainer.
+    """
     torch.set_num_threads(1)
     trainer = make(out, **settings)
-    protect(trainer, out)
+    guard(trainer, out)
+    trainer.add_callback(Dice())
     if kill is not None:
         trainer.add_callback(Killer(*kill, number))
-    change(trainer)
     result = trainer.train()
     state = {
         "model": trainer.model.state_dict(),

@@ -7,13 +7,15 @@
 A callback alone cannot do this. Trainer decides in which epoch it goes on, and at which batch,
 before it calls `on_train_begin`; it sets its sums of the losses to zero after it has loaded; and it
 calls `on_step_end` before that step is logged and evaluated. So the trainer gets a class of ours in
-front of its own: it restores once the optimizer exists, and saves when a step is logged.
+front of its own: it restores once the optimizer exists, and knows what a step still has to log,
+evaluate and save.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import sys
 import time
@@ -32,6 +34,7 @@ from holdfast.adapters.data import ResumableLoader
 from holdfast.checkpoint import CheckpointManager, Resumed, RiskAware
 from holdfast.checkpoint.policy import SavePolicy
 from holdfast.errors import ConfigError, StateMismatch
+from holdfast.i18n import _
 from holdfast.protection import tell
 
 __all__ = ["protect"]
@@ -54,6 +57,10 @@ _SUMS = (
     "_metrics",
     "_total_train_tokens",
 )
+_PLACE = ("epoch", "ended", "owed", "elapsed", "last")
+_DUTIES = ("should_log", "should_evaluate", "should_save")
+
+log = logging.getLogger("holdfast")
 
 _skip = hf_trainer.skip_first_batches
 
@@ -155,6 +162,7 @@ class _Protected(Trainer):  # type: ignore[misc]
         if trial is not None:
             raise ConfigError("hyperparameter_search() makes many trainings of one: not protected.")
         self._holdfast.named = resume_from_checkpoint or None
+        self._holdfast.ignored = ignore_keys_for_eval
         return super().train(ignore_keys_for_eval=ignore_keys_for_eval)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,19 +200,41 @@ class _Protected(Trainer):  # type: ignore[misc]
 
     def _run_epoch(self, **words: Any) -> None:
         protection, epoch = self._holdfast, words["epoch"]
-        protection.begin()
         words["start_time"] -= protection.progress.before
         goes_on = epoch == words["epochs_trained"] and words["steps_trained_in_current_epoch"] > 0
-        if not goes_on or not protection.progress.epoch_over:
+        caught_up = self._catch_up(words["trial"], words["start_time"])
+        if caught_up and self.control.should_training_stop and not goes_on:
+            return  # the end of the epoch before it was all that was left to do
+        if not goes_on or not (protection.progress.epoch_over or self.control.should_training_stop):
             words["resume_from_checkpoint"] = "holdfast" if goes_on else None
             super()._run_epoch(**words)
             return
         # Only the end of this epoch is left to do: Trainer's loop would train one step more.
         self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        self._do_duties(words["trial"], words["start_time"])
+
+    def _catch_up(self, trial: Any, start_time: float) -> bool:
+        """Do, once, what was still to be done after the step that was restored. Returns False
+        where that is nothing."""
+        duties = self._holdfast.begin()
+        vars(self.control).update(duties)
+        if any(duties.values()):
+            self._do_duties(trial, start_time)
+        return any(duties.values())
+
+    def _do_duties(self, trial: Any, start_time: float) -> None:
+        protection = self._holdfast
         norm, rate = protection.progress.last
-        names = "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"
-        same = {name: words[name] for name in names}
-        self._maybe_log_save_evaluate(self._tr_loss, norm, **same, learning_rate=rate)
+        self._maybe_log_save_evaluate(
+            self._tr_loss,
+            norm,
+            self.model_wrapped,
+            trial,
+            protection.progress.epoch,
+            protection.ignored,
+            start_time,
+            learning_rate=rate,
+        )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Do nothing: the streams were restored before the first batch, and that draws none."""
@@ -233,7 +263,9 @@ class _Protected(Trainer):  # type: ignore[misc]
         start_time: float,
         learning_rate: float | None = None,
     ) -> None:
-        self._holdfast.asked, self._holdfast.metrics = False, None
+        # A kill or a signal from here on, in a long evaluation, costs no step: that is saved first.
+        elapsed = time.time() - start_time
+        owed = self._holdfast.step_done(epoch, elapsed, (grad_norm, learning_rate))
         super()._maybe_log_save_evaluate(
             tr_loss,
             grad_norm,
@@ -244,15 +276,15 @@ class _Protected(Trainer):  # type: ignore[misc]
             start_time,
             learning_rate=learning_rate,
         )
-        self._holdfast.step_done(epoch, time.time() - start_time, (grad_norm, learning_rate))
+        if owed:
+            self._holdfast.duties_done()
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        self._holdfast.begin()
+        start_time -= self._holdfast.progress.before
+        self._catch_up(trial, start_time)
         # The best weights may take the place of the last ones now: the last ones are saved first.
         self._holdfast.stack.close()
-        return super()._finalize_training(
-            trial, num_train_samples, start_time - self._holdfast.progress.before
-        )
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
 
 class _Protection:
@@ -264,6 +296,7 @@ class _Protection:
     progress: _Progress
     prepared: Any  # by `_prepare_for_training`
     named: str | Literal[True] | None  # the checkpoint that train() was told to go on from
+    ignored: list[str] | None  # what train() was told to leave out of evaluations
     metrics: dict[str, float] | None  # of an evaluation after this step
     asked: bool  # True if Trainer has written its folder after this step
 
@@ -309,7 +342,9 @@ class _Protection:
             )
         )
         self._resumed = self._resume()
-        self._told = trainer.state.global_step
+        # The step that is told twice is the last of its epoch: the second time, for its end.
+        again = any(self.progress.owed.values()) and not self.progress.ended
+        self._told = trainer.state.global_step - again
         return (0, 0) if self._resumed is None else self.progress.place(num_train_epochs)
 
     def _resume(self) -> Resumed | None:
@@ -331,27 +366,40 @@ class _Protection:
             )
         return resumed
 
-    def begin(self) -> None:
+    def begin(self) -> Mapping[str, bool]:
         """Put back, once, what Trainer sets to zero before its first step, and what callbacks have
-        drawn from the random streams meanwhile."""
+        drawn from the random streams meanwhile. Returns the duties of the step that was restored.
+        """
         resumed, self._resumed = self._resumed, None
-        if resumed is not None:
-            self.progress.begin()
-            resumed.restore_rng()
+        if resumed is None:
+            return {}
+        self.progress.begin()
+        resumed.restore_rng()
+        return self.progress.owed
 
-    def step_done(self, epoch: int, elapsed: float, last: tuple[Any, Any]) -> None:
-        """Save after a step has been logged and evaluated, or the end of an epoch has."""
-        step = self._trainer.state.global_step
-        ended = step == self._told
-        self._told = step
-        self.progress.freeze(ended=ended, elapsed=elapsed, last=last)
+    def step_done(self, epoch: int, elapsed: float, last: tuple[Any, Any]) -> bool:
+        """Tell that a step, or the end of an epoch, is done, but for its duties; returns True if it
+        has any."""
+        step, control = self._trainer.state.global_step, self._trainer.control
+        self.progress.ended, self._told = step == self._told, step
+        self.progress.epoch, self.progress.elapsed, self.progress.last = epoch, elapsed, last
+        self.progress.freeze({name: getattr(control, name) for name in _DUTIES})
+        self.asked, self.metrics = False, None
+        self.manager.after_step(step, epoch=epoch + 1)
+        return any(self.progress.owed.values())
+
+    def duties_done(self) -> None:
+        """Save what the step comes to with its duties, if Trainer has saved."""
+        self.progress.freeze({})
         if self.asked:
             better = self.metrics is not None and self.manager.improves(self.metrics)
-            kind = "epoch" if ended else "best" if better else "step"
             self.manager.save_async(
-                step=step, epoch=epoch + 1, metrics=self.metrics, kind=kind, reason="scheduled"
+                step=self._told,
+                epoch=self.progress.epoch + 1,
+                metrics=self.metrics,
+                kind="epoch" if self.progress.ended else "best" if better else "step",
+                reason="scheduled",
             )
-        self.manager.after_step(step, epoch=epoch + 1)
 
 
 class _Progress:
@@ -363,22 +411,22 @@ class _Progress:
     def __init__(self, trainer: Trainer, loader: ResumableLoader) -> None:
         self._trainer, self._loader = trainer, loader
         self._frozen_weights = _fingerprint(trainer.model) if _is_peft(trainer.model) else None
-        self.last: Sequence[Any] = None, None  # gradient norm and learning rate of the last step
-        self.before = 0.0  # seconds of training, in processes before this one
+        self.epoch = 0
+        self.ended = False  # True if the end of the epoch is done, but for its duties
+        self.owed: Mapping[str, bool] = {}  # the duties of the step that are still to be done
+        self.last: Sequence[Any] = None, None  # gradient norm and learning rate of the step
+        self.elapsed = 0.0  # seconds of training, in all processes
+        self.before = 0.0  # of them, in those before this one
         self.stopped = False  # True if no step is left to do
         self.epoch_over = False  # True if none is left in the epoch that was restored
         self._logged = 0
         self._values: Mapping[str, Any] = {}
-        self.freeze(ended=False, elapsed=0.0, last=(None, None))
+        self.freeze({})
 
-    def freeze(self, *, ended: bool, elapsed: float, last: tuple[Any, Any]) -> None:
-        """Note what the trainer has counted, for the saves that come.
-
-        Args:
-            ended: True if the end of the epoch has been logged and evaluated.
-            elapsed: seconds of training until now, in all processes.
-            last: gradient norm and learning rate of the step; the end of the epoch logs them.
-        """
+    def freeze(self, owed: Mapping[str, bool]) -> None:
+        """Note what the trainer has counted, for the saves that come; `owed` are the duties of this
+        step that are still to be done."""
+        self.owed = owed
         trainer, state, control = self._trainer, self._trainer.state, self._trainer.control
         self._logged = len(state.log_history)
         self._values = {
@@ -386,9 +434,7 @@ class _Progress:
             "sums": {n: copy.deepcopy(getattr(trainer, n)) for n in _SUMS if hasattr(trainer, n)},
             "callbacks": [callback.state()["attributes"] for callback in self._callbacks()],
             "data": self._loader.state_dict(),
-            "ended": ended,
-            "elapsed": elapsed,
-            "last": last,
+            **{name: getattr(self, name) for name in _PLACE},
             "training_stopped": control.should_training_stop,
             "epoch_stopped": control.should_epoch_stop,
             "max_steps": state.max_steps,
@@ -410,13 +456,19 @@ class _Progress:
             setattr(state, name, saved["counts"][name])
         state.log_history = list(saved["log_history"])
         self._logged = len(state.log_history)
+        # Found by its step: the run may have been moved.
         best = Path(self._trainer.args.output_dir, f"checkpoint-{state.best_global_step}")
         state.best_model_checkpoint = str(best) if best.is_dir() else None
+        if state.best_global_step and not best.is_dir():
+            log.warning(
+                _("The best model so far is not loaded at the end: {path} is gone.", path=best)
+            )
         for callback, attributes in zip(self._callbacks(), saved["callbacks"], strict=False):
             for name, value in attributes.items():
                 setattr(callback, name, value)
-        self._values = saved
-        self.before, self.last = saved["elapsed"], saved["last"]
+        for name in _PLACE:
+            setattr(self, name, saved[name])
+        self._values, self.before = saved, self.elapsed
 
     def _callbacks(self) -> list[Any]:
         callbacks = self._trainer.callback_handler.callbacks
@@ -431,7 +483,7 @@ class _Progress:
         stopped = saved["training_stopped"] and not further
         self.stopped = stopped or state.global_step >= state.max_steps
         complete = loader.position >= len(loader) or saved["epoch_stopped"]
-        if saved["ended"] and (self.stopped or complete):
+        if self.ended and (self.stopped or complete):
             return epochs if self.stopped else loader.epoch + 1, 0
         self.epoch_over = self.stopped or complete
         steps = self._trainer.args.gradient_accumulation_steps
