@@ -460,6 +460,21 @@ def test_a_dataset_that_draws_from_a_generator_of_its_own_is_refused_in_words() 
     assert next(iter(ResumableLoader(DataLoader(Restless()), fingerprint=""))) is not None
 
 
+def test_samples_of_any_kind_have_the_same_fingerprint_each_time() -> None:
+    def fingerprint(last: Any) -> str:
+        words = np.array(["a", last], dtype=object)
+        tensors = [
+            torch.eye(2).to_sparse(),
+            torch.tensor(True),
+            torch.ones(2, dtype=torch.bfloat16),
+        ]
+        sample = {"words": words, "tensors": tensors, "none": (None, b"x", 1.5, object())}
+        return ResumableLoader(DataLoader([sample] * 3)).fingerprint  # type: ignore[arg-type]
+
+    assert fingerprint("b" * 1000) == fingerprint("".join("b" for _ in range(1000)))
+    assert fingerprint("b") != fingerprint("c")
+
+
 def test_the_samples_for_the_fingerprint_are_read_in_a_worker_where_there_are_workers() -> None:
     """A file that a dataset opens at its first sample must not be open when workers are forked."""
     made = ResumableLoader(DataLoader(dataset := Augmented(), 4, num_workers=1))

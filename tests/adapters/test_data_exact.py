@@ -89,18 +89,22 @@ MUTANTS = {
         "self._position += 1": "pass",
         "start, part = 0, batch": "start, part, self._position = 0, batch, position + 1",
     },
-    "workers draw from streams of their own": {"with _seeded(_keys(*numbers)):": "if True:"},
+    "workers draw from streams of their own": {"with seeded(keys_of(*numbers)):": "if True:"},
     "the epoch begins anew": {'state["position"], order)': "0, order)"},
 }
 
 _PREAMBLE = """\
 import holdfast
-import holdfast.adapters.data as mutated
-source = open(mutated.__file__, encoding="utf-8").read()
-for before, after in {changes!r}.items():
-    assert source.count(before) == 1, before
-    source = source.replace(before, after)
-exec(compile(source, mutated.__file__, "exec"), vars(mutated))
+from holdfast.adapters import data
+from holdfast.adapters.data import loader, making, orders
+changes = {changes!r}
+for module in (making, orders, loader):
+    text = open(module.__file__, encoding="utf-8").read()
+    for before in [before for before in changes if text.count(before) == 1]:
+        text = text.replace(before, changes.pop(before))
+    exec(compile(text, module.__file__, "exec"), vars(module))
+assert not changes, changes
+data.ResumableLoader = loader.ResumableLoader
 """
 
 

@@ -1,39 +1,19 @@
-"""Batches in an order that is gone on with at any one of them, from a DataLoader of PyTorch.
-
-Nothing of a checkpoint is known here: the loader is an object with a `state_dict`.
-"""
+"""The loader: where it is in an epoch, and what it refuses."""
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from holdfast.adapters.data.making import Call, Maker, Plan, Probe, WorkerStart, as_it_is
+from holdfast.adapters.data.orders import Order, draw
 from holdfast.checkpoint import calls
 from holdfast.errors import ConfigError, StateMismatch
-from holdfast.permutation import derive_key, permute
-
-__all__ = ["ResumableLoader"]
-
-_BLOCK = 8192  # samples whose places are computed at once: 0.3 µs each, alone 100 µs
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -100,8 +80,8 @@ class ResumableLoader(DataLoader[Any]):
         self.seed, self._epoch, self._position = int(seed), 0, 0
         self._given = None if rank is None or world is None else (int(rank), int(world))
         self._turn: object = None  # whose the batches are: the newest iterator
-        self._order: _Order | None = None  # of this epoch
-        self._plan = _Plan()
+        self._order: Order | None = None  # of this epoch
+        self._plan = Plan()
         self._workers: DataLoader[Any] | None = None  # where they outlive an epoch
 
     # ------------------------------------------------------------------------------- positions
@@ -113,7 +93,7 @@ class ResumableLoader(DataLoader[Any]):
 
     @property
     def position(self) -> int:
-        """How many batches of this epoch have been handed out."""
+        """The number of batches of this epoch that were handed out."""
         return self._position
 
     def set_epoch(self, epoch: int) -> None:
@@ -161,7 +141,7 @@ class ResumableLoader(DataLoader[Any]):
             )
         seed, epoch, order = state["seed"], state["epoch"], None
         if state["order"]:
-            order = self._drawn(seed, epoch)
+            order = draw(self, seed, epoch)
             if order.digest != state["order"]:
                 raise StateMismatch(
                     "The batches of epoch {epoch} are not those of the save: another batch size, "
@@ -170,7 +150,7 @@ class ResumableLoader(DataLoader[Any]):
                 )
         self._go_to(seed, epoch, state["position"], order)
 
-    def _go_to(self, seed: int, epoch: int, position: int, order: _Order | None) -> None:
+    def _go_to(self, seed: int, epoch: int, position: int, order: Order | None) -> None:
         self.seed, self._epoch, self._position, self._order = seed, epoch, position, order
         self._turn = None
 
@@ -180,7 +160,7 @@ class ResumableLoader(DataLoader[Any]):
         turn = self._turn = object()
         self.fingerprint  # noqa: B018 - computed before training, not in its first save
         if self._order is None:
-            self._order = self._drawn(self.seed, self._epoch)
+            self._order = draw(self, self.seed, self._epoch)
         order = self._order
         with self._accelerate() as ends:
             for batch in self._made(order) if self._position < order.count else ():
@@ -197,18 +177,18 @@ class ResumableLoader(DataLoader[Any]):
                     )
         self._go_to(self.seed, self._epoch + 1, 0, None)
 
-    def _made(self, order: _Order) -> Iterator[Any]:
+    def _made(self, order: Order) -> Iterator[Any]:
         """Return the batches of this epoch from the position on, made here or by workers."""
         self._plan.calls = self._calls(order)
         if self._workers is None:
-            maker = _Maker(self.dataset, self.collate_fn, batched=self.batch_sampler is not None)
+            maker = Maker(self.dataset, self.collate_fn, batched=self.batch_sampler is not None)
             made = self._loader(maker, self._plan, self.num_workers)
             if not self.persistent_workers:
                 return iter(made)
             self._workers = made
         return iter(self._workers)
 
-    def _calls(self, order: _Order) -> Iterator[_Call]:
+    def _calls(self, order: Order) -> Iterator[Call]:
         """Yield what is to be made: the indices of each batch, and the numbers of its seeds."""
         rank, world = self._given or _of_distributed()
         if world > 1 and self.batch_sampler is None:
@@ -235,11 +215,11 @@ class ResumableLoader(DataLoader[Any]):
             dataset,
             batch_size=None,
             sampler=plan,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             num_workers=num_workers,
             pin_memory=self.pin_memory,
             timeout=self.timeout,
-            worker_init_fn=_WorkerStart(self.worker_init_fn),
+            worker_init_fn=WorkerStart(self.worker_init_fn),
             multiprocessing_context=self.multiprocessing_context if num_workers else None,
             generator=torch.Generator(),  # else each iter() would draw from the global stream
             prefetch_factor=self.prefetch_factor if num_workers else None,
@@ -269,21 +249,7 @@ class ResumableLoader(DataLoader[Any]):
         finally:
             ends.end()
 
-    # ------------------------------------------------------------------------- order and identity
-
-    def _drawn(self, seed: int, epoch: int) -> _Order:
-        """Return the global batches of an epoch."""
-        drawn: Any = self.sampler if self.batch_sampler is None else self.batch_sampler
-        sampler, size, drop_last = drawn, None, False
-        if type(drawn) is BatchSampler:
-            sampler, size, drop_last = drawn.sampler, drawn.batch_size, drawn.drop_last
-        shuffled = type(sampler) is RandomSampler and not (
-            sampler.replacement or sampler._num_samples
-        )
-        if shuffled or type(sampler) is SequentialSampler:
-            key = derive_key(seed, epoch) if shuffled else None
-            return _even(len(sampler), size, key, drop_last=drop_last)
-        return _drawn_from(drawn, seed, epoch)
+    # ------------------------------------------------------------------------------- identity
 
     @cached_property
     def fingerprint(self) -> str:
@@ -295,7 +261,7 @@ class ResumableLoader(DataLoader[Any]):
         # In a worker, where there are any: files that a dataset opens must not be open in this
         # process when workers are forked.
         which = [[0, samples // 2, samples - 1]]
-        (found,) = self._loader(_Probe(self.dataset), which, min(self.num_workers, 1))
+        (found,) = self._loader(Probe(self.dataset), which, min(self.num_workers, 1))
         if not found:
             raise ConfigError(
                 "Sample 0 of {kind} is another one each time, with all random streams seeded: it "
@@ -341,217 +307,3 @@ def _of_distributed() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
-
-
-# ---------------------------------------------------------------------------------------- orders
-
-
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """The global batches of one epoch."""
-
-    count: int
-    digest: str  # of all of them
-    after: Callable[[int], Iterator[Any]]  # the batches from a position on
-
-
-def _even(samples: int, size: int | None, key: int | None, *, drop_last: bool) -> _Order:
-    """Return all samples in batches of `size` (None: one by one), permuted by `key` if any."""
-    width = size or 1
-    count = samples // width if drop_last else -(-samples // width)
-
-    def after(position: int) -> Iterator[Any]:
-        rows = max(_BLOCK // width, 1) * width
-        for start in range(position * width, count * width, rows):
-            places = np.arange(start, min(start + rows, samples))
-            if key is not None:
-                places = permute(places, samples, key)
-            block = places.tolist()
-            for first in range(0, len(block), width):
-                batch = block[first : first + width]
-                if size is None:
-                    yield batch[0]
-                elif len(batch) == width or not drop_last:
-                    yield batch
-
-    return _Order(count, _digest(samples, size, key, drop_last), after)
-
-
-def _drawn_from(sampler: Any, seed: int, epoch: int) -> _Order:
-    """Return what a sampler of the user's draws for this epoch, with all its streams seeded."""
-    try:
-        expected = len(sampler)
-    except TypeError as error:
-        raise ConfigError(
-            "{kind} has no len(): an epoch has no end that could be gone on to. Give it a "
-            "__len__, of the batches of one epoch.",
-            kind=type(sampler).__name__,
-        ) from error
-    keys = _keys(seed, epoch)
-    with _seeded(keys):
-        part = sampler
-        while part is not None:
-            for stream in vars(part).values() if hasattr(part, "__dict__") else ():
-                _seed(stream, keys)
-            if callable(getattr(part, "set_epoch", None)):
-                part.set_epoch(epoch)
-            part = getattr(part, "batch_sampler", None) or getattr(part, "sampler", None)
-        batches = list(islice(sampler, expected + 1))
-    if len(batches) > expected:
-        raise ConfigError(
-            "{kind} draws more than its len() says, {expected}. Let it end there.",
-            kind=type(sampler).__name__,
-            expected=expected,
-        )
-    plain = (batch.tolist() if hasattr(batch, "tolist") else batch for batch in batches)
-    return _Order(len(batches), _digest(*plain), lambda position: iter(batches[position:]))
-
-
-def _digest(*values: Any) -> str:
-    found = hashlib.blake2b(digest_size=8)
-    for value in values:
-        found.update(repr(value).encode() + b"\n")
-    return found.hexdigest()
-
-
-# ----------------------------------------------------------------------------------------- making
-
-
-_Call = tuple[Any, tuple[int, ...]]
-
-
-class _Plan:
-    """A sampler: what is still to be made of the epoch that has just begun."""
-
-    calls: Iterator[_Call] = iter(())
-
-    def __iter__(self) -> Iterator[_Call]:
-        return self.calls
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
-@dataclass(eq=False)
-class _Maker(Dataset[Any]):
-    """Makes batches, each with random streams of its own, in a worker or in this process."""
-
-    dataset: Any
-    collate_fn: Any = None
-    batched: bool = True
-
-    def __getitem__(self, call: _Call) -> Any:
-        index, numbers = call
-        with _seeded(_keys(*numbers)):
-            return self.collate_fn(self.samples(index))
-
-    def samples(self, index: Any) -> Any:
-        if not self.batched:
-            return self.dataset[index]
-        if getattr(self.dataset, "__getitems__", None):
-            return self.dataset.__getitems__(index)
-        return [self.dataset[one] for one in index]
-
-
-class _Probe(_Maker):
-    """Hashes a few samples."""
-
-    def __getitem__(self, which: Any) -> str:
-        """Return the hash of the samples `which`; "" if the first is not the same twice."""
-        first, *others = (self._hashed(one) for one in [which[0], *which])
-        return _digest(*others) if first == others[0] else ""
-
-    def _hashed(self, index: int) -> str:
-        with _seeded(_keys(0)):
-            found = hashlib.blake2b(digest_size=8)
-            _feed(found, self.samples([index]))
-            return found.hexdigest()
-
-
-def _feed(found: Any, value: Any) -> None:
-    """Hash a sample; of what is no tensor, array, container or plain value, the type alone."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    if isinstance(value, Mapping):
-        value = [*value.items()]
-    if isinstance(value, list | tuple):
-        for item in value:
-            _feed(found, item)
-    elif hasattr(value, "tobytes"):  # an array, a picture of PIL
-        found.update(value.tobytes())
-    elif isinstance(value, str | bytes | int | float | None):
-        found.update(repr(value).encode())
-    elif hasattr(value, "__dict__"):
-        _feed(found, vars(value))
-    found.update(type(value).__name__.encode())
-
-
-@dataclass(slots=True)
-class _WorkerStart:
-    """Starts a worker: `get_worker_info().dataset` is the user's there, as it says."""
-
-    then: Callable[[int], Any] | None
-
-    def __call__(self, worker: int) -> None:
-        info: Any = get_worker_info()
-        object.__setattr__(info, "dataset", info.dataset.dataset)  # it may be a frozen one
-        if self.then is not None:
-            self.then(worker)
-
-
-# ------------------------------------------------------------------------------------------ seeds
-
-
-def _keys(*numbers: int) -> tuple[int, int, int]:
-    """Return seeds for Python, NumPy and PyTorch. One for all would give the first two, which are
-    the same generator, the same numbers."""
-    found = hashlib.blake2b(repr(numbers).encode(), digest_size=24).digest()
-    python, numpy, torch_ = (int.from_bytes(found[at : at + 8], "little") for at in (0, 8, 16))
-    return python, numpy, torch_
-
-
-@contextmanager
-def _seeded(keys: tuple[int, int, int]) -> Iterator[None]:
-    """Seed the global random streams; put them back afterwards, but in a worker.
-
-    One thread computes meanwhile, as in a worker: their number changes the bits of sums.
-    """
-    with nullcontext() if get_worker_info() else _kept():
-        random.seed(keys[0])
-        np.random.seed(_words(keys[1]))
-        torch.default_generator.manual_seed(keys[2])
-        yield
-
-
-@contextmanager
-def _kept() -> Iterator[None]:
-    """Put the global random streams and the number of threads back afterwards."""
-    python, numpy, torch_ = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_)
-
-
-def _words(key: int) -> list[int]:
-    """Return a key as the 32-bit words that NumPy takes."""
-    return [key & 0xFFFFFFFF, key >> 32]
-
-
-def _seed(stream: Any, keys: tuple[int, int, int]) -> None:
-    """Seed a generator in place; nothing if it is none."""
-    if isinstance(stream, torch.Generator):
-        stream.manual_seed(keys[2])
-    elif isinstance(stream, np.random.RandomState):
-        stream.seed(_words(keys[1]))
-    elif isinstance(stream, np.random.Generator):
-        bits = stream.bit_generator
-        bits.state = type(bits)(keys[1]).state
-    elif isinstance(stream, random.Random):
-        stream.seed(keys[0])
