@@ -153,20 +153,30 @@ def test_more_epochs_go_on_where_the_finished_run_ended(tmp_path: Path) -> None:
 def test_a_run_by_steps_goes_on_at_the_step(tmp_path: Path) -> None:
     straight, _ = fit(tmp_path / "straight", max_steps=20, max_epochs=-1)
     with pytest.raises(ZeroDivisionError):
-        fit(tmp_path / "both", Breaking(13), max_steps=20, max_epochs=-1)
+        fit(tmp_path / "both", Breaking(13, []), max_steps=20, max_epochs=-1)
     rest, trainer = fit(tmp_path / "both", max_steps=20, max_epochs=-1)
     assert rest.losses == straight.losses[13:]  # the snapshot in memory was made durable
     assert trainer.global_step == 20
 
 
+def test_more_steps_begin_with_the_rest_of_the_epoch(tmp_path: Path) -> None:
+    straight, _ = fit(tmp_path / "straight", max_steps=25, max_epochs=-1)
+    losses = []
+    for steps in (13, 17, 25):
+        part, _ = fit(tmp_path / "parts", max_steps=steps, max_epochs=-1)
+        losses += part.losses
+    assert losses == straight.losses
+
+
 class Breaking(Callback):
     """Fails in a batch, in the middle of what Lightning does for it."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, losses: list[float]) -> None:
+        self.batch, self.losses = batch, losses  # what was trained before it is added to these
 
-    def on_train_batch_start(self, trainer: Any, *_more: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, module: Any, *_more: Any) -> None:
         if trainer.fit_loop.total_batch_idx == self.batch:
+            self.losses += module.losses
             raise ZeroDivisionError
 
 

@@ -165,6 +165,11 @@ class Protect(Callback):  # type: ignore[misc]
             logged = self._trainer.callback_metrics.items()
             self._run.end_epoch(**{k: float(v) for k, v in logged if v.numel() == 1})
 
+    def keep_step(self) -> None:
+        """Save the step that was told last: what comes now is not told."""
+        if self._run is not None and self._step:
+            self._run.save()
+
     def end(self) -> None:
         """Close, as training has come to its end."""
         run, self._run = self._run, None
@@ -205,8 +210,12 @@ class _Epochs(_FitLoop):  # type: ignore[misc]
                 loader.set_epoch(self.epoch_progress.current.processed)
 
     def on_advance_end(self) -> None:
+        whole = self.epoch_loop._num_ready_batches_reached()
+        if not whole:  # `max_steps`: with a higher one a later start trains on the other batches
+            self.protect.keep_step()
         super().on_advance_end()
-        self.protect.after_epoch()
+        if whole:
+            self.protect.after_epoch()
 
     def on_run_end(self) -> None:
         self.protect.end()  # before callbacks put averaged weights into the model

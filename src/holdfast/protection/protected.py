@@ -20,7 +20,7 @@ from holdfast.checkpoint.system import signals
 from holdfast.errors import ConfigError, StateMismatch
 from holdfast.formatting import format_bytes, format_seconds
 from holdfast.i18n import _
-from holdfast.protection import outside, plain
+from holdfast.protection import accelerated, outside, plain
 
 log = logging.getLogger("holdfast")
 
@@ -35,6 +35,7 @@ def protect(
     also: Sequence[Any] = (),
     grads: bool = False,
     quiet: bool = False,
+    accelerator: Any = None,
     save_when: Sequence[SavePolicy] | None = None,
     keep_last: int = 3,
     metric: str = "val_loss",
@@ -63,6 +64,9 @@ def protect(
         grads: whether gradients are saved that an optimizer has used already, for loops that go on
             adding to them. Those that no optimizer has used yet are saved in any case.
         quiet: True to say nothing of saves that succeed. Else each is a line on stderr.
+        accelerator: an `Accelerator`, after its `prepare`: what that has prepared and registered is
+            saved, under plain names (`model`, `optimizer`, `scheduler`, `loader`, `registered`; the
+            second of a kind as `model_1`). Its `save_state` and `load_state` are not needed.
         save_when: policies; `RiskAware()` if not given: as often as costs 1 % of the time.
         keep_last, metric, lower_is_better, memory_every: as for `CheckpointManager`.
         objects: what has a `state_dict`, tensors, and containers of them, each with the name that
@@ -78,6 +82,8 @@ def protect(
             )
     if not isinstance(also, list | tuple):
         raise ConfigError("also is a list of objects, such as {example}.", example="also=[momenta]")
+    if accelerator is not None:
+        objects = {**accelerated.parts_of(accelerator), **objects}
     loop = _Loop()
     state = {**objects, _LOOP: loop}
     if also:
