@@ -147,6 +147,11 @@ def chosen(words: Iterable[str], *, full: bool) -> list[Row]:
     ]
 
 
+def _brief(full: bool, role: Role) -> bool:
+    """True for what must fail in the short form: there its first failure is enough."""
+    return not full and role == "caught"
+
+
 def _missing(saver: type[Saver]) -> str:
     absent = saver.missing()
     if not absent and saver.needs_shim and inject.shim() is None:
@@ -155,8 +160,7 @@ def _missing(saver: type[Saver]) -> str:
 
 
 def _calls(saver: type[Saver], kind: str, role: Role, *, quick: int) -> Row:
-    """`quick`: each so-manieth point in the short form; 0: not there. The short form of a control
-    ends with its first failure."""
+    """`quick`: each so-manieth point in the short form; 0: not there."""
 
     def make(full: bool, _seed: int) -> Tally:
         if full:
@@ -173,7 +177,9 @@ def _power(saver: type[Saver], role: Role, *, quick: int) -> Row:
 
     def make(full: bool, seed: int) -> Tally:
         try:
-            return power.power_loss(saver, budget=None if full else quick, seed=seed)
+            return power.power_loss(
+                saver, budget=None if full else quick, seed=seed, until_failed=_brief(full, role)
+            )
         except power.Unexplained as error:
             if role != "beside":
                 raise
@@ -195,10 +201,10 @@ def _real_cut(saver: type[Saver], role: Role, *, quick: int) -> Row:
 
 def _rot(saver: type[Saver], role: Role, *, quick: int) -> Row:
     def make(full: bool, seed: int) -> Tally:
-        return rot.rot(saver, points=400 if full else quick, seed=seed)
+        points = 400 if full else quick
+        return rot.rot(saver, points=points, seed=seed, until_failed=_brief(full, role))
 
-    fault = "bit rot, cut, zeroed, swapped"
-    return Row(fault, saver.name, role, make, _missing(saver), full_only=not quick)
+    return Row(rot.ROT, saver.name, role, make, _missing(saver), full_only=not quick)
 
 
 def _counted(
@@ -213,14 +219,15 @@ def _counted(
     """`quick`: points of the short form; `full`: of the full one, None: all there are."""
 
     def make(whole: bool, seed: int) -> Tally:
-        return row(saver, points=full if whole else quick, seed=seed)
+        points = full if whole else quick
+        return row(saver, points=points, seed=seed, until_failed=_brief(whole, role))
 
     return Row(fault, saver.name, role, make)
 
 
 def _moved(saver: str, role: Role, *, quick: int) -> Row:
     def make(full: bool, _seed: int) -> Tally:
-        return moves.sweep(saver, every=1 if full else quick)
+        return moves.sweep(saver, every=1 if full else quick, until_failed=_brief(full, role))
 
     missing = "" if inject.shim() is not None else "its calls cannot be seen without a C compiler"
     return Row(moves.NAME, saver, role, make, missing)

@@ -18,16 +18,18 @@ NAME = "killed between the moves of a step back"
 OURS, MUTANT = "holdfast", "holdfast, mutant: files move before the history says so"
 
 
-def sweep(saver: str, *, every: int) -> Tally:
+def sweep(saver: str, *, every: int, until_failed: bool = False) -> Tally:
     """Kill each step back at every `every`-th call, each beginning at another one."""
-    tally, began = Tally(NAME, saver), time.monotonic()
+    tally, began = Tally(NAME, saver, until_failed), time.monotonic()
     cycle.digests()  # imports here what every forked process would import
     with cycle.scratch() as place:
         for first, move in enumerate(MOVES):
             template = place / str(first)
             inject.run(_making(template, move.steps), place, Fault())
             ids, number = everything(template), first % every + 1
-            while _one(move, template, number, ids, tally, mutant=saver == MUTANT):
+            while not tally.decided and _one(
+                move, template, number, ids, tally, mutant=saver == MUTANT
+            ):
                 number += every
     tally.seconds = time.monotonic() - began
     return tally

@@ -58,13 +58,15 @@ class Left:
     cuts: list[Cut]
 
 
-def power_loss(saver: type[Saver], *, budget: int | None, seed: int) -> Tally:
+def power_loss(
+    saver: type[Saver], *, budget: int | None, seed: int, until_failed: bool = False
+) -> Tally:
     """Recover from at most `budget` (None: all) of the states that a power cut may leave.
 
     The points are pairs of a cut and a state. Raises `Unexplained` where the recording does not
     explain what lies on the disk.
     """
-    tally, began = Tally(NAME, saver.name), time.monotonic()
+    tally, began = Tally(NAME, saver.name, until_failed), time.monotonic()
     trace = record(saver)
     lefts = choose(trace, budget, seed)
     for left in lefts:
@@ -75,6 +77,8 @@ def power_loss(saver: type[Saver], *, budget: int | None, seed: int) -> Tally:
             reached = min(cut.announced + 1, cycle.STEPS)
             what = f"cut behind call {cut.calls} ({cut.after}), seed {seed}"
             tally.judge(replace(verdict, announced=cut.announced, reached=reached), what)
+        if tally.decided:
+            break
     tally.states = len(lefts)
     tally.seconds = time.monotonic() - began
     return tally

@@ -37,9 +37,11 @@ Arm = Callable[[], None]
 Say = Callable[[str], None]
 
 
-def read_back(saver: type[Ours], *, points: int | None, seed: int) -> Tally:
+def read_back(
+    saver: type[Ours], *, points: int | None, seed: int, until_failed: bool = False
+) -> Tally:
     """Fail each call that reads while three steps are saved, or `points` of them."""
-    tally, began = Tally(BACK, saver.name), time.monotonic()
+    tally, began = Tally(BACK, saver.name, until_failed), time.monotonic()
     cycle.digests()  # imports here what every forked process would import
     with cycle.scratch() as directory:
         calls = _save(saver, directory, Fault(How.COUNT_READ)).log
@@ -57,13 +59,17 @@ def read_back(saver: type[Ours], *, points: int | None, seed: int) -> Tally:
             if inject.answer(outcome) < _FLOOR:
                 verdict = replace(verdict, step=0, error="older ones went before it was verified")
             tally.judge(verdict, f"{fault}, seed {seed}")
+            if tally.decided:
+                break
     tally.seconds = time.monotonic() - began
     return tally
 
 
-def at_a_start(saver: type[Ours], *, points: int | None, seed: int) -> Tally:
+def at_a_start(
+    saver: type[Ours], *, points: int | None, seed: int, until_failed: bool = False
+) -> Tally:
     """Fail each call that reads while a start looks for the newest state, or `points` of them."""
-    tally, began = Tally(START, saver.name), time.monotonic()
+    tally, began = Tally(START, saver.name, until_failed), time.monotonic()
     cycle.digests()
     with cycle.scratch() as template, cycle.scratch() as work:
         cycle.save_under(Ours, template / "run", Fault())
@@ -87,6 +93,8 @@ def at_a_start(saver: type[Ours], *, points: int | None, seed: int) -> Tally:
             elif gone:
                 verdict = replace(verdict, step=-1, error=f"moved: {gone}")
             tally.judge(verdict, f"{fault}, seed {seed}")
+            if tally.decided:
+                break
     tally.seconds = time.monotonic() - began
     return tally
 

@@ -29,6 +29,7 @@ from tests.faults.savers import Ours, Saver
 from tests.faults.tally import Tally
 from tests.support import flip
 
+ROT = "bit rot, cut, zeroed, swapped"
 CACHE = "bit rot in metadata.json and events.jsonl"
 SLOTS = "rot in what a killed process left in memory"
 
@@ -54,9 +55,9 @@ def _swap(data: bytearray, start: int, stop: int, other: bytes) -> None:
 KINDS: dict[str, Damage] = {"flip": _flip, "zero": _zero, "cut": _cut, "swap": _swap}
 
 
-def rot(saver: type[Saver], *, points: int, seed: int) -> Tally:
+def rot(saver: type[Saver], *, points: int, seed: int, until_failed: bool = False) -> Tally:
     """`points` damages of the newest file, spread over all regions and kinds."""
-    tally, began = Tally("bit rot, cut, zeroed, swapped", saver.name), time.monotonic()
+    tally, began = Tally(ROT, saver.name, until_failed), time.monotonic()
     with cycle.scratch() as template, cycle.scratch() as work:
         (template / "run").mkdir()
         outcome = cycle.save_under(saver, template / "run", Fault())
@@ -74,14 +75,22 @@ def rot(saver: type[Saver], *, points: int, seed: int) -> Tally:
             verdict = cycle.recover(saver, directory, before)
             tally.judge(verdict, f"{kind} {start}-{stop} of {len(whole)}")
             shutil.rmtree(directory)
+            if tally.decided:
+                break
     tally.seconds = time.monotonic() - began
     return tally
 
 
-def cache_rot(saver: type[Ours], *, points: int | None, seed: int) -> Tally:
+def cache_rot(
+    saver: type[Ours], *, points: int | None, seed: int, until_failed: bool = False
+) -> Tally:
     """One flipped bit in each byte of the cache and of the history, or in `points` of them: the
     newest is gone on from, and every file stays that would have stayed."""
-    tally, began, rng = Tally(CACHE, saver.name), time.monotonic(), random.Random(seed)
+    tally, began, rng = (
+        Tally(CACHE, saver.name, until_failed),
+        time.monotonic(),
+        random.Random(seed),
+    )
     with cycle.scratch() as template, cycle.scratch() as work:
         cycle.save_under(Ours, template / "run", Fault())
         temp = Catalog(template / "run").scan().entries[1]  # goes with the next but one
@@ -105,6 +114,8 @@ def cache_rot(saver: type[Ours], *, points: int | None, seed: int) -> Tally:
             if gone and not verdict.problem:
                 verdict = replace(verdict, step=0, error=f"gone: {gone}")
             tally.judge(verdict, f"bit {bit} of byte {offset} of {name}, seed {seed}")
+            if tally.decided:
+                break
     tally.seconds = time.monotonic() - began
     return tally
 
@@ -131,10 +142,14 @@ def _bits(directory: Path, points: int | None, rng: random.Random) -> list[tuple
     return chosen + others[: points - len(chosen)]
 
 
-def slot_rot(saver: type[Ours], *, points: int, seed: int) -> Tally:
+def slot_rot(saver: type[Ours], *, points: int, seed: int, until_failed: bool = False) -> Tally:
     """`points` damages of what a killed process has left in shared memory: it is told and never
     trained on; the snapshot before it is taken, or the disk where all are damaged."""
-    tally, began, rng = Tally(SLOTS, saver.name), time.monotonic(), random.Random(seed)
+    tally, began, rng = (
+        Tally(SLOTS, saver.name, until_failed),
+        time.monotonic(),
+        random.Random(seed),
+    )
     if not shared_memory.usable():
         tally.skipped = "no shared memory here"
         return tally
@@ -155,6 +170,8 @@ def slot_rot(saver: type[Ours], *, points: int, seed: int) -> Tally:
                 tally.judge(verdict, f"{what}, seed {seed}")
             finally:
                 FromMemory().clean(directory)
+        if tally.decided:
+            break
     tally.seconds = time.monotonic() - began
     return tally
 

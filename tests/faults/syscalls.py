@@ -37,7 +37,7 @@ def sweep(
     `until_failed`: from the last point back to the first one that fails. The latest saves have no
     successor that hides what was lost, so a control fails there soonest.
     """
-    tally, began = Tally(kind, saver.name), time.monotonic()
+    tally, began = Tally(kind, saver.name, until_failed), time.monotonic()
     found = list(points(saver, kind, every, reach))
     for fault in reversed(found) if until_failed else found:
         with cycle.scratch() as directory:
@@ -53,7 +53,7 @@ def sweep(
                 tally.judge(cycle.recover(saver, directory, newest), fault)
             finally:
                 cycle.forget(directory)
-        if until_failed and tally.failed:
+        if tally.decided:
             break
     tally.seconds = time.monotonic() - began
     if tally.points == 0:

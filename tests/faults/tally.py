@@ -20,6 +20,7 @@ class Tally:
 
     fault: str
     saver: str
+    until_failed: bool = False  # what must fail has shown it with its first failure
     points: int = 0  # that fired
     states: int = 0  # distinct directories afterwards
     recovered: int = 0  # to the newest acknowledged step, or a newer one
@@ -32,6 +33,11 @@ class Tally:
     skipped: str = ""  # why there is nothing in this row
     examples: list[str] = field(default_factory=list)  # of what went wrong, for a person
     _seen: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def decided(self) -> bool:
+        """True once no further point is wanted."""
+        return self.until_failed and bool(self.failed)
 
     @property
     def failed(self) -> int:
@@ -60,7 +66,8 @@ class Tally:
         self.repeated = max(self.repeated, verdict.reached - max(verdict.step, 0))
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "_seen"}
+        hidden = ("_seen", "until_failed")
+        return {name: value for name, value in asdict(self).items() if name not in hidden}
 
 
 @dataclass(frozen=True, slots=True)
