@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 # Two workers of pytest share two cores: threads of torch that spin for each other would make every
-# test ten times as slow. Those that tokenizers keeps would forbid forks (processes.py). Inherited by
-# the processes that tests start.
+# test ten times as slow. Those that tokenizers keeps would forbid forks (processes.py).
+# Inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -118,7 +118,7 @@ def rows() -> list[Row]:
             lambda full, _seed: hostile.hostile(full=full)),
         Row("a training killed at a random moment", savers.Ours.name, "ours",
             lambda full, seed: random_kills.random_kills(
-                200 if full else 8, seed=seed, small=not full)),
+                200 if full else 4, seed=seed, small=not full)),
         _struck(evaluations.OURS, "ours", quick=3),
         _struck(evaluations.MUTANT, "caught", quick=1),
     ]  # fmt: skip
@@ -126,8 +126,8 @@ def rows() -> list[Row]:
 
 
 _QUICK = {
-    "killed at a call": 5,
-    "a call fails once": 21,
+    "killed at a call": 7,
+    "a call fails once": 29,
     "calls fail from there on": 21,
     "a short write": 3,
     "a lying write": 5,
@@ -241,4 +241,4 @@ def _struck(saver: str, role: Role, *, quick: int) -> Row:
 
 
 def _restarting(start: type[restarts.Start]) -> Callable[[bool, int], Tally]:
-    return lambda full, _seed: restarts.sweep(start, every=1 if full else 9)
+    return lambda full, _seed: restarts.sweep(start, every=1 if full else 13)

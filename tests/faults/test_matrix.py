@@ -1,5 +1,6 @@
 """The short form of the matrix: every row shows what it must. Each test makes some of the rows in a
-process of its own, because the shim has to be there from the start of one."""
+process of its own, because the shim has to be there from the start of one. Each imports everything,
+so they are few; tests run side by side, so there is more than one."""
 
 from __future__ import annotations
 
@@ -18,16 +19,13 @@ SEED = 20261121  # the same points in every run of the tests; `make faults` take
 ROOT = Path(__file__).parents[2]
 
 GROUPS = [
-    ["killed at a call", "killed or failed call", "killed between the moves"],
-    ["a call fails once", "calls fail from there on"],
-    ["a short write", "a lying write"],
-    ["an error while a save is read back", "an error while a start reads"],
-    ["power loss", "real power cut"],
-    ["bit rot", "rot in what a killed process left"],
-    ["disk full", "hostile files"],
-    ["a training killed"],
-    ["a signal inside an evaluation"],
-]
+    ["killed at a call", "a call fails once", "calls fail from there on", "killed or failed call"],
+    ["power loss", "real power cut", "bit rot", "rot in what a killed process left",
+     "killed between the moves"],
+    ["a short write", "a lying write", "an error while a save is read back",
+     "an error while a start reads", "disk full", "hostile files", "a training killed",
+     "a signal inside an evaluation"],
+]  # fmt: skip
 
 
 def made(words: list[str], environment: dict[str, str]) -> dict[str, Any]:
