@@ -1,7 +1,7 @@
 """Logged losses: what a training has said about its steps, on the terminal and in text files.
 
-A line counts if it names where it is (step, iteration, epoch, …) and a loss or the like. The first
-identifies it, the second is compared as it was written. Times and speeds are not looked at. No
+A line counts if it names where it is (step, iteration, epoch, …) and a loss or the like, or if it is
+a whole number and another one, as in `10 2.31`. The first identifies it, the second is compared as it was written. Times and speeds are not looked at. No
 torch here.
 """
 
@@ -21,10 +21,11 @@ _PLACE = re.compile(
 )
 _OF = re.compile(r"(?<![\w./])(\d+)/\d+(?![\w./])")
 _VALUE = re.compile(
-    rf"([\w./]*(?:loss|ppl|perplexity|acc|accuracy|nll|bpb|reward|grad_norm|\blr|learning_rate))"
+    rf"([\w./]*(?:loss|validation|ppl|perplexity|acc|accuracy|nll|bpb|reward|grad_norm|\blr|learning_rate))"
     rf"[\"']?\s*[:=]?\s*({_NUMBER})(?![\w%])",
     re.IGNORECASE,
 )
+_BARE = re.compile(rf"\s*(\d+)[\s:,]+({_NUMBER})\s*$")  # a step and a number, and no word
 _LARGEST = 1 << 23  # bytes of a text file that is looked at
 
 Place = tuple[tuple[str, str], ...]  # as in (("epoch", "1"), ("step", "20"))
@@ -53,6 +54,8 @@ def logged(lines: Iterable[str]) -> list[Logged]:
         for name, number in _VALUE.findall(line):
             key = name.lower()
             values[f"{key} ({len(values) + 1})" if key in values else key] = number
+        if bare := _BARE.match(line):
+            named, values = [("step", bare[1])], {"loss": bare[2]}
         if named and values:
             counts = [("of", number) for number in _OF.findall(line)]
             found.append(Logged((*named, *counts), tuple(values.items())))

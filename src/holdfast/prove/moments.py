@@ -287,6 +287,8 @@ def _distinct(moments: Sequence[Moment]) -> list[Moment]:
 def struck(story: Story, *, recorded: bool) -> list[Moment]:
     """Return moments at which a process is really killed, and one at which it is told to stop."""
     count = len(story.saves)
+    if count < 2:  # it may save at a signal, or keep what it has in memory
+        return _anywhere(story)
     middle = (count - 1) // 2
     term = _at(story, middle, _("SIGTERM after save {number}", number=middle + 1))
     found = []
@@ -306,6 +308,22 @@ def struck(story: Story, *, recorded: bool) -> list[Moment]:
     name = _("SIGKILL as save {number} shows", number=middle + 2)
     saving = Moment(name, SAVING, saves=middle + 2)
     return [*more[:2], saving, *found, *more[2:]]
+
+
+def _anywhere(story: Story) -> list[Moment]:
+    """Strike at two thirds of the output, at the half, and at a third."""
+    count = len(story.lines)
+    if count < 3:
+        return []
+    found = []
+    for line, number in (
+        (count * 2 // 3, signal.SIGKILL),
+        (count // 2, signal.SIGTERM),
+        (count // 3, signal.SIGKILL),
+    ):
+        name = _("{signal} after line {number} of its output", signal=number.name, number=line)
+        found.append(Moment(name, BETWEEN, signal=number, lines=line))
+    return found
 
 
 def _at(story: Story, number: int, name: str) -> Moment:

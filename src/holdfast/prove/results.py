@@ -23,6 +23,7 @@ from holdfast.prove.states import Difference, differences
 
 WORK = "work/"  # where the working directory lies in the place of a run
 RESULT = "--result"  # the name under which what `--result` gives is compared
+_STREAM = re.compile(r"(^|[._])(rng|random|generator)", re.IGNORECASE)  # names of random states
 _NUMBER = re.compile(r"\d+")
 _BORING = (".distcp", ".log", ".txt", ".json", ".jsonl", ".csv", ".md", ".yaml", ".yml", ".py")
 
@@ -141,8 +142,8 @@ class Aside:
 
     @property
     def names(self) -> list[str]:
-        """The top-level names, to be told."""
-        return sorted({path.split(".")[0] for _file, path in self.paths})
+        """Their names, shortened, to be told."""
+        return sorted({".".join(path.split(".")[:2]) for _file, path in self.paths})
 
 
 def compare(a: Result, b: Result, aside: Aside) -> Iterator[Found]:
@@ -165,12 +166,17 @@ def compare(a: Result, b: Result, aside: Aside) -> Iterator[Found]:
 
 def unrepeatable(a: Result, b: Result) -> tuple[Found | None, Aside]:
     """Return the first tensor in which two undisturbed runs differ, if there is one; and the other
-    things in which they do. What `--result` gives must be equal as well."""
+    things in which they do. What `--result` gives must be equal as well.
+
+    A random stream that nothing has seeded differs; if nothing else does, nothing draws from it.
+    """
     paths = set()
     for found in compare(a, b, Aside()):
-        if found.difference.index is not None or found.name == RESULT:
+        path = found.difference.path
+        is_tensor = found.difference.index is not None and not _STREAM.search(path)
+        if is_tensor or found.name == RESULT:
             return found, Aside()
-        paths.add((found.name, found.difference.path))
+        paths.add((found.name, path))
     numbered = {name for name in a.files if a.files[name] != b.files.get(name)}
     says, again = (by_place(each.said) for each in (a, b))
     losses = {key for key in says if says[key] != again.get(key)}

@@ -162,13 +162,13 @@ class _Proof:
         if found is not None:
             self._fail(NOT_REPEATABLE, str(found))
             return self.proof
-        if len(story.saves) < 2:
-            raise ConfigError(
-                "The command saves only once in this run: there is nothing to resume from. Let it "
-                "save more often, or train for more steps."
-            )
         self._notes()
         self._interrupt(story, base)
+        if not self.proof.moments:
+            raise ConfigError(
+                "There was nothing to resume from at any moment of this run: each start began "
+                "anew. Let the command save more often, or train for more steps."
+            )
         return self.proof
 
     # ------------------------------------------------------------------------- undisturbed runs
@@ -287,7 +287,12 @@ class _Proof:
             began = time.monotonic()
             equal = self._try(moment, story)
             if equal is None:
-                self._leave_out(_("{moment}: the training had ended already", moment=moment.name))
+                self._leave_out(
+                    _(
+                        "{moment}: it had ended already, or nothing had been saved yet",
+                        moment=moment.name,
+                    )
+                )
                 continue
             seconds = round(time.monotonic() - began, 2)
             self.proof.moments.append(Tried(moment.name, moment.kind, equal, seconds))
@@ -295,7 +300,7 @@ class _Proof:
                 return
 
     def _try(self, moment: Moment, story: Story) -> bool | None:
-        """Interrupt and resume; True if the end is as it should be, None if it was not struck."""
+        """Interrupt and resume; True if the end is as it should be, None if that proves nothing."""
         run = self._lay_out(moment.state)
         before: list[str] = []
         whole = moment.whole
@@ -304,7 +309,7 @@ class _Proof:
             if not ended.struck:
                 return None
             before = ended.lines
-            whole = sum(save.lines + 2 <= len(before) for save in story.saves[:-1])
+            whole = sum(save.lines + 2 <= len(before) for save in story.saves)
         resumed = start(
             [*run.words(self.order.words), *self.order.resume_with],
             run.work,
@@ -312,9 +317,16 @@ class _Proof:
         )
         if resumed.status != 0:
             return self._fail(FAILED, outcome(resumed), moment)
-        anew = self._began_anew(resumed, story, whole)
-        if anew is not None:
-            return self._fail(ANEW, anew, moment)
+        if self._began_anew(resumed):
+            if not whole:
+                return None
+            if story.logged_before(story.saves[whole - 1]) > 1:
+                text = _(
+                    "it began anew at {place}, and {count} saves were complete",
+                    place=self._straight.said[0].where,
+                    count=whole,
+                )
+                return self._fail(ANEW, text, moment)
         found = result(run, [*before, *resumed.lines], self.order.result, like=self._straight)
         said, count = compare_losses(self._straight, found, self._aside)
         self.proof.losses += count
@@ -342,19 +354,11 @@ class _Proof:
             heard=watch if moment.lines is None else _nothing,
         )
 
-    def _began_anew(self, resumed: Ended, story: Story, whole: int) -> str | None:
-        """Say that a start has begun at the first step although it could have resumed."""
+    def _began_anew(self, resumed: Ended) -> bool:
+        """Return True if a start began at the first step, as far as its output tells."""
         straight = [entry.place for entry in self._straight.said]
         places = [entry.place for entry in logged(resumed.lines) if entry.place in straight]
-        if not whole or not places or story.logged_before(story.saves[whole - 1]) < 2:
-            return None
-        if places[0] != straight[0]:
-            return None
-        return _(
-            "it began anew at {place}, and {count} saves were complete",
-            place=self._straight.said[0].where,
-            count=whole,
-        )
+        return places[:1] == straight[:1] != []
 
     def _fail(
         self,
