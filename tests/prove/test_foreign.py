@@ -49,6 +49,7 @@ def test_every_form_is_opened_with_its_values(tmp_path: Path) -> None:
     assert torch.equal(opened(tmp_path / "d" / DCP)["m.w"], WEIGHTS)
     assert opened(tmp_path / "d" / DCP)["step"] == 3
     assert all(is_state(path) for path in tmp_path.glob("*.*"))
+    assert not any(is_state(path) for path in (tmp_path / "d").glob("*.distcp"))
 
 
 def test_torn_files_are_not_opened(tmp_path: Path) -> None:

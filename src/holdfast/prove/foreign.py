@@ -53,6 +53,8 @@ def is_state(path: Path) -> bool:
     """Return True if `path` is of a form that `opened` reads, whole or not."""
     if path.name == DCP or path.suffix in (".safetensors", ".npz", ".npy"):
         return True
+    if path.suffix == ".distcp":  # a part of what its `.metadata` names
+        return False
     with path.open("rb") as file:
         head = file.read(len(_LEGACY))
     return head.startswith(_ZIP) or head == _LEGACY

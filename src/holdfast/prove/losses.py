@@ -1,8 +1,8 @@
 """Logged losses: what a training has said about its steps, on the terminal and in text files.
 
-A line counts if it names where it is (step, iteration, epoch, …) and a loss or the like, or if it is
-a whole number and another one, as in `10 2.31`. The first identifies it, the second is compared as it was written. Times and speeds are not looked at. No
-torch here.
+A line counts if it names where it is (step, iteration, epoch, …) and a loss or the like, or if it
+is a whole number and another one, as in `10 2.31`. The first identifies it, the second is compared
+as it was written. Times and speeds are not looked at. No torch here.
 """
 
 from __future__ import annotations
