@@ -63,7 +63,7 @@ def newer_format(path: Path, version: int) -> NewerFormat:
     """Return the error to raise for a file of a `version` that this holdfast cannot read."""
     return NewerFormat(
         "{path} has format version {version}, and this holdfast reads versions up to {ours}. "
-        "Install a newer one (pip install --upgrade holdfast); the file stays as it is.",
+        "Install a newer one (pip install --upgrade holdfast-train); the file stays as it is.",
         path=path,
         version=version,
         ours=FORMAT_VERSION,
