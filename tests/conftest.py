@@ -89,6 +89,16 @@ def no_process_is_left() -> Iterator[None]:
         pytest.fail("left running: " + "; ".join(told), pytrace=False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def the_repository_is_left_as_it_was() -> Iterator[None]:
+    """Tests write into directories of their own: a file beside the Makefile is an error here."""
+    place = Path(__file__).parents[1]
+    before = set(place.iterdir())
+    yield
+    new = sorted(each.name for each in set(place.iterdir()) - before if each.name[0] != ".")
+    assert not new, f"tests have left {new} in {place}"
+
+
 @pytest.fixture(autouse=True)
 def english() -> Iterator[None]:
     before = os.environ.get("LANGUAGE")

@@ -22,7 +22,8 @@ pytestmark = [
 FILES = ("events.jsonl", "metadata.json", "config.json", "metrics.jsonl", "training_history.json")
 COMMANDS = (
     "list", "show", "history", "compare", "verify", "clean --dry-run", "monitor --once",
-    "monitor --once --json", "report --out {here}/report.html", "export --to weights",
+    "monitor --once --json", "report --out {here}/report.html",
+    "export --to weights --out {here}/weights.pt",
 )  # fmt: skip
 ABSURD = ("[" * 900 + "]" * 900, "9" * 400, "-" + "9" * 400, '"x"', "1e999")
 FIELDS = ("step", "time", "reason", "names", "seconds", "generation", "loss")
