@@ -75,6 +75,19 @@ def test_bytes_are_written_only_after_they_were_said_to_be_final(tmp_path: Path,
     assert asked == [size]
 
 
+def test_ranges_are_written_where_they_belong_and_nothing_else_is_touched(tmp_path: Path) -> None:
+    path, pages = tmp_path / "a.pt", memoryview(mmap.mmap(-1, 5 * 4096))
+    pages[:] = b"n" * len(pages)
+    asked: list[int] = []
+    path.write_bytes(b"o" * 8 * 4096)
+    with path.open("r+b") as file:
+        ranges = [(4096, pages[:8192]), (5 * 4096, pages[4096:8192])]
+        filesystem.write_ranges(file.fileno(), ranges, ready=asked.append)
+    expected = "onnoonoo"
+    assert path.read_bytes().decode() == "".join(letter * 4096 for letter in expected)
+    assert asked == [3 * 4096, 6 * 4096], "each is final before it is written"
+
+
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     path = put(tmp_path / "a.pt", b"old")
     with path.open("rb") as reader:

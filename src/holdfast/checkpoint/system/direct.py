@@ -1,4 +1,4 @@
-"""One large page-aligned buffer into a file, past the page cache, while its end is still computed.
+"""Page-aligned memory into a file, past the page cache, while its end is still computed.
 
 filesystem.py owns the file's life; here are only blocks, threads and speed. All of it happens
 outside the interpreter lock but for a few calls a block. reading.py asks here for direct reads.
@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from holdfast.checkpoint.system.pages import PAGE
 from holdfast.checkpoint.system.threads import together
@@ -60,9 +60,15 @@ def switch_off(fd: int) -> None:
 
 
 def write_blocks(
-    fd: int, buffer: memoryview, write_all: WriteAll, *, ready: Ready | None, limit: float
+    fd: int,
+    ranges: Sequence[tuple[int, memoryview]],
+    write_all: WriteAll,
+    *,
+    ready: Ready | None,
+    limit: float,
 ) -> None:
-    """Write `buffer` at the beginning of `fd`, `write_all(fd, bytes, offset)` block by block.
+    """Write `ranges`, `(offset, bytes)` of whole pages in ascending order, to `fd`:
+    `write_all(fd, bytes, offset)` block by block.
 
     Before a block is written, `ready(end)` is called, by one thread at a time and in ascending
     order: the bytes before `end` must be final when it returns. While one thread is in there, the
@@ -73,21 +79,29 @@ def write_blocks(
     """
     block = BLOCK if not limit else max(PAGE, min(BLOCK, int(limit / _PACES_A_SECOND) & -PAGE))
     pace, turn, stopped = _Pace(limit), threading.Lock(), threading.Event()
-    starts = iter(range(0, len(buffer), block))
+    blocks = _blocks(ranges, block)
 
     def work() -> None:
         while True:
             with turn:
-                start = next(starts, None)
-                if start is None or stopped.is_set():
+                offset, data = next(blocks, (0, None))
+                if data is None or stopped.is_set():
                     return
-                end = min(start + block, len(buffer))
                 if ready is not None:
-                    ready(end)
-                pace.wait(end - start)
-            _write_block(fd, buffer[start:end], start, write_all)
+                    ready(offset + len(data))
+                pace.wait(len(data))
+            _write_block(fd, data, offset, write_all)
 
-    together(work, min(THREADS, -(-len(buffer) // block)), stop=stopped.set)
+    size = sum(len(data) for _offset, data in ranges)
+    together(work, min(THREADS, -(-size // block)), stop=stopped.set)
+
+
+def _blocks(
+    ranges: Sequence[tuple[int, memoryview]], most: int
+) -> Iterator[tuple[int, memoryview]]:
+    for offset, data in ranges:
+        for start in range(0, len(data), most):
+            yield offset + start, data[start : start + most]
 
 
 def _write_block(fd: int, block: memoryview, offset: int, write_all: WriteAll) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from holdfast.checkpoint.system import direct
-from holdfast.checkpoint.system.pages import Buffer
+from holdfast.checkpoint.system.pages import PAGE, Buffer
 
 log = logging.getLogger("holdfast")
 
@@ -149,30 +149,40 @@ def write_file(
     """Create or replace `target` durably: it has all of its bytes, or it is as it was before.
 
     `pieces` are `(offset, bytes)` in ascending order without gaps, `size` bytes together. The
-    space is claimed before the first byte, so a full disk is known at once. A single page-aligned
-    piece goes past the page cache where the file system can do that, at `limit` bytes a second, 0
-    for any number. `ready(end)` is called before the bytes up to `end` are taken. `OSError` as it
+    space is claimed before the first byte, so a full disk is known at once. Pieces of whole pages
+    go past the page cache where the file system can do that, at `limit` bytes a second, 0 for any
+    number. `ready(end)` is called before the bytes up to `end` are taken. `OSError` as it
     comes; the temporary file is gone then.
     """
     with replacing(target) as file:
-        fd = file.fileno()
-        allocate(fd, size)
-        for offset, piece in pieces:
-            view = memoryview(piece).cast("B") if len(piece) else memoryview(b"")
-            if offset == 0 and len(view) == size and direct.is_aligned(view):
-                _write_image(fd, view, ready, limit)
-            else:
-                if ready is not None:
-                    ready(offset + len(view))
-                write_all(fd, view, offset)
+        allocate(file.fileno(), size)
+        write_ranges(file.fileno(), pieces, ready=ready, limit=limit)
         if hasattr(os, "fchmod"):
-            os.fchmod(fd, mode)
+            os.fchmod(file.fileno(), mode)
 
 
-def _write_image(fd: int, image: memoryview, ready: direct.Ready | None, limit: float) -> None:
-    if disabled("direct") or not direct.switch_on(fd):
-        _say_once("No direct writes here: checkpoints pass through the page cache.")
-    direct.write_blocks(fd, image, write_all, ready=ready, limit=limit)
+def write_ranges(
+    fd: int,
+    ranges: Iterable[tuple[int, Buffer]],
+    *,
+    ready: direct.Ready | None = None,
+    limit: float = 0,
+) -> None:
+    """Write `(offset, bytes)` in ascending order; what lies between them is left as it is.
+
+    Where all of them are whole pages in aligned memory they go past the page cache. `ready` and
+    `limit` as for `write_file`.
+    """
+    views = [(offset, memoryview(each).cast("B")) for offset, each in ranges if len(each)]
+    if views and all(offset % PAGE == 0 and direct.is_aligned(view) for offset, view in views):
+        if disabled("direct") or not direct.switch_on(fd):
+            _say_once("No direct writes here: checkpoints pass through the page cache.")
+        direct.write_blocks(fd, views, write_all, ready=ready, limit=limit)
+        return
+    for offset, view in views:
+        if ready is not None:
+            ready(offset + len(view))
+        write_all(fd, view, offset)
 
 
 @contextlib.contextmanager
