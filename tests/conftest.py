@@ -89,6 +89,18 @@ def no_process_is_left() -> Iterator[None]:
         pytest.fail("left running: " + "; ".join(told), pytrace=False)
 
 
+@pytest.fixture(autouse=True)
+def signals_go_back() -> Iterator[None]:
+    """Handlers that a library sets (a transformers Trainer with jit checkpoints) end with the test:
+    a test of signals on the same worker would be answered by them."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        if handler is not None and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def the_repository_is_left_as_it_was() -> Iterator[None]:
     """Tests write into directories of their own: a file beside the Makefile is an error here."""
