@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from holdfast import load
-from tests.protection.loops import EXAMPLES, start
+from tests.protection.loops import EXAMPLES, changed, start
 from tests.support import assert_same
 
 LOOP = EXAMPLES / "vision_workers.py"
@@ -106,15 +106,6 @@ for module in (making, orders, loader):
 assert not changes, changes
 data.ResumableLoader = loader.ResumableLoader
 """
-
-
-def changed(script: Path, path: Path, *changes: tuple[str, str]) -> Path:
-    text = script.read_text("utf-8")
-    for before, after in changes:
-        assert text.count(before) == 1, before
-        text = text.replace(before, after)
-    path.write_text(text, "utf-8")
-    return path
 
 
 @pytest.mark.parametrize("mistake", MUTANTS)

@@ -59,6 +59,16 @@ class Script:
         return self.errors.read_text("utf-8")
 
 
+def changed(script: Path, path: Path, *changes: tuple[str, str]) -> Path:
+    """Write `script` to `path` with `changes`, each of which must apply once."""
+    text = script.read_text("utf-8")
+    for before, after in changes:
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    path.write_text(text, "utf-8")
+    return path
+
+
 def start(path: Path, *arguments: str | Path) -> Script:
     """Start the script at `path` as `python path arguments`."""
     reading, writing = os.pipe()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from holdfast import load
-from tests.protection.loops import EXAMPLES, start
+from tests.protection.loops import EXAMPLES, changed, start
 from tests.support import assert_same
 
 LOOP = EXAMPLES / "nanogpt_loop.py"
@@ -81,10 +81,8 @@ def test_killed_and_told_to_end_it_is_bit_identical(tmp_path: Path, straight: Pa
 def test_killed_fifty_times_it_is_bit_identical(tmp_path: Path) -> None:
     seed = random.randrange(10**6)
     print("seed", seed)
-    script = changed(
-        tmp_path / "long.py",
-        [("max_iters, warmup_iters = 32, 8, 40", "max_iters, warmup_iters = 32, 8, 240")],
-    )
+    longer = "max_iters, warmup_iters = 32, 8, 40", "max_iters, warmup_iters = 32, 8, 240"
+    script = changed(LOOP, tmp_path / "long.py", longer)
     steps = sorted(random.Random(seed).sample(range(2, 236, 2), 50))
     numbers = random.Random(seed).choices([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], k=50)
     check(script, tmp_path / "run", list(zip(steps, numbers, strict=True)), tmp_path / "straight")
@@ -108,27 +106,18 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def changed(path: Path, changes: list[tuple[str, str]]) -> Path:
-    text = LOOP.read_text("utf-8")
-    for before, after in changes:
-        assert text.count(before) == 1, before
-        text = text.replace(before, after)
-    path.write_text(text, "utf-8")
-    return path
-
-
 @pytest.mark.parametrize("mistake", MUTANTS)
 def test_a_loop_that_is_protected_wrongly_is_found(
     tmp_path: Path, straight: Path, mistake: str
 ) -> None:
-    script = changed(tmp_path / "mutant.py", MUTANTS[mistake])
+    script = changed(LOOP, tmp_path / "mutant.py", *MUTANTS[mistake])
     with pytest.raises(AssertionError):
         check(script, tmp_path / "run", [(13, signal.SIGTERM)], straight)
 
 
 def test_steps_that_are_counted_anew_in_each_epoch_are_refused(tmp_path: Path) -> None:
     again = ("    iter_num += 1\n", "    iter_num = (iter_num + 1) % 20\n")
-    run = start(changed(tmp_path / "mutant.py", [again]), tmp_path / "run")
+    run = start(changed(LOOP, tmp_path / "mutant.py", again), tmp_path / "run")
     assert run.end() == 1
     assert "run.step(0) comes after step 19: count the optimizer's steps" in run.stderr
     assert 1 <= load(tmp_path / "run" / "latest.pt", only="global_step") <= 19

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from holdfast import load
-from tests.protection.loops import EXAMPLES, start
+from tests.protection.loops import EXAMPLES, changed, start
 from tests.support import assert_same
 
 DQN = EXAMPLES / "dqn_replay.py"
@@ -43,15 +43,6 @@ def killing_itself(step: int) -> str:
     """Code that kills its process at this very step, the first time."""
     now = f"    if step == {step} and run.resumed is None:\n"
     return now + "        __import__('os').kill(__import__('os').getpid(), 9)\n"
-
-
-def changed(script: Path, path: Path, *changes: tuple[str, str]) -> Path:
-    text = script.read_text("utf-8")
-    for before, after in changes:
-        assert text.count(before) == 1, before
-        text = text.replace(before, after)
-    path.write_text(text, "utf-8")
-    return path
 
 
 def chosen(least: int, most: int, count: int) -> list[int]:

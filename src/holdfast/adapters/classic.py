@@ -333,7 +333,7 @@ class CheckpointManager:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What `metadata.json` says: `model_name`, `created_at`, `last_updated`, and the
+        """The content of `metadata.json`: `model_name`, `created_at`, `last_updated`, and the
         checkpoints, oldest first, with paths relative to `save_dir`. Read from the files."""
         named = [
             _about(entry, name)
@@ -473,13 +473,14 @@ def train_model(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     total_steps = epochs * math.ceil(len(windows) / batch_size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
+    objects = model, optimizer, scheduler
     manager = CheckpointManager(checkpoint_dir, logger=logger)
     epoch, step = 0, 0
     history: list[float] = []
     metrics: dict[str, Any] = {}
     if resume_from is not None or manager.has_checkpoints():
         epoch, step, history, metrics = manager.load_checkpoint(
-            model, optimizer, scheduler, resume_from, latest=resume_from is None
+            *objects, resume_from, latest=resume_from is None
         )
     done, total = manager.batch_idx, metrics.get("loss_sum", 0.0)
     first = epoch if done or not step else epoch + 1
@@ -489,33 +490,38 @@ def train_model(
             batches = torch.randperm(len(windows), generator=shuffled).split(batch_size)  # type: ignore[no-untyped-call]
             for batch in batches[done:]:
                 rows = windows[batch].to(device)
-                loss = models.next_token_loss(model(input_ids=rows[:, :-1]).logits, rows[:, 1:])
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
+                loss = _learn(model, optimizer, rows)
                 scheduler.step()
-                step, done, total = step + 1, done + 1, total + loss.item()
+                step, done, total = step + 1, done + 1, total + loss
                 due = temp_checkpoint_freq and step % temp_checkpoint_freq == 0
                 if due or guard.requested is not None:
-                    manager.save_temp(
-                        model, optimizer, scheduler, epoch, step, history,
-                        batch_idx=done, metrics={"loss_sum": total},
-                    )  # fmt: skip
+                    sums = {"loss_sum": total}
+                    manager.save_temp(*objects, epoch, step, history, done, sums)
                 if guard.requested is not None:
                     manager.close()
                     raise signals.stopped(guard.requested)
             history.append(total / len(batches))
             is_best = history[-1] <= min(history)
+            metrics = {"avg_loss": history[-1], "best_loss": min(history)}
             manager.save_checkpoint(
-                model, optimizer, scheduler, epoch, step, history,
-                metrics={"avg_loss": history[-1], "best_loss": min(history)},
-                tokenizer=tokenizer, config=model.config, is_best=is_best,
-            )  # fmt: skip
+                *objects, epoch, step, history, metrics, tokenizer, model.config, is_best
+            )
             done, total = 0, 0.0
             manager.log.info("epoch %d/%d: avg_loss %.4f", epoch + 1, epochs, history[-1])
     manager.close()
     return model, tokenizer, model.config
+
+
+def _learn(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rows: torch.Tensor) -> float:
+    """Take one optimizer step on `rows` of tokens; return the mean loss before it, in nats."""
+    from holdfast.training import models
+
+    loss = models.next_token_loss(model(input_ids=rows[:, :-1]).logits, rows[:, 1:])
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
 
 
 def _windows(documents: Sequence[str], tokenizer: Any, *, context: int) -> torch.Tensor:

@@ -366,7 +366,7 @@ class _Callbacks:
 
 
 class _Hooks:
-    """What `on_save_checkpoint` of callbacks and module add to a checkpoint, or change in it."""
+    """Additions and changes that `on_save_checkpoint` of callbacks and module make to a file."""
 
     def __init__(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
         self._trainer, self._state = trainer, state

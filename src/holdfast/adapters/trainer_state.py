@@ -44,7 +44,7 @@ log = logging.getLogger("holdfast")
 
 
 class Progress:
-    """What Trainer counts, as an object of the state: as it was after the last step.
+    """The counters of Trainer, as an object of the state: as they were after the last step.
 
     A save after an exception must not have half of a step: the next batches, their losses.
     """
@@ -154,8 +154,8 @@ class Progress:
 
 
 class Trainable(torch.nn.Module):
-    """What of a PEFT model is saved: the weights that train, and buffers. The others are the base
-    model's."""
+    """The part of a PEFT model that is saved: weights that train, and buffers. The others are the
+    base model's."""
 
     model: torch.nn.Module
 

@@ -1,4 +1,4 @@
-"""What belongs to a training and is in no `state_dict`: found and named, or saved where asked for.
+"""Finds the state of a training that is in no `state_dict`: names it, or saves it where asked.
 
 Published code of new architectures keeps momenta, fast weights and clocks in plain attributes and
 dataclasses. A checkpoint of `state_dict`s alone loses them without a word.

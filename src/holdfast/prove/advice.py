@@ -1,4 +1,4 @@
-"""What to do about a difference: what the saved state lacks, and what the moment tells."""
+"""Advice on a difference: what the saved state lacks, and what the moment tells."""
 
 from __future__ import annotations
 

@@ -253,7 +253,7 @@ class ResumableLoader(DataLoader[Any]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this dataset from another one of its length."""
+        """A mark of this dataset, which another one of its length does not have."""
         own = getattr(self.dataset, "_fingerprint", None)  # of datasets.Dataset
         samples = len(self.dataset)  # type: ignore[arg-type]
         if isinstance(own, str) or not samples:
