@@ -40,9 +40,14 @@ def trained(
 
 
 def killing_itself(step: int) -> str:
-    """Code that kills its process at this very step, the first time."""
+    """Code that saves three steps before `step` and kills its process there, the first time.
+
+    Without the save a fast machine goes on from one of the first steps, where nothing that a
+    mutant forgets has changed yet.
+    """
+    early = f"    if step == {step - 3} and run.resumed is None:\n        run.save()\n"
     now = f"    if step == {step} and run.resumed is None:\n"
-    return now + "        __import__('os').kill(__import__('os').getpid(), 9)\n"
+    return early + now + "        __import__('os').kill(__import__('os').getpid(), 9)\n"
 
 
 def chosen(least: int, most: int, count: int) -> list[int]:
