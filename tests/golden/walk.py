@@ -37,7 +37,8 @@ Main = Callable[[list[str]], int]
 
 def _main() -> Main:
     """`holdfast` as a shell finds it."""
-    (script,) = importlib.metadata.entry_points(group="console_scripts", name="holdfast")
+    # More than one where an older checkout was installed under the distribution's earlier name.
+    script, *_same = importlib.metadata.entry_points(group="console_scripts", name="holdfast")
     main: Main = script.load()
     return main
 
